@@ -1,0 +1,56 @@
+"""Argument checks. Each names the argument, says what came and what is expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+def check_integer(name: str, value: Any, minimum: int, advice: str = "") -> int:
+    """Return ``value`` as an int, or raise ValueError unless it is an integer >= ``minimum``."""
+    valid = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not valid or int(value) < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}{_tail(advice)}")
+    return int(value)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    *,
+    exclusive: bool = False,
+    advice: str = "",
+) -> float:
+    """Return ``value`` as a float, or raise ValueError unless it is finite and within the bounds.
+
+    ``exclusive`` excludes both bounds.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}{_tail(advice)}") from None
+    inside = minimum < number < maximum if exclusive else minimum <= number <= maximum
+    if not math.isfinite(number) or not inside:
+        left, right = ("(", ")") if exclusive else ("[", "]")
+        raise ValueError(
+            f"{name} must be finite and in {left}{minimum}, {maximum}{right}, got {value!r}{_tail(advice)}"
+        )
+    return number
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str], advice: str = "") -> str:
+    """Return ``value``, or raise ValueError listing the known names and the nearest one."""
+    known = sorted(choices)
+    if value in known:
+        return str(value)
+    near = get_close_matches(str(value), known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}{hint}{_tail(advice)}")
+
+
+def _tail(advice: str) -> str:
+    return f"; {advice}" if advice else ""
