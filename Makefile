@@ -1,0 +1,104 @@
+# `make demo` and `make test` set up everything they need in $(VENV), once, and then run.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= .ci/constraints.txt
+DEMO_OUT ?= runs/demo
+PYTEST_ARGS ?=
+
+# auto: use the torch that $(PYTHON) can import, install one otherwise. install: always install one.
+TORCH ?= auto
+# What to install: a requirement, a wheel or an address; and further arguments of that one pip call.
+TORCH_SPEC ?= $(shell sed -n 's/^torch==[^ ;]*/&/p' $(CONSTRAINTS))
+TORCH_PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo     transfer a diffusion model to a small target set; table and plots in $(DEMO_OUT)'
+	@echo 'make test     run the tests (PYTEST_ARGS="..." is passed on; --run-slow=all runs the slow ones too)'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make format   let ruff rewrite the sources'
+	@echo 'make clean    remove $(VENV) and all that was built'
+	@echo
+	@echo 'PYTHON=python3.12 chooses the interpreter. A torch (2.9 or newer) that it can import is used as it is;'
+	@echo 'otherwise $(TORCH_SPEC) is installed (TORCH_SPEC=... and TORCH_PIP_ARGS="..." choose another build,'
+	@echo 'TORCH=install installs one in any case). On Linux the default build brings its CUDA libraries, several GB.'
+
+demo: $(VENV)/.demo-ready
+	$(BIN)/tgdp-fast demo --out $(DEMO_OUT)
+
+# The script, not `python -m pytest`: that would put the top-level kernels/ on the import path, where other
+# packages look for one of that name.
+test: $(VENV)/.test-ready
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test-ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist tgdp_fast.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# Without build isolation, a build uses the torch in the environment and never downloads another.
+INSTALL = $(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable
+
+$(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml setup.py
+	$(INSTALL) '.[plots,data]'
+	@touch $@
+
+$(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml setup.py
+	$(INSTALL) '.[plots,data,dev]'
+	@touch $@
+
+# Prints the lines of a .pth file that make the torch of this interpreter visible in the new environment. Unlike
+# --system-site-packages this also works from an active virtual or conda environment. Fails if there is none to use.
+define REUSE_TORCH
+import os, sys
+if sys.version_info < (3, 10):
+    sys.exit("old Python")
+if os.path.realpath(sys.prefix) == os.path.realpath("$(VENV)"):
+    sys.exit("the environment itself")
+try:
+    import torch
+except Exception:
+    sys.exit("no torch")
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9):
+    sys.exit("torch too old")
+for path in sys.path:
+    if path.endswith(("site-packages", "dist-packages")):
+        print(f"import site; site.addsitedir({path!r})")
+endef
+export REUSE_TORCH
+
+# The constraints of the later steps name the torch found or installed here, so that no other replaces it.
+$(VENV)/.torch-ready: $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit("tgdp_fast needs Python 3.10 or newer; choose one with make PYTHON=..." \
+		if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@set -e; \
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	if [ '$(TORCH)' = auto ] && $(PYTHON) -c "$$REUSE_TORCH" > $(VENV)/reuse_torch 2> $(VENV)/no_torch; then \
+		mv $(VENV)/reuse_torch "$$packages/reuse_torch.pth"; \
+		echo 'using the torch of $(PYTHON)'; \
+	else \
+		rm -f "$$packages/reuse_torch.pth"; \
+		echo 'installing $(TORCH_SPEC)'; \
+		$(PIP) install $(TORCH_PIP_ARGS) '$(TORCH_SPEC)'; \
+	fi
+	$(PIP) install --quiet 'setuptools>=77' wheel
+	@grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+		>> $(VENV)/constraints.txt
+	@touch $@

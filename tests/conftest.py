@@ -1,0 +1,56 @@
+"""Settings shared by all tests.
+
+Slow tests carry ``@pytest.mark.slow`` and are skipped unless asked for:
+
+    pytest                   the quick tests
+    pytest --run-slow=ci     also those marked ``@pytest.mark.slow(ci=True)``, a fixed slice
+    pytest --run-slow=all    all
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports matplotlib: plots need no display
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# No deadline: the first call of an operator may be much slower than the next. In CI the examples are always
+# the same, so that a change is judged by its own effect.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--run-slow",
+        choices=("none", "ci", "all"),
+        default="none",
+        help="which tests marked slow to run (default: none)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The tensors of tests are small: more threads only wait for each other, and for other processes.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--run-slow")
+    skip = pytest.mark.skip(reason="slow; run with --run-slow=all")
+    for item in items:
+        marker = item.get_closest_marker("slow")
+        if marker and wanted != "all" and not (wanted == "ci" and marker.kwargs.get("ci", False)):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_state() -> None:
+    """Give every test the same global random state, so that it does not depend on the tests before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)

@@ -1,0 +1,352 @@
+"""Properties of the sources as a whole: layers, imports, safety of loading, and what the files may say."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "tgdp_fast"
+
+# Modules and subpackages, from the lowest layer to the highest. Each may import what stands before it or,
+# where that is narrower, the set named with it; never what stands after it.
+LAYERS: dict[str, set[str] | None] = {
+    "_version": set(),
+    "_info": {"_version"},
+    "_checks": set(),
+    "kernels": set(),
+    "schedule": {"_checks"},
+    "noise": {"_checks"},
+    "checkpoint": {"_checks", "_version"},
+    "data": {"_checks", "schedule", "noise", "checkpoint"},
+    "metrics": {"_checks", "schedule", "noise", "checkpoint"},
+    "ops": {"_checks", "noise", "kernels"},
+    "solvers": {"_checks", "schedule"},
+    "models": None,
+    "denoiser": None,
+    "guidance": None,
+    "sampling": None,
+    "training": None,
+    "baselines": None,
+    "density_ratio": None,
+    "transfer": None,
+    "transfer_model": None,
+    "experiments": None,
+    "cli": None,
+    "__main__": None,
+    "__init__": None,
+}
+
+REQUIRED = {"torch", "numpy", "safetensors", "tqdm"}
+OPTIONAL = {"matplotlib", "sklearn", "scipy", "wfdb", "pandas", "diffusers", "triton"}
+
+
+def python_files(*folders: str) -> list[Path]:
+    # rglob does not follow links, so tgdp_fast/kernels is seen once, as kernels/.
+    files = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    return sorted(path for path in files if not path.is_relative_to(PACKAGE / "kernels"))
+
+
+def module_name(path: Path) -> str:
+    """Name inside the package: "ops.guided_step", "ops.__init__", "kernels.__init__"."""
+    base = PACKAGE if path.is_relative_to(PACKAGE) else ROOT
+    return ".".join(path.relative_to(base).with_suffix("").parts)
+
+
+def component(module: str) -> str:
+    """First part of a module's name: the unit that has a layer."""
+    return module.split(".")[0]
+
+
+def imports(tree: ast.AST, module: str, *, only_at_import: bool = False) -> Iterator[str]:
+    """Yield the dotted name of everything imported; names of the package itself start with "tgdp_fast".
+
+    With ``only_at_import``, leave out imports inside functions, which run later or never.
+    """
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if only_at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = [node.module] if node.module else []
+            if node.level:
+                parts = ["tgdp_fast", *module.split(".")][: -node.level] + parts
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def layer_violations(source: str, module: str) -> list[str]:
+    own = component(module)
+    if own not in LAYERS:
+        return [f"{module} belongs to no layer: give {own!r} its place in LAYERS"]
+    order = list(LAYERS)
+    allowed = LAYERS[own]
+    if allowed is None:
+        allowed = set(order[: order.index(own)])
+    allowed = allowed | {own}
+    wrong = []
+    for name in imports(ast.parse(source), module):
+        if name.split(".")[0] != "tgdp_fast":
+            continue
+        # A name that is no module comes from the package's __init__, the highest layer.
+        target = (name.split(".") + ["__init__"])[1]
+        target = target if target in LAYERS else "__init__"
+        if target not in allowed:
+            wrong.append(f"{module} imports {name}")
+    return wrong
+
+
+def unsafe_loading(source: str) -> list[str]:
+    """Describe every way in which the source could execute a pickle."""
+    names: dict[str, str] = {}  # name in this file -> what it stands for
+    found = []
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update({alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names})
+        elif isinstance(node, ast.ImportFrom):
+            names.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    unpicklers = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    found += [f"imports {name}" for name in names.values() if name.split(".")[0] in unpicklers]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        first, _, rest = ast.unparse(node.func).partition(".")
+        called = ".".join(filter(None, [names.get(first, first), rest]))
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if called in {"torch.load", "torch.serialization.load"} and options.get("weights_only") != "True":
+            found.append(f"line {node.lineno}: torch.load without weights_only=True")
+        if options.get("allow_pickle", "False") != "False":
+            found.append(f"line {node.lineno}: allow_pickle={options['allow_pickle']}")
+        if called.split(".")[-1] in {"read_pickle", "hub_load"} or called.startswith("torch.hub."):
+            found.append(f"line {node.lineno}: {called}")
+    return found
+
+
+def run_python(code: str) -> str:
+    """Run the code in a new interpreter that finds the checkout first; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# layers -----------------------------------------------------------------------------------------------------
+
+
+def test_imports_point_to_earlier_layers_only():
+    files = python_files("tgdp_fast", "kernels")
+    assert PACKAGE / "_checks.py" in files
+    assert ROOT / "kernels" / "__init__.py" in files
+    wrong = [problem for path in files for problem in layer_violations(path.read_text(), module_name(path))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "problems"),
+    [
+        ("from tgdp_fast import sampling", "ops.guided_step", ["ops.guided_step imports tgdp_fast.sampling"]),
+        ("import tgdp_fast.transfer", "sampling", ["sampling imports tgdp_fast.transfer"]),
+        ("from ..schedule import NoiseSchedule", "ops.x", ["ops.x imports tgdp_fast.schedule.NoiseSchedule"]),
+        ("from tgdp_fast import sample", "transfer", ["transfer imports tgdp_fast.sample"]),
+        ("from . import sample", "transfer", ["transfer imports tgdp_fast.sample"]),
+        ("import tgdp_fast", "cli", ["cli imports tgdp_fast"]),
+        ("def f():\n    from .solvers import x", "schedule", ["schedule imports tgdp_fast.solvers.x"]),
+        ("from tgdp_fast.denoiser import x", "data.digits", ["data.digits imports tgdp_fast.denoiser.x"]),
+        ("from tgdp_fast.data import x", "metrics.y", ["metrics.y imports tgdp_fast.data.x"]),
+        ("from tgdp_fast.data.arrays import x", "training", []),
+        ("from .guided_step import guided_step", "ops.__init__", []),
+        ("from tgdp_fast.ops import _dispatch", "ops.guided_step", []),
+        ("from .ops import guided_step\nimport torch", "sampling", []),
+        ("from .sampling import sample", "__init__", []),
+        ("", "helpers", ["helpers belongs to no layer: give 'helpers' its place in LAYERS"]),
+    ],
+)
+def test_the_layer_check_sees(source: str, module: str, problems: list[str]):
+    assert layer_violations(source, module) == problems
+
+
+# imports ----------------------------------------------------------------------------------------------------
+
+
+def test_modules_need_only_required_packages_when_imported():
+    known = REQUIRED | set(sys.stdlib_module_names) | {"tgdp_fast"}
+    wrong = [
+        f"{module_name(path)} imports {name}: do so inside the function that needs it"
+        for path in python_files("tgdp_fast")
+        for name in imports(ast.parse(path.read_text()), module_name(path), only_at_import=True)
+        if name.split(".")[0] not in known
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_module_can_be_imported_without_the_optional_packages():
+    # Some are installed here, so they are hidden: to every finder they look absent.
+    code = f"""
+import importlib.util, pkgutil, sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {OPTIONAL!r} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+for name in {OPTIONAL!r}:
+    assert importlib.util.find_spec(name) is None, name
+import tgdp_fast
+for module in pkgutil.walk_packages(tgdp_fast.__path__, "tgdp_fast."):
+    # A kernel needs Triton; running __main__ starts the command line.
+    if not module.name.startswith("tgdp_fast.kernels.") and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+    names = run_python(code).split()
+    assert "tgdp_fast._checks" in names
+    assert "tgdp_fast.kernels" in names
+
+
+def test_importing_the_package_is_quick_and_brings_no_optional_package():
+    code = """
+import sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import tgdp_fast
+print(time.perf_counter() - start)
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+    for _ in range(3):  # the first may read from a cold disk or compile to bytecode; others may use the processor
+        seconds, names = run_python(code).splitlines()
+        assert "tgdp_fast" in names.split()
+        assert sorted(OPTIONAL & set(names.split())) == []
+        if float(seconds) < 1.0:
+            break
+    assert float(seconds) < 1.0
+
+
+def test_kernels_folder_is_importable_inside_the_package():
+    link = PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+    location = importlib.import_module("tgdp_fast.kernels").__file__
+    assert location is not None
+    assert Path(location).resolve() == ROOT / "kernels" / "__init__.py"
+
+
+def test_version_is_the_one_in_the_version_file():
+    version = importlib.import_module("tgdp_fast").__version__
+    assert f'__version__ = "{version}"' in (PACKAGE / "_version.py").read_text()
+
+
+def test_command_line_entry_point_exists():
+    text = (ROOT / "pyproject.toml").read_text()
+    match = re.search(r'^tgdp-fast = "([\w.]+):(\w+)"$', text, re.MULTILINE)
+    assert match
+    assert callable(getattr(importlib.import_module(match[1]), match[2]))
+
+
+# loading ----------------------------------------------------------------------------------------------------
+
+
+def test_no_pickle_is_ever_executed():
+    wrong = [
+        f"{path.relative_to(ROOT)}: {problem}"
+        for path in python_files("tgdp_fast", "kernels", "bench", "examples")
+        for problem in unsafe_loading(path.read_text())
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from pickle import loads",
+        "import joblib as j",
+        "import torch\ntorch.load(path)",
+        "import torch as t\nt.load(path, weights_only=False)",
+        "import torch\ntorch.load(path, weights_only=trusted)",
+        "from torch import load as read\nread(path)",
+        "from torch import serialization\nserialization.load(path)",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "from numpy import load\nload(path, allow_pickle=trusted)",
+        "import pandas as pd\npd.read_pickle(path)",
+        "import torch\ntorch.hub.load(where, what)",
+    ],
+)
+def test_the_pickle_check_sees(source: str):
+    assert unsafe_loading(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load(path, weights_only=True)",
+        "import numpy as np\nnp.load(path, allow_pickle=False)\nnp.load(path)",
+        "import json\njson.load(file)",
+        "from safetensors.torch import load_file\nload_file(path)",
+    ],
+)
+def test_the_pickle_check_lets_pass(source: str):
+    assert not unsafe_loading(source)
+
+
+# texts ------------------------------------------------------------------------------------------------------
+
+UNFINISHED = re.compile(r"\b(?:TO(?:DO)|FIX(?:ME)|XX(?:X))\b")
+ABSOLUTE_PATH = re.compile(r"(?<![\w.~}])/(?:work|tmp|home|root|opt|mnt|Users|private)/")
+ADDRESS = re.compile(r"https?:/(?:/)([\w.-]+)")
+# Where publications, data sets and source code are found. Packages are named without saying where they come
+# from.
+HOSTS = {"arxiv.org", "doi.org", "github.com", "openreview.net", "physionet.org", "proceedings.neurips.cc"}
+
+
+def text_files() -> list[Path]:
+    """Files of the checkout that git knows or would add."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    suffixes = {".py", ".md", ".toml", ".txt", ".in", ".cpp", ".h", ".cu", ".cuh", ".yml", ".yaml", ""}
+    paths = [ROOT / name for name in names if name and Path(name).suffix in suffixes]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def text_problems(text: str) -> list[str]:
+    found = [match[0] for match in UNFINISHED.finditer(text)]
+    found += [match[0] for match in ABSOLUTE_PATH.finditer(text)]
+    found += [match[0] for match in ADDRESS.finditer(text) if match[1] not in HOSTS]
+    return found
+
+
+def test_texts_have_no_unfinished_parts_local_paths_or_unknown_addresses():
+    files = text_files()
+    assert Path(__file__).resolve() in files
+    wrong = [f"{path.relative_to(ROOT)}: {problem}" for path in files for problem in text_problems(path.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_text_check_sees():
+    slash = "/"
+    assert text_problems("# TO" + "DO: later, FIX" + "ME") == ["TO" + "DO", "FIX" + "ME"]
+    assert text_problems(f"open('{slash}tmp/x') {slash}home/me") == ["/tmp" + slash, "/home" + slash]
+    assert text_problems(f"https:{slash}/index.example.org/x") == [f"https:{slash}/index.example.org"]
+    assert not text_problems("#!/usr/bin/env bash, /proc/cpuinfo, build/tmp/x, $HOME/work/x, https://arxiv.org/abs/x")
