@@ -1,0 +1,154 @@
+"""Choice of the implementation: automatic, explicit, by context and by environment."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+
+import pytest
+import torch
+
+import tgdp_fast.ops  # noqa: F401  (registers the operators)
+from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, register, resolve, use_backend
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    monkeypatch.delenv("TGDP_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_registry", {k: dict(v) for k, v in _dispatch._registry.items()})
+    monkeypatch.setattr(_dispatch, "_logged", set())
+
+
+@pytest.fixture
+def toy():
+    """An operator with a reference, and a cpu implementation that refuses more than two rows."""
+    register("toy", "reference", lambda x: x + 1)
+    register("toy", "cpu", lambda x: x + 2, lambda x: f"{len(x)} rows are too many" if len(x) > 2 else None)
+    return "toy"
+
+
+def test_auto_takes_the_fastest_that_accepts(toy):
+    assert resolve(toy, "auto", torch.zeros(2)).backend == "cpu"
+    assert resolve(toy, "auto", torch.zeros(3)).backend == "reference"
+    assert resolve(toy, "auto", torch.zeros(2, device="meta")).backend == "reference"
+    assert resolve(toy, "auto", torch.zeros(2)).function(torch.zeros(2)).tolist() == [2.0, 2.0]
+
+
+def test_auto_order_on_a_gpu(toy):
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    x = torch.zeros(2).as_subclass(OnGpu)
+    register(toy, "triton", lambda x: x + 3)
+    assert resolve(toy, "auto", x).backend == "triton"
+    register(toy, "cuda", lambda x: x + 4, lambda x: None)
+    assert resolve(toy, "auto", x).backend == "cuda"
+    with pytest.raises(BackendUnavailableError, match="it takes cpu tensors and the inputs are on cuda"):
+        resolve(toy, "cpu", x)
+    # The interpreter of Triton serves CPU tensors, when asked for by name.
+    assert resolve(toy, "triton", torch.zeros(2)).backend == "triton"
+    assert resolve(toy, "auto", torch.zeros(2)).backend == "cpu"
+
+
+def test_explicit_choice_is_honoured_or_raises(toy):
+    assert resolve(toy, "reference", torch.zeros(2)).backend == "reference"
+    assert resolve(toy, "cpu", torch.zeros(2)).backend == "cpu"
+    with pytest.raises(BackendUnavailableError, match="3 rows are too many") as caught:
+        resolve(toy, "cpu", torch.zeros(3))
+    assert (caught.value.operator, caught.value.backend) == ("toy", "cpu")
+    with pytest.raises(BackendUnavailableError, match="no such implementation.*here: cpu, reference") as caught:
+        resolve(toy, "triton", torch.zeros(2))
+    assert "no such implementation" in caught.value.reason
+
+
+def test_the_error_survives_pickling(toy):
+    with pytest.raises(BackendUnavailableError) as caught:
+        resolve(toy, "cuda", torch.zeros(2))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value)
+    assert (copy.operator, copy.backend, copy.reason) == ("toy", "cuda", caught.value.reason)
+
+
+def test_context_and_environment_change_auto_only(toy, monkeypatch):
+    x = torch.zeros(2)
+    monkeypatch.setenv("TGDP_BACKEND", "reference")
+    assert resolve(toy, "auto", x).backend == "reference"
+    assert resolve(toy, "cpu", x).backend == "cpu"
+    with use_backend("cpu"):
+        assert resolve(toy, "auto", x).backend == "cpu"
+        assert resolve(toy, "reference", x).backend == "reference"
+        with use_backend("auto"):
+            assert resolve(toy, "auto", torch.zeros(3)).backend == "reference"
+        with pytest.raises(BackendUnavailableError):
+            resolve(toy, "auto", torch.zeros(3))
+    assert resolve(toy, "auto", x).backend == "reference"
+    monkeypatch.setenv("TGDP_BACKEND", "")
+    assert resolve(toy, "auto", x).backend == "cpu"
+
+
+def test_context_ends_after_an_exception(toy):
+    def fail():
+        with use_backend("reference"):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert resolve(toy, "auto", torch.zeros(2)).backend == "cpu"
+
+
+def test_context_is_local_to_the_thread(toy):
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(resolve(toy, "auto", torch.zeros(2)).backend))
+        thread.start()
+        thread.join()
+        assert resolve(toy, "auto", torch.zeros(2)).backend == "reference"
+    assert seen == ["cpu"]
+
+
+def test_unknown_names(toy, monkeypatch):
+    with pytest.raises(ValueError, match="backend must be one of.*got 'cudo' .did you mean 'cuda'"):
+        resolve(toy, "cudo", torch.zeros(2))
+    with pytest.raises(ValueError, match="backend must be one of"), use_backend("gpu"):
+        pass
+    with pytest.raises(ValueError, match="operator must be one of"):
+        resolve("toi", "auto", torch.zeros(2))
+    monkeypatch.setenv("TGDP_BACKEND", "fast")
+    with pytest.raises(ValueError, match="environment variable TGDP_BACKEND must be one of.*'fast'"):
+        resolve(toy, "auto", torch.zeros(2))
+
+
+def test_register_checks(toy):
+    with pytest.raises(ValueError, match="already has a 'cpu' implementation"):
+        register(toy, "cpu", lambda x: x)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        register(toy, "auto", lambda x: x)
+
+
+def test_a_refusal_is_logged_once(toy, caplog):
+    with caplog.at_level("INFO", logger="tgdp_fast.ops._dispatch"):
+        for _ in range(3):
+            resolve(toy, "auto", torch.zeros(5))
+    assert [record.getMessage() for record in caplog.records] == [
+        "operator toy does not use backend cpu: 5 rows are too many"
+    ]
+
+
+def test_report_covers_every_operator_and_backend(toy):
+    report = backend_report()
+    assert report["toy"]["cpu"] == report["toy"]["reference"] == "available"
+    assert "no such implementation" in report["toy"]["cuda"]
+    assert {"guided_step", "mlp_value_and_grad", "mlp_value_and_grad_backward"} <= set(report)
+    assert all(set(row) == {"cuda", "triton", "cpu", "reference"} for row in report.values())
+    assert all(row["reference"] == "available" for row in report.values())
+
+
+def test_dispatch_is_traceable(toy):
+    compiled = torch.compile(lambda x: resolve(toy, "auto", x).function(x), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [2.0, 2.0]
+    torch._dynamo.reset()
+    with use_backend("reference"):
+        compiled = torch.compile(lambda x: resolve(toy, "auto", x).function(x), fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
+    torch._dynamo.reset()

@@ -1,0 +1,220 @@
+"""Which implementation of an operator serves a call.
+
+Every operator has a ``reference`` implementation in plain PyTorch and may have faster ones. A public function
+asks
+``resolve`` for the implementation and calls its ``function``:
+
+- an explicit ``backend=`` is honoured or raises :class:`BackendUnavailableError` with the reason;
+- ``backend="auto"`` follows ``with use_backend(name)`` if one is active, else the environment variable
+  ``TGDP_BACKEND``, both as strict as an explicit choice;
+- otherwise ``auto`` takes the first of the device's backends that accepts the call, ``reference`` last.
+
+Under ``torch.compile`` the choice is made while tracing and becomes part of the compiled code: a later
+``use_backend`` or change of the environment does not reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgdp_fast._checks import check_choice
+
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailableError",
+    "Implementation",
+    "backend_report",
+    "lookup",
+    "register",
+    "requested_backend",
+    "resolve",
+    "use_backend",
+]
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+# Triton is absent here: its interpreter serves CPU tensors, so its own ``refuses`` decides.
+_REQUIRED_DEVICE = {"cuda": "cuda", "cpu": "cpu"}
+_ENVIRONMENT = "TGDP_BACKEND"
+_NOT_INSTALLED = "this installation has no such implementation of the operator"
+
+_logger = logging.getLogger(__name__)
+_logged: set[tuple[str, str, str]] = set()
+_override: ContextVar[str | None] = ContextVar("tgdp_fast_backend", default=None)
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly requested backend cannot serve a call.
+
+    Attributes:
+        operator: name of the operator.
+        backend: the requested backend.
+        reason: why it cannot serve the call.
+    """
+
+    def __init__(self, operator: str, backend: str, reason: str, available: tuple[str, ...]) -> None:
+        self.operator = operator
+        self.backend = backend
+        self.reason = reason
+        super().__init__(
+            f"backend {backend!r} cannot serve operator {operator!r}: {reason}. Backends of this operator "
+            f"here: {', '.join(available)}. Use backend='auto' to take the fastest that fits, name one of "
+            f"these, or, if the choice came from use_backend or the environment variable {_ENVIRONMENT}, "
+            "leave the block or unset the variable"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the class with the message alone, and fail in worker processes.
+        return _restore_error, (self.args[0], self.operator, self.backend, self.reason)
+
+
+def _restore_error(message: str, operator: str, backend: str, reason: str) -> BackendUnavailableError:
+    error = BackendUnavailableError.__new__(BackendUnavailableError, message)
+    error.operator, error.backend, error.reason = operator, backend, reason
+    return error
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of one operator; ``refuses(*call)`` answers why it cannot take a call, or None."""
+
+    operator: str
+    backend: str
+    function: Callable[..., Any]
+    refuses: Callable[..., str | None] | None = None
+
+
+_registry: dict[str, dict[str, Implementation]] = {}
+
+
+def register(
+    operator: str,
+    backend: str,
+    function: Callable[..., Any],
+    refuses: Callable[..., str | None] | None = None,
+) -> None:
+    """Add an implementation; ``refuses`` gets the call that ``resolve`` gets and must not read tensor values.
+
+    Raises:
+        ValueError: unknown backend, or the operator already has an implementation of it.
+    """
+    check_choice("backend", backend, BACKENDS)
+    implementations = _registry.setdefault(operator, {})
+    if backend in implementations:
+        raise ValueError(f"operator {operator!r} already has a {backend!r} implementation; register each once")
+    implementations[backend] = Implementation(operator, backend, function, refuses)
+
+
+def requested_backend(backend: str = "auto") -> str:
+    """What the caller asks for: the argument, else ``use_backend``, else TGDP_BACKEND, else "auto".
+
+    Raises:
+        ValueError: the argument or the environment variable names no backend.
+    """
+    check_choice("backend", backend, (*BACKENDS, "auto"))
+    return _ambient_backend() if backend == "auto" else backend
+
+
+# Context variables cannot be traced; while compiling, their value at that moment is the answer.
+@torch.compiler.assume_constant_result
+def _ambient_backend() -> str:
+    override = _override.get()
+    if override is not None:
+        return override
+    value = os.environ.get(_ENVIRONMENT) or "auto"
+    return check_choice(f"environment variable {_ENVIRONMENT}", value, (*BACKENDS, "auto"), "set one or unset it")
+
+
+def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Implementation:
+    """The implementation that serves this call of the operator.
+
+    Args:
+        operator: registered name.
+        backend: "auto" or one of BACKENDS.
+        *call, **keywords: the call's arguments; the first tensor among the positional ones decides the
+        device.
+
+    Raises:
+        ValueError: unknown operator or backend.
+        BackendUnavailableError: a requested backend is missing or refuses this call.
+    """
+    check_choice("operator", operator, _registry)
+    implementations = _registry[operator]
+    name = requested_backend(backend)
+    device = next((argument.device.type for argument in call if isinstance(argument, Tensor)), "cpu")
+    if name != "auto":
+        reason = _refusal(implementations.get(name), name, device, call, keywords)
+        if reason is not None:
+            raise BackendUnavailableError(operator, name, reason, tuple(b for b in BACKENDS if b in implementations))
+        return implementations[name]
+    for candidate in _AUTO_ORDER.get(device, ("reference",)):
+        implementation = implementations.get(candidate)
+        if implementation is None:
+            continue
+        reason = _refusal(implementation, candidate, device, call, keywords)
+        if reason is None:
+            return implementation
+        _log_once(operator, candidate, reason)
+    reason = f"no implementation takes this call on {device} tensors"
+    raise BackendUnavailableError(operator, "auto", reason, tuple(implementations))
+
+
+def lookup(operator: str, backend: str) -> Implementation:
+    """The implementation that an earlier ``resolve`` of a call has chosen, without asking again."""
+    return _registry[operator][backend]
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, ``backend="auto"`` means ``name`` for every operator; an explicit argument wins.
+
+    Nests; local to the thread or asyncio task that enters it. ``use_backend("auto")`` lifts an outer block
+    and the environment variable TGDP_BACKEND.
+
+    Raises:
+        ValueError: name is neither a backend nor "auto".
+    """
+    token = _override.set(check_choice("backend", name, (*BACKENDS, "auto")))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def backend_report() -> dict[str, dict[str, str]]:
+    """For every operator and backend: "available", or the reason why it is not."""
+    return {
+        operator: {b: "available" if b in implementations else _NOT_INSTALLED for b in BACKENDS}
+        for operator, implementations in sorted(_registry.items())
+    }
+
+
+def _refusal(
+    implementation: Implementation | None,
+    backend: str,
+    device: str,
+    call: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> str | None:
+    if implementation is None:
+        return _NOT_INSTALLED
+    required = _REQUIRED_DEVICE.get(backend, device)
+    if device != required:
+        return f"it takes {required} tensors and the inputs are on {device}"
+    return None if implementation.refuses is None else implementation.refuses(*call, **keywords)
+
+
+def _log_once(operator: str, backend: str, reason: str) -> None:
+    if torch.compiler.is_compiling() or (operator, backend, reason) in _logged:
+        return
+    _logged.add((operator, backend, reason))
+    _logger.info("operator %s does not use backend %s: %s", operator, backend, reason)

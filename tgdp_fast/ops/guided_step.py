@@ -1,0 +1,253 @@
+"""One guided solver step: guidance, optional clamp, solver matrix and noise in one operator.
+
+    eps'       = epsilon - guidance_weight * gradient
+    x0         = (x - sigma eps') / alpha              with clamp: x0 limited to [lo, hi], eps' recomputed
+    from it [x, m]     = A [x, m, eps'] + [d z, 0]             z = normal(seed, sample_index, element,
+    evaluation)
+
+The guidance is the noise-prediction form of Theorem 3.1 of TGDP (Ouyang et al., NeurIPS 2024, arXiv
+2405.16876), with guidance_weight = scale * sigma and gradient = grad_x log h(x, t).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgdp_fast import noise
+from tgdp_fast._checks import check_number
+from tgdp_fast.ops import _dispatch
+
+__all__ = ["GuidedStepOutput", "guided_step", "guided_step_reference"]
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class GuidedStepOutput(NamedTuple):
+    """What a step returns: next state, next history (None without history slots), predicted x_0."""
+
+    x_next: Tensor
+    history_next: Tensor | None
+    x0: Tensor
+
+
+def guided_step(
+    x: Tensor,
+    epsilon: Tensor,
+    gradient: Tensor | None = None,
+    history: Tensor | None = None,
+    *,
+    matrix: Sequence[Sequence[float]] | np.ndarray,
+    noise_scale: float = 0.0,
+    guidance_weight: float = 0.0,
+    alpha: float = 1.0,
+    sigma: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+    seed: int = 0,
+    sample_index: Tensor | None = None,
+    evaluation: int = 0,
+    backend: str = "auto",
+) -> GuidedStepOutput:
+    """Advance the state by one model evaluation of a linear solver, with guidance and noise.
+
+    A sampling operator: its outputs never carry an autograd graph. Works under inference_mode and under
+    ``torch.compile(fullgraph=True)`` (there, give the matrix as nested tuples, not as a numpy array, and note
+    that the ranges of the coefficients are not checked). Reads no tensor value on the host.
+
+    Precision: arithmetic in float32 whatever the dtypes of the tensors, in float64 if x is float64; outputs
+    in the dtype of x. Coefficients are rounded once to that precision. A coefficient that is exactly zero may
+    or may not be multiplied, so a non-finite input behind a zero coefficient may or may not show.
+
+    Cost for N = B * prod(shape) elements, H history slots, b bytes per element of x, e and g bytes per
+    element of epsilon and gradient: N (b (3 + 2 H) + e + g) bytes of memory traffic when each input is read
+    once and each output written once (the reference makes one pass per operation), and about N (5 + (1 + H)
+    (3 + 2 H)) FLOPs, plus 2 N for the noise and its generation (per four elements, about 100 integer
+    operations, 2 logarithms, 2 sines and 2 cosines).
+
+    Args:
+        x: [B, ...] state x_t, floating point.
+        epsilon: shape of x, predicted noise; any floating dtype.
+        gradient: shape of x, grad_x log h; any floating dtype; may be None when guidance_weight is 0 (and is
+            not read then).
+        history: [H, *x.shape], the solver's history slots; None stands for zeros, as at the start of a
+            trajectory.
+        matrix: (1 + H) x (2 + H) host floats A; columns [x, m_1..m_H, eps'], rows [x, m_1..m_H].
+        noise_scale: factor d of the noise.
+        guidance_weight: factor of the gradient; scale * sigma for exact guidance at scale 1.
+        alpha: signal coefficient at the time of this evaluation, > 0.
+        sigma: noise coefficient at the time of this evaluation, >= 0.
+        clamp: (lo, hi) limits of x0, or None. Where x0 lies within them, eps' stays what it was to the bit.
+        seed: integer in [0, 2^64).
+        sample_index: [B] int64 on the device of x, global index of each sample; default 0..B-1.
+        evaluation: noise evaluation index in [0, 2^32), handed to the noise function as it is (the sampling
+            loop counts k + 1 for the 0-based evaluation k, 0 being the initial draw).
+        backend: "auto", "reference", or a faster implementation by name.
+
+    Returns:
+        x_next [B, ...], history_next [H, B, ...] (None when H = 0) and x0 [B, ...], all contiguous, new, in
+        the dtype of x. x0 is the clean sample predicted from the guided (and clamped) noise prediction.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or ranges do not fit; a guidance weight without a gradient; a
+            clamp at sigma = 0, where x0 does not depend on eps' and so no eps' can express the clamp.
+        BackendUnavailableError: the requested backend cannot serve the call.
+
+    Source: TGDP Theorem 3.1 in noise-prediction form, and the solver written as a matrix.
+    """
+    rows = _check_matrix(matrix)
+    slots = len(rows) - 1
+    _check_tensors(x, epsilon, gradient, history, sample_index, slots)
+    noise_scale = _number("noise_scale", noise_scale)
+    guidance_weight = _number("guidance_weight", guidance_weight)
+    alpha = _number("alpha", alpha, 0.0)
+    sigma = _number("sigma", sigma, 0.0)
+    if alpha == 0.0:
+        raise ValueError("alpha must be > 0, got 0.0; without signal no clean sample can be predicted")
+    if guidance_weight != 0.0 and gradient is None:
+        raise ValueError(f"gradient must be given when guidance_weight is not 0, got None with {guidance_weight}")
+    if clamp is not None:
+        if len(clamp) != 2:
+            raise ValueError(f"clamp must be (lo, hi) or None, got {clamp!r}")
+        clamp = (_number("clamp[0]", clamp[0]), _number("clamp[1]", clamp[1]))
+        if clamp[0] > clamp[1]:
+            raise ValueError(f"clamp must have lo <= hi, got {clamp}; swap the two")
+        if sigma == 0.0:
+            raise ValueError(
+                "clamp needs sigma > 0, got 0.0: there x0 = x / alpha whatever epsilon is, and the step "
+                "cannot be limited through epsilon; pass clamp=None and clamp the result yourself"
+            )
+    if guidance_weight == 0.0:
+        gradient = None
+    if noise_scale != 0.0 and sample_index is None:
+        sample_index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
+    with torch.no_grad():
+        implementation = _dispatch.resolve("guided_step", backend, x, epsilon, gradient, history, matrix=rows)
+        return GuidedStepOutput(
+            *implementation.function(
+                x,
+                epsilon,
+                gradient,
+                history,
+                matrix=rows,
+                noise_scale=noise_scale,
+                guidance_weight=guidance_weight,
+                alpha=alpha,
+                sigma=sigma,
+                clamp=clamp,
+                seed=seed,
+                sample_index=sample_index,
+                evaluation=evaluation,
+            )
+        )
+
+
+def guided_step_reference(
+    x: Tensor,
+    epsilon: Tensor,
+    gradient: Tensor | None = None,
+    history: Tensor | None = None,
+    *,
+    matrix: Sequence[Sequence[float]],
+    noise_scale: float = 0.0,
+    guidance_weight: float = 0.0,
+    alpha: float = 1.0,
+    sigma: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+    seed: int = 0,
+    sample_index: Tensor | None = None,
+    evaluation: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Plain PyTorch twin of :func:`guided_step`: the same arguments, without checks and without backend."""
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    state = x.to(precision)
+    guided = epsilon.to(precision)
+    if gradient is not None and guidance_weight != 0.0:
+        guided = guided - guidance_weight * gradient.to(precision)
+    x0 = (state - sigma * guided) / alpha
+    if clamp is not None:
+        limited = x0.clamp(*clamp)
+        # Recomputed where the clamp acts only: elsewhere the round trip through x0 would cost digits at small
+        # sigma.
+        guided = torch.where(limited == x0, guided, (state - alpha * limited) / sigma)
+        x0 = limited
+
+    slots = len(matrix) - 1
+    inputs = [state, *([None] * slots if history is None else history.to(precision).unbind(0)), guided]
+    rows = []
+    for coefficients in matrix:
+        row = torch.zeros_like(state)
+        for coefficient, value in zip(coefficients, inputs, strict=True):
+            if coefficient != 0.0 and value is not None:
+                row = row + coefficient * value
+        rows.append(row)
+    if noise_scale != 0.0:
+        if sample_index is None:
+            sample_index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
+        z = noise.normal(seed, sample_index, x[:1].numel() if x.shape[0] else 0, evaluation, device=x.device)
+        rows[0] = rows[0] + noise_scale * z.to(precision).view(x.shape)
+
+    history_next = torch.stack(rows[1:]).to(x.dtype) if slots else None
+    return rows[0].to(x.dtype).contiguous(), history_next, x0.to(x.dtype).contiguous()
+
+
+def _number(name: str, value: float, minimum: float = -math.inf) -> float:
+    # A float that changes between calls is symbolic while compiling, and a symbol has no finiteness to test.
+    return value if torch.compiler.is_compiling() else check_number(name, value, minimum)
+
+
+def _check_matrix(matrix: object) -> tuple[tuple[float, ...], ...]:
+    if isinstance(matrix, Tensor):
+        raise ValueError("matrix must be nested floats or a numpy array, got a tensor; pass matrix.tolist()")
+    # Host floats, so that no step waits for a device.
+    nested: object = matrix.tolist() if isinstance(matrix, np.ndarray) else matrix
+    if not isinstance(nested, Sequence) or not all(isinstance(row, Sequence) for row in nested):
+        raise ValueError(f"matrix must be 2-D of shape (1 + H, 2 + H), got {matrix!r}")
+    lengths = [len(row) for row in nested]
+    if not lengths or any(length != len(nested) + 1 for length in lengths):
+        raise ValueError(
+            f"matrix must have shape (1 + H, 2 + H) for H history slots, got {len(lengths)} rows of lengths {lengths}"
+        )
+    return tuple(tuple(_number("matrix entries", value) for value in row) for row in nested)
+
+
+def _check_tensors(
+    x: Tensor,
+    epsilon: Tensor,
+    gradient: Tensor | None,
+    history: Tensor | None,
+    sample_index: Tensor | None,
+    slots: int,
+) -> None:
+    if x.ndim < 1:
+        raise ValueError("x must have shape [B, ...], got a 0-D tensor; add a batch dimension")
+    expected = {"x": x.shape, "epsilon": x.shape, "gradient": x.shape, "history": (slots, *x.shape)}
+    tensors = {"x": x, "epsilon": epsilon, "gradient": gradient, "history": history}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in _FLOATING:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.shape != torch.Size(expected[name]):
+            raise ValueError(
+                f"{name} must have shape {tuple(expected[name])} (x is {tuple(x.shape)} and the matrix has "
+                f"{slots} history slots), got {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}; move it with .to()")
+    if sample_index is None:
+        return
+    if sample_index.dtype != torch.int64 or sample_index.shape != x.shape[:1]:
+        raise ValueError(
+            f"sample_index must be int64 of shape [{x.shape[0]}], got {sample_index.dtype} of shape "
+            f"{tuple(sample_index.shape)}"
+        )
+    if sample_index.device != x.device:
+        raise ValueError(f"sample_index must be on the device of x, {x.device}, got {sample_index.device}")
+
+
+_dispatch.register("guided_step", "reference", guided_step_reference)
