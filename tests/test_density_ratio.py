@@ -1,0 +1,176 @@
+"""Density ratios: losses by their minimisers, classifier and diagnostics against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tgdp_fast import Optimisation
+from tgdp_fast.data.gaussians import GaussianMixture, log_density_ratio, paper_source, paper_target
+from tgdp_fast.density_ratio import (
+    area_under_curve,
+    calibration_error,
+    calibration_slope,
+    diagnose,
+    effective_sample_size,
+    fit_density_ratio,
+    logistic_loss,
+    outside_fraction,
+    ratio_loss,
+)
+
+
+def minimiser(loss_of_f: object) -> float:
+    """Argument of the minimum of a scalar convex function, by a fine grid and one parabola."""
+    grid = torch.linspace(-4, 4, 8001, dtype=torch.float64)
+    values = torch.stack([loss_of_f(f) for f in grid])  # type: ignore[operator]
+    i = int(values.argmin())
+    a, b, c = values[i - 1 : i + 2].tolist()
+    return float(grid[i]) + 0.5 * (a - c) / (a - 2 * b + c) * 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ratio_mse", lambda r: r.mean().log()),
+        ("poisson", lambda r: r.mean().log()),
+        ("log_mse", lambda r: r.log().mean()),
+    ],
+)
+def test_minimisers(name: str, expected: object) -> None:
+    """At one x_t seen with several x_0, the minimiser is log E[r] (or E[log r])."""
+    log_r = torch.tensor([-1.3, 0.2, 0.9, 1.7], dtype=torch.float64)
+    found = minimiser(lambda f: ratio_loss(name, f.expand(4), log_r))
+    assert found == pytest.approx(float(expected(log_r.exp())), abs=1e-5)  # type: ignore[operator]
+
+
+def test_logistic_minimiser_is_the_log_ratio_whatever_the_sample_sizes() -> None:
+    """A place that holds 30 % of the target and 5 % of the source: f = log 6, with 7 or 700 target samples."""
+    for repeat in (1, 100):
+        target = torch.tensor([1.0] * 3 + [0.0] * 7, dtype=torch.float64).repeat(repeat)
+        source = torch.tensor([1.0] * 1 + [0.0] * 19, dtype=torch.float64)
+        # Elsewhere f is fixed at its own optimum, log(0.7 / 0.95); only f at the place varies.
+        other = math.log(0.7 / 0.95)
+
+        def loss(f: Tensor, source: Tensor = source, target: Tensor = target) -> Tensor:
+            return logistic_loss(source * f + (1 - source) * other, target * f + (1 - target) * other)
+
+        assert minimiser(loss) == pytest.approx(math.log(6.0), abs=1e-5)
+
+
+def test_losses_do_not_overflow() -> None:
+    f = torch.tensor([500.0], requires_grad=True)
+    for name in ("ratio_mse", "poisson"):
+        value = ratio_loss(name, f, torch.tensor([1.0]))
+        (gradient,) = torch.autograd.grad(value, f)
+        assert value.isfinite() and gradient.isfinite()
+    with pytest.raises(ValueError, match="ratio_mse, poisson, log_mse"):
+        ratio_loss("huber", f, f)
+
+
+def test_effective_sample_size() -> None:
+    assert effective_sample_size(torch.zeros(7)) == pytest.approx(7)
+    assert effective_sample_size(torch.tensor([0.0, -1e9, -1e9])) == pytest.approx(1)
+    weights = torch.tensor([1.0, 2.0, 5.0])
+    assert effective_sample_size(weights.log() + 300) == pytest.approx(64 / 30, rel=1e-5)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=20), st.lists(st.integers(-3, 3), min_size=1, max_size=20))
+def test_area_under_curve_counts_pairs(negative: list[int], positive: list[int]) -> None:
+    pairs = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positive for n in negative]
+    found = area_under_curve(torch.tensor(negative), torch.tensor(positive))
+    assert found == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_calibration_of_exact_and_of_overconfident_ratios() -> None:
+    source, target = GaussianMixture([[0.0]], 1.0), GaussianMixture([[1.0]], 1.0)
+    x, y = source.sample(20_000, seed=1), target.sample(5_000, seed=2)
+    at_source = log_density_ratio(target, source, x)
+    at_target = log_density_ratio(target, source, y)
+    # 20 cells with standard error at most sqrt(0.25 / 5000 / 2 / 2) = 0.0035 each, weighted to one.
+    assert calibration_error(at_source, at_target) < 0.012
+    assert calibration_error(4 * at_source, 4 * at_target) > 0.1
+    assert calibration_slope(at_source, at_target) == pytest.approx(1.0, abs=0.08)
+    assert calibration_slope(4 * at_source, 4 * at_target) == pytest.approx(0.25, rel=0.08)
+
+
+def test_outside_fraction() -> None:
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(3000, 3, generator=generator)
+    inside = torch.randn(500, 3, generator=generator)
+    assert outside_fraction(source, inside) < 0.01  # expected 0.001
+    assert outside_fraction(source, inside + torch.tensor([0.0, 12.0, 0.0])) == 1.0
+    mixed = torch.cat([inside[:100], inside[100:200] + 12.0])
+    assert outside_fraction(source, mixed) == pytest.approx(0.5, abs=0.02)
+    # The unit of a feature does not matter.
+    scale = torch.tensor([1.0, 1e4, 1e-3])
+    assert outside_fraction(source * scale, mixed * scale) == pytest.approx(0.5, abs=0.02)
+
+
+SETTINGS = Optimisation(steps=200, batch_size=256, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.9, warmup=5)
+
+
+def test_fitted_ratio_against_the_exact_one() -> None:
+    source, target = GaussianMixture([[0.0, 0.0]], 1.0), GaussianMixture([[0.8, 0.0]], 1.0)
+    x, y = source.sample(3000, seed=1), target.sample(1000, seed=2)
+    ratio = fit_density_ratio(x, y, settings=SETTINGS, seed=3)
+    exact = log_density_ratio(target, source, x)
+    error = (ratio.source_log_ratio - exact).square().mean().sqrt()
+    assert float(error) < 0.25 < float(exact.std())
+    assert float(ratio.source_log_ratio.exp().mean()) == pytest.approx(1.0, abs=1e-4)
+    report = diagnose(x, y, ratio)
+    # AUC of two unit Gaussians at distance d: Phi(d / sqrt 2) = 0.714; E_p[r^2] = e^(d^2), ESS = M e^(-0.64) = 1582.
+    assert report.auc == pytest.approx(0.714, abs=0.03)
+    assert report.effective_sample_size == pytest.approx(3000 * math.exp(-0.64), rel=0.25)
+    assert report.calibration_error < 0.06
+    assert report.warnings == []
+
+
+def test_held_out_values_do_not_know_their_sample() -> None:
+    """Same domain twice: a classifier that saw the samples it judges would separate them, cross-fitting cannot."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 30, generator=generator), torch.randn(40, 30, generator=generator)
+    ratio = fit_density_ratio(x, y, settings=SETTINGS)
+    # Standard error of the AUC at 60 x 40: about sqrt((60 + 40 + 1) / (12 * 60 * 40)) = 0.06.
+    assert area_under_curve(ratio.source_logit, ratio.target_logit) == pytest.approx(0.5, abs=0.18)
+    assert ratio.slope < 0.6
+
+
+def test_labels_enter_the_ratio() -> None:
+    """p(x, y) and q(x, y) differ in the label shares alone: log r = log(0.9 / 0.5) or log(0.1 / 0.5)."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2000, 1, generator=generator), torch.randn(1000, 1, generator=generator)
+    eye = torch.eye(2)
+    ratio = fit_density_ratio(
+        x,
+        y,
+        source_labels=eye[torch.arange(2000) % 2],
+        target_labels=eye[(torch.arange(1000) % 10 == 0).long()],
+        settings=SETTINGS,
+    )
+    assert float(ratio.source_log_ratio[::2].mean()) == pytest.approx(math.log(1.8), abs=0.15)
+    assert float(ratio.source_log_ratio[1::2].mean()) == pytest.approx(math.log(0.2), abs=0.3)
+
+
+def test_two_target_samples_are_enough_to_run() -> None:
+    ratio = fit_density_ratio(torch.randn(30, 2), torch.randn(2, 2), settings=Optimisation(steps=5, batch_size=8))
+    assert len(ratio.classifiers) == 2 and ratio.target_log_ratio.isfinite().all()
+
+
+def test_a_target_outside_the_source_is_said_plainly() -> None:
+    source, target = torch.randn(500, 2), torch.randn(40, 2) + 20
+    report = diagnose(source, target, fit_density_ratio(source, target, settings=SETTINGS))
+    assert report.outside_fraction == 1.0 and report.auc > 0.99
+    assert any("the target lies outside the source: 100%" in text for text in report.warnings)
+    assert "WARNING: the target lies outside the source" in str(report)
+
+
+def test_the_papers_target_is_not_called_outside() -> None:
+    for n in (10, 100):
+        source, target = paper_source().sample(3000, seed=0), paper_target().sample(n, seed=1)
+        assert outside_fraction(source, target) < 0.34

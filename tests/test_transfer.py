@@ -1,0 +1,242 @@
+"""fit_guidance: Algorithms 1 to 4 against closed forms, conditional transfer, resume, errors before any work."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tgdp_fast import NoiseSchedule, Optimisation, fit_guidance, metrics, sample
+from tgdp_fast.data.gaussians import (
+    GaussianMixture,
+    exact_denoiser,
+    log_density_ratio_and_grad,
+    paper_source,
+    paper_target,
+)
+from tgdp_fast.transfer import default_settings, mean_h
+
+SCHEDULE = NoiseSchedule.vp_linear()
+#: One dimension; E_p[r^2] = e^0.36, so that every loss has something to hold on to.
+SOURCE, TARGET = GaussianMixture([[0.0]], 1.0), GaussianMixture([[0.6]], 1.0)
+QUICK = Optimisation(steps=500, batch_size=256, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.99, warmup=10)
+TINY = Optimisation(steps=6, batch_size=16, ema_decay=0.5, warmup=1)
+
+
+def error_of(fit: Any, times: tuple[float, ...] = (0.05, 0.2, 0.4)) -> tuple[float, float]:
+    """Root mean square error of log h and of its gradient over q_t, each relative to the size of the exact one."""
+    value_error = value_size = gradient_error = gradient_size = 0.0
+    for t in times:
+        alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+        x = TARGET.noised(alpha, sigma).sample(1000, seed=5)
+        exact, exact_gradient = log_density_ratio_and_grad(TARGET, SOURCE, x, alpha, sigma)
+        with torch.no_grad():
+            found, found_gradient = fit.guidance.log_ratio_and_grad(x, t)
+        value_error += float((found - exact).square().mean())
+        value_size += float(exact.square().mean())
+        gradient_error += float((found_gradient - exact_gradient).square().mean())
+        gradient_size += float(exact_gradient.square().mean())
+    return math.sqrt(value_error / value_size), math.sqrt(gradient_error / gradient_size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bounds"),
+    [
+        ({"loss": "logistic", "consistency": 0.0}, (0.3, 0.5)),
+        ({"loss": "logistic"}, (0.3, 0.3)),
+        ({"loss": "ratio_mse", "consistency": 0.0}, (0.35, 0.5)),
+        ({"loss": "poisson", "consistency": 0.0}, (0.35, 0.5)),
+        ({"loss": "ratio_mse", "cycle": 1.0, "consistency": 1.0}, (0.35, 0.35)),
+    ],
+)
+def test_every_algorithm_finds_the_exact_ratio(arguments: dict[str, Any], bounds: tuple[float, float]) -> None:
+    """log h of two unit Gaussians at distance 0.6, from 4,000 and 2,000 samples; a zero guidance has error 1."""
+    fit = fit_guidance(
+        SOURCE.sample(4000, seed=1),
+        TARGET.sample(2000, seed=2),
+        denoiser=exact_denoiser(SOURCE, SCHEDULE),
+        settings=QUICK,
+        width=32,
+        depth=2,
+        diagnostics=False,
+        **arguments,
+    )
+    value, gradient = error_of(fit)
+    assert value < bounds[0] and gradient < bounds[1]
+
+
+def test_log_mse_is_biased_low_as_stated() -> None:
+    """f = E[log r | x_t] <= log E[r | x_t]: for these Gaussians lower by 0.36 var(x_0 | x_t) / 2 (Jensen)."""
+    fit = fit_guidance(
+        SOURCE.sample(4000, seed=1),
+        TARGET.sample(2000, seed=2),
+        SCHEDULE,
+        loss="log_mse",
+        settings=QUICK,
+        width=32,
+        depth=2,
+        diagnostics=False,
+    )
+    t = 0.4
+    alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+    x = SOURCE.noised(alpha, sigma).sample(4000, seed=3)
+    exact = log_density_ratio_and_grad(TARGET, SOURCE, x, alpha, sigma)[0]
+    with torch.no_grad():
+        bias = float((fit.guidance.log_ratio(x, t) - exact).mean())
+    # var(x_0 | x_t) = sigma^2 for unit-variance data.
+    assert bias == pytest.approx(-0.18 * sigma**2, abs=0.07)
+
+
+def test_samples_move_to_the_target() -> None:
+    source, target = paper_source(), paper_target()
+    denoiser = exact_denoiser(source, SCHEDULE)
+    settings = Optimisation(steps=400, batch_size=256, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.99)
+    fit = fit_guidance(
+        source.sample(10_000, seed=0), target.sample(200, seed=1), denoiser=denoiser, settings=settings, diagnostics=False
+    )
+    fresh = target.sample(5000, seed=2)
+    before = metrics.sliced_wasserstein(sample(denoiser, num=5000, seed=3), fresh)
+    after = metrics.sliced_wasserstein(sample(denoiser, fit.guidance, num=5000, seed=3), fresh)
+    # The source is 0.25 away. A perfect fit to 200 samples is off by about 0.03.
+    assert before > 0.2 and after < 0.09
+
+
+def test_conditional_transfer() -> None:
+    """Source labels are balanced; in the target, class 0 sits left and class 1 right of where the source has them."""
+    generator = torch.Generator().manual_seed(0)
+    source, source_labels = torch.randn(3000, 1, generator=generator), np.arange(3000) % 2
+    target_labels = np.arange(400) % 2
+    shift = torch.from_numpy(np.where(target_labels == 0, -0.8, 0.8)).float()[:, None]
+    target = torch.randn(400, 1, generator=generator) + shift
+    denoiser = exact_denoiser(SOURCE, SCHEDULE)
+    fit = fit_guidance(
+        source,
+        target,
+        denoiser=denoiser,
+        source_labels=source_labels,
+        target_labels=target_labels,
+        settings=QUICK,
+        width=32,
+        depth=2,
+    )
+    assert fit.guidance.num_classes == 2
+    for label, centre in ((0, -0.8), (1, 0.8)):
+        drawn = sample(denoiser, fit.guidance, num=2000, labels=label, seed=1)
+        # The 200 target samples of a class place its mean to 0.07.
+        assert float(drawn.mean()) == pytest.approx(centre, abs=0.25)
+
+
+def test_without_a_denoiser_there_is_no_consistency_term() -> None:
+    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), settings=TINY, diagnostics=False)
+    assert fit.config["consistency"] == 0.0 and fit.guidance.schedule == NoiseSchedule.vp_linear()
+    with pytest.raises(ValueError, match="denoiser must be given when consistency > 0"):
+        fit_guidance(torch.randn(50, 2), torch.randn(10, 2), consistency=1.0, settings=TINY)
+
+
+def test_diagnostics_are_complete_and_printable() -> None:
+    fit = fit_guidance(torch.randn(200, 2), torch.randn(20, 2), settings=TINY)
+    assert fit.diagnostics is not None
+    text = str(fit.diagnostics)
+    for words in ("AUC", "calibration", "effective sample size", "E_p[h] per t", "outside"):
+        assert words in text
+    assert len(fit.diagnostics.mean_h) == 6
+    assert set(fit.diagnostics.to_dict()) >= {"auc", "mean_h", "warnings", "effective_sample_size"}
+
+
+def test_mean_h_is_one_for_an_untrained_guidance_and_exact_for_a_constant() -> None:
+    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), settings=TINY, diagnostics=False)
+    network = fit.guidance
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+        network.layers[-1].bias.fill_(0.5)  # type: ignore[union-attr,operator]
+    for t, mean, error in mean_h(network, torch.randn(100, 2)):
+        value, _ = network.log_ratio_and_grad(torch.zeros(1, 2), t)
+        assert mean == pytest.approx(math.exp(float(value)), rel=1e-5) and error == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_guidance_and_keeps_the_denoiser() -> None:
+    x, y = torch.randn(50, 2), torch.randn(10, 2)
+    denoiser = exact_denoiser(paper_source(), SCHEDULE)
+    fits = [fit_guidance(x, y, denoiser=denoiser, settings=TINY, seed=s, diagnostics=False) for s in (1, 1, 2)]
+    weights = [torch.cat([p.flatten() for p in fit.guidance.parameters()]) for fit in fits]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_images_and_the_ecg_stem_fit_too() -> None:
+    x, y = torch.randn(20, 2, 40), torch.randn(6, 2, 40)
+    fit = fit_guidance(x, y, settings=TINY, stem="ecg", width=8, depth=2, diagnostics=False)
+    assert fit.guidance.event_shape == (2, 40)
+
+
+def test_discrete_schedule() -> None:
+    schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 50))
+    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), schedule, settings=TINY)
+    assert fit.diagnostics is not None and all(t == round(t) for t, *_ in fit.diagnostics.mean_h)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_fit_resumes_to_the_same_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tgdp_fast.training as training
+
+    x, y = torch.randn(50, 2), torch.randn(10, 2)
+    settings = Optimisation(steps=30, batch_size=16, ema_decay=0.5, warmup=1)
+    options: dict[str, Any] = {"settings": settings, "diagnostics": False, "seed": 4}
+    whole = fit_guidance(x, y, **options)
+
+    real = training._save_state
+    monkeypatch.setattr(training, "_save_state", lambda *a: (real(*a), _kill(a[2] == 13)))
+    monkeypatch.setattr("tgdp_fast.training.time.monotonic", iter(range(0, 10**6, 1000)).__next__)
+    with pytest.raises(Killed):
+        fit_guidance(x, y, state_dir=tmp_path / "s", **options)
+    monkeypatch.setattr(training, "_save_state", real)
+    resumed = fit_guidance(x, y, state_dir=tmp_path / "s", **options)
+    for a, b in zip(whole.guidance.parameters(), resumed.guidance.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def _kill(now: bool) -> None:
+    if now:
+        raise Killed
+
+
+def test_default_settings_depend_on_the_number_of_samples() -> None:
+    for n in (1, 10, 100, 1000, 10_000):
+        assert isinstance(default_settings(n), Optimisation)
+    with pytest.raises(ValueError, match="num_target"):
+        default_settings(0)
+
+
+X, Y = torch.zeros(20, 3).normal_(), torch.zeros(10, 3).normal_()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "arguments", "message"),
+    [
+        (X, Y, {"loss": "logistc"}, "loss must be one of log_mse, logistic, poisson, ratio_mse.*did you mean 'logistic'"),
+        (X, Y, {"cycle": -1.0}, "cycle must be finite and in"),
+        (X, Y, {"consistency": float("nan")}, "consistency must be finite"),
+        (X, Y, {"time_distribution": "log"}, "time_distribution must be one of"),
+        (X, Y[:, :2], {}, "target"),
+        (X, Y[:0], {}, "target"),
+        (X, Y[:1], {}, "target .*2"),
+        (X * float("inf"), Y, {}, "source"),
+        (X, Y, {"source_labels": np.zeros(20, int)}, "source_labels and target_labels must be given together"),
+        (X, Y, {"source_labels": np.zeros(20, int), "target_labels": np.zeros(9, int)}, "target_labels.*9.*10"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(
+    source: Tensor, target: Tensor, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgdp_fast.transfer.optimise", None)
+    monkeypatch.setattr("tgdp_fast.transfer.fit_density_ratio", None)
+    with pytest.raises(ValueError, match=message):
+        fit_guidance(source, target, **arguments)

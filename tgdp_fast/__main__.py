@@ -1,0 +1,7 @@
+"""``python -m tgdp_fast``: the command line."""
+
+import sys
+
+from tgdp_fast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,38 @@
+"""What TGDP is compared with: a diffusion model of the target samples alone, and a fine-tuned source model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tgdp_fast.denoiser import Denoiser
+from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.training import Optimisation, train_denoiser
+
+
+def train_vanilla(
+    target: np.ndarray | Tensor,
+    schedule: NoiseSchedule | None = None,
+    *,
+    settings: Optimisation | None = None,
+    **arguments: Any,
+) -> Denoiser:
+    """A diffusion model trained from scratch on the target samples [N, ...] (TGDP section 4, "vanilla diffusion").
+
+    ``arguments`` are those of :func:`train_denoiser`.
+    """
+    settings = settings or Optimisation(steps=2000, batch_size=512, learning_rate=1e-3, ema_decay=0.998)
+    return train_denoiser(target, schedule, settings=settings, **{"description": "vanilla", **arguments})
+
+
+def fine_tune(
+    denoiser: Denoiser, target: np.ndarray | Tensor, *, settings: Optimisation | None = None, **arguments: Any
+) -> Denoiser:
+    """The source model trained further on the target samples [N, ...] (TGDP section 4, "fine-tuning").
+
+    ``denoiser`` is copied, not changed. ``arguments`` are those of :func:`train_denoiser`.
+    """
+    settings = settings or Optimisation(steps=1000, batch_size=512, learning_rate=1e-4, ema_decay=0.998)
+    return train_denoiser(target, initial=denoiser, settings=settings, **{"description": "fine-tune", **arguments})

@@ -1,0 +1,319 @@
+"""The command ``tgdp-fast``. Arguments in, library calls, text out: no numerics here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tgdp_fast._checks import check_choice, check_integer, check_number
+from tgdp_fast._version import __version__
+
+#: Exceptions that say what the user can do; shown without a traceback.
+EXPECTED = (OSError, ArithmeticError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 1 failed while running, 2 bad arguments, 130
+    interrupted).
+    """
+    options = _parser().parse_args(arguments)
+    from tgdp_fast.ops._dispatch import BackendUnavailableError
+
+    try:
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+    except ValueError as error:
+        return _fail(error, 2)
+    except (*EXPECTED, BackendUnavailableError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(error: BaseException, status: int) -> int:
+    print(f"tgdp-fast: error: {error}", file=sys.stderr)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+def info(options: argparse.Namespace) -> None:
+    """What this installation is and which backends it has."""
+    from tgdp_fast._info import environment
+    from tgdp_fast.ops._dispatch import backend_report
+
+    facts = {"environment": environment(), "backends": backend_report()}
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts["environment"].items():
+        print(f"{name:18s} {' '.join(value) if isinstance(value, list) else value}")
+    for operator, backends in facts["backends"].items():
+        print(f"\n{operator}")
+        for backend, state in backends.items():
+            print(f"  {backend:10s} {state}")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """The paper's simulation in its quick form: n = 100, one draw, table and plots."""
+    from tgdp_fast.experiments import gaussians
+
+    methods = (*gaussians.REFERENCES, *gaussians.BASELINES, "tgdp")
+    _gaussians(gaussians.Plan(options.out, (100,), 1, methods, progress=not options.quiet))
+
+
+def experiment_gaussians(options: argparse.Namespace) -> None:
+    """The paper's simulation, section 4.1."""
+    from tgdp_fast.experiments import gaussians
+
+    plan = gaussians.Plan(
+        options.out,
+        tuple(options.n),
+        options.seeds,
+        tuple(options.methods or gaussians.METHODS),
+        num_samples=options.num,
+        steps=options.steps,
+        jobs=options.jobs,
+        progress=not options.quiet,
+    )
+    _gaussians(plan)
+
+
+def _gaussians(plan: Any) -> None:
+    from tgdp_fast.experiments import gaussians
+
+    gaussians.run(plan)
+    print((plan.out / "results.md").read_text())
+    print(f"written: {', '.join(sorted(p.name for p in plan.out.iterdir() if p.is_file()))} in {plan.out}")
+
+
+def experiment_digits(options: argparse.Namespace) -> None:
+    """Real data: all handwritten digits to two of them, from 20 images."""
+    from tgdp_fast.experiments import digits
+
+    plan = digits.Plan(options.out, tuple(options.digits), options.n, options.seeds, progress=not options.quiet)
+    digits.run(plan)
+    print((plan.out / "results.md").read_text())
+
+
+def transfer(options: argparse.Namespace) -> None:
+    """Two arrays in, target samples out."""
+    from tgdp_fast.checkpoint import checkpoint_kind
+    from tgdp_fast.data.arrays import check_labels, check_samples, load_array
+    from tgdp_fast.denoiser import Denoiser
+    from tgdp_fast.training import Optimisation
+    from tgdp_fast.transfer import check_fit_arguments
+    from tgdp_fast.transfer_model import TransferModel
+
+    _check_sampling(options)
+    check_fit_arguments(loss=options.loss, consistency=options.consistency, cycle=options.cycle)
+    if options.train_steps is not None:
+        check_integer("--train-steps", options.train_steps, 1)
+    source = check_samples("--source", load_array(options.source, "--source"))
+    target = check_samples("--target", load_array(options.target, "--target"), event_shape=source.shape[1:])
+    labels = {}
+    for name, count in (
+        ("source_labels", len(source)),
+        ("target_labels", len(target)),
+        ("labels", options.num),
+    ):
+        path = getattr(options, name)
+        flag = "--" + name.replace("_", "-")
+        labels[name] = None if path is None else check_labels(flag, load_array(path, flag), count)
+    given = [name for name, value in labels.items() if value is not None]
+    if given and len(given) < 3:
+        raise ValueError(
+            "--source-labels, --target-labels and --labels (of the samples to draw) belong together; got only "
+            + ", ".join("--" + name.replace("_", "-") for name in given)
+        )
+    work = options.out.with_name(options.out.name + ".work")
+    denoiser: Denoiser | TransferModel | None = None
+    if options.denoiser is not None:
+        kind = checkpoint_kind(options.denoiser)
+        denoiser = (TransferModel if kind == "transfer_model" else Denoiser).load(options.denoiser)
+    model = TransferModel.fit(
+        source,
+        target,
+        source_labels=labels["source_labels"],
+        target_labels=labels["target_labels"],
+        denoiser=denoiser,
+        denoiser_settings=None if options.train_steps is None else Optimisation(steps=options.train_steps),
+        loss=options.loss,
+        consistency=options.consistency,
+        cycle=options.cycle,
+        work_dir=work,
+        seed=options.seed,
+        device=options.device,
+        progress=not options.quiet,
+    )
+    print(_diagnostics_text(model.diagnostics))
+    if options.save is not None:
+        model.save(options.save)
+        print(f"model saved in {options.save}")
+    _draw(model, options, labels["labels"])
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Samples from a saved model."""
+    from tgdp_fast.data.arrays import check_labels, load_array
+    from tgdp_fast.transfer_model import TransferModel
+
+    _check_sampling(options)
+    labels = None
+    if options.labels is not None:
+        labels = check_labels("--labels", load_array(options.labels, "--labels"), options.num)
+    model = TransferModel.load(options.model)
+    _draw(model, options, labels)
+
+
+def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
+    device = options.device
+    if device is not None:
+        model.denoiser.to(device)
+        model.guidance.to(device)
+    drawn = model.sample_to_file(
+        options.out,
+        options.num,
+        labels=labels,
+        solver=options.solver,
+        steps=options.steps,
+        spacing=options.spacing,
+        scale=options.scale,
+        gradient_norm_limit=options.gradient_norm_limit,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        backend=options.backend,
+        progress=not options.quiet,
+    )
+    print(f"{len(drawn)} samples of shape {tuple(drawn.shape[1:])} written to {options.out}")
+
+
+def _diagnostics_text(diagnostics: dict[str, Any]) -> str:
+    from tgdp_fast.density_ratio import TransferDiagnostics
+
+    return str(TransferDiagnostics(**diagnostics)) if diagnostics else "no diagnostics"
+
+
+def _check_sampling(options: argparse.Namespace) -> None:
+    """Refuse bad sampling options before anything is read or trained."""
+    from tgdp_fast.ops._dispatch import BACKENDS
+    from tgdp_fast.sampling import PRECISIONS
+    from tgdp_fast.solvers import SOLVERS, SPACINGS
+
+    check_integer("--num", options.num, 1)
+    check_integer("--steps", options.steps, 1)
+    check_integer("--seed", options.seed, 0)
+    if options.batch_size is not None:
+        check_integer("--batch-size", options.batch_size, 1)
+    check_choice("--solver", options.solver, SOLVERS)
+    check_choice("--spacing", options.spacing, SPACINGS)
+    check_choice("--precision", options.precision, PRECISIONS)
+    check_choice("--backend", options.backend, ("auto", *BACKENDS))
+    check_number("--scale", options.scale)
+    if options.gradient_norm_limit is not None:
+        check_number("--gradient-norm-limit", options.gradient_norm_limit, 0.0, exclusive=True)
+    if options.out.suffix != ".npy":
+        raise ValueError(f"--out must end in .npy, got {options.out}")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out must lie in an existing folder, got {options.out}; create {options.out.parent} first")
+
+
+# ------------------------------------------------------------------------------------------------------ parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "tgdp-fast",
+        description="Sample a target domain from a source diffusion model and few target samples.",
+    )
+    parser.add_argument("--version", action="version", version=f"tgdp-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = _command(commands, "info", info)
+    command.add_argument("--json", action="store_true", help="machine-readable")
+
+    command = _command(commands, "demo", demo)
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for table and plots (%(default)s)")
+    _quiet(command)
+
+    experiment = commands.add_parser("experiment", help="an experiment with its table and plots")
+    experiments = experiment.add_subparsers(title="experiments", required=True, metavar="NAME")
+    command = _command(experiments, "gaussians", experiment_gaussians)
+    command.add_argument("--n", type=int, nargs="+", default=[10, 100, 1000], help="target samples (10 100 1000)")
+    command.add_argument("--seeds", type=int, default=5, help="draws of the target samples (%(default)s)")
+    command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
+    command.add_argument("--num", type=int, default=10_000, help="samples drawn per method (%(default)s)")
+    command.add_argument("--steps", type=int, default=25, help="solver steps (%(default)s)")
+    command.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
+    command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
+    _quiet(command)
+    command = _command(experiments, "digits", experiment_digits)
+    command.add_argument("--digits", type=int, nargs=2, default=[3, 8], help="target digits (3 8)")
+    command.add_argument("--n", type=int, default=20, help="target images (%(default)s)")
+    command.add_argument("--seeds", type=int, default=3, help="draws of the target images (%(default)s)")
+    command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
+    _quiet(command)
+
+    command = _command(commands, "transfer", transfer)
+    command.add_argument("--source", type=Path, required=True, help="source samples, .npy [M, ...]")
+    command.add_argument("--target", type=Path, required=True, help="target samples, .npy [N, ...]")
+    command.add_argument("--source-labels", type=Path, help="class indices [M] or rows [M, K], .npy")
+    command.add_argument("--target-labels", type=Path, help="class indices [N] or rows [N, K], .npy")
+    command.add_argument("--save", type=Path, help="folder to save the fitted model in")
+    command.add_argument(
+        "--denoiser", type=Path, help="saved model whose source denoiser to use instead of training one"
+    )
+    command.add_argument("--train-steps", type=int, help="training steps of the source denoiser")
+    command.add_argument("--loss", default="logistic", help="logistic, ratio_mse, poisson or log_mse (%(default)s)")
+    command.add_argument("--consistency", type=float, help="weight of the consistency term")
+    command.add_argument("--cycle", type=float, default=0.0, help="weight of the cycle term (%(default)s)")
+    _sampling(command)
+
+    command = _command(commands, "sample", sample)
+    command.add_argument("model", type=Path, help="folder written by transfer --save")
+    _sampling(command)
+    return parser
+
+
+def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    text = function.__doc__ or ""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _sampling(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--num", type=int, required=True, help="samples to draw")
+    command.add_argument("--out", type=Path, required=True, help="where to write them, .npy")
+    command.add_argument("--labels", type=Path, help="labels of the samples to draw, .npy (conditional models)")
+    command.add_argument("--solver", default="dpmpp_2m", help="(%(default)s)")
+    command.add_argument("--steps", type=int, default=25, help="solver steps (%(default)s)")
+    command.add_argument("--spacing", default="logsnr", help="logsnr, uniform or karras (%(default)s)")
+    command.add_argument("--scale", type=float, default=1.0, help="guidance scale; 1 is exact (%(default)s)")
+    command.add_argument(
+        "--gradient-norm-limit", type=float, help="limit of the guidance per sample, in units of epsilon"
+    )
+    command.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    command.add_argument("--batch-size", type=int, help="samples in flight; bounds memory")
+    command.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 (%(default)s)")
+    command.add_argument("--backend", default="auto", help="(%(default)s)")
+    command.add_argument("--device", help="cpu, cuda, ... (default: cpu)")
+    _quiet(command)
+
+
+def _quiet(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

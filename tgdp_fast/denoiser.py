@@ -1,0 +1,199 @@
+"""The frozen source model: any network, any prediction type, one way to ask for epsilon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgdp_fast._checks import check_choice, check_number
+from tgdp_fast.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.models import ARCHITECTURES, ScoreMLP
+from tgdp_fast.schedule import NoiseSchedule
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "score")
+TIME_INPUTS = ("time", "half_log_snr")
+
+
+def per_sample(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A float, or a tensor [B] reshaped to broadcast over ``x`` [B, ...]."""
+    return value.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(value, Tensor) else value
+
+
+def alpha_sigma(schedule: NoiseSchedule, t: float | Tensor, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """alpha and sigma at ``t``: floats for a float, tensors that broadcast over ``x`` [B, ...] for a tensor [B]."""
+    if isinstance(t, Tensor):
+        return per_sample(schedule.alpha(t).to(x), x), per_sample(schedule.sigma(t).to(x), x)
+    return schedule.alpha(float(t)), schedule.sigma(float(t))
+
+
+def prediction_to_epsilon(
+    prediction: str, output: Tensor, x: Tensor, alpha: float | Tensor, sigma: float | Tensor
+) -> Tensor:
+    """Convert a network output to epsilon.
+
+    epsilon = (x - alpha x0) / sigma = sigma x + alpha v = -sigma score.
+
+    Args:
+        prediction: one of ``PREDICTIONS``.
+        output, x: [B, ...].
+        alpha, sigma: floats, or tensors broadcastable to ``x``.
+    """
+    if prediction == "epsilon":
+        return output
+    if prediction == "sample":
+        return (x - alpha * output) / sigma
+    if prediction == "v_prediction":
+        return sigma * x + alpha * output
+    return -sigma * output
+
+
+def training_target(
+    prediction: str, x0: Tensor, epsilon: Tensor, alpha: float | Tensor, sigma: float | Tensor
+) -> Tensor:
+    """What a network of this prediction type is trained to output (``score`` networks are trained on epsilon)."""
+    if prediction == "sample":
+        return x0
+    if prediction == "v_prediction":
+        return alpha * epsilon - sigma * x0
+    return epsilon
+
+
+class Denoiser(nn.Module):
+    """A diffusion network with its noise schedule, prediction type and time convention.
+
+    Args:
+        network: any module, called as ``network(x, time)`` or ``network(x, time, labels)``; a result with an attribute
+            ``sample`` (diffusers) is unwrapped.
+        schedule: the noise schedule it was trained with.
+        prediction: "epsilon", "sample" (x0), "v_prediction" (alpha epsilon - sigma x0) or "score".
+        time_input: what the network receives as time, as a float32 tensor [B]: "time" (the schedule's t times
+            ``time_scale``; for discrete schedules the integer step) or "half_log_snr".
+        time_scale: factor on t, e.g. 1000 for a continuous schedule and a network trained on 0..999.
+        integer_time: pass the time as int64 (embedding tables need it).
+
+    Raises:
+        ValueError: unknown ``prediction`` or ``time_input``; a bad ``time_scale``.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        prediction: str = "epsilon",
+        *,
+        time_input: str = "time",
+        time_scale: float = 1.0,
+        integer_time: bool = False,
+    ) -> None:
+        super().__init__()
+        if not callable(network):
+            raise ValueError(f"network must be callable as network(x, time), got {type(network).__name__}")
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+        self.network = network
+        self.schedule = schedule
+        self.prediction = check_choice("prediction", prediction, PREDICTIONS)
+        self.time_input = check_choice("time_input", time_input, TIME_INPUTS)
+        self.time_scale = check_number("time_scale", time_scale, 0.0, exclusive=True)
+        self.integer_time = bool(integer_time)
+
+    @property
+    def event_shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample where the network states it, else None."""
+        shape = getattr(self.network, "event_shape", None)
+        return None if shape is None else tuple(shape)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of label classes where the network states it (0: unconditional), else None."""
+        count = getattr(self.network, "num_classes", None)
+        return None if count is None else int(count)
+
+    def forward(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
+        """The network's own output at schedule time ``t`` (float, or tensor [B]).
+
+        Shapes: x [B, ...], labels None, [B] or [B, K]; returns [B, ...].
+        """
+        times = torch.as_tensor(t, dtype=torch.float64, device="cpu" if not isinstance(t, Tensor) else t.device)
+        times = self.schedule.half_log_snr(times) if self.time_input == "half_log_snr" else times * self.time_scale
+        times = times.round().long() if self.integer_time else times.to(torch.float32)
+        times = times.to(x.device).expand(x.shape[0])
+        output = self.network(x, times) if labels is None else self.network(x, times, labels)
+        return output if isinstance(output, Tensor) else output.sample
+
+    def epsilon(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predicted noise [B, ...] at schedule time ``t``; see :func:`prediction_to_epsilon`."""
+        alpha, sigma = alpha_sigma(self.schedule, t, x)
+        return prediction_to_epsilon(self.prediction, self(x, t, labels), x, alpha, sigma)
+
+    def to_config(self) -> dict[str, Any]:
+        """Everything but the weights, JSON-able.
+
+        A network that is not one of ours has architecture None; it is passed again to :meth:`load`.
+        """
+        architecture = next((name for name, cls in ARCHITECTURES.items() if isinstance(self.network, cls)), None)
+        return {
+            "architecture": architecture,
+            "network": self.network.to_config() if isinstance(self.network, ScoreMLP) else None,
+            "schedule": self.schedule.to_config(),
+            "prediction": self.prediction,
+            "time_input": self.time_input,
+            "time_scale": self.time_scale,
+            "integer_time": self.integer_time,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint folder (config.json, model.safetensors), atomically."""
+        save_checkpoint(path, "denoiser", self.to_config(), self.network.state_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], network: nn.Module | None = None) -> Denoiser:
+        """Read a checkpoint folder. A network of another make than ours is passed in, and its weights are filled.
+
+        Raises:
+            CheckpointError: damaged, of another kind or architecture, or a network is needed and none was given.
+        """
+        config, tensors = load_checkpoint(path, "denoiser")
+        return cls.from_parts(config, tensors, network, where=str(path))
+
+    @classmethod
+    def from_parts(
+        cls, config: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module | None, where: str
+    ) -> Denoiser:
+        if network is None:
+            architecture = config["architecture"]
+            if architecture not in ARCHITECTURES:
+                raise CheckpointError(
+                    f"{where} holds a network of architecture {architecture!r}, known are "
+                    f"{', '.join(sorted(ARCHITECTURES))}; build the network and pass it as load(path, network=...)"
+                )
+            network = ARCHITECTURES[architecture](**config["network"])
+        load_state_dict_checked(network, tensors, where)
+        return cls(
+            network.eval(),
+            NoiseSchedule.from_config(config["schedule"]),
+            config["prediction"],
+            time_input=config["time_input"],
+            time_scale=config["time_scale"],
+            integer_time=config["integer_time"],
+        )
+
+
+@contextmanager
+def evaluation_mode(*modules: Any) -> Iterator[None]:
+    """Put modules in eval mode (dropout and batch statistics off) and restore each on exit."""
+    trained = [
+        child for module in modules if isinstance(module, nn.Module) for child in module.modules() if child.training
+    ]
+    for child in trained:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in trained:
+            child.training = True

@@ -1,0 +1,344 @@
+"""Density ratios of target to source on clean data: domain classifier, ratio losses, and whether to trust them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tgdp_fast._checks import check_integer
+from tgdp_fast.training import Batches, Optimisation, optimise, seeded_initialisation
+
+RATIO_LOSSES = ("logistic", "ratio_mse", "poisson", "log_mse")
+
+
+def ratio_loss(name: str, log_ratio: Tensor, target_log_ratio: Tensor) -> Tensor:
+    """Regression losses for Algorithm 3, averaged over source samples.
+
+    ========== ===================== =============================================================
+    name       per sample            minimiser f
+    ========== ===================== =============================================================
+    ratio_mse  (exp(f) - r)^2        log E[r | x_t]; the paper's (TGDP equation 8)
+    poisson    exp(f) - r f          the same; a Bregman divergence, convex in f
+    log_mse    (f - log r)^2         E[log r | x_t]; biased low by Jensen's inequality
+    ========== ===================== =============================================================
+
+    Args:
+        name: "ratio_mse", "poisson" or "log_mse" ("logistic" needs both domains: :func:`logistic_loss`).
+        log_ratio: f [B]. exp(f) is evaluated at min(f, 30), so that one wild sample cannot overflow.
+        target_log_ratio: log r(x_0) [B].
+    """
+    if name == "log_mse":
+        return (log_ratio - target_log_ratio).square().mean()
+    ratio, target = log_ratio.clamp_max(30.0).exp(), target_log_ratio.exp()
+    if name == "ratio_mse":
+        return (ratio - target).square().mean()
+    if name == "poisson":
+        return (ratio - target * log_ratio).mean()
+    raise ValueError(f"loss must be one of ratio_mse, poisson, log_mse here, got {name!r}")
+
+
+def logistic_loss(source_log_ratio: Tensor, target_log_ratio: Tensor) -> Tensor:
+    """Balanced cross-entropy of the domain, f = -logit c = log q/p (TGDP Algorithms 1 and 2).
+
+    Each domain counts one half whatever its number of samples, so the minimiser is the log ratio with no offset.
+    Shapes: [A], [B] -> scalar.
+    """
+    return 0.5 * (functional.softplus(source_log_ratio).mean() + functional.softplus(-target_log_ratio).mean())
+
+
+class DomainClassifier(nn.Module):
+    """log q(x[, y]) / p(x[, y]) on clean data: a SiLU network whose output is minus the logit of c = P(source | x).
+
+    Shapes: ``forward(x [B, ...], label_rows [B, K] or None) -> [B]``.
+    """
+
+    def __init__(self, num_features: int, num_classes: int = 0, width: int = 64, depth: int = 2) -> None:
+        super().__init__()
+        sizes = [num_features + num_classes] + [width] * depth
+        layers: list[nn.Module] = []
+        for a, b in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.SiLU()]
+        self.network = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+
+    def forward(self, x: Tensor, label_rows: Tensor | None = None) -> Tensor:
+        features = x.flatten(1) if label_rows is None else torch.cat([x.flatten(1), label_rows], dim=1)
+        result: Tensor = self.network(features)[:, 0]
+        return result
+
+
+@dataclass(frozen=True)
+class DensityRatio:
+    """Cross-fitted log ratios: no sample's value comes from a classifier that saw it.
+
+    Attributes:
+        source_log_ratio, target_log_ratio: calibrated log r at the source [M] and target [N] samples.
+        source_logit, target_logit: the same before calibration and normalisation.
+        slope: factor that calibration put on the logits; well below 1 means that the classifiers were overconfident.
+        mean_ratio: mean of r over the source after calibration, before it was normalised to 1.
+        classifiers: one per fold.
+    """
+
+    source_log_ratio: Tensor
+    target_log_ratio: Tensor
+    source_logit: Tensor
+    target_logit: Tensor
+    slope: float
+    mean_ratio: float
+    classifiers: Sequence[DomainClassifier] = field(repr=False)
+
+
+def fit_density_ratio(
+    source: Tensor,
+    target: Tensor,
+    *,
+    source_labels: Tensor | None = None,
+    target_labels: Tensor | None = None,
+    folds: int = 5,
+    width: int = 64,
+    depth: int = 2,
+    settings: Optimisation | None = None,
+    clip: float = 10.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> DensityRatio:
+    """Domain classifier on clean data (TGDP Algorithm 1), cross-fitted over folds.
+
+    Each fold's classifier is trained on the other folds with balanced batches and stopped early at its best balanced
+    held-out loss. The pooled held-out logits are then calibrated by one slope, and shifted so that the mean ratio over
+    the source is 1, which holds for the true ratio (E_p[r] = 1).
+
+    Args:
+        source, target: [M, ...], [N, ...].
+        source_labels, target_labels: rows [., K], for the ratio q(x, y) / p(x, y).
+        folds: reduced when there are fewer target samples.
+        width, depth, settings: of each classifier.
+        clip: log r is limited to [-clip, clip].
+        seed: of folds, weights and batches.
+        progress: show a bar per fold.
+    """
+    folds = min(check_integer("folds", folds, 2), len(target), len(source))
+    settings = settings or Optimisation(
+        steps=300, batch_size=256, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.9, warmup=10
+    )
+    generator = torch.Generator().manual_seed(seed)
+    source_fold = _stratified_folds(len(source), folds, source_labels, generator)
+    target_fold = _stratified_folds(len(target), folds, target_labels, generator)
+    source_logit, target_logit = torch.zeros(len(source)), torch.zeros(len(target))
+    classifiers = []
+    num_classes = 0 if source_labels is None else source_labels.shape[1]
+    for fold in range(folds):
+        held = [(source, source_labels, source_fold == fold), (target, target_labels, target_fold == fold)]
+        with seeded_initialisation(seed * 1009 + fold):
+            classifier = DomainClassifier(source[0].numel(), num_classes, width, depth).to(source.device)
+        _train_classifier(classifier, held, settings, seed * 1009 + fold, progress, f"classifier {fold + 1}/{folds}")
+        with torch.no_grad():
+            for logits, (x, y, rows) in zip((source_logit, target_logit), held, strict=True):
+                logits[rows] = classifier(x[rows], None if y is None else y[rows]).cpu()
+        classifiers.append(classifier)
+    slope = calibration_slope(source_logit, target_logit)
+    shift = torch.logsumexp(slope * source_logit.double(), 0).item() - math.log(len(source))
+    return DensityRatio(
+        source_log_ratio=(slope * source_logit - shift).clamp(-clip, clip),
+        target_log_ratio=(slope * target_logit - shift).clamp(-clip, clip),
+        source_logit=source_logit,
+        target_logit=target_logit,
+        slope=slope,
+        mean_ratio=math.exp(min(shift, 700.0)),
+        classifiers=classifiers,
+    )
+
+
+def _stratified_folds(count: int, folds: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Fold of each sample [count], sizes equal to within one, and so for each class where labels are given."""
+    order = torch.randperm(count, generator=generator)
+    if labels is not None:
+        order = order[torch.argsort(labels.argmax(1).cpu()[order], stable=True)]
+    result = torch.empty(count, dtype=torch.long)
+    result[order] = torch.arange(count) % folds
+    return result
+
+
+def _train_classifier(
+    classifier: DomainClassifier,
+    held: list[tuple[Tensor, Tensor | None, Tensor]],
+    settings: Optimisation,
+    seed: int,
+    progress: bool,
+    description: str,
+) -> None:
+    """Train on the rows not held out; keep the weights of the best balanced held-out loss."""
+    parts = [(x, y, torch.nonzero(~rows)[:, 0]) for x, y, rows in held]
+    batches = [Batches(len(rows), settings.batch_size) for _, _, rows in parts]
+    best = math.inf
+    best_state: dict[str, Tensor] = {}
+    count = 0
+
+    def logits(x: Tensor, y: Tensor | None, rows: Tensor) -> Tensor:
+        result: Tensor = classifier(x[rows], None if y is None else y[rows])
+        return result
+
+    def loss(generator: torch.Generator) -> Tensor:
+        nonlocal best, best_state, count
+        if count % 20 == 0:
+            with torch.no_grad():
+                value = logistic_loss(*(logits(x, y, rows) for x, y, rows in held)).item()
+            if value < best:
+                best, best_state = value, {k: v.clone() for k, v in classifier.state_dict().items()}
+        count += 1
+        drawn = [rows[batch.draw(generator)] for (_, _, rows), batch in zip(parts, batches, strict=True)]
+        return logistic_loss(*(logits(x, y, rows) for (x, y, _), rows in zip(parts, drawn, strict=True)))
+
+    optimise(classifier, loss, settings, seed=seed, progress=progress, description=description)
+    with torch.no_grad():
+        final = logistic_loss(*(logits(x, y, rows) for x, y, rows in held)).item()
+    if final > best:
+        classifier.load_state_dict(best_state)
+
+
+def calibration_slope(source_logit: Tensor, target_logit: Tensor) -> float:
+    """Factor in [0.03, 2] on held-out logits that minimises the balanced log loss."""
+    slopes = torch.logspace(math.log10(0.03), math.log10(2.0), 61, dtype=torch.float64)
+    losses = [logistic_loss(s * source_logit.double(), s * target_logit.double()).item() for s in slopes]
+    return float(slopes[int(torch.tensor(losses).argmin())])
+
+
+def effective_sample_size(log_weight: Tensor) -> float:
+    """(sum r)^2 / sum r^2 from log r [M]: how many source samples the ratio-weighted source is worth."""
+    weight = log_weight.double()
+    return float(torch.exp(2 * torch.logsumexp(weight, 0) - torch.logsumexp(2 * weight, 0)))
+
+
+def area_under_curve(negative: Tensor, positive: Tensor) -> float:
+    """P(score of a positive > score of a negative), ties one half: the area under the ROC curve."""
+    scores = torch.cat([negative, positive]).double()
+    values, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    rank = torch.cumsum(counts, 0).double() - (counts.double() - 1) / 2
+    total = rank[inverse][len(negative) :].sum().item()
+    n, m = len(positive), len(negative)
+    return (total - n * (n + 1) / 2) / (n * m)
+
+
+def calibration_error(source_log_ratio: Tensor, target_log_ratio: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of P(target | x) with both domains weighted one half, over equal-width bins."""
+    probability = torch.sigmoid(torch.cat([source_log_ratio, target_log_ratio]).double())
+    weight = torch.cat(
+        [
+            torch.full((len(source_log_ratio),), 0.5 / len(source_log_ratio), dtype=torch.float64),
+            torch.full((len(target_log_ratio),), 0.5 / len(target_log_ratio), dtype=torch.float64),
+        ]
+    )
+    is_target = torch.cat([torch.zeros(len(source_log_ratio)), torch.ones(len(target_log_ratio))]).double()
+    index = (probability * bins).long().clamp_max(bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weight * (probability - is_target))
+    return float(gap.abs().sum())
+
+
+def outside_fraction(source: Tensor, target: Tensor, *, quantile: float = 0.999, limit: int = 10_000) -> float:
+    """Share of target samples farther from the source than all but ``1 - quantile`` of source samples are from each
+    other.
+
+    Distances are Euclidean to the nearest source sample, features scaled by the source's standard deviation. Uses at
+    most ``limit`` source samples. A target that the source covers, even thinly, gives a small value.
+    """
+    source, target = source[:limit].flatten(1).float(), target.flatten(1).float()
+    spread = source.std(0).clamp_min(1e-6)
+    source, target = source / spread, target / spread
+    own = torch.empty(len(source))
+    for rows in torch.arange(len(source)).split(1000):
+        distance = torch.cdist(source[rows], source)
+        distance[torch.arange(len(rows)), rows] = math.inf
+        own[rows] = distance.min(1).values.cpu()
+    threshold = torch.quantile(own, quantile)
+    nearest = torch.cat([torch.cdist(part, source).min(1).values.cpu() for part in target.split(1000)])
+    return float((nearest > threshold).double().mean())
+
+
+@dataclass
+class TransferDiagnostics:
+    """Can the target be reached from the source, and did the ratio come out right?
+
+    Attributes:
+        num_source, num_target: sample counts.
+        auc: held-out area under the ROC curve of the domain classifier; 0.5: same domain, 1: separable.
+        calibration_error: held-out expected calibration error after calibration.
+        calibration_slope: factor put on the logits; 1 needs no correction.
+        effective_sample_size: of r over the source.
+        mean_ratio: E_p[r] before normalisation; should be near 1.
+        outside_fraction: see :func:`outside_fraction`.
+        mean_h: rows (t, E_p[h], its standard error) for the fitted guidance; E_p[h] = 1 when it is exact.
+        warnings: plain sentences; empty when nothing looks wrong.
+    """
+
+    num_source: int
+    num_target: int
+    auc: float
+    calibration_error: float
+    calibration_slope: float
+    effective_sample_size: float
+    mean_ratio: float
+    outside_fraction: float
+    mean_h: list[tuple[float, float, float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**vars(self), "mean_h": [list(row) for row in self.mean_h], "warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        share = self.effective_sample_size / self.num_source
+        lines = [
+            f"source {self.num_source} samples, target {self.num_target}",
+            f"domain classifier, held out: AUC {self.auc:.3f}, calibration error {self.calibration_error:.3f}, "
+            f"calibration slope {self.calibration_slope:.2f}",
+            f"effective sample size of the ratio: {self.effective_sample_size:.0f} of {self.num_source} ({share:.1%})",
+            f"mean ratio over the source: {self.mean_ratio:.2f} (1 when exact)",
+            f"target samples outside the source: {self.outside_fraction:.0%}",
+        ]
+        if self.mean_h:
+            lines.append("E_p[h] per t (1 when exact):")
+            lines += [f"  t = {t:8.4g}   {mean:6.3f} +- {error:.3f}" for t, mean, error in self.mean_h]
+        lines += [f"WARNING: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def diagnose(source: Tensor, target: Tensor, ratio: DensityRatio) -> TransferDiagnostics:
+    """Diagnostics of a density ratio on clean data. Sources: TGDP section 3 (coverage), standard importance
+    weighting.
+    """
+    size = effective_sample_size(ratio.source_log_ratio)
+    outside = outside_fraction(source, target)
+    auc = area_under_curve(ratio.source_logit, ratio.target_logit)
+    warnings = []
+    if outside > 0.34:
+        warnings.append(
+            f"the target lies outside the source: {outside:.0%} of the target samples are farther from the source than "
+            "source samples are from each other. TGDP re-weights what the source model can already produce; it cannot "
+            "create what is not there. Use a broader source, or fine-tune."
+        )
+    if size < 10:
+        warnings.append(
+            f"the density ratio rests on {size:.1f} effective source samples; expect samples of poor diversity, and do "
+            "not trust likelihoods. More source data near the target would help most."
+        )
+    if auc > 0.999 and len(target) >= 10:
+        warnings.append(
+            "the domains are perfectly separable for the classifier, so the ratio is not determined by the data; "
+            "compare guided samples with held-out target data before use."
+        )
+    return TransferDiagnostics(
+        num_source=len(source),
+        num_target=len(target),
+        auc=auc,
+        calibration_error=calibration_error(ratio.source_log_ratio, ratio.target_log_ratio),
+        calibration_slope=ratio.slope,
+        effective_sample_size=size,
+        mean_ratio=ratio.mean_ratio,
+        outside_fraction=outside,
+        warnings=warnings,
+    )

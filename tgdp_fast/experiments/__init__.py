@@ -1,0 +1,1 @@
+"""The paper's experiments and demonstrations, runnable from the command line."""

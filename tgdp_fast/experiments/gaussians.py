@@ -1,0 +1,261 @@
+"""The paper's simulation (section 4.1): two Gaussian mixtures for which everything is known in closed form."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgdp_fast import metrics
+from tgdp_fast._checks import check_choice, check_integer
+from tgdp_fast._version import __version__
+from tgdp_fast.baselines import fine_tune, train_vanilla
+from tgdp_fast.checkpoint import save_array
+from tgdp_fast.data.gaussians import exact_guidance, log_density_ratio, paper_source, paper_target
+from tgdp_fast.denoiser import Denoiser
+from tgdp_fast.experiments.results import Row, RowStore, markdown_table, mean_and_deviation, write_results
+from tgdp_fast.guidance import EpsilonModel, Guidance, GuidanceNetwork
+from tgdp_fast.sampling import sample
+from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.training import Optimisation, train_denoiser
+from tgdp_fast.transfer import fit_guidance
+from tgdp_fast.transfer_model import Stages
+
+#: Guidance fits by name: arguments of :func:`fit_guidance`. "tgdp" is the recommended setting, its defaults.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tgdp": {},
+    "tgdp/logistic": {"consistency": 0.0},
+    "tgdp/ratio_mse": {"loss": "ratio_mse", "consistency": 0.0},
+    "tgdp/poisson": {"loss": "poisson", "consistency": 0.0},
+    "tgdp/log_mse": {"loss": "log_mse", "consistency": 0.0},
+    "tgdp/algorithm_4": {"loss": "ratio_mse", "cycle": 1.0, "consistency": 1.0},
+}
+REFERENCES = ("target", "source", "oracle")
+BASELINES = ("vanilla", "finetune")
+METHODS = (*REFERENCES, *BASELINES, *VARIANTS)
+
+#: Cells of the plotted log-ratio, per axis, and the square that it covers.
+GRID = 81
+EXTENT = 1.6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run. Everything but ``jobs`` and ``progress`` belongs to the signature of a row."""
+
+    out: Path
+    num_target: tuple[int, ...] = (10, 100, 1000)
+    seeds: int = 5
+    methods: tuple[str, ...] = METHODS
+    num_source: int = 10_000
+    num_samples: int = 10_000
+    steps: int = 25
+    source_settings: Optimisation = field(
+        default_factory=lambda: Optimisation(steps=3000, batch_size=1024, learning_rate=2e-3, ema_decay=0.999)
+    )
+    jobs: int = 1
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for n in self.num_target:
+            check_integer("n", n, 2)
+        check_integer("seeds", self.seeds, 1)
+        check_integer("num_source", self.num_source, 10)
+        check_integer("num_samples", self.num_samples, 10)
+        check_integer("steps", self.steps, 1)
+        check_integer("jobs", self.jobs, 1)
+        for method in self.methods:
+            check_choice("methods", method, METHODS)
+
+    def signature(self) -> str:
+        """Identifies the settings that a row depends on."""
+        return json.dumps(
+            [__version__, self.num_source, self.num_samples, self.steps, asdict(self.source_settings)],
+            sort_keys=True,
+        )
+
+
+def run(plan: Plan) -> list[Row]:
+    """Run the plan, resuming finished rows; writes results.json, results.md and plots into ``plan.out``."""
+    plan.out.mkdir(parents=True, exist_ok=True)
+    source_model(plan)
+    tasks = [(plan, n, seed) for n in plan.num_target for seed in range(plan.seeds)]
+    if plan.jobs == 1:
+        rows = [row for task in tasks for row in run_draw(*task)]
+    else:
+        workers = min(plan.jobs, len(tasks))
+        threads = max(1, torch.get_num_threads() // workers)
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+            rows = [row for found in pool.map(run_draw, *zip(*tasks, strict=True)) for row in found]
+    write_results(plan.out, rows, report(rows, plan))
+    plot(plan)
+    return rows
+
+
+def source_model(plan: Plan) -> Denoiser:
+    """The source model, trained once and kept in ``<out>/source``."""
+    return Stages(plan.out / "source").run(
+        "denoiser",
+        plan.signature(),
+        lambda state_dir: train_denoiser(
+            paper_source().sample(plan.num_source, seed=0),
+            NoiseSchedule.vp_linear(),
+            settings=plan.source_settings,
+            progress=plan.progress,
+            description="source model",
+            state_dir=state_dir,
+        ),
+        Denoiser.save,
+        Denoiser.load,
+    )
+
+
+def run_draw(plan: Plan, n: int, seed: int) -> list[Row]:
+    """Every method on one draw of ``n`` target samples."""
+    store = RowStore(plan.out, plan.signature())
+    rows = []
+    for method in plan.methods:
+        name = f"n{n}-seed{seed}-{method}"
+        row = store.get(name)
+        if row is None:
+            row = run_method(plan, n, seed, method)
+            store.put(name, row)
+        if plan.progress:
+            print(
+                f"n = {n:5d}  seed {seed}  {method:18s}  SW2 {row['sw2']:.3f}  NLL {row['nll']:.3f}",
+                flush=True,
+            )
+        rows.append(row)
+    return rows
+
+
+def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
+    """Fit one method, sample, and measure against fresh target samples."""
+    q, schedule = paper_target(), NoiseSchedule.vp_linear()
+    target = q.sample(n, seed=1000 + seed)
+    denoiser: EpsilonModel = source_model(plan)
+    guidance: Guidance | None = None
+    started = time.perf_counter()
+    if method == "vanilla":
+        denoiser = train_vanilla(target, schedule, seed=seed, progress=plan.progress)
+    elif method == "finetune":
+        assert isinstance(denoiser, Denoiser)
+        denoiser = fine_tune(denoiser, target, seed=seed, progress=plan.progress)
+    elif method == "oracle":
+        guidance = exact_guidance(q, paper_source(), schedule)
+    elif method in VARIANTS:
+        arguments = {"diagnostics": False, **VARIANTS[method]}
+        fit = fit_guidance(
+            paper_source().sample(plan.num_source, seed=0),
+            target,
+            denoiser=denoiser,
+            seed=seed,
+            progress=plan.progress,
+            **arguments,
+        )
+        guidance = fit.guidance
+    fit_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    if method == "target":
+        samples = q.sample(plan.num_samples, seed=3000 + seed)
+    else:
+        samples = sample(denoiser, guidance, num=plan.num_samples, shape=(2,), steps=plan.steps, seed=seed)
+    sample_seconds = time.perf_counter() - started
+    if seed == 0:
+        _keep_for_plots(plan, n, method, samples, target, guidance)
+    fresh = q.sample(plan.num_samples, seed=2000 + seed)
+    return {
+        "n": n,
+        "seed": seed,
+        "method": method,
+        "sw2": metrics.sliced_wasserstein(samples, fresh),
+        "nll": metrics.negative_log_likelihood(q, samples),
+        "average_likelihood": metrics.average_likelihood(q, samples),
+        "mmd": metrics.mmd(samples, fresh),
+        "mode_mass": metrics.mode_mass(q, samples),
+        "fit_seconds": fit_seconds,
+        "sample_seconds": sample_seconds,
+    }
+
+
+def _keep_for_plots(
+    plan: Plan, n: int, method: str, samples: Tensor, target: Tensor, guidance: Guidance | None
+) -> None:
+    folder = plan.out / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"n{n}-{method.replace('/', '--')}"
+    save_array(folder / f"{stem}.npy", samples.numpy())
+    save_array(folder / f"n{n}-given.npy", target.numpy())
+    if isinstance(guidance, GuidanceNetwork):
+        with torch.no_grad():
+            learned = guidance.log_ratio(_grid(), guidance.schedule.t_min)
+        save_array(folder / f"{stem}-log-ratio.npy", learned.reshape(GRID, GRID).numpy())
+
+
+def _grid() -> Tensor:
+    """Points of the plotted square [GRID * GRID, 2], row by row from below."""
+    axis = torch.linspace(-EXTENT, EXTENT, GRID)
+    return torch.cartesian_prod(axis, axis).flip(1)
+
+
+def report(rows: Sequence[Row], plan: Plan) -> str:
+    """Markdown: mean and standard deviation over seeds, a table per number of target samples."""
+    columns: list[tuple[str, Callable[[Row], float | None]]] = [
+        ("SW2", lambda row: row["sw2"]),
+        ("NLL", lambda row: row["nll"]),
+        ("average likelihood", lambda row: row["average_likelihood"]),
+        ("MMD² · 10³", lambda row: None if row["mmd"] is None else 1e3 * row["mmd"]),
+        ("mass of mode 1", lambda row: row["mode_mass"][0]),
+        ("fit s", lambda row: row["fit_seconds"]),
+        ("sample s", lambda row: row["sample_seconds"]),
+    ]
+    text = [
+        "# Simulation of the paper, section 4.1\n",
+        f"{plan.num_source} source samples, {plan.num_samples} samples drawn with dpmpp_2m in {plan.steps} "
+        f"evaluations; mean ± standard deviation over {plan.seeds} draws of the target samples (half per mode). The "
+        f"target's entropy, the NLL of exact samples, is {paper_target().entropy():.3f}. SW2 is the sliced "
+        "Wasserstein-2 distance to fresh target samples (128 projections).\n",
+    ]
+    for n in plan.num_target:
+        body = []
+        for method in plan.methods:
+            found = [row for row in rows if row["n"] == n and row["method"] == method]
+            body.append([method, *(mean_and_deviation(value(row) for row in found) for _, value in columns)])
+        text += [f"## n = {n}\n", markdown_table(["method", *(name for name, _ in columns)], body)]
+    return "\n".join(text)
+
+
+def plot(plan: Plan) -> list[Path]:
+    """Samples of every method, and learned against exact log-ratios, for the first seed. Needs matplotlib."""
+    from tgdp_fast.experiments import figures
+
+    folder = plan.out / "samples"
+    given = {n: np.load(folder / f"n{n}-given.npy") for n in plan.num_target}
+    drawn = {
+        (n, method): np.load(folder / f"n{n}-{method.replace('/', '--')}.npy")
+        for n in plan.num_target
+        for method in plan.methods
+    }
+    source, q = paper_source(), paper_target()
+    schedule = NoiseSchedule.vp_linear()
+    alpha, sigma = schedule.alpha(schedule.t_min), schedule.sigma(schedule.t_min)
+    exact = log_density_ratio(q, source, _grid(), alpha, sigma).reshape(GRID, GRID).numpy()
+    ratios = {
+        (n, method): np.load(folder / f"n{n}-{method.replace('/', '--')}-log-ratio.npy")
+        for n in plan.num_target
+        for method in plan.methods
+        if method in VARIANTS
+    }
+    return [
+        figures.scatter_grid(plan.out / "samples.png", plan.num_target, plan.methods, drawn, given, EXTENT),
+        figures.ratio_grid(plan.out / "log_ratio.png", plan.num_target, exact, ratios, EXTENT),
+    ]

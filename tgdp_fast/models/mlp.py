@@ -1,0 +1,122 @@
+"""Fully connected score network, and the time and label inputs that it shares with the guidance network.
+
+Time and labels enter as a bias of the first layer and nowhere else. At sampling time they can therefore be computed
+once per evaluation (time) and once per run (labels), and one kernel serves the rest of the network.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tgdp_fast._checks import check_integer
+
+
+class TimeEmbedding(nn.Module):
+    """Half log-SNR -> first-layer bias: sinusoidal features, Linear, SiLU, Linear.
+
+    The half log-SNR (log alpha - log sigma) is the same quantity for every noise schedule, so a network keeps its
+    meaning when the schedule is discretised differently.
+
+    Args:
+        width: width of the bias that is produced.
+        num_frequencies: number of sine/cosine pairs, geometric between ``lowest`` and ``highest``.
+        lowest, highest: angular frequencies in radians per unit of half log-SNR.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, num_frequencies: int = 16, lowest: float = 0.1, highest: float = 3.0) -> None:
+        super().__init__()
+        exponents = torch.linspace(math.log(lowest), math.log(highest), num_frequencies)
+        self.register_buffer("frequencies", exponents.exp())
+        self.hidden = nn.Linear(2 * num_frequencies, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, half_log_snr: Tensor) -> Tensor:
+        """half_log_snr [B] -> bias [B, width]."""
+        angles = half_log_snr.to(self.frequencies.dtype)[:, None] * self.frequencies
+        features = torch.cat([angles.sin(), angles.cos()], dim=1)
+        result: Tensor = self.output(functional.silu(self.hidden(features)))
+        return result
+
+
+def encode_labels(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Class indices [B] (integer) or soft / multi-hot rows [B, num_classes] -> rows [B, num_classes] of ``dtype``.
+
+    Raises:
+        ValueError: an index outside 0..num_classes-1, or rows of another width.
+    """
+    if labels.ndim == 1 and not labels.is_floating_point():
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise ValueError(
+                f"labels must lie in 0..{num_classes - 1}, got values from {int(labels.min())} to {int(labels.max())}"
+            )
+        return functional.one_hot(labels.long(), num_classes).to(dtype)
+    if labels.ndim != 2 or labels.shape[1] != num_classes:
+        raise ValueError(
+            f"labels must be integer class indices [B] or rows [B, {num_classes}], got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    return labels.to(dtype)
+
+
+class ScoreMLP(nn.Module):
+    """SiLU network for vector data; takes the half log-SNR as its time input.
+
+    Args:
+        event_shape: shape of one sample; flattened inside.
+        width, depth: width and number of hidden layers.
+        num_classes: number of label classes; 0 for an unconditional network.
+
+    Shapes: ``forward(x [B, *event_shape], half_log_snr [B], labels=None) -> [B, *event_shape]``.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...] | list[int],
+        width: int = 256,
+        depth: int = 4,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        self.event_shape = tuple(check_integer("event_shape entries", size, 1) for size in event_shape)
+        self.width = check_integer("width", width, 1)
+        self.depth = check_integer("depth", depth, 1)
+        self.num_classes = check_integer("num_classes", num_classes, 0)
+        elements = math.prod(self.event_shape)
+        sizes = [elements] + [width] * depth
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.head = nn.Linear(width, elements)
+        self.time_embedding = TimeEmbedding(width)
+        self.label_embedding = nn.Linear(num_classes, width, bias=False) if num_classes else None
+        with torch.no_grad():  # Start from the prediction zero, which for v_prediction is the best linear denoiser.
+            self.head.weight.mul_(1e-2)
+            self.head.bias.zero_()
+
+    def to_config(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able."""
+        return {
+            "event_shape": list(self.event_shape),
+            "width": self.width,
+            "depth": self.depth,
+            "num_classes": self.num_classes,
+        }
+
+    def forward(self, x: Tensor, half_log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
+        bias = self.time_embedding(half_log_snr)
+        if self.label_embedding is not None:
+            if labels is None:
+                raise ValueError(f"labels are required: this network is conditional on {self.num_classes} classes")
+            bias = bias + self.label_embedding(encode_labels(labels, self.num_classes, bias.dtype))
+        elif labels is not None:
+            raise ValueError("labels were given, but this network is unconditional; build it with num_classes > 0")
+        hidden = functional.silu(self.layers[0](x.flatten(1)) + bias)
+        for layer in self.layers[1:]:
+            hidden = functional.silu(layer(hidden))
+        result: Tensor = self.head(hidden)
+        return result.reshape(x.shape)

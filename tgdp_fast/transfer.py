@@ -1,0 +1,320 @@
+"""Fitting the guidance network: Algorithms 1 to 4 of the paper in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgdp_fast._checks import check_choice, check_integer, check_number
+from tgdp_fast.denoiser import evaluation_mode
+from tgdp_fast.density_ratio import (
+    RATIO_LOSSES,
+    TransferDiagnostics,
+    diagnose,
+    fit_density_ratio,
+    logistic_loss,
+    ratio_loss,
+)
+from tgdp_fast.guidance import EpsilonModel, GuidanceNetwork, labels_for
+from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.training import (
+    TIME_DISTRIBUTIONS,
+    Batches,
+    Optimisation,
+    add_noise,
+    as_label_rows,
+    as_samples,
+    count_classes,
+    draw_times,
+    optimise,
+    seeded_initialisation,
+    signature_of,
+)
+
+
+@dataclass
+class GuidanceFit:
+    """What :func:`fit_guidance` returns.
+
+    Attributes:
+        guidance: the fitted network, in eval mode.
+        diagnostics: print it; read its ``warnings``. None when diagnostics were switched off.
+        history: training loss at about 100 steps.
+        config: the settings that were used, JSON-able.
+    """
+
+    guidance: GuidanceNetwork
+    diagnostics: TransferDiagnostics | None
+    history: list[float] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+
+
+def fit_guidance(
+    source: np.ndarray | Tensor,
+    target: np.ndarray | Tensor,
+    schedule: NoiseSchedule | None = None,
+    *,
+    denoiser: EpsilonModel | None = None,
+    source_labels: np.ndarray | Tensor | None = None,
+    target_labels: np.ndarray | Tensor | None = None,
+    num_classes: int | None = None,
+    loss: str = "logistic",
+    consistency: float | None = None,
+    cycle: float = 0.0,
+    width: int = 128,
+    depth: int = 4,
+    stem: str = "none",
+    settings: Optimisation | None = None,
+    time_distribution: str = "uniform",
+    diagnostics: bool = True,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    state_dir: str | os.PathLike[str] | None = None,
+) -> GuidanceFit:
+    """Fit log h(x, t[, y]), the log density ratio of target to source under noise (TGDP Algorithms 1 to 4).
+
+    ``loss="ratio_mse", cycle > 0, consistency > 0`` is the paper's Algorithm 4; ``cycle = consistency = 0`` its
+    Algorithm 3.
+
+    Args:
+        source, target: [M, ...], [N, ...], of about unit scale, in the coordinates of the denoiser.
+        schedule: of the source model; taken from ``denoiser`` when that is given.
+        denoiser: the frozen source model; needed for the consistency term.
+        source_labels, target_labels: class indices or rows; both or neither.
+        num_classes: default from the labels.
+        loss: "logistic" (time-dependent domain classifier), "ratio_mse", "poisson" or "log_mse" (regression on the
+            density ratio of a cross-fitted classifier on clean data).
+        consistency: weight of || epsilon_p - sigma_t grad log h - epsilon ||^2 on noised target samples; default 1 with
+            a denoiser, else 0.
+        cycle: weight of the cycle term, (h - h_c)^2 on noised target samples, h_c from a time-dependent classifier that
+            is trained first.
+        width, depth, stem: of the :class:`GuidanceNetwork`.
+        settings: of the optimisation; the default depends on the number of target samples.
+        time_distribution: of training times, "uniform" in t or in "logsnr".
+        diagnostics: also fit the clean-data classifier and report whether the target is within reach.
+        seed: of everything random.
+        device: where to fit.
+        progress, state_dir: see :func:`tgdp_fast.training.optimise`.
+
+    Returns:
+        A :class:`GuidanceFit`.
+
+    Raises:
+        ValueError: bad data, labels or settings, before any work.
+        TrainingDivergedError: a non-finite loss.
+    """
+    check_fit_arguments(loss=loss, consistency=consistency, cycle=cycle, time_distribution=time_distribution)
+    if consistency is None:
+        consistency = 1.0 if denoiser is not None else 0.0
+    if consistency > 0 and denoiser is None:
+        raise ValueError("denoiser must be given when consistency > 0: the term compares with the source model")
+    if denoiser is not None:
+        schedule = denoiser.schedule
+    schedule = schedule or NoiseSchedule.vp_linear()
+    x_source = as_samples("source", source, device)
+    x_target = as_samples("target", target, device)
+    if x_source.shape[1:] != x_target.shape[1:]:
+        raise ValueError(
+            f"target must hold samples of the source's shape {tuple(x_source.shape[1:])}, "
+            f"got {tuple(x_target.shape[1:])}"
+        )
+    if (source_labels is None) != (target_labels is None):
+        raise ValueError("source_labels and target_labels must be given together (or neither)")
+    classes = max(count_classes(source_labels, num_classes), count_classes(target_labels, num_classes))
+    y_source = as_label_rows("source_labels", source_labels, len(x_source), classes, x_source.device)
+    y_target = as_label_rows("target_labels", target_labels, len(x_target), classes, x_target.device)
+    settings = settings or default_settings(len(x_target))
+    data = _Data(x_source, y_source, x_target, y_target)
+
+    ratio = None
+    if diagnostics or loss != "logistic":
+        ratio = fit_density_ratio(
+            x_source,
+            x_target,
+            source_labels=y_source,
+            target_labels=y_target,
+            seed=seed,
+            progress=progress,
+        )
+
+    def new_network(salt: int) -> GuidanceNetwork:
+        with seeded_initialisation(seed + salt):
+            network = GuidanceNetwork(
+                tuple(x_source.shape[1:]), schedule, width=width, depth=depth, num_classes=classes, stem=stem
+            )
+        return network.to(x_source.device)
+
+    classifier = None
+    if cycle > 0:
+        classifier = new_network(7919)
+        objective = _objective(classifier, data, schedule, settings, time_distribution, "logistic")
+        optimise(
+            classifier,
+            objective,
+            settings,
+            seed=seed + 7919,
+            progress=progress,
+            description="time classifier",
+        )
+        classifier.requires_grad_(False)
+
+    network = new_network(0)
+    objective = _objective(
+        network,
+        data,
+        schedule,
+        settings,
+        time_distribution,
+        loss,
+        source_log_ratio=None if ratio is None else ratio.source_log_ratio.to(x_source.device),
+        consistency=consistency,
+        denoiser=denoiser,
+        cycle=cycle,
+        classifier=classifier,
+    )
+    config = {
+        "loss": loss,
+        "consistency": consistency,
+        "cycle": cycle,
+        "time_distribution": time_distribution,
+        "settings": asdict(settings),
+        "seed": seed,
+    }
+    history = optimise(
+        network,
+        objective,
+        settings,
+        seed=seed,
+        progress=progress,
+        description="guidance",
+        state_dir=state_dir,
+        signature=signature_of(x_source, x_target, y_source, y_target, repr(config)),
+    )
+    report = None
+    if diagnostics and ratio is not None:
+        report = diagnose(x_source, x_target, ratio)
+        report.mean_h = mean_h(network, x_source, labels=y_source, seed=seed)
+    return GuidanceFit(network, report, history, config)
+
+
+def check_fit_arguments(
+    *,
+    loss: str = "logistic",
+    consistency: float | None = None,
+    cycle: float = 0.0,
+    time_distribution: str = "uniform",
+    **_: Any,
+) -> None:
+    """Refuse bad arguments of :func:`fit_guidance` without doing anything, for callers that train something first.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    check_choice("loss", loss, RATIO_LOSSES)
+    check_choice("time_distribution", time_distribution, TIME_DISTRIBUTIONS)
+    check_number("cycle", cycle, 0.0)
+    if consistency is not None:
+        check_number("consistency", consistency, 0.0)
+
+
+def default_settings(num_target: int) -> Optimisation:
+    """Optimisation settings for ``num_target`` samples."""
+    check_integer("num_target", num_target, 1)
+    return Optimisation(steps=1500, batch_size=256, learning_rate=1e-3, weight_decay=0.1, ema_decay=0.998)
+
+
+@dataclass(frozen=True)
+class _Data:
+    x_source: Tensor
+    y_source: Tensor | None
+    x_target: Tensor
+    y_target: Tensor | None
+
+
+def _objective(
+    network: GuidanceNetwork,
+    data: _Data,
+    schedule: NoiseSchedule,
+    settings: Optimisation,
+    time_distribution: str,
+    loss: str,
+    *,
+    source_log_ratio: Tensor | None = None,
+    consistency: float = 0.0,
+    denoiser: EpsilonModel | None = None,
+    cycle: float = 0.0,
+    classifier: GuidanceNetwork | None = None,
+) -> Callable[[torch.Generator], Tensor]:
+    """The loss of Algorithms 2, 3 or 4 on fresh batches of both domains."""
+    source_batches = Batches(len(data.x_source), settings.batch_size)
+    target_batches = Batches(len(data.x_target), settings.batch_size)
+    needs_target = loss == "logistic" or consistency > 0 or cycle > 0
+
+    def value(generator: torch.Generator) -> Tensor:
+        rows = source_batches.draw(generator).to(data.x_source.device)
+        t = draw_times(schedule, len(rows), generator, time_distribution)
+        noised = add_noise(schedule, data.x_source[rows], t, generator)
+        f_source = network.log_ratio(noised.x, noised.t, _rows(data.y_source, rows))
+        total = f_source.new_zeros(())
+        if loss != "logistic":
+            assert source_log_ratio is not None
+            total = total + ratio_loss(loss, f_source, source_log_ratio[rows])
+        if not needs_target:
+            return total
+        rows = target_batches.draw(generator).to(data.x_target.device)
+        t = draw_times(schedule, len(rows), generator, time_distribution)
+        noised = add_noise(schedule, data.x_target[rows], t, generator)
+        labels = _rows(data.y_target, rows)
+        if consistency > 0:
+            f_target, gradient = network(noised.x, noised.t, labels)
+            assert denoiser is not None
+            with torch.no_grad(), evaluation_mode(denoiser):
+                epsilon_p = denoiser.epsilon(noised.x, noised.t, labels_for(denoiser, labels))
+            residual = epsilon_p - noised.sigma * gradient - noised.epsilon
+            total = total + consistency * residual.square().mean()
+        else:
+            f_target = network.log_ratio(noised.x, noised.t, labels)
+        if loss == "logistic":
+            total = total + logistic_loss(f_source, f_target)
+        if cycle > 0:
+            assert classifier is not None
+            with torch.no_grad():
+                h_classifier = classifier.log_ratio(noised.x, noised.t, labels).clamp_max(10.0).exp()
+            total = total + cycle * (f_target.clamp_max(10.0).exp() - h_classifier).square().mean()
+        return total
+
+    return value
+
+
+def _rows(labels: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if labels is None else labels[rows]
+
+
+def mean_h(
+    guidance: GuidanceNetwork,
+    source: Tensor,
+    *,
+    labels: Tensor | None = None,
+    num_times: int = 6,
+    limit: int = 4096,
+    seed: int = 0,
+) -> list[tuple[float, float, float]]:
+    """E_p[h(x_t, t)] at ``num_times`` times, with its standard error: rows (t, mean, error). 1 when h is exact."""
+    schedule = guidance.schedule
+    x0, y = source[:limit], None if labels is None else labels[:limit]
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for t in np.linspace(schedule.t_min, schedule.t_max, num_times):
+        t = float(np.round(t)) if schedule.is_discrete else float(t)
+        noised = add_noise(schedule, x0, torch.full((len(x0),), t), generator)
+        with torch.no_grad():
+            h = guidance.log_ratio(noised.x, t, y).double().clamp_max(50.0).exp()
+        rows.append((t, float(h.mean()), float(h.std() / len(h) ** 0.5)))
+    return rows
