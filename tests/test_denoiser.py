@@ -99,9 +99,7 @@ def test_labels_reach_the_network_and_wrapped_outputs_are_unwrapped() -> None:
         def forward(self, x: Tensor, time: Tensor) -> Any:
             return SimpleNamespace(sample=x + 1)
 
-    assert torch.equal(
-        Denoiser(Wrapped(), NoiseSchedule.cosine()).epsilon(torch.zeros(3, 2), 0.5), torch.ones(3, 2)
-    )
+    assert torch.equal(Denoiser(Wrapped(), NoiseSchedule.cosine()).epsilon(torch.zeros(3, 2), 0.5), torch.ones(3, 2))
 
 
 def test_save_and_load_give_the_same_predictions(tmp_path: Any) -> None:

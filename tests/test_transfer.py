@@ -97,7 +97,11 @@ def test_samples_move_to_the_target() -> None:
     denoiser = exact_denoiser(source, SCHEDULE)
     settings = Optimisation(steps=400, batch_size=256, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.99)
     fit = fit_guidance(
-        source.sample(10_000, seed=0), target.sample(200, seed=1), denoiser=denoiser, settings=settings, diagnostics=False
+        source.sample(10_000, seed=0),
+        target.sample(200, seed=1),
+        denoiser=denoiser,
+        settings=settings,
+        diagnostics=False,
     )
     fresh = target.sample(5000, seed=2)
     before = metrics.sliced_wasserstein(sample(denoiser, num=5000, seed=3), fresh)
@@ -221,7 +225,12 @@ X, Y = torch.zeros(20, 3).normal_(), torch.zeros(10, 3).normal_()
 @pytest.mark.parametrize(
     ("source", "target", "arguments", "message"),
     [
-        (X, Y, {"loss": "logistc"}, "loss must be one of log_mse, logistic, poisson, ratio_mse.*did you mean 'logistic'"),
+        (
+            X,
+            Y,
+            {"loss": "logistc"},
+            "loss must be one of log_mse, logistic, poisson, ratio_mse.*did you mean 'logistic'",
+        ),
         (X, Y, {"cycle": -1.0}, "cycle must be finite and in"),
         (X, Y, {"consistency": float("nan")}, "consistency must be finite"),
         (X, Y, {"time_distribution": "log"}, "time_distribution must be one of"),

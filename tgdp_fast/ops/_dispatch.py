@@ -125,13 +125,16 @@ def requested_backend(backend: str = "auto") -> str:
 
 
 # Context variables cannot be traced; while compiling, their value at that moment is the answer.
-@torch.compiler.assume_constant_result
 def _ambient_backend() -> str:
     override = _override.get()
     if override is not None:
         return override
     value = os.environ.get(_ENVIRONMENT) or "auto"
     return check_choice(f"environment variable {_ENVIRONMENT}", value, (*BACKENDS, "auto"), "set one or unset it")
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler with the package.
+_ambient_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Implementation:
