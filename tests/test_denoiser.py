@@ -84,8 +84,10 @@ def test_time_conventions() -> None:
     Denoiser(network, schedule, time_scale=1000.0, integer_time=True).epsilon(x, 0.25)
     Denoiser(network, schedule, time_input="half_log_snr").epsilon(x, 0.25)
     scaled, integer, half_log_snr = (time for time, _ in network.seen)
-    assert scaled.dtype == torch.float32 and scaled.tolist() == [250.0] * 3
-    assert integer.dtype == torch.int64 and integer.tolist() == [250] * 3
+    assert scaled.dtype == torch.float32
+    assert scaled.tolist() == [250.0] * 3
+    assert integer.dtype == torch.int64
+    assert integer.tolist() == [250] * 3
     assert half_log_snr.tolist() == pytest.approx([schedule.half_log_snr(0.25)] * 3, rel=1e-6)
 
 
@@ -109,7 +111,9 @@ def test_save_and_load_give_the_same_predictions(tmp_path: Any) -> None:
     loaded = Denoiser.load(tmp_path / "model")
     x, labels = torch.randn(6, 3, 5), torch.tensor([0, 1, 2, 3, 0, 1])
     assert torch.equal(denoiser.epsilon(x, 7.0, labels), loaded.epsilon(x, 7.0, labels))
-    assert loaded.schedule == schedule and loaded.event_shape == (3, 5) and loaded.num_classes == 4
+    assert loaded.schedule == schedule
+    assert loaded.event_shape == (3, 5)
+    assert loaded.num_classes == 4
     assert not loaded.network.training
 
 

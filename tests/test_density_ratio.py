@@ -57,7 +57,7 @@ def test_logistic_minimiser_is_the_log_ratio_whatever_the_sample_sizes() -> None
         # Elsewhere f is fixed at its own optimum, log(0.7 / 0.95); only f at the place varies.
         other = math.log(0.7 / 0.95)
 
-        def loss(f: Tensor, source: Tensor = source, target: Tensor = target) -> Tensor:
+        def loss(f: Tensor, source: Tensor = source, target: Tensor = target, other: float = other) -> Tensor:
             return logistic_loss(source * f + (1 - source) * other, target * f + (1 - target) * other)
 
         assert minimiser(loss) == pytest.approx(math.log(6.0), abs=1e-5)
@@ -68,7 +68,8 @@ def test_losses_do_not_overflow() -> None:
     for name in ("ratio_mse", "poisson"):
         value = ratio_loss(name, f, torch.tensor([1.0]))
         (gradient,) = torch.autograd.grad(value, f)
-        assert value.isfinite() and gradient.isfinite()
+        assert value.isfinite()
+        assert gradient.isfinite()
     with pytest.raises(ValueError, match="ratio_mse, poisson, log_mse"):
         ratio_loss("huber", f, f)
 
@@ -159,13 +160,15 @@ def test_labels_enter_the_ratio() -> None:
 
 def test_two_target_samples_are_enough_to_run() -> None:
     ratio = fit_density_ratio(torch.randn(30, 2), torch.randn(2, 2), settings=Optimisation(steps=5, batch_size=8))
-    assert len(ratio.classifiers) == 2 and ratio.target_log_ratio.isfinite().all()
+    assert len(ratio.classifiers) == 2
+    assert ratio.target_log_ratio.isfinite().all()
 
 
 def test_a_target_outside_the_source_is_said_plainly() -> None:
     source, target = torch.randn(500, 2), torch.randn(40, 2) + 20
     report = diagnose(source, target, fit_density_ratio(source, target, settings=SETTINGS))
-    assert report.outside_fraction == 1.0 and report.auc > 0.99
+    assert report.outside_fraction == 1.0
+    assert report.auc > 0.99
     assert any("the target lies outside the source: 100%" in text for text in report.warnings)
     assert "WARNING: the target lies outside the source" in str(report)
 

@@ -63,7 +63,8 @@ def test_training_through_the_gradient_has_the_right_derivative(
     (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
     expected = torch.autograd.grad(loss(value, gradient), parameters, allow_unused=True)
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours is not None and theirs is not None
+        assert ours is not None
+        assert theirs is not None
         assert torch.allclose(ours, theirs, atol=1e-10)
 
 
@@ -73,7 +74,8 @@ def test_a_float_time_equals_a_tensor_of_it() -> None:
     with torch.no_grad():
         one = network.log_ratio_and_grad(x, 0.25, labels)
         many = network.log_ratio_and_grad(x, torch.full((6,), 0.25, dtype=torch.float64), labels)
-    assert torch.allclose(one[0], many[0], atol=1e-12) and torch.allclose(one[1], many[1], atol=1e-12)
+    assert torch.allclose(one[0], many[0], atol=1e-12)
+    assert torch.allclose(one[1], many[1], atol=1e-12)
 
 
 def test_h_tends_to_one_at_high_noise() -> None:
@@ -82,12 +84,14 @@ def test_h_tends_to_one_at_high_noise() -> None:
     with torch.no_grad():
         value, gradient = network(100 * torch.randn(50, 2), schedule.t_max)
     # alpha at t_max is below 1e-4, and a network of this size gives at most a few hundred.
-    assert value.abs().max() < 0.05 and gradient.abs().max() < 1e-3
+    assert value.abs().max() < 0.05
+    assert gradient.abs().max() < 1e-3
 
 
 def test_paper_ecg_sizes() -> None:
     network = GuidanceNetwork((8, 1000), SCHEDULES["discrete"], width=512, depth=4, stem="ecg")
-    assert isinstance(network.stem, ECGStem) and network.stem.num_features == 3904
+    assert isinstance(network.stem, ECGStem)
+    assert network.stem.num_features == 3904
     assert network.layers[0].weight.shape == (512, 3904)
 
 
@@ -185,7 +189,8 @@ def test_clamp_bounds_the_predicted_sample() -> None:
     guided = exact(clamp=(-0.3, 0.2))
     alpha, sigma = guided.schedule.alpha(t), guided.schedule.sigma(t)
     x0 = (x - sigma * guided.epsilon(x, t)) / alpha
-    assert float(x0.min()) >= -0.3 - 1e-9 and float(x0.max()) <= 0.2 + 1e-9
+    assert float(x0.min()) >= -0.3 - 1e-9
+    assert float(x0.max()) <= 0.2 + 1e-9
     assert (x0.max() - 0.2).abs() < 1e-9  # The bound is active.
 
 

@@ -65,7 +65,7 @@ def test_every_solver_samples_the_target_with_many_steps(solver: str) -> None:
     denoiser, guidance = oracle()
     drawn = sample(denoiser, guidance, num=4000, solver=solver, steps=200, seed=1).double()
     target = paper_target()
-    # Moments of the target: mean 0 (+- 0.5/sqrt(4000) sigma), second moments 0.35 on and -0.25 off the diagonal. Standard
+    # Moments of the target: mean 0 (standard error 0.01), second moments 0.35 on and -0.25 off the diagonal. Standard
     # errors are below 0.009; four of them, plus 0.02 for the first-order solvers' discretisation.
     second = drawn.T @ drawn / len(drawn)
     assert torch.allclose(drawn.mean(0), torch.zeros(2, dtype=torch.float64), atol=0.04)
@@ -98,7 +98,8 @@ def test_samples_do_not_depend_on_the_batch_size(
     arguments: dict[str, Any] = {"solver": solver, "spacing": spacing, "steps": steps, "seed": 2**63 + 1}
     whole = sample(denoiser, guidance, num=28, **arguments)
     part = sample(denoiser, guidance, num=num, first_index=first_index, batch_size=batch_size, **arguments)
-    assert part.shape == (num, *shape) and part.dtype == torch.float32
+    assert part.shape == (num, *shape)
+    assert part.dtype == torch.float32
     # Matrix products of different heights may sum in another order: a few float32 roundings per layer and evaluation,
     # amplified by alpha ratios up to 150 on the way from t_max.
     expected = whole[first_index : first_index + num]
@@ -195,7 +196,8 @@ def test_no_autograd_graph_is_built() -> None:
 
     class Watching(nn.Module):
         def forward(self, x: Tensor, time: Tensor) -> Tensor:
-            assert not torch.is_grad_enabled() and not x.requires_grad
+            assert not torch.is_grad_enabled()
+            assert not x.requires_grad
             return torch.zeros_like(x)
 
     drawn = sample(Denoiser(Watching(), SCHEDULE), guidance, num=3, shape=(3,), steps=4)
@@ -284,7 +286,7 @@ def test_file_equals_sample_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     pass
 
 
@@ -298,7 +300,7 @@ class Interrupting(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         if self.left <= 0:
-            raise Interrupted
+            raise InterruptedRunError
         self.left -= 1
         self.rows += len(x)
         return 0.3 * x
@@ -307,7 +309,7 @@ class Interrupting(nn.Module):
 def test_an_interrupted_file_resumes_where_it_was(tmp_path: Path) -> None:
     options: dict[str, Any] = {"num": 20, "shape": (2,), "steps": 4, "block_size": 6, "seed": 8}
     path = tmp_path / "x.npy"
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         sample_to_file(path, Denoiser(Interrupting(10), SCHEDULE), **options)
     assert not path.exists()
     again = Interrupting(math.inf)
@@ -320,7 +322,7 @@ def test_an_interrupted_file_resumes_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"seed": 9}, {"steps": 3}, {"signature": "other model"}, {"num": 21}])
 def test_blocks_of_another_run_are_not_used(tmp_path: Path, change: dict[str, Any]) -> None:
     options: dict[str, Any] = {"num": 20, "shape": (2,), "steps": 4, "block_size": 6, "seed": 8}
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         sample_to_file(tmp_path / "x.npy", Denoiser(Interrupting(10), SCHEDULE), **options)
     options |= change
     again = Interrupting(math.inf)

@@ -41,7 +41,7 @@ def test_it_minimises() -> None:
     assert not module.training
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -58,11 +58,11 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, stop: int) -> 
         nonlocal calls
         calls += 1
         if calls > stop:
-            raise Killed
+            raise KilledError
         return inner(generator)
 
     options: dict[str, Any] = {"seed": 3, "state_dir": tmp_path / "state", "signature": "s", "save_every": -1.0}
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         optimise(module, dying, QUICK, **options)
     again = linear()
     steps = 0
@@ -75,7 +75,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, stop: int) -> 
 
     history = optimise(again, counting, QUICK, **options)
     assert steps == QUICK.steps - stop
-    assert torch.equal(again.weight, whole.weight) and torch.equal(again.bias, whole.bias)
+    assert torch.equal(again.weight, whole.weight)
+    assert torch.equal(again.bias, whole.bias)
     assert history == whole_history
     assert not (tmp_path / "state").exists()
 
@@ -90,11 +91,11 @@ def test_a_state_of_another_run_is_not_resumed(tmp_path: Path, change: dict[str,
         nonlocal calls
         calls += 1
         if calls > 20:
-            raise Killed
+            raise KilledError
         return inner(generator)
 
     options: dict[str, Any] = {"settings": QUICK, "seed": 3, "signature": "s"}
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         optimise(module, dying, state_dir=tmp_path / "state", save_every=-1.0, **options)
     options |= change
     fresh, resumed = linear(), linear()
@@ -146,7 +147,8 @@ def test_times_lie_in_the_range(count: int, schedule: NoiseSchedule, distributio
     times = draw_times(schedule, count, torch.Generator().manual_seed(seed), distribution).double()
     assert times.shape == (count,)
     # float32 times may round past a bound that is not a float32 number.
-    assert float(times.min()) >= schedule.t_min * (1 - 1e-6) and float(times.max()) <= schedule.t_max * (1 + 1e-6)
+    assert float(times.min()) >= schedule.t_min * (1 - 1e-6)
+    assert float(times.max()) <= schedule.t_max * (1 + 1e-6)
     if schedule.is_discrete:
         assert torch.equal(times, times.round())
 
@@ -174,7 +176,9 @@ def test_discrete_times_reach_both_ends_equally() -> None:
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 100), seed=st.integers(0, 2**31))
 def test_small_sets_are_used_evenly(count: int, batch_size: int, seed: int) -> None:
     rows = Batches(count, batch_size).draw(torch.Generator().manual_seed(seed))
-    assert rows.shape == (batch_size,) and 0 <= int(rows.min()) and int(rows.max()) < count
+    assert rows.shape == (batch_size,)
+    assert int(rows.min()) >= 0
+    assert int(rows.max()) < count
     if batch_size >= count:
         counts = torch.bincount(rows, minlength=count)
         assert int(counts.max() - counts.min()) <= 1
@@ -235,13 +239,16 @@ def test_fine_tuning_copies_the_source_and_moves_towards_the_target() -> None:
     tuned = fine_tune(source, torch.randn(20, 2) + 1, settings=QUICK)
     assert all(torch.equal(a, b) for a, b in zip(weights, source.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights, tuned.parameters(), strict=True))
-    assert tuned.schedule == source.schedule and tuned.prediction == source.prediction
+    assert tuned.schedule == source.schedule
+    assert tuned.prediction == source.prediction
 
 
 def test_vanilla_is_a_denoiser_of_the_target_alone() -> None:
     schedule = NoiseSchedule.cosine()
     denoiser = train_vanilla(torch.randn(20, 4), schedule, settings=QUICK, width=8)
-    assert isinstance(denoiser.network, ScoreMLP) and denoiser.schedule == schedule and denoiser.event_shape == (4,)
+    assert isinstance(denoiser.network, ScoreMLP)
+    assert denoiser.schedule == schedule
+    assert denoiser.event_shape == (4,)
 
 
 def test_discrete_schedules_train_on_integer_steps() -> None:

@@ -67,7 +67,8 @@ def test_every_algorithm_finds_the_exact_ratio(arguments: dict[str, Any], bounds
         **arguments,
     )
     value, gradient = error_of(fit)
-    assert value < bounds[0] and gradient < bounds[1]
+    assert value < bounds[0]
+    assert gradient < bounds[1]
 
 
 def test_log_mse_is_biased_low_as_stated() -> None:
@@ -107,7 +108,8 @@ def test_samples_move_to_the_target() -> None:
     before = metrics.sliced_wasserstein(sample(denoiser, num=5000, seed=3), fresh)
     after = metrics.sliced_wasserstein(sample(denoiser, fit.guidance, num=5000, seed=3), fresh)
     # The source is 0.25 away. A perfect fit to 200 samples is off by about 0.03.
-    assert before > 0.2 and after < 0.09
+    assert before > 0.2
+    assert after < 0.09
 
 
 def test_conditional_transfer() -> None:
@@ -137,7 +139,8 @@ def test_conditional_transfer() -> None:
 
 def test_without_a_denoiser_there_is_no_consistency_term() -> None:
     fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), settings=TINY, diagnostics=False)
-    assert fit.config["consistency"] == 0.0 and fit.guidance.schedule == NoiseSchedule.vp_linear()
+    assert fit.config["consistency"] == 0.0
+    assert fit.guidance.schedule == NoiseSchedule.vp_linear()
     with pytest.raises(ValueError, match="denoiser must be given when consistency > 0"):
         fit_guidance(torch.randn(50, 2), torch.randn(10, 2), consistency=1.0, settings=TINY)
 
@@ -161,7 +164,8 @@ def test_mean_h_is_one_for_an_untrained_guidance_and_exact_for_a_constant() -> N
         network.layers[-1].bias.fill_(0.5)  # type: ignore[union-attr,operator]
     for t, mean, error in mean_h(network, torch.randn(100, 2)):
         value, _ = network.log_ratio_and_grad(torch.zeros(1, 2), t)
-        assert mean == pytest.approx(math.exp(float(value)), rel=1e-5) and error == pytest.approx(0.0, abs=1e-6)
+        assert mean == pytest.approx(math.exp(float(value)), rel=1e-5)
+        assert error == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_same_seed_gives_the_same_guidance_and_keeps_the_denoiser() -> None:
@@ -169,7 +173,8 @@ def test_the_same_seed_gives_the_same_guidance_and_keeps_the_denoiser() -> None:
     denoiser = exact_denoiser(paper_source(), SCHEDULE)
     fits = [fit_guidance(x, y, denoiser=denoiser, settings=TINY, seed=s, diagnostics=False) for s in (1, 1, 2)]
     weights = [torch.cat([p.flatten() for p in fit.guidance.parameters()]) for fit in fits]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_images_and_the_ecg_stem_fit_too() -> None:
@@ -181,10 +186,11 @@ def test_images_and_the_ecg_stem_fit_too() -> None:
 def test_discrete_schedule() -> None:
     schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 50))
     fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), schedule, settings=TINY)
-    assert fit.diagnostics is not None and all(t == round(t) for t, *_ in fit.diagnostics.mean_h)
+    assert fit.diagnostics is not None
+    assert all(t == round(t) for t, *_ in fit.diagnostics.mean_h)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -199,7 +205,7 @@ def test_a_killed_fit_resumes_to_the_same_guidance(tmp_path: Path, monkeypatch: 
     real = training._save_state
     monkeypatch.setattr(training, "_save_state", lambda *a: (real(*a), _kill(a[2] == 13)))
     monkeypatch.setattr("tgdp_fast.training.time.monotonic", iter(range(0, 10**6, 1000)).__next__)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit_guidance(x, y, state_dir=tmp_path / "s", **options)
     monkeypatch.setattr(training, "_save_state", real)
     resumed = fit_guidance(x, y, state_dir=tmp_path / "s", **options)
@@ -209,7 +215,7 @@ def test_a_killed_fit_resumes_to_the_same_guidance(tmp_path: Path, monkeypatch: 
 
 def _kill(now: bool) -> None:
     if now:
-        raise Killed
+        raise KilledError
 
 
 def test_default_settings_depend_on_the_number_of_samples() -> None:
