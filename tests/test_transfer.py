@@ -19,7 +19,7 @@ from tgdp_fast.data.gaussians import (
     paper_source,
     paper_target,
 )
-from tgdp_fast.transfer import default_settings, mean_h
+from tgdp_fast.transfer import defaults_for, mean_h
 
 SCHEDULE = NoiseSchedule.vp_linear()
 #: One dimension; E_p[r^2] = e^0.36, so that every loss has something to hold on to.
@@ -218,11 +218,12 @@ def _kill(now: bool) -> None:
         raise KilledError
 
 
-def test_default_settings_depend_on_the_number_of_samples() -> None:
-    for n in (1, 10, 100, 1000, 10_000):
-        assert isinstance(default_settings(n), Optimisation)
+def test_defaults_regularise_more_when_there_are_fewer_samples() -> None:
+    decays = [defaults_for(n).settings.weight_decay for n in (1, 10, 100, 1000, 10_000)]
+    assert decays == sorted(decays, reverse=True)
+    assert decays[0] > decays[-1]
     with pytest.raises(ValueError, match="num_target"):
-        default_settings(0)
+        defaults_for(0)
 
 
 X, Y = torch.zeros(20, 3).normal_(), torch.zeros(10, 3).normal_()

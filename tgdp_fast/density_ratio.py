@@ -43,13 +43,15 @@ def ratio_loss(name: str, log_ratio: Tensor, target_log_ratio: Tensor) -> Tensor
     raise ValueError(f"loss must be one of ratio_mse, poisson, log_mse here, got {name!r}")
 
 
-def logistic_loss(source_log_ratio: Tensor, target_log_ratio: Tensor) -> Tensor:
+def logistic_loss(source_log_ratio: Tensor, target_log_ratio: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Balanced cross-entropy of the domain, f = -logit c = log q/p (TGDP Algorithms 1 and 2).
 
     Each domain counts one half whatever its number of samples, so the minimiser is the log ratio with no offset.
-    Shapes: [A], [B] -> scalar.
+    ``smoothing`` is the probability with which each label is taken to be wrong (label smoothing): it bounds the
+    minimiser, |f| <= log((1 - smoothing) / smoothing). Shapes: [A], [B] -> scalar.
     """
-    return 0.5 * (functional.softplus(source_log_ratio).mean() + functional.softplus(-target_log_ratio).mean())
+    plain = functional.softplus(source_log_ratio).mean() + functional.softplus(-target_log_ratio).mean()
+    return 0.5 * (plain + smoothing * (target_log_ratio.mean() - source_log_ratio.mean()))
 
 
 class DomainClassifier(nn.Module):

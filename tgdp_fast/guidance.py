@@ -83,14 +83,16 @@ class ECGStem(nn.Module):
 class GuidanceNetwork(nn.Module):
     """log h(x, t[, y]) as an MLP, h = exp(f) > 0, so that the guidance gradient is simply grad f.
 
-    f = alpha_t * (w . a_L + c), a_l = silu(W_l a_{l-1} + b_l); time and labels add to the first bias. The factor
-    alpha_t builds in that h -> 1 as alpha_t -> 0 (TGDP Theorem 3.1 and section 3.2; Theorem 3.3 for labels).
+    f = alpha_t^k (w . a_L + c), a_l = silu(W_l a_{l-1} + b_l); time and labels add to the first bias. The factor
+    alpha_t^k builds in that h -> 1 as alpha_t -> 0 (TGDP Theorem 3.1 and section 3.2; Theorem 3.3 for labels).
 
     Args:
         event_shape: shape of one sample.
         schedule: noise schedule; gives alpha_t and the half log-SNR of a time.
         width, depth: hidden layers (the paper: 4 x 512).
         num_classes: label classes; 0 for an unconditional network.
+        alpha_power: k; a larger one is a stronger prior towards no guidance at high noise, which helps with few
+            target samples.
         stem: "none", or "ecg" for the two linear convolutions of the paper's ECG network.
 
     Raises:
@@ -105,6 +107,7 @@ class GuidanceNetwork(nn.Module):
         width: int = 128,
         depth: int = 4,
         num_classes: int = 0,
+        alpha_power: float = 1.0,
         stem: str = "none",
     ) -> None:
         super().__init__()
@@ -113,6 +116,7 @@ class GuidanceNetwork(nn.Module):
         self.width = check_integer("width", width, 1)
         self.depth = check_integer("depth", depth, 1)
         self.num_classes = check_integer("num_classes", num_classes, 0)
+        self.alpha_power = check_number("alpha_power", alpha_power, 0.0)
         self.stem_name = check_choice("stem", stem, STEMS)
         self.stem = ECGStem(self.event_shape) if stem == "ecg" else None
         features = self.stem.num_features if self.stem is not None else math.prod(self.event_shape)
@@ -169,7 +173,9 @@ class GuidanceNetwork(nn.Module):
         return self._alpha(t, value) * value
 
     def _alpha(self, t: float | Tensor, like: Tensor) -> float | Tensor:
-        return self.schedule.alpha(t).to(like) if isinstance(t, Tensor) else self.schedule.alpha(float(t))
+        if isinstance(t, Tensor):
+            return self.schedule.alpha(t).to(like) ** self.alpha_power
+        return float(self.schedule.alpha(float(t)) ** self.alpha_power)
 
     def log_ratio_and_grad(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The :class:`Guidance` protocol: (log h [B], grad_x log h [B, *event_shape])."""
@@ -184,6 +190,7 @@ class GuidanceNetwork(nn.Module):
             "width": self.width,
             "depth": self.depth,
             "num_classes": self.num_classes,
+            "alpha_power": self.alpha_power,
             "stem": self.stem_name,
         }
 

@@ -69,6 +69,8 @@ def fit_guidance(
     cycle: float = 0.0,
     width: int = 128,
     depth: int = 4,
+    alpha_power: float | None = None,
+    label_smoothing: float | None = None,
     stem: str = "none",
     settings: Optimisation | None = None,
     time_distribution: str = "uniform",
@@ -95,8 +97,10 @@ def fit_guidance(
             a denoiser, else 0.
         cycle: weight of the cycle term, (h - h_c)^2 on noised target samples, h_c from a time-dependent classifier that
             is trained first.
-        width, depth, stem: of the :class:`GuidanceNetwork`.
-        settings: of the optimisation; the default depends on the number of target samples.
+        width, depth, alpha_power, stem: of the :class:`GuidanceNetwork`.
+        label_smoothing: of the logistic loss.
+        settings: of the optimisation. This, ``alpha_power`` and ``label_smoothing`` have defaults that depend on the
+            number of target samples, see :func:`defaults_for`.
         time_distribution: of training times, "uniform" in t or in "logsnr".
         diagnostics: also fit the clean-data classifier and report whether the target is within reach.
         seed: of everything random.
@@ -110,7 +114,14 @@ def fit_guidance(
         ValueError: bad data, labels or settings, before any work.
         TrainingDivergedError: a non-finite loss.
     """
-    check_fit_arguments(loss=loss, consistency=consistency, cycle=cycle, time_distribution=time_distribution)
+    check_fit_arguments(
+        loss=loss,
+        consistency=consistency,
+        cycle=cycle,
+        time_distribution=time_distribution,
+        alpha_power=alpha_power,
+        label_smoothing=label_smoothing,
+    )
     if consistency is None:
         consistency = 1.0 if denoiser is not None else 0.0
     if consistency > 0 and denoiser is None:
@@ -130,7 +141,11 @@ def fit_guidance(
     classes = max(count_classes(source_labels, num_classes), count_classes(target_labels, num_classes))
     y_source = as_label_rows("source_labels", source_labels, len(x_source), classes, x_source.device)
     y_target = as_label_rows("target_labels", target_labels, len(x_target), classes, x_target.device)
-    settings = settings or default_settings(len(x_target))
+    defaults = defaults_for(len(x_target))
+    settings = settings or defaults.settings
+    if alpha_power is None:
+        alpha_power = 1.0 if mean_shift(x_source, x_target) > 4.0 else defaults.alpha_power
+    label_smoothing = defaults.label_smoothing if label_smoothing is None else label_smoothing
     data = _Data(x_source, y_source, x_target, y_target)
 
     ratio = None
@@ -147,14 +162,22 @@ def fit_guidance(
     def new_network(salt: int) -> GuidanceNetwork:
         with seeded_initialisation(seed + salt):
             network = GuidanceNetwork(
-                tuple(x_source.shape[1:]), schedule, width=width, depth=depth, num_classes=classes, stem=stem
+                tuple(x_source.shape[1:]),
+                schedule,
+                width=width,
+                depth=depth,
+                num_classes=classes,
+                alpha_power=alpha_power,
+                stem=stem,
             )
         return network.to(x_source.device)
 
     classifier = None
     if cycle > 0:
         classifier = new_network(7919)
-        objective = _objective(classifier, data, schedule, settings, time_distribution, "logistic")
+        objective = _objective(
+            classifier, data, schedule, settings, time_distribution, "logistic", label_smoothing=label_smoothing
+        )
         optimise(
             classifier,
             objective,
@@ -178,12 +201,15 @@ def fit_guidance(
         denoiser=denoiser,
         cycle=cycle,
         classifier=classifier,
+        label_smoothing=label_smoothing,
     )
     config = {
         "loss": loss,
         "consistency": consistency,
         "cycle": cycle,
         "time_distribution": time_distribution,
+        "label_smoothing": label_smoothing,
+        "network": network.to_config(),
         "settings": asdict(settings),
         "seed": seed,
     }
@@ -210,6 +236,8 @@ def check_fit_arguments(
     consistency: float | None = None,
     cycle: float = 0.0,
     time_distribution: str = "uniform",
+    alpha_power: float | None = None,
+    label_smoothing: float | None = None,
     **_: Any,
 ) -> None:
     """Refuse bad arguments of :func:`fit_guidance` without doing anything, for callers that train something first.
@@ -220,14 +248,49 @@ def check_fit_arguments(
     check_choice("loss", loss, RATIO_LOSSES)
     check_choice("time_distribution", time_distribution, TIME_DISTRIBUTIONS)
     check_number("cycle", cycle, 0.0)
+    if alpha_power is not None:
+        check_number("alpha_power", alpha_power, 0.0)
+    if label_smoothing is not None:
+        check_number("label_smoothing", label_smoothing, 0.0, 0.49)
     if consistency is not None:
         check_number("consistency", consistency, 0.0)
 
 
-def default_settings(num_target: int) -> Optimisation:
-    """Optimisation settings for ``num_target`` samples."""
+def mean_shift(source: Tensor, target: Tensor) -> float:
+    """Squared difference of the means [M, ...], [N, ...] in squared standard errors, averaged over features; 1 for no
+    shift.
+
+    At high noise log h is alpha_t times the shift's inner product with x_t, plus terms of order alpha_t^2: with a
+    shift, an ``alpha_power`` above 1 would suppress the part of the guidance that moves the mean.
+    """
+    x, y = source.flatten(1).double(), target.flatten(1).double()
+    error = (x.std(0) * (1 / len(x) + 1 / len(y)) ** 0.5).clamp_min(1e-12)
+    return float(((x.mean(0) - y.mean(0)) / error).square().mean())
+
+
+@dataclass(frozen=True)
+class FitDefaults:
+    """What :func:`fit_guidance` chooses by the number of target samples."""
+
+    settings: Optimisation
+    alpha_power: float
+    label_smoothing: float
+
+
+def defaults_for(num_target: int) -> FitDefaults:
+    """Settings for ``num_target`` samples: the fewer there are, the stronger the priors towards a smooth, small log h.
+
+    Chosen on the paper's simulation (section 4.1).
+    """
     check_integer("num_target", num_target, 1)
-    return Optimisation(steps=1500, batch_size=256, learning_rate=1e-3, weight_decay=0.1, ema_decay=0.998)
+    if num_target < 50:
+        settings = Optimisation(steps=300, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.995)
+        return FitDefaults(settings, alpha_power=4.0, label_smoothing=0.1)
+    if num_target < 500:
+        settings = Optimisation(steps=1500, batch_size=256, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.995)
+        return FitDefaults(settings, alpha_power=4.0, label_smoothing=0.0)
+    settings = Optimisation(steps=4000, batch_size=256, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.998)
+    return FitDefaults(settings, alpha_power=2.0, label_smoothing=0.0)
 
 
 @dataclass(frozen=True)
@@ -251,6 +314,7 @@ def _objective(
     denoiser: EpsilonModel | None = None,
     cycle: float = 0.0,
     classifier: GuidanceNetwork | None = None,
+    label_smoothing: float = 0.0,
 ) -> Callable[[torch.Generator], Tensor]:
     """The loss of Algorithms 2, 3 or 4 on fresh batches of both domains."""
     source_batches = Batches(len(data.x_source), settings.batch_size)
@@ -282,7 +346,7 @@ def _objective(
         else:
             f_target = network.log_ratio(noised.x, noised.t, labels)
         if loss == "logistic":
-            total = total + logistic_loss(f_source, f_target)
+            total = total + logistic_loss(f_source, f_target, smoothing=label_smoothing)
         if cycle > 0:
             assert classifier is not None
             with torch.no_grad():
