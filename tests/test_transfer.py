@@ -164,7 +164,7 @@ def test_mean_h_is_one_for_an_untrained_guidance_and_exact_for_a_constant() -> N
         network.layers[-1].bias.fill_(0.5)  # type: ignore[union-attr,operator]
     for t, mean, error in mean_h(network, torch.randn(100, 2)):
         value, _ = network.log_ratio_and_grad(torch.zeros(1, 2), t)
-        assert mean == pytest.approx(math.exp(float(value)), rel=1e-5)
+        assert mean == pytest.approx(math.exp(float(value.detach())), rel=1e-5)
         assert error == pytest.approx(0.0, abs=1e-6)
 
 
@@ -216,6 +216,18 @@ def test_a_killed_fit_resumes_to_the_same_guidance(tmp_path: Path, monkeypatch: 
 def _kill(now: bool) -> None:
     if now:
         raise KilledError
+
+
+def test_a_shift_of_the_mean_chooses_the_first_power_of_alpha() -> None:
+    x, y = torch.randn(500, 3), torch.randn(40, 3)
+    still = fit_guidance(x, y - y.mean(0) + x.mean(0), settings=TINY, diagnostics=False)
+    moved = fit_guidance(x, y + 1.0, settings=TINY, diagnostics=False)
+    assert still.guidance.alpha_power == defaults_for(40).alpha_power > 1.0
+    assert moved.guidance.alpha_power == 1.0
+    # Classes that move in opposite directions leave the overall mean where it was.
+    labels = {"source_labels": np.arange(500) % 2, "target_labels": np.arange(40) % 2}
+    opposite = y - y.mean(0) + torch.from_numpy(np.where(np.arange(40) % 2 == 0, -1.0, 1.0)).float()[:, None]
+    assert fit_guidance(x, opposite, settings=TINY, diagnostics=False, **labels).guidance.alpha_power == 1.0
 
 
 def test_defaults_regularise_more_when_there_are_fewer_samples() -> None:

@@ -141,12 +141,12 @@ def fit_guidance(
     classes = max(count_classes(source_labels, num_classes), count_classes(target_labels, num_classes))
     y_source = as_label_rows("source_labels", source_labels, len(x_source), classes, x_source.device)
     y_target = as_label_rows("target_labels", target_labels, len(x_target), classes, x_target.device)
+    data = _Data(x_source, y_source, x_target, y_target)
     defaults = defaults_for(len(x_target))
     settings = settings or defaults.settings
     if alpha_power is None:
-        alpha_power = 1.0 if mean_shift(x_source, x_target) > 4.0 else defaults.alpha_power
+        alpha_power = 1.0 if _means_differ(data) else defaults.alpha_power
     label_smoothing = defaults.label_smoothing if label_smoothing is None else label_smoothing
-    data = _Data(x_source, y_source, x_target, y_target)
 
     ratio = None
     if diagnostics or loss != "logistic":
@@ -257,15 +257,29 @@ def check_fit_arguments(
 
 
 def mean_shift(source: Tensor, target: Tensor) -> float:
-    """Squared difference of the means [M, ...], [N, ...] in squared standard errors, averaged over features; 1 for no
-    shift.
+    """Squared difference of the means of [M, ...] and [N, ...] in squared standard errors, averaged over features.
 
-    At high noise log h is alpha_t times the shift's inner product with x_t, plus terms of order alpha_t^2: with a
-    shift, an ``alpha_power`` above 1 would suppress the part of the guidance that moves the mean.
+    1 is expected without a shift.
     """
     x, y = source.flatten(1).double(), target.flatten(1).double()
     error = (x.std(0) * (1 / len(x) + 1 / len(y)) ** 0.5).clamp_min(1e-12)
     return float(((x.mean(0) - y.mean(0)) / error).square().mean())
+
+
+def _means_differ(data: _Data, threshold: float = 4.0) -> bool:
+    """Whether the domains' means differ, in any class where there are labels.
+
+    At high noise log h is alpha_t times the inner product of the shift and x_t, plus terms of order alpha_t^2. With a
+    shift, an ``alpha_power`` above 1 would suppress the part of the guidance that moves the mean.
+    """
+    if data.y_source is None or data.y_target is None:
+        return mean_shift(data.x_source, data.x_target) > threshold
+    source_class, target_class = data.y_source.argmax(1), data.y_target.argmax(1)
+    parts = (
+        (data.x_source[source_class == label], data.x_target[target_class == label])
+        for label in range(data.y_source.shape[1])
+    )
+    return any(mean_shift(x, y) > threshold for x, y in parts if len(x) > 1 and len(y) > 1)
 
 
 @dataclass(frozen=True)
