@@ -18,7 +18,7 @@ KEYS = ["n", "seed", "method", "sw2", "nll", "average_likelihood", "mmd", "mode_
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch, quick_ratio: None) -> None:
     """Every fit a few steps long."""
     for module in (gaussians, digits):
         for name in ("train_vanilla", "fine_tune", "fit_guidance"):

@@ -102,8 +102,9 @@ def image_grid(path: Path, groups: Mapping[str, np.ndarray], shape: tuple[int, i
     plt = pyplot()
     figure, axes = plt.subplots(len(groups), 1, figsize=(8.0, 1.3 * len(groups)), squeeze=False, layout="constrained")
     for axis, (name, images) in zip(axes[:, 0], groups.items(), strict=True):
-        count = min(len(images), 2 * columns) // columns * columns
-        tiles = images[:count].reshape(-1, columns, *shape)
+        shown = images[: 2 * columns]
+        blank = np.full((-len(shown) % columns, shown.shape[1]), shown.min(), shown.dtype)
+        tiles = np.concatenate([shown, blank]).reshape(-1, columns, *shape)
         axis.imshow(tiles.transpose(0, 2, 1, 3).reshape(-1, columns * shape[1]), cmap="gray_r")
         axis.set(xticks=[], yticks=[])
         axis.set_title(name, fontsize=9, loc="left")
