@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -65,9 +66,15 @@ def info(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> None:
     """The paper's simulation in its quick form: n = 100, one draw, table and plots."""
     from tgdp_fast.experiments import gaussians
+    from tgdp_fast.training import Optimisation
 
     methods = (*gaussians.REFERENCES, *gaussians.BASELINES, "tgdp")
-    _gaussians(gaussians.Plan(options.out, (100,), 1, methods, progress=not options.quiet))
+    settings = Optimisation(steps=2000, batch_size=512, learning_rate=2e-3, ema_decay=0.998)
+    jobs = min(3, os.cpu_count() or 1)
+    plan = gaussians.Plan(
+        options.out, (100,), 1, methods, source_settings=settings, jobs=jobs, progress=not options.quiet
+    )
+    _gaussians(plan)
 
 
 def experiment_gaussians(options: argparse.Namespace) -> None:

@@ -116,7 +116,8 @@ def sample(
     result = torch.empty((num, *shape), dtype=torch.float32, device=device)
     chunks = range(0, num, batch_size)
     autocast = torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
-    bar = tqdm(total=len(chunks) * table.nfe, desc="sampling", unit="evaluation", disable=not progress, leave=False)
+    hidden = None if progress else True  # None: shown on a terminal only
+    bar = tqdm(total=len(chunks) * table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
     networks = (guided.denoiser, guided.guidance)
     with torch.inference_mode(), evaluation_mode(*networks), _backend(backend), autocast, bar:
         for start in chunks:
@@ -227,7 +228,9 @@ def sample_to_file(
         partial.mkdir(parents=True, exist_ok=True)
         write_atomic(stamp, text)
     blocks = []
-    for start in tqdm(range(0, num, block_size), desc="blocks", disable=not progress or num <= block_size, leave=False):
+    for start in tqdm(
+        range(0, num, block_size), desc="blocks", disable=None if progress and num > block_size else True, leave=False
+    ):
         stop = min(start + block_size, num)
         block = partial / f"block-{start:012d}.npy"
         if not block.is_file():

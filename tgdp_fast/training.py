@@ -114,7 +114,14 @@ def optimise(
     module.train()
     saved = time.monotonic()
     stride = max(1, settings.steps // 100)
-    bar = tqdm(total=settings.steps, initial=first, desc=description, unit="step", disable=not progress, leave=False)
+    bar = tqdm(
+        total=settings.steps,
+        initial=first,
+        desc=description,
+        unit="step",
+        disable=None if progress else True,
+        leave=False,
+    )
     with bar:
         for step in range(first, settings.steps):
             for group in optimizer.param_groups:

@@ -60,8 +60,9 @@ class Plan:
     num_samples: int = 10_000
     steps: int = 25
     source_settings: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=3000, batch_size=1024, learning_rate=2e-3, ema_decay=0.999)
+        default_factory=lambda: Optimisation(steps=6000, batch_size=512, learning_rate=2e-3, ema_decay=0.999)
     )
+    width: int = 128
     jobs: int = 1
     progress: bool = False
 
@@ -88,14 +89,14 @@ def run(plan: Plan) -> list[Row]:
     """Run the plan, resuming finished rows; writes results.json, results.md and plots into ``plan.out``."""
     plan.out.mkdir(parents=True, exist_ok=True)
     source_model(plan)
-    tasks = [(plan, n, seed) for n in plan.num_target for seed in range(plan.seeds)]
+    tasks = [(plan, n, seed, method) for n in plan.num_target for seed in range(plan.seeds) for method in plan.methods]
     if plan.jobs == 1:
-        rows = [row for task in tasks for row in run_draw(*task)]
+        rows = [finished_row(*task) for task in tasks]
     else:
         workers = min(plan.jobs, len(tasks))
         threads = max(1, torch.get_num_threads() // workers)
         with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-            rows = [row for found in pool.map(run_draw, *zip(*tasks, strict=True)) for row in found]
+            rows = list(pool.map(finished_row, *zip(*tasks, strict=True)))
     write_results(plan.out, rows, report(rows, plan))
     plot(plan)
     return rows
@@ -109,6 +110,7 @@ def source_model(plan: Plan) -> Denoiser:
         lambda state_dir: train_denoiser(
             paper_source().sample(plan.num_source, seed=0),
             NoiseSchedule.vp_linear(),
+            width=plan.width,
             settings=plan.source_settings,
             progress=plan.progress,
             description="source model",
@@ -119,23 +121,17 @@ def source_model(plan: Plan) -> Denoiser:
     )
 
 
-def run_draw(plan: Plan, n: int, seed: int) -> list[Row]:
-    """Every method on one draw of ``n`` target samples."""
+def finished_row(plan: Plan, n: int, seed: int, method: str) -> Row:
+    """The row of one method on one draw of ``n`` target samples: from disk, or computed and written there."""
     store = RowStore(plan.out, plan.signature())
-    rows = []
-    for method in plan.methods:
-        name = f"n{n}-seed{seed}-{method}"
-        row = store.get(name)
-        if row is None:
-            row = run_method(plan, n, seed, method)
-            store.put(name, row)
-        if plan.progress:
-            print(
-                f"n = {n:5d}  seed {seed}  {method:18s}  SW2 {row['sw2']:.3f}  NLL {row['nll']:.3f}",
-                flush=True,
-            )
-        rows.append(row)
-    return rows
+    name = f"n{n}-seed{seed}-{method}"
+    row = store.get(name)
+    if row is None:
+        row = run_method(plan, n, seed, method)
+        store.put(name, row)
+    if plan.progress:
+        print(f"n = {n:5d}  seed {seed}  {method:18s}  SW2 {row['sw2']:.3f}  NLL {row['nll']:.3f}", flush=True)
+    return row
 
 
 def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
@@ -146,7 +142,7 @@ def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
     guidance: Guidance | None = None
     started = time.perf_counter()
     if method == "vanilla":
-        denoiser = train_vanilla(target, schedule, seed=seed, progress=plan.progress)
+        denoiser = train_vanilla(target, schedule, width=plan.width, seed=seed, progress=plan.progress)
     elif method == "finetune":
         assert isinstance(denoiser, Denoiser)
         denoiser = fine_tune(denoiser, target, seed=seed, progress=plan.progress)
