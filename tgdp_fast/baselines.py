@@ -21,9 +21,10 @@ def train_vanilla(
 ) -> Denoiser:
     """A diffusion model trained from scratch on the target samples [N, ...] (TGDP section 4, "vanilla diffusion").
 
-    ``arguments`` are those of :func:`train_denoiser`.
+    ``arguments`` are those of :func:`train_denoiser`. The default steps were chosen for the baseline on the simulation.
     """
-    settings = settings or Optimisation(steps=2000, batch_size=512, learning_rate=1e-3, ema_decay=0.998)
+    steps = 800 if len(target) < 50 else 2000
+    settings = settings or Optimisation(steps=steps, batch_size=256, learning_rate=2e-3, ema_decay=0.995)
     return train_denoiser(target, schedule, settings=settings, **{"description": "vanilla", **arguments})
 
 
@@ -32,7 +33,8 @@ def fine_tune(
 ) -> Denoiser:
     """The source model trained further on the target samples [N, ...] (TGDP section 4, "fine-tuning").
 
-    ``denoiser`` is copied, not changed. ``arguments`` are those of :func:`train_denoiser`.
+    ``denoiser`` is copied, not changed. ``arguments`` are those of :func:`train_denoiser`. The default steps were chosen for the baseline on the simulation.
     """
-    settings = settings or Optimisation(steps=1000, batch_size=512, learning_rate=1e-4, ema_decay=0.998)
+    steps = 800 if len(target) < 50 else 2000
+    settings = settings or Optimisation(steps=steps, batch_size=256, learning_rate=5e-4, ema_decay=0.995)
     return train_denoiser(target, initial=denoiser, settings=settings, **{"description": "fine-tune", **arguments})
