@@ -33,7 +33,8 @@ def fine_tune(
 ) -> Denoiser:
     """The source model trained further on the target samples [N, ...] (TGDP section 4, "fine-tuning").
 
-    ``denoiser`` is copied, not changed. ``arguments`` are those of :func:`train_denoiser`. The default steps were chosen for the baseline on the simulation.
+    ``denoiser`` is copied, not changed. ``arguments`` are those of :func:`train_denoiser`. The default steps were
+    chosen for the baseline on the simulation.
     """
     steps = 800 if len(target) < 50 else 2000
     settings = settings or Optimisation(steps=steps, batch_size=256, learning_rate=5e-4, ema_decay=0.995)

@@ -144,9 +144,11 @@ def fit_guidance(
     data = _Data(x_source, y_source, x_target, y_target)
     defaults = defaults_for(len(x_target))
     settings = settings or defaults.settings
+    shifted = _means_differ(data)
     if alpha_power is None:
-        alpha_power = 1.0 if _means_differ(data) else defaults.alpha_power
-    label_smoothing = defaults.label_smoothing if label_smoothing is None else label_smoothing
+        alpha_power = 1.0 if shifted else defaults.alpha_power
+    if label_smoothing is None:
+        label_smoothing = 0.0 if shifted else defaults.label_smoothing
 
     ratio = None
     if diagnostics or loss != "logistic":
@@ -270,7 +272,8 @@ def _means_differ(data: _Data, threshold: float = 4.0) -> bool:
     """Whether the domains' means differ, in any class where there are labels.
 
     At high noise log h is alpha_t times the inner product of the shift and x_t, plus terms of order alpha_t^2. With a
-    shift, an ``alpha_power`` above 1 would suppress the part of the guidance that moves the mean.
+    shift, an ``alpha_power`` above 1 would suppress the part of the guidance that moves the mean, and label smoothing
+    the large ratios that it needs.
     """
     if data.y_source is None or data.y_target is None:
         return mean_shift(data.x_source, data.x_target) > threshold
