@@ -21,10 +21,9 @@ def quick_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guidance fits of a few steps: these tests are about files and messages."""
     import tgdp_fast.transfer as transfer
     from tgdp_fast import Optimisation
-    from tgdp_fast.transfer import FitDefaults
 
     settings = Optimisation(steps=10, batch_size=16, ema_decay=0.5, warmup=1)
-    monkeypatch.setattr(transfer, "defaults_for", lambda count: FitDefaults(settings, 1.0, 0.0))
+    monkeypatch.setattr(transfer, "default_settings", lambda count: settings)
 
 
 @pytest.fixture

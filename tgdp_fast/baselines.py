@@ -12,6 +12,18 @@ from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import Optimisation, train_denoiser
 
 
+def default_settings(num_target: int, *, few: int, learning_rate: float) -> Optimisation:
+    """Settings that suit the baselines best on the simulation; ``few`` are the steps with fewer than 50 samples.
+
+    More steps than that make them repeat the samples they were given.
+    """
+    steps = few if num_target < 50 else 2000 if num_target < 500 else 4000
+    ema_decay = 0.99 if num_target < 50 else 0.998
+    return Optimisation(
+        steps=steps, batch_size=256, learning_rate=learning_rate, weight_decay=0.01, ema_decay=ema_decay
+    )
+
+
 def train_vanilla(
     target: np.ndarray | Tensor,
     schedule: NoiseSchedule | None = None,
@@ -21,10 +33,9 @@ def train_vanilla(
 ) -> Denoiser:
     """A diffusion model trained from scratch on the target samples [N, ...] (TGDP section 4, "vanilla diffusion").
 
-    ``arguments`` are those of :func:`train_denoiser`. The default steps were chosen for the baseline on the simulation.
+    ``arguments`` are those of :func:`train_denoiser`. See :func:`default_settings`.
     """
-    steps = 800 if len(target) < 50 else 2000
-    settings = settings or Optimisation(steps=steps, batch_size=256, learning_rate=2e-3, ema_decay=0.995)
+    settings = settings or default_settings(len(target), few=300, learning_rate=2e-3)
     return train_denoiser(target, schedule, settings=settings, **{"description": "vanilla", **arguments})
 
 
@@ -36,6 +47,5 @@ def fine_tune(
     ``denoiser`` is copied, not changed. ``arguments`` are those of :func:`train_denoiser`. The default steps were
     chosen for the baseline on the simulation.
     """
-    steps = 800 if len(target) < 50 else 2000
-    settings = settings or Optimisation(steps=steps, batch_size=256, learning_rate=5e-4, ema_decay=0.995)
+    settings = settings or default_settings(len(target), few=800, learning_rate=5e-4)
     return train_denoiser(target, initial=denoiser, settings=settings, **{"description": "fine-tune", **arguments})

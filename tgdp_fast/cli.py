@@ -87,6 +87,7 @@ def experiment_gaussians(options: argparse.Namespace) -> None:
         options.seeds,
         tuple(options.methods or gaussians.METHODS),
         num_samples=options.num,
+        solver=options.solver,
         steps=options.steps,
         jobs=options.jobs,
         progress=not options.quiet,
@@ -260,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, default=5, help="draws of the target samples (%(default)s)")
     command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     command.add_argument("--num", type=int, default=10_000, help="samples drawn per method (%(default)s)")
+    command.add_argument("--solver", default="dpmpp_3m", help="(%(default)s)")
     command.add_argument("--steps", type=int, default=25, help="solver steps (%(default)s)")
     command.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")

@@ -107,7 +107,7 @@ class GuidanceNetwork(nn.Module):
         width: int = 128,
         depth: int = 4,
         num_classes: int = 0,
-        alpha_power: float = 1.0,
+        alpha_power: float = 2.0,
         stem: str = "none",
     ) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ def scatter_grid(
         for axis, method in zip(row, methods, strict=True):
             x = drawn[n, method][:2000]
             axis.scatter(x[:, 0], x[:, 1], s=1.5, alpha=0.35, color="tab:blue", linewidths=0, rasterized=True)
-            if method not in ("target", "source", "oracle"):
+            if method not in ("target", "source", "means") and not method.startswith("oracle"):
                 shown = given[n][:100]
                 axis.scatter(shown[:, 0], shown[:, 1], s=7, color="tab:red", marker="x", linewidths=0.7)
             axis.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[], yticks=[])
