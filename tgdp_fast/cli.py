@@ -303,7 +303,7 @@ def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], 
 
 def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num", type=int, required=True, help="samples to draw")
-    command.add_argument("--out", type=Path, required=True, help="where to write them, .npy")
+    command.add_argument("--out", type=Path, default=Path("samples.npy"), help="where to write them (%(default)s)")
     command.add_argument("--labels", type=Path, help="labels of the samples to draw, .npy (conditional models)")
     command.add_argument("--solver", default="dpmpp_2m", help="(%(default)s)")
     command.add_argument("--steps", type=int, default=25, help="solver steps (%(default)s)")
