@@ -249,6 +249,19 @@ def report(rows: Sequence[Row], plan: Plan) -> str:
     return "\n".join(text)
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """One Markdown table of "SW2 / NLL", mean over draws: a line per method, a column per number of target samples."""
+    sizes = sorted({row["n"] for row in rows})
+    body = []
+    for method in [m for m in METHODS if any(row["method"] == m for row in rows)]:
+        cells = []
+        for n in sizes:
+            found = [row for row in rows if row["n"] == n and row["method"] == method]
+            cells.append(" / ".join(f"{np.mean([row[key] for row in found]):.3f}" for key in ("sw2", "nll")))
+        body.append([f"`{method}`", *cells])
+    return markdown_table(["method", *(f"n = {n}" for n in sizes)], body)
+
+
 def plot(plan: Plan) -> list[Path]:
     """Samples of every method, and learned against exact log-ratios, for the first seed. Needs matplotlib."""
     from tgdp_fast.experiments import figures
