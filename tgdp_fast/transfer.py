@@ -93,8 +93,8 @@ def fit_guidance(
         num_classes: default from the labels.
         loss: "logistic" (time-dependent domain classifier), "ratio_mse", "poisson" or "log_mse" (regression on the
             density ratio of a cross-fitted classifier on clean data).
-        consistency: weight of || epsilon_p - sigma_t grad log h - epsilon ||^2 on noised target samples; default 1 with
-            a denoiser, else 0.
+        consistency: weight of 1/2 || epsilon_p - sigma_t grad log h - epsilon ||^2 (summed over elements, lambda(t) =
+            sigma_t^2) on noised target samples; default 1 with a denoiser, else 0.
         cycle: weight of the cycle term, (h - h_c)^2 on noised target samples, h_c from a time-dependent classifier that
             is trained first.
         width, depth, alpha_power, stem: of the :class:`GuidanceNetwork`.
@@ -311,7 +311,8 @@ def _objective(
             with torch.no_grad(), evaluation_mode(denoiser):
                 epsilon_p = denoiser.epsilon(noised.x, noised.t, labels_for(denoiser, labels))
             residual = epsilon_p - noised.sigma * gradient - noised.epsilon
-            total = total + consistency * residual.square().mean()
+            # One half of the squared norm, as in a likelihood bound: in its units, like the cross-entropy beside it.
+            total = total + consistency * 0.5 * residual.flatten(1).square().sum(1).mean()
         else:
             f_target = network.log_ratio(noised.x, noised.t, labels)
         if loss == "logistic":
