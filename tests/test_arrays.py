@@ -279,10 +279,15 @@ def test_digits() -> None:
     from tgdp_fast.data.digits import load_digits_arrays
 
     digits = load_digits_arrays((1, 7), num_target=21, seed=3)
-    assert digits.source.shape == (1797, 64)
-    assert digits.source.dtype == digits.target.dtype == np.float32
+    assert digits.source.shape == (1198, 64)
+    assert digits.held_out.shape == (599, 64)
+    assert digits.source.dtype == digits.target.dtype == digits.held_out.dtype == np.float32
     assert (digits.source.min(), digits.source.max()) == (-1.0, 1.0)
-    assert np.bincount(digits.source_labels).min() > 170
+    # 174 to 183 images of each digit: a third of them, to within one, is held out.
+    shares = np.bincount(digits.held_out_labels) / np.bincount(digits.source_labels)
+    np.testing.assert_allclose(shares, 0.5, atol=0.02)
+    together = np.concatenate([digits.source, digits.held_out])
+    assert len(np.unique(together, axis=0)) == len(together) == 1797
     assert np.bincount(digits.target_labels, minlength=10).tolist() == [0, 11, 0, 0, 0, 0, 0, 10, 0, 0]
     # Every target image is a source image with that label, and none is drawn twice.
     match = (digits.target[:, None] == digits.source[None]).all(axis=2)
@@ -290,7 +295,10 @@ def test_digits() -> None:
     assert len(np.unique(match.argmax(axis=1))) == 21
     np.testing.assert_array_equal(digits.source_labels[match.argmax(axis=1)], digits.target_labels)
     assert np.array_equal(load_digits_arrays((1, 7), 21, 3).target, digits.target)
-    assert not np.array_equal(load_digits_arrays((1, 7), 21, 4).target, digits.target)
+    other = load_digits_arrays((1, 7), 21, 4)
+    assert not np.array_equal(other.target, digits.target)
+    assert np.array_equal(other.source, digits.source)
+    assert np.array_equal(other.held_out, digits.held_out)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +308,7 @@ def test_digits() -> None:
         (((3, 10),), "distinct digits 0 to 9"),
         (((),), "distinct digits 0 to 9"),
         (((3, 8), 1), "num_target must be an integer >= 2, got 1"),
-        (((3, 8), 1000), "asks for 500 images of digit 3, but 183 exist"),
+        (((3, 8), 1000), "asks for 500 images of digit 3, but 122 exist beside the held-out ones"),
     ],
 )
 def test_refused_digits(arguments: tuple, message: str) -> None:
@@ -318,9 +326,12 @@ def test_digit_judge() -> None:
 
     judge, digits = digit_judge(), load_digits_arrays((3, 8))
     assert judge.accuracy > 0.97
-    assert judge.num_held_out == 540
-    share = np.isin(digits.source_labels, (3, 8)).mean()
-    assert judge.fraction(digits.source, (3, 8)) == pytest.approx(share, abs=0.01)
+    assert judge.num_held_out == 599
+    # Fitted on the source alone: its verdicts there are all right, on the held-out images as many as it says.
+    assert (judge.predict(digits.source) == digits.source_labels).all()
+    assert (judge.predict(digits.held_out) == digits.held_out_labels).mean() == judge.accuracy < 1.0
+    share = np.isin(digits.held_out_labels, (3, 8)).mean()
+    assert judge.fraction(digits.held_out, (3, 8)) == pytest.approx(share, abs=0.01)
     assert judge.fraction(digits.target, (3, 8)) > 0.9
     with pytest.raises(ValueError, match=r"a digit has \[64\]"):
         judge.predict(np.zeros((2, 8, 8)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tgdp_fast import TransferModel
 from tgdp_fast.cli import main
 
 pytestmark = pytest.mark.usefixtures("quick_ratio", "quick_guidance")
@@ -93,6 +94,9 @@ def test_conditional_transfer(folder: Path, capsys: pytest.CaptureFixture[str]) 
         ({"scale": "nan"}, "--scale must be finite"),
         ({"out": "no/such/x.npy"}, "--out must lie in an existing folder"),
         ({"train_steps": "0"}, "--train-steps must be"),
+        ({"device": "tpu9"}, "--device must be one that torch has here"),
+        ({"seed": str(2**64)}, "--seed must be below 2^64"),
+        ({"seed": str(2**63)}, "seed must be below 2^63"),
     ],
 )
 def test_bad_input(folder: Path, changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +107,46 @@ def test_bad_input(folder: Path, changes: dict[str, str], message: str, capsys: 
     assert message in captured
     assert "Traceback" not in captured
     assert sorted(folder.iterdir()) == before  # Nothing half-written.
+
+
+def test_options_reach_the_sampler(folder: Path) -> None:
+    assert main(transfer(folder, save="model")) == 0
+    model = TransferModel.load(folder / "model")
+    options = {"scale": 3.0, "steps": 4, "solver": "ddim", "spacing": "uniform", "gradient_norm_limit": 0.5, "seed": 9}
+    words = [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    out = ["--num", "5", "--out", str(folder / "y.npy"), "--quiet"]
+    assert main(["sample", str(folder / "model"), *out, *words]) == 0
+    assert np.allclose(np.load(folder / "y.npy"), model.sample(5, **options), rtol=1e-5)
+    assert not np.allclose(np.load(folder / "y.npy"), model.sample(5, **{**options, "scale": 1.0}), rtol=1e-5)
+
+
+def test_options_reach_the_fit(folder: Path) -> None:
+    assert main(transfer(folder, save="model", loss="poisson", consistency="0.25", cycle="0.5", seed="3")) == 0
+    config = TransferModel.load(folder / "model").config
+    assert {k: config[k] for k in ("loss", "consistency", "cycle", "seed")} == {
+        "loss": "poisson",
+        "consistency": 0.25,
+        "cycle": 0.5,
+        "seed": 3,
+    }
+
+
+def test_a_folder_in_the_way_of_the_model_is_noticed_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "taken").mkdir()
+    (folder / "taken" / "notes.txt").write_text("mine")
+    before = sorted(folder.iterdir())
+    assert main(transfer(folder, save="taken")) == 2
+    assert "notes.txt" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_labels_out_of_range_are_noticed_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(folder / "x_labels.npy", np.array([0, 1, 2, 0, 1, 0, 1]))
+    before = sorted(folder.iterdir())
+    labels = {"source_labels": "s_labels.npy", "target_labels": "t_labels.npy", "labels": "x_labels.npy"}
+    assert main(transfer(folder, **labels)) == 2
+    assert "--labels must be in 0..1 (2 classes), got 2 in row 2" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
 
 
 def test_bad_checkpoints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from tgdp_fast import Optimisation
 from tgdp_fast.data.gaussians import GaussianMixture, log_density_ratio, paper_source, paper_target
 from tgdp_fast.density_ratio import (
+    DensityRatio,
     area_under_curve,
+    bounded_exp,
     calibration_error,
     calibration_slope,
     diagnose,
@@ -63,15 +65,33 @@ def test_logistic_minimiser_is_the_log_ratio_whatever_the_sample_sizes() -> None
         assert minimiser(loss) == pytest.approx(math.log(6.0), abs=1e-5)
 
 
-def test_losses_do_not_overflow() -> None:
-    f = torch.tensor([500.0], requires_grad=True)
-    for name in ("ratio_mse", "poisson"):
-        value = ratio_loss(name, f, torch.tensor([1.0]))
-        (gradient,) = torch.autograd.grad(value, f)
-        assert value.isfinite()
-        assert gradient.isfinite()
+def test_bounded_exp_is_exp_with_a_tangent_beyond_its_limit() -> None:
+    f = torch.tensor([-math.inf, -5.0, 0.0, 29.5, 30.0, 30.5, 500.0], dtype=torch.float64, requires_grad=True)
+    value = bounded_exp(f)
+    edge = math.exp(30)
+    expected = [0.0, math.exp(-5), 1.0, math.exp(29.5), edge, 1.5 * edge, 471 * edge]
+    torch.testing.assert_close(value.detach(), torch.tensor(expected, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(value.sum(), f)
+    # The slope of exp up to the limit, where both pieces meet, and that of the limit from there on.
+    slope = [0.0, math.exp(-5), 1.0, math.exp(29.5), edge, edge, edge]
+    torch.testing.assert_close(gradient, torch.tensor(slope, dtype=torch.float64))
+    assert float(bounded_exp(torch.tensor(12.0), 10.0)) == pytest.approx(3 * math.exp(10), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ratio_mse", "poisson", "log_mse"])
+@pytest.mark.parametrize("start", [31.0, 500.0, 1e6])
+def test_losses_lead_back_from_any_height_without_overflow(name: str, start: float) -> None:
+    f = torch.tensor([start], requires_grad=True)
+    value = ratio_loss(name, f, torch.tensor([1.0]))
+    (gradient,) = torch.autograd.grad(value, f)
+    assert value.isfinite()
+    assert gradient.isfinite()
+    assert float(gradient) > 0
+
+
+def test_unknown_loss() -> None:
     with pytest.raises(ValueError, match="ratio_mse, poisson, log_mse"):
-        ratio_loss("huber", f, f)
+        ratio_loss("huber", torch.zeros(1), torch.zeros(1))
 
 
 def test_effective_sample_size() -> None:
@@ -98,6 +118,8 @@ def test_calibration_of_exact_and_of_overconfident_ratios() -> None:
     assert calibration_error(4 * at_source, 4 * at_target) > 0.1
     assert calibration_slope(at_source, at_target) == pytest.approx(1.0, abs=0.08)
     assert calibration_slope(4 * at_source, 4 * at_target) == pytest.approx(0.25, rel=0.08)
+    # Timid logits stay as they are.
+    assert calibration_slope(0.4 * at_source, 0.4 * at_target) == 1.0
 
 
 def test_outside_fraction() -> None:
@@ -111,6 +133,17 @@ def test_outside_fraction() -> None:
     # The unit of a feature does not matter.
     scale = torch.tensor([1.0, 1e4, 1e-3])
     assert outside_fraction(source * scale, mixed * scale) == pytest.approx(0.5, abs=0.02)
+
+
+def test_outside_fraction_of_a_source_sorted_by_cluster() -> None:
+    """A source above ``limit`` is thinned, not cut off: its last cluster covers the target."""
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(3000, 2, generator=generator)
+    source[2000:] += 30.0
+    target = torch.randn(200, 2, generator=generator) + 30.0
+    # Half as many neighbours, among which the farthest of 1000 is as far out: about 0.001 again.
+    assert outside_fraction(source, target, limit=1500) < 0.03
+    assert outside_fraction(source, target, limit=1500) == outside_fraction(source, target, limit=1500, seed=0)
 
 
 SETTINGS = Optimisation(steps=200, batch_size=256, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.9, warmup=5)
@@ -132,7 +165,52 @@ def test_fitted_ratio_against_the_exact_one() -> None:
     assert report.warnings == []
 
 
-def test_held_out_values_do_not_know_their_sample() -> None:
+def folds_of(ratio: DensityRatio, logit: Tensor, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Fold of each sample: that of the one classifier which gave its logit."""
+    with torch.no_grad():
+        outputs = torch.stack([classifier(x, labels) for classifier in ratio.classifiers])
+    # Rows in other batches may differ by rounding; two classifiers differ by far more.
+    close = torch.isclose(outputs, logit, rtol=1e-4, atol=1e-6)
+    assert (close.sum(0) == 1).all()
+    return close.int().argmax(0)
+
+
+def test_no_sample_has_any_part_in_the_classifier_that_judges_it() -> None:
+    """Whatever the held-out samples are, training on the rest and its length are the same to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 3, generator=generator), torch.randn(25, 3, generator=generator) + 1
+    settings = Optimisation(steps=60, batch_size=32, learning_rate=1e-2, ema_decay=0.9, warmup=5)
+    ratio = fit_density_ratio(x, y, settings=settings)
+    in_x, in_y = folds_of(ratio, ratio.source_logit, x), folds_of(ratio, ratio.target_logit, y)
+    assert torch.bincount(in_x).tolist() == [12] * 5
+    assert torch.bincount(in_y).tolist() == [5] * 5
+    for fold in (0, 3):
+        changed_x, changed_y = x.clone(), y.clone()
+        changed_x[in_x == fold] += 5  # Now the held-out domains lie the other way round.
+        changed_y[in_y == fold] -= 5
+        other = fit_density_ratio(changed_x, changed_y, settings=settings)
+        same = [
+            all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+            for first, second in zip(ratio.classifiers, other.classifiers, strict=True)
+        ]
+        assert same == [k == fold for k in range(5)]
+
+
+def test_equal_domains_are_not_told_apart() -> None:
+    """300 and 10 samples of one Gaussian: AUC one half on average, and a slope that flattens the noise."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for seed in range(4):
+        x, y = torch.randn(300, 2, generator=generator), torch.randn(10, 2, generator=generator)
+        ratio = fit_density_ratio(x, y, folds=3, seed=seed)
+        found.append(area_under_curve(ratio.source_logit, ratio.target_logit))
+        assert ratio.slope < 0.7
+    # Standard error of one AUC: sqrt((300 + 10 + 1) / (12 * 300 * 10)) = 0.093, of the mean of four 0.047. Stopping
+    # early on the reported fold gave 0.65.
+    assert sum(found) / len(found) == pytest.approx(0.5, abs=0.12)
+
+
+def test_memorised_samples_are_not_held_out_ones() -> None:
     """Same domain twice: a classifier that saw the samples it judges would separate them, cross-fitting cannot."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 30, generator=generator), torch.randn(40, 30, generator=generator)
@@ -140,6 +218,39 @@ def test_held_out_values_do_not_know_their_sample() -> None:
     # Standard error of the AUC at 60 x 40: about sqrt((60 + 40 + 1) / (12 * 60 * 40)) = 0.06.
     assert area_under_curve(ratio.source_logit, ratio.target_logit) == pytest.approx(0.5, abs=0.18)
     assert ratio.slope < 0.6
+
+
+def test_folds_are_alike_for_every_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    eye = torch.eye(3)
+    kinds = {"source": torch.tensor([0] * 11 + [1] * 30 + [2] * 8), "target": torch.tensor([2, 0, 2, 0, 1, 2, 0, 0])}
+    x, y = torch.randn(49, 2, generator=generator), torch.randn(8, 2, generator=generator)
+    rows = {name: eye[kind] for name, kind in kinds.items()}
+    ratio = fit_density_ratio(
+        x,
+        y,
+        source_labels=rows["source"],
+        target_labels=rows["target"],
+        folds=4,
+        settings=Optimisation(steps=3, batch_size=8, warmup=0),
+    )
+    for name, logit, data in (("source", ratio.source_logit, x), ("target", ratio.target_logit, y)):
+        fold = folds_of(ratio, logit, data, rows[name])
+        for kind in range(3):
+            counts = torch.bincount(fold[kinds[name] == kind], minlength=4)
+            assert int(counts.max() - counts.min()) <= 1
+
+
+def test_log_ratios_are_clipped() -> None:
+    """Separable domains: the logits grow without bound, the log ratios do not."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 2, generator=generator), torch.randn(60, 2, generator=generator) + 40
+    ratio = fit_density_ratio(x, y, settings=SETTINGS, clip=2.5)
+    unclipped = ratio.slope * ratio.target_logit - math.log(ratio.mean_ratio)
+    assert float(unclipped.abs().max()) > 5
+    for values in (ratio.source_log_ratio, ratio.target_log_ratio):
+        assert float(values.abs().max()) <= 2.5
+    assert float(ratio.target_log_ratio.max()) == 2.5
 
 
 def test_labels_enter_the_ratio() -> None:

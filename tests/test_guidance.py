@@ -78,6 +78,19 @@ def test_a_float_time_equals_a_tensor_of_it() -> None:
     assert torch.allclose(one[1], many[1], atol=1e-12)
 
 
+@pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
+def test_alpha_power(power: float) -> None:
+    schedule = SCHEDULES["vp_linear"]
+    plain = GuidanceNetwork((2,), schedule, width=6, depth=2, alpha_power=0.0)
+    scaled = GuidanceNetwork((2,), schedule, width=6, depth=2, alpha_power=power)
+    scaled.load_state_dict(plain.state_dict())
+    x, t = torch.randn(5, 2), 0.6
+    factor = schedule.alpha(t) ** power
+    for ours, theirs in zip(scaled(x, t), plain(x, t), strict=True):
+        assert torch.allclose(ours, factor * theirs, rtol=1e-5)
+    assert torch.allclose(scaled.log_ratio(x, torch.full((5,), t)), factor * plain.log_ratio(x, t), rtol=1e-4)
+
+
 def test_h_tends_to_one_at_high_noise() -> None:
     schedule = NoiseSchedule.vp_linear(beta_max=40.0)
     network = GuidanceNetwork((2,), schedule, width=16, depth=2)
@@ -201,6 +214,7 @@ def test_clamp_bounds_the_predicted_sample() -> None:
         ({"interval": (0.5, 0.2)}, "interval must be a pair \\(low, high\\) with low < high"),
         ({"interval": 0.5}, "interval must be a pair"),
         ({"clamp": (1.0,)}, "clamp must be a pair"),
+        ({"clamp": (0.0, float("inf"))}, "clamp must be a pair .* finite"),
         ({"gradient_norm_limit": 0.0}, "gradient_norm_limit must be finite"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tgdp_fast.training as training
 from tgdp_fast import Denoiser, NoiseSchedule, Optimisation, ScoreMLP, TrainingDivergedError, train_denoiser
 from tgdp_fast.baselines import fine_tune, train_vanilla
+from tgdp_fast.checkpoint import signature_of
 from tgdp_fast.denoiser import PREDICTIONS
-from tgdp_fast.training import Batches, add_noise, draw_times, optimise, signature_of
+from tgdp_fast.training import Batches, add_noise, draw_times, optimise
 
 QUICK = Optimisation(steps=40, batch_size=32, ema_decay=0.9, warmup=2)
 
@@ -104,13 +109,134 @@ def test_a_state_of_another_run_is_not_resumed(tmp_path: Path, change: dict[str,
     assert torch.equal(fresh.weight, resumed.weight)
 
 
+def killed_run(folder: Path, stop: int = 20, **options: Any) -> None:
+    """A run of ``linear()`` killed after ``stop`` steps, its state left in ``folder``."""
+    module = linear()
+    inner = quadratic(module)
+    calls = 0
+
+    def dying(generator: torch.Generator) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > stop:
+            raise KilledError
+        return inner(generator)
+
+    with pytest.raises(KilledError):
+        optimise(module, dying, QUICK, state_dir=folder, save_every=-1.0, **options)
+
+
 def test_a_damaged_state_is_not_resumed(tmp_path: Path) -> None:
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "config.json").write_text("{")
+    killed_run(tmp_path / "state")
+    weights = tmp_path / "state" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
     module, fresh = linear(), linear()
     optimise(module, quadratic(module), QUICK, state_dir=tmp_path / "state")
     optimise(fresh, quadratic(fresh), QUICK)
     assert torch.equal(module.weight, fresh.weight)
+
+
+def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    module = linear()
+    with pytest.raises(ValueError, match="thesis.txt"):
+        optimise(module, quadratic(module), QUICK, state_dir=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_ctrl_c_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    whole = linear()
+    optimise(whole, quadratic(whole), QUICK)
+    module = linear()
+    inner = quadratic(module)
+    calls = 0
+
+    def interrupted(generator: torch.Generator) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(generator)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        optimise(module, interrupted, QUICK, state_dir=tmp_path / "state")
+    assert calls == 17
+    assert signal.getsignal(signal.SIGINT) is before
+    again = linear()
+    steps: list[None] = []
+    inner_again = quadratic(again)
+    optimise(again, lambda g: (steps.append(None), inner_again(g))[1], QUICK, state_dir=tmp_path / "state")
+    assert len(steps) == QUICK.steps - 17
+    assert torch.equal(again.weight, whole.weight)
+
+
+class Noisy(nn.Module):
+    """Batch statistics and dropout: state outside the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x)
+        return result
+
+
+def test_buffers_and_dropout_resume_too(tmp_path: Path) -> None:
+    whole, part, again = Noisy(), Noisy(), Noisy()
+    optimise(whole, quadratic(whole), QUICK)  # type: ignore[arg-type]
+    inner = quadratic(part)  # type: ignore[arg-type]
+    calls = 0
+
+    def dying(generator: torch.Generator) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 11:
+            raise KilledError
+        return inner(generator)
+
+    with pytest.raises(KilledError):
+        optimise(part, dying, QUICK, state_dir=tmp_path / "s", save_every=-1.0)
+    optimise(again, quadratic(again), QUICK, state_dir=tmp_path / "s")  # type: ignore[arg-type]
+    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_average_decay_warm_up_and_clipping_by_hand() -> None:
+    """Gradient 1 throughout; AdamW then moves by the learning rate, and the average follows its recursion."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    settings = Optimisation(steps=6, learning_rate=0.1, ema_decay=0.25, warmup=2, weight_decay=0.0)
+    optimise(module, lambda generator: module.weight.sum(), settings)
+    assert settings.rate(0) == pytest.approx(0.1 / 3)
+    assert settings.rate(2) == pytest.approx(0.05 * (1 + math.cos(math.pi * 2 / 6)))
+    weight = average = 0.0
+    for step in range(6):
+        weight -= settings.rate(step)
+        decay = min(0.25, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    assert float(module.weight.detach()) == pytest.approx(average, rel=1e-4)
+
+
+def test_weight_decay_spares_biases() -> None:
+    module = nn.Linear(2, 2)
+    before = module.bias.detach().clone(), module.weight.detach().clone()
+    optimise(module, lambda generator: 0.0 * module(torch.ones(1, 2)).sum(), Optimisation(steps=5, weight_decay=1.0))
+    assert torch.equal(module.bias, before[0])
+    assert (module.weight.abs() < before[1].abs()).all()
+
+
+def test_gradients_are_clipped() -> None:
+    module = nn.Linear(4, 1, bias=False)
+    seen: list[Tensor] = []
+    real = torch.optim.AdamW.step
+    settings = Optimisation(steps=1, gradient_clip=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(module.weight.grad.clone()), real(self))[1])
+        optimise(module, lambda generator: 1e6 * module.weight.sum(), settings)
+    assert float(seen[0].norm()) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_divergence_is_reported() -> None:
@@ -277,6 +403,87 @@ def test_bad_labels() -> None:
     conditional = Denoiser(ScoreMLP((2,), 4, 1, num_classes=3), NoiseSchedule.cosine(), time_input="half_log_snr")
     with pytest.raises(ValueError, match="labels must be given: the model is conditional on 3 classes"):
         train_denoiser(data, initial=conditional, settings=QUICK)
+
+
+def test_a_state_of_another_denoiser_or_distribution_is_not_resumed(tmp_path: Path) -> None:
+    """Same data and weights; another prediction, time distribution or discrete schedule."""
+    data = torch.randn(30, 2)
+    schedules = [NoiseSchedule.from_betas(np.linspace(1e-4, end, 37)) for end in (0.02, 0.05)]
+    base: dict[str, Any] = {"settings": QUICK, "width": 8, "depth": 1, "schedule": schedules[0]}
+    for change in ({"prediction": "epsilon"}, {"time_distribution": "logsnr"}, {"schedule": schedules[1]}):
+        state = tmp_path / "-".join(change)
+        real = training._Run.advance
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training.time, "monotonic", iter(range(0, 10**7, 1000)).__next__)
+            patch.setattr(training._Run, "advance", lambda run, loss, _real=real: _stop_at(run, _real(run, loss)))
+            with pytest.raises(KilledError):
+                train_denoiser(data, state_dir=state, **base)
+        assert state.exists()
+        fresh = train_denoiser(data, **{**base, **change})
+        resumed = train_denoiser(data, state_dir=state, **{**base, **change})
+        assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), resumed.parameters(), strict=True))
+
+
+def _stop_at(run: Any, value: Tensor) -> Tensor:
+    if run.step == 20:
+        raise KilledError
+    return value
+
+
+def test_fine_tuning_starts_at_the_source_and_settings_are_used() -> None:
+    source = train_denoiser(torch.randn(200, 2), settings=QUICK, width=16, depth=2)
+    still = Optimisation(steps=3, batch_size=8, learning_rate=1e-12)
+    tuned = fine_tune(source, torch.randn(20, 2), settings=still)
+    for a, b in zip(source.parameters(), tuned.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+    first = train_vanilla(torch.randn(20, 2), settings=still, width=8)
+    second = train_vanilla(torch.randn(20, 2), settings=still, width=8)
+    # Different data and hardly any learning: the same initial weights.
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_integer_times_are_rounded() -> None:
+    seen: list[Tensor] = []
+
+    class Embedding(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            seen.append(time)
+            return x
+
+    Denoiser(Embedding(), NoiseSchedule.vp_linear(), time_scale=1000.0, integer_time=True)(torch.zeros(1, 2), 0.2499999)
+    assert seen[0].tolist() == [250]
+
+
+def test_labels_of_a_foreign_network_stay_as_given() -> None:
+    """An nn.Embedding wants int64 class indices."""
+
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(3, 2)
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+            result: Tensor = self.layer(x) + self.embedding(labels)
+            return result
+
+    source = Denoiser(Conditional(), NoiseSchedule.cosine())
+    tuned = fine_tune(source, torch.randn(9, 2), labels=np.arange(9) % 3, settings=QUICK)
+    assert tuned.epsilon(torch.zeros(3, 2), 0.5, torch.arange(3)).isfinite().all()
+
+
+@pytest.mark.parametrize("labels", [np.array(["a"] * 5), np.array([0.5] * 5), np.array([0, 1, -1, 0, 1])])
+def test_labels_that_are_no_classes(labels: Any) -> None:
+    with pytest.raises(ValueError, match="labels must"):
+        train_denoiser(torch.randn(5, 2), labels=labels, settings=QUICK)
+
+
+def test_bfloat16_and_read_only_data_are_taken() -> None:
+    data = np.zeros((5, 2), np.float32)
+    data.setflags(write=False)
+    train_denoiser(data, settings=QUICK, width=4)
+    train_denoiser(torch.randn(5, 2, dtype=torch.bfloat16), settings=QUICK, width=4)
 
 
 def test_signatures_tell_data_apart() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tgdp_fast import NoiseSchedule, Optimisation, fit_guidance, metrics, sample
+from tgdp_fast import GuidanceNetwork, NoiseSchedule, Optimisation, fit_guidance, metrics, sample, train_denoiser
 from tgdp_fast.data.gaussians import (
     GaussianMixture,
     exact_denoiser,
@@ -19,6 +19,7 @@ from tgdp_fast.data.gaussians import (
     paper_source,
     paper_target,
 )
+from tgdp_fast.training import Batches, add_noise, draw_times
 from tgdp_fast.transfer import default_settings, mean_h
 
 SCHEDULE = NoiseSchedule.vp_linear()
@@ -190,24 +191,120 @@ def test_discrete_schedule() -> None:
     assert all(t == round(t) for t, *_ in fit.diagnostics.mean_h)
 
 
+def test_every_weight_of_the_loss_counts() -> None:
+    """total = loss + consistency / 2 ||.||^2 + cycle (h - h_c)^2, each evaluated alone from one generator state."""
+    from tgdp_fast.transfer import _Data, _objective
+
+    x, y = SOURCE.sample(40, seed=1), TARGET.sample(20, seed=2)
+    denoiser = exact_denoiser(SOURCE, SCHEDULE)
+    torch.manual_seed(0)
+    network, classifier = (GuidanceNetwork((1,), SCHEDULE, width=8, depth=2) for _ in range(2))
+
+    def value(**arguments: Any) -> float:
+        objective = _objective(
+            network,
+            _Data(x, None, y, None),
+            SCHEDULE,
+            TINY,
+            "uniform",
+            arguments.pop("loss", "logistic"),
+            denoiser=denoiser,
+            classifier=classifier,
+            **arguments,
+        )
+        return float(objective(torch.Generator().manual_seed(3)).detach())
+
+    plain = value()
+    consistency, cycle = value(consistency=1.0) - plain, value(cycle=1.0) - plain
+    assert consistency > 0.01
+    assert cycle > 1e-6
+    assert value(consistency=3.0, cycle=2.0) == pytest.approx(plain + 3 * consistency + 2 * cycle, rel=1e-5)
+    # The terms by hand, from the same draws.
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for data in (x, y):
+        rows = Batches(len(data), TINY.batch_size).draw(generator)
+        t = draw_times(SCHEDULE, len(rows), generator, "uniform")
+        batches.append(add_noise(SCHEDULE, data[rows], t, generator))
+    source, target = batches
+    f_source = network.log_ratio(source.x, source.t)
+    f_target, gradient = network(target.x, target.t)
+    cross_entropy = -torch.sigmoid(-f_source).log().mean() - torch.sigmoid(f_target).log().mean()
+    assert plain == pytest.approx(0.5 * float(cross_entropy), rel=1e-5)
+    smoothed = value(label_smoothing=0.2) - plain
+    assert smoothed == pytest.approx(0.1 * float((f_target.mean() - f_source.mean()).detach()), rel=1e-3, abs=1e-7)
+    residual = denoiser.epsilon(target.x, target.t) - target.sigma * gradient - target.epsilon
+    assert consistency == pytest.approx(0.5 * float(residual.square().sum(1).mean()), rel=1e-4)
+    h, h_classifier = f_target.exp(), classifier.log_ratio(target.x, target.t).exp()
+    assert cycle == pytest.approx(float((h - h_classifier).square().mean()), rel=1e-3)
+
+
+def test_network_arguments_reach_the_network() -> None:
+    fit = fit_guidance(
+        torch.randn(9, 2), torch.randn(5, 2), settings=TINY, diagnostics=False, alpha_power=3.0, width=5, depth=1
+    )
+    assert (fit.guidance.alpha_power, fit.guidance.width, fit.guidance.depth) == (3.0, 5, 1)
+
+
+def test_mean_h_does_not_look_at_the_first_samples_only() -> None:
+    network = GuidanceNetwork((1,), SCHEDULE, width=8, depth=1)
+    source = torch.cat([torch.full((300, 1), -2.0), torch.full((300, 1), 2.0)])
+    sorted_, shuffled = (mean_h(network, data, limit=200)[0][1] for data in (source, source[torch.randperm(600)]))
+    first, second = (mean_h(network, part)[0][1] for part in source.split(300))
+    assert min(first, second) < sorted_ < max(first, second)
+    # 200 draws of one of two values: standard error 0.035 of their distance.
+    assert sorted_ == pytest.approx(shuffled, abs=0.2 * abs(first - second))
+
+
+def test_a_conditional_denoiser_decides_the_classes() -> None:
+    denoiser = train_denoiser(torch.randn(20, 2), labels=np.arange(20) % 5, settings=TINY, width=4)
+    labels = {"source_labels": np.arange(20) % 3, "target_labels": np.arange(6) % 2}
+    x, y = torch.randn(20, 2), torch.randn(6, 2)
+    fit = fit_guidance(x, y, denoiser=denoiser, settings=TINY, diagnostics=False, **labels)
+    assert fit.guidance.num_classes == 5
+    with pytest.raises(ValueError, match="the denoiser is conditional on 5 classes"):
+        fit_guidance(x, y, denoiser=denoiser, settings=TINY)
+
+
+def test_a_state_with_another_denoiser_or_loss_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tgdp_fast.training import _Run
+
+    x, y = torch.randn(50, 2), torch.randn(10, 2)
+    first, second = (train_denoiser(x, settings=TINY, width=4, seed=seed) for seed in (1, 2))
+    settings = Optimisation(steps=30, batch_size=16, ema_decay=0.5, warmup=1)
+    base: dict[str, Any] = {"settings": settings, "diagnostics": False, "denoiser": first}
+    for change in ({"denoiser": second}, {"consistency": 0.5}, {"target": y + 1}):
+        state = tmp_path / "-".join(change)
+        with pytest.MonkeyPatch.context() as patch:
+            real = _Run.save
+            patch.setattr(_Run, "save", lambda run, folder, _real=real: (_real(run, folder), _kill(run.step == 13)))
+            patch.setattr("tgdp_fast.training.time.monotonic", iter(range(0, 10**6, 1000)).__next__)
+            with pytest.raises(KilledError):
+                fit_guidance(x, y, state_dir=state, **base)
+        arguments = {"source": x, "target": y, **base, **change}
+        fresh, resumed = fit_guidance(**arguments), fit_guidance(**arguments, state_dir=state)
+        for a, b in zip(fresh.guidance.parameters(), resumed.guidance.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 class KilledError(Exception):
     pass
 
 
 def test_a_killed_fit_resumes_to_the_same_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tgdp_fast.training as training
+    from tgdp_fast.training import _Run
 
     x, y = torch.randn(50, 2), torch.randn(10, 2)
     settings = Optimisation(steps=30, batch_size=16, ema_decay=0.5, warmup=1)
     options: dict[str, Any] = {"settings": settings, "diagnostics": False, "seed": 4}
     whole = fit_guidance(x, y, **options)
 
-    real = training._save_state
-    monkeypatch.setattr(training, "_save_state", lambda *a: (real(*a), _kill(a[2] == 13)))
+    real = _Run.save
+    monkeypatch.setattr(_Run, "save", lambda run, folder: (real(run, folder), _kill(run.step == 13)))
     monkeypatch.setattr("tgdp_fast.training.time.monotonic", iter(range(0, 10**6, 1000)).__next__)
     with pytest.raises(KilledError):
         fit_guidance(x, y, state_dir=tmp_path / "s", **options)
-    monkeypatch.setattr(training, "_save_state", real)
+    monkeypatch.setattr(_Run, "save", real)
     resumed = fit_guidance(x, y, state_dir=tmp_path / "s", **options)
     for a, b in zip(whole.guidance.parameters(), resumed.guidance.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -241,6 +338,12 @@ X, Y = torch.zeros(20, 3).normal_(), torch.zeros(10, 3).normal_()
         (X, Y, {"cycle": -1.0}, "cycle must be finite and in"),
         (X, Y, {"consistency": float("nan")}, "consistency must be finite"),
         (X, Y, {"time_distribution": "log"}, "time_distribution must be one of"),
+        (X, Y, {"width": 0}, "width must be an integer >= 1"),
+        (X, Y, {"stem": "ecg"}, "event_shape must be \\(leads, length\\)"),
+        (X, Y, {"alpha_power": -1.0}, "alpha_power must be"),
+        (X, Y, {"label_smoothing": 0.6}, "label_smoothing must be"),
+        (X, Y, {"settings": 5}, "settings must be an Optimisation"),
+        (X, Y, {"seed": 2**63}, "seed must be below"),
         (X, Y[:, :2], {}, "target"),
         (X, Y[:0], {}, "target"),
         (X, Y[:1], {}, "target .*2"),

@@ -92,6 +92,61 @@ def test_finished_stages_are_not_run_again(tmp_path: Path, monkeypatch: pytest.M
         fit(seed=6, work_dir=tmp_path / "work")
 
 
+def test_a_foreign_network_resumes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tgdp_fast.transfer_model as module
+
+    class Foreign(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.layer(x)
+            return result
+
+    denoiser = Denoiser(Foreign(), NoiseSchedule.cosine())
+    first = fit(denoiser=denoiser, work_dir=tmp_path)
+    monkeypatch.setattr(module, "fit_guidance", None)
+    assert fit(denoiser=denoiser, work_dir=tmp_path).signature() == first.signature()
+    assert all(p.requires_grad for p in denoiser.parameters())  # Frozen by us, not for its owner.
+
+
+@pytest.mark.parametrize(
+    "change", [{"schedule": NoiseSchedule.cosine()}, {"cycle": 0.5}, {"denoiser_settings": Optimisation(steps=9)}]
+)
+def test_stages_of_other_settings_are_not_used(tmp_path: Path, change: dict[str, Any]) -> None:
+    fit(work_dir=tmp_path)
+    assert fit(work_dir=tmp_path, **change).signature() == fit(**change).signature()
+
+
+def test_files_of_the_user_in_the_work_folder_survive(tmp_path: Path) -> None:
+    (tmp_path / "guidance").mkdir()
+    (tmp_path / "guidance" / "notes.txt").write_text("mine")
+    (tmp_path / "other.txt").write_text("mine")
+    with pytest.raises(ValueError, match="notes.txt"):
+        fit(work_dir=tmp_path)
+    assert (tmp_path / "guidance" / "notes.txt").read_text() == "mine"
+    (tmp_path / "guidance" / "notes.txt").unlink()
+    fit(work_dir=tmp_path)
+    Stages(tmp_path).remove("denoiser", "guidance")
+    assert [p.name for p in tmp_path.iterdir()] == ["other.txt"]
+
+
+def test_guided_and_unguided_files_do_not_mix(tmp_path: Path) -> None:
+    model = fit()
+    guided = model.sample_to_file(tmp_path / "x.npy", 5, steps=3)
+    plain = model.sample_to_file(tmp_path / "x.npy", 5, steps=3, guided=False)
+    assert np.allclose(plain, model.sample(5, steps=3, guided=False), rtol=1e-4)
+    assert not np.allclose(plain, guided, rtol=1e-4)
+
+
+def test_signatures_know_the_settings() -> None:
+    model = fit()
+    before = model.signature()
+    model.guidance.alpha_power = 0.0
+    assert model.signature() != before
+
+
 def test_stages_survive_damage(tmp_path: Path) -> None:
     def build(_: Path | None) -> Denoiser:
         return fit().denoiser
@@ -118,6 +173,10 @@ def test_conditional_model_and_file(tmp_path: Path) -> None:
     [
         ({"loss": "huber"}, "loss must be one of"),
         ({"consistency": -1.0}, "consistency must be"),
+        ({"consistancy": 1.0}, "did you mean 'consistency'"),
+        ({"width": 0}, "width must be"),
+        ({"stem": "ecg"}, "event_shape must be"),
+        ({"seed": -1}, "seed must be"),
         ({"source_labels": np.zeros(60, int)}, "source_labels and target_labels must be given together"),
         ({"source_labels": np.zeros(59, int), "target_labels": np.zeros(12, int)}, "source_labels.*59.*60"),
     ],

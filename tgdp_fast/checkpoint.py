@@ -77,7 +77,7 @@ def save_checkpoint(
             f"and dicts: {error}"
         ) from None
     stored = _detached(tensors)
-    _check_replaceable(target)
+    check_replaceable(target)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -191,6 +191,43 @@ def load_state_dict_checked(module: nn.Module, tensors: Mapping[str, Tensor], wh
 # ---------------------------------------------------------------------------------------- single files
 
 
+def signature_of(*parts: Any) -> str:
+    """SHA-256 that tells whether saved work belongs to this data and these models.
+
+    Tensors and arrays count by dtype, shape and bytes; modules by class, ``to_config()`` where they have it, and state
+    dict; anything else by its JSON (sorted keys), or its ``repr`` where it has none.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            to_config = getattr(part, "to_config", None)
+            config = to_config() if callable(to_config) else None
+            digest.update(signature_of(type(part).__qualname__, config, *_flattened(part.state_dict())).encode())
+        elif isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=repr).encode())
+        digest.update(b";")
+    return digest.hexdigest()
+
+
+def _flattened(state: Mapping[str, Any]) -> list[Any]:
+    return [item for name, value in state.items() for item in (name, value)]
+
+
+def remove_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Remove a checkpoint's own files, and the folder if nothing else lies in it."""
+    folder = Path(path)
+    for name in (TENSOR_FILE, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write a file so that readers see the old content or the new, never a part; text is UTF-8."""
     with _atomic_file(path) as file:
@@ -269,7 +306,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """Refuse a place where saving a checkpoint would delete something else.
+
+    Raises:
+        CheckpointError: ``target`` is a file, or a folder that holds anything but one of our checkpoints.
+    """
     if not target.exists():
         return
     if not target.is_dir():

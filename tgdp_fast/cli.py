@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,25 +113,28 @@ def experiment_digits(options: argparse.Namespace) -> None:
 
 def transfer(options: argparse.Namespace) -> None:
     """Two arrays in, target samples out."""
-    from tgdp_fast.checkpoint import checkpoint_kind
+    from tgdp_fast.checkpoint import check_replaceable, checkpoint_kind
     from tgdp_fast.data.arrays import check_labels, check_samples, load_array
     from tgdp_fast.denoiser import Denoiser
-    from tgdp_fast.training import Optimisation
-    from tgdp_fast.transfer import check_fit_arguments
-    from tgdp_fast.transfer_model import TransferModel
+    from tgdp_fast.training import Optimisation, check_seed
+    from tgdp_fast.transfer import common_classes
+    from tgdp_fast.transfer_model import Stages, TransferModel
 
     _check_sampling(options)
-    check_fit_arguments(loss=options.loss, consistency=options.consistency, cycle=options.cycle)
+    check_seed(options.seed)
     if options.train_steps is not None:
         check_integer("--train-steps", options.train_steps, 1)
+    if options.save is not None:
+        check_replaceable(options.save)
     source = check_samples("--source", load_array(options.source, "--source"))
     target = check_samples("--target", load_array(options.target, "--target"), event_shape=source.shape[1:])
+    denoiser: Denoiser | TransferModel | None = None
+    if options.denoiser is not None:
+        kind = checkpoint_kind(options.denoiser)
+        denoiser = (TransferModel if kind == "transfer_model" else Denoiser).load(options.denoiser)
+        _move(denoiser, options.device)
     labels = {}
-    for name, count in (
-        ("source_labels", len(source)),
-        ("target_labels", len(target)),
-        ("labels", options.num),
-    ):
+    for name, count in (("source_labels", len(source)), ("target_labels", len(target)), ("labels", options.num)):
         path = getattr(options, name)
         flag = "--" + name.replace("_", "-")
         labels[name] = None if path is None else check_labels(flag, load_array(path, flag), count)
@@ -142,11 +144,18 @@ def transfer(options: argparse.Namespace) -> None:
             "--source-labels, --target-labels and --labels (of the samples to draw) belong together; got only "
             + ", ".join("--" + name.replace("_", "-") for name in given)
         )
+    if given:
+        stated = denoiser.denoiser if isinstance(denoiser, TransferModel) else denoiser
+        classes = common_classes(
+            labels["source_labels"],
+            labels["target_labels"],
+            len(source),
+            len(target),
+            None,
+            None if stated is None else stated.num_classes,
+        )
+        check_labels("--labels", labels["labels"], options.num, classes)
     work = options.out.with_name(options.out.name + ".work")
-    denoiser: Denoiser | TransferModel | None = None
-    if options.denoiser is not None:
-        kind = checkpoint_kind(options.denoiser)
-        denoiser = (TransferModel if kind == "transfer_model" else Denoiser).load(options.denoiser)
     model = TransferModel.fit(
         source,
         target,
@@ -167,7 +176,7 @@ def transfer(options: argparse.Namespace) -> None:
         model.save(options.save)
         print(f"model saved in {options.save}")
     _draw(model, options, labels["labels"])
-    shutil.rmtree(work, ignore_errors=True)
+    Stages(work).remove("denoiser", "guidance")
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -184,10 +193,7 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
-    device = options.device
-    if device is not None:
-        model.denoiser.to(device)
-        model.guidance.to(device)
+    _move(model, options.device)
     drawn = model.sample_to_file(
         options.out,
         options.num,
@@ -206,6 +212,28 @@ def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
     print(f"{len(drawn)} samples of shape {tuple(drawn.shape[1:])} written to {options.out}")
 
 
+def _move(model: Any, device: str | None) -> None:
+    """Move a denoiser, or a model's networks, to ``device``."""
+    if device is not None:
+        for network in (getattr(model, "denoiser", model), getattr(model, "guidance", None)):
+            if network is not None:
+                network.to(device)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device must be one that torch has here (cpu, cuda, ...), got {device!r}: {reason}"
+        ) from None
+
+
 def _diagnostics_text(diagnostics: dict[str, Any]) -> str:
     from tgdp_fast.density_ratio import TransferDiagnostics
 
@@ -220,7 +248,8 @@ def _check_sampling(options: argparse.Namespace) -> None:
 
     check_integer("--num", options.num, 1)
     check_integer("--steps", options.steps, 1)
-    check_integer("--seed", options.seed, 0)
+    if check_integer("--seed", options.seed, 0) >= 2**64:
+        raise ValueError(f"--seed must be below 2^64, got {options.seed}")
     if options.batch_size is not None:
         check_integer("--batch-size", options.batch_size, 1)
     check_choice("--solver", options.solver, SOLVERS)
@@ -230,8 +259,9 @@ def _check_sampling(options: argparse.Namespace) -> None:
     check_number("--scale", options.scale)
     if options.gradient_norm_limit is not None:
         check_number("--gradient-norm-limit", options.gradient_norm_limit, 0.0, exclusive=True)
-    if options.out.suffix != ".npy":
-        raise ValueError(f"--out must end in .npy, got {options.out}")
+    _check_device(options.device)
+    if options.out.suffix != ".npy" or options.out.is_dir():
+        raise ValueError(f"--out must be a file that ends in .npy, got {options.out}")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out must lie in an existing folder, got {options.out}; create {options.out.parent} first")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast._checks import check_choice, check_number
+from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked, save_checkpoint
 from tgdp_fast.models import ARCHITECTURES, ScoreMLP
 from tgdp_fast.schedule import NoiseSchedule
@@ -75,6 +75,8 @@ class Denoiser(nn.Module):
             ``time_scale``; for discrete schedules the integer step) or "half_log_snr".
         time_scale: factor on t, e.g. 1000 for a continuous schedule and a network trained on 0..999.
         integer_time: pass the time as int64 (embedding tables need it).
+        num_classes: number of label classes, 0 for an unconditional network; default what the network states, and None
+            (unknown, labels are passed on as they come) where it states nothing.
 
     Raises:
         ValueError: unknown ``prediction`` or ``time_input``; a bad ``time_scale``.
@@ -89,6 +91,7 @@ class Denoiser(nn.Module):
         time_input: str = "time",
         time_scale: float = 1.0,
         integer_time: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         if not callable(network):
@@ -101,18 +104,14 @@ class Denoiser(nn.Module):
         self.time_input = check_choice("time_input", time_input, TIME_INPUTS)
         self.time_scale = check_number("time_scale", time_scale, 0.0, exclusive=True)
         self.integer_time = bool(integer_time)
+        stated = getattr(network, "num_classes", None) if num_classes is None else num_classes
+        self.num_classes = None if stated is None else check_integer("num_classes", stated, 0)
 
     @property
     def event_shape(self) -> tuple[int, ...] | None:
         """Shape of one sample where the network states it, else None."""
         shape = getattr(self.network, "event_shape", None)
         return None if shape is None else tuple(shape)
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of label classes where the network states it (0: unconditional), else None."""
-        count = getattr(self.network, "num_classes", None)
-        return None if count is None else int(count)
 
     def forward(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's own output at schedule time ``t`` (float, or tensor [B]).
@@ -145,6 +144,7 @@ class Denoiser(nn.Module):
             "time_input": self.time_input,
             "time_scale": self.time_scale,
             "integer_time": self.integer_time,
+            "num_classes": self.num_classes,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -181,6 +181,7 @@ class Denoiser(nn.Module):
             time_input=config["time_input"],
             time_scale=config["time_scale"],
             integer_time=config["integer_time"],
+            num_classes=config["num_classes"],
         )
 
 

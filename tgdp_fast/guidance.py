@@ -16,7 +16,7 @@ from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
 from tgdp_fast.denoiser import per_sample
 from tgdp_fast.models.mlp import TimeEmbedding, encode_labels
-from tgdp_fast.ops import mlp_value_and_grad
+from tgdp_fast.ops import guided_epsilon, mlp_value_and_grad
 from tgdp_fast.schedule import NoiseSchedule
 
 STEMS = ("none", "ecg")
@@ -41,7 +41,7 @@ class EpsilonModel(Protocol):
 
 
 class ECGStem(nn.Module):
-    """Two strided convolutions with nothing between or after them: a linear map, so its gradient is its transpose.
+    """Two strided convolutions with nothing between or after them: an affine map, so its gradient is a transpose.
 
     x [B, channels, L] -> features [B, 16 * L''], with kernel 10 and stride 2 in both (L = 1000 gives 3,904). This is
     the stem of the guidance network in the paper's ECG experiment (TGDP section 4.2).
@@ -266,7 +266,7 @@ class GuidedDenoiser:
         self.guidance = guidance
         self.scale = scale if callable(scale) else check_number("scale", scale)
         self.interval = _check_pair("interval", interval)
-        self.clamp = _check_pair("clamp", clamp)
+        self.clamp = _check_pair("clamp", clamp, finite=True)
         self.gradient_norm_limit = (
             None
             if gradient_norm_limit is None
@@ -304,14 +304,10 @@ class GuidedDenoiser:
     def epsilon(self, x: Tensor, t: float, labels: Tensor | None = None) -> Tensor:
         """Guided epsilon [B, ...], clamp included; what a sampler outside this package should call."""
         evaluation = self.evaluate(x, t, labels)
-        epsilon = evaluation.epsilon
-        if evaluation.gradient is not None:
-            epsilon = epsilon - evaluation.weight * evaluation.gradient
-        if self.clamp is not None:
-            alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
-            sample = ((x - sigma * epsilon) / alpha).clamp(*self.clamp)
-            epsilon = (x - alpha * sample) / sigma
-        return epsilon
+        alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
+        return guided_epsilon(x, evaluation.epsilon, evaluation.gradient, evaluation.weight, alpha, sigma, self.clamp)[
+            0
+        ]
 
 
 def labels_for(model: Any, labels: Tensor | None) -> Tensor | None:
@@ -319,13 +315,13 @@ def labels_for(model: Any, labels: Tensor | None) -> Tensor | None:
     return None if getattr(model, "num_classes", None) == 0 else labels
 
 
-def _check_pair(name: str, pair: tuple[float, float] | None) -> tuple[float, float] | None:
+def _check_pair(name: str, pair: tuple[float, float] | None, finite: bool = False) -> tuple[float, float] | None:
     if pair is None:
         return None
     try:
         low, high = (float(value) for value in pair)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a pair (low, high), got {pair!r}") from None
-    if not low < high:
-        raise ValueError(f"{name} must be a pair (low, high) with low < high, got {pair!r}")
+    if not low < high or (finite and not math.isfinite(high - low)):
+        raise ValueError(f"{name} must be a pair (low, high) with low < high{', finite' * finite}, got {pair!r}")
     return low, high

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tgdp_fast._checks import check_choice, check_integer
-from tgdp_fast.checkpoint import save_array, write_atomic
+from tgdp_fast.checkpoint import save_array, signature_of, write_atomic
+from tgdp_fast.data.arrays import check_labels
 from tgdp_fast.denoiser import evaluation_mode
 from tgdp_fast.guidance import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import guided_step
-from tgdp_fast.ops._dispatch import use_backend
+from tgdp_fast.ops._dispatch import requested_backend, use_backend
+from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable, solver_table
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What sample_to_file may leave in its folder: finished blocks, the run they belong to, and a save that was killed.
+_OWN_FILE = re.compile(
+    r"(block-\d{12}\.npy|arguments\.json)|\.(block-\d{12}\.npy|arguments\.json)\.[0-9a-f]{8}\.partial"
+)
 
 #: callback(step, t, x, x0): solver step, its time, the state after it, the predicted clean sample.
 Callback = Callable[[int, float, Tensor, Tensor], None]
@@ -78,8 +88,10 @@ def sample(
         guidance: a :class:`GuidanceNetwork` or anything with ``log_ratio_and_grad``; None samples the source.
         num: number of samples.
         shape: shape of one sample; may be left out when the denoiser states its ``event_shape``.
-        labels: one class index for all, indices [num], or soft / multi-hot rows [num, K].
-        solver: a name in ``SOLVERS``, or a ready :class:`SolverTable` (then steps, spacing and eta are its own).
+        labels: one class index for all, indices [num], or soft / multi-hot rows [num, K]. Required by conditional
+            models, refused where no model takes any.
+        solver: a name in ``SOLVERS``, or a ready :class:`SolverTable` of the denoiser's schedule (then steps, spacing
+            and eta are its own).
         steps: solver steps; two-evaluation solvers run the network up to twice a step (``table.nfe``).
         spacing: "logsnr", "uniform" or "karras".
         eta: stochasticity of ddim and euler_ancestral.
@@ -89,7 +101,7 @@ def sample(
         batch_size: samples in flight; bounds memory, which does not grow with steps.
         precision: of the networks, "fp32", "bf16" or "fp16" (autocast); the state is fp32 always.
         backend: of the operators, "auto", "reference", ...
-        device: default is that of the denoiser's parameters.
+        device: where the parameters of the models are; found by itself where a model is an ``nn.Module``.
         callback: called after each solver step of each batch.
         progress: show a progress bar over network evaluations.
 
@@ -97,50 +109,158 @@ def sample(
         float32 [num, *shape] on ``device``.
 
     Raises:
-        ValueError: a bad argument, before any work.
+        ValueError: a bad argument, or models that do not fit each other (schedule, shape, device), before any work.
         SamplingDivergedError: the state is not finite.
     """
+    plan = _prepare(
+        denoiser,
+        guidance,
+        num=num,
+        shape=shape,
+        labels=labels,
+        solver=solver,
+        steps=steps,
+        spacing=spacing,
+        eta=eta,
+        scale=scale,
+        interval=interval,
+        clamp=clamp,
+        gradient_norm_limit=gradient_norm_limit,
+        seed=seed,
+        first_index=first_index,
+        batch_size=batch_size,
+        precision=precision,
+        backend=backend,
+        device=device,
+        callback=callback,
+    )
+    return _draw(plan, 0, plan.num, progress)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Checked arguments of one run."""
+
+    guided: GuidedDenoiser
+    table: SolverTable
+    scales: list[float]  # at the table's times, 0 outside the interval
+    num: int
+    shape: tuple[int, ...]
+    labels: Tensor | None  # one row per sample, on the device
+    seed: int
+    first_index: int
+    batch_size: int
+    precision: str
+    backend: str
+    device: torch.device
+    callback: Callback | None
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the samples besides the models, JSON-able; the interval shows in the scales."""
+        return {
+            "guided": self.guided.guidance is not None,
+            "scales": self.scales,
+            "clamp": self.guided.clamp,
+            "gradient_norm_limit": self.guided.gradient_norm_limit,
+            "table": self.table.signature(),
+            "num": self.num,
+            "shape": self.shape,
+            "labels": signature_of(self.labels),
+            "seed": self.seed,
+            "first_index": self.first_index,
+            "precision": self.precision,
+        }
+
+
+def _prepare(
+    denoiser: EpsilonModel | GuidedDenoiser,
+    guidance: Guidance | None,
+    *,
+    num: int,
+    shape: tuple[int, ...] | None,
+    labels: Any,
+    solver: str | SolverTable,
+    steps: int,
+    spacing: str,
+    eta: float | None,
+    scale: float | Callable[[float], float],
+    interval: tuple[float, float] | None,
+    clamp: tuple[float, float] | None,
+    gradient_norm_limit: float | None,
+    seed: int,
+    first_index: int,
+    batch_size: int | None,
+    precision: str,
+    backend: str,
+    device: str | torch.device | None,
+    callback: Callback | None,
+) -> _Plan:
+    """Check every argument of :func:`sample` without running a network."""
     num = check_integer("num", num, 0)
     first_index = check_integer("first_index", first_index, 0)
+    if first_index + num > 2**63:
+        raise ValueError(f"first_index + num must be at most 2^63, got {first_index} + {num}")
+    seed = check_integer("seed", seed, 0)
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2^64, got {seed}; fold a larger seed into this range first")
+    check_choice("precision", precision, PRECISIONS)
+    requested_backend(backend)
     guided = _guided(denoiser, guidance, scale, interval, clamp, gradient_norm_limit)
-    shape = _event_shape(shape, guided)
-    dtype = PRECISIONS[check_choice("precision", precision, PRECISIONS)]
-    table = solver if isinstance(solver, SolverTable) else _table(solver, guided, steps, spacing, eta)
-    device = torch.device(device) if device is not None else _device_of(guided.denoiser)
-    all_labels = _labels(labels, num, device)
-    elements = math.prod(shape)
+    models = {"denoiser": guided.denoiser} | ({} if guided.guidance is None else {"guidance": guided.guidance})
+    _check_schedules(models)
+    table = solver
+    if not isinstance(table, SolverTable):
+        table = solver_table(table, guided.schedule, steps, spacing=spacing, eta=eta)
+    elif not _is_table_of(guided.schedule, table):
+        raise ValueError(
+            f"solver is a table of another noise schedule than the denoiser's {guided.schedule!r}; build it with "
+            "solver_table(name, denoiser.schedule, steps)"
+        )
+    shape = _event_shape(shape, models)
     if batch_size is None:
-        batch_size = max(1, min(8192, 2**21 // max(elements, 1)))
-    batch_size = check_integer("batch_size", batch_size, 1)
+        batch_size = max(1, min(8192, 2**21 // math.prod(shape)))
+    device = _device(device, models)
+    all_labels = _labels(labels, num, models)
+    return _Plan(
+        guided=guided,
+        table=table,
+        scales=_scales(guided, table),
+        num=num,
+        shape=shape,
+        labels=None if all_labels is None else all_labels.to(device),
+        seed=seed,
+        first_index=first_index,
+        batch_size=check_integer("batch_size", batch_size, 1),
+        precision=precision,
+        backend=backend,
+        device=device,
+        callback=callback,
+    )
 
-    result = torch.empty((num, *shape), dtype=torch.float32, device=device)
-    chunks = range(0, num, batch_size)
-    autocast = torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
+
+def _draw(plan: _Plan, start: int, stop: int, progress: bool) -> Tensor:
+    """Samples ``start`` to ``stop`` of a run: float32 [stop - start, *shape]."""
+    with torch.inference_mode(False):  # An ordinary tensor also where the caller is in inference mode.
+        result = torch.empty((stop - start, *plan.shape), dtype=torch.float32, device=plan.device)
+    chunks = range(start, stop, plan.batch_size)
+    dtype = PRECISIONS[plan.precision]
+    autocast = torch.autocast(plan.device.type, dtype) if dtype is not None else nullcontext()
     hidden = None if progress else True  # None: shown on a terminal only
-    bar = tqdm(total=len(chunks) * table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
-    networks = (guided.denoiser, guided.guidance)
-    with torch.inference_mode(), evaluation_mode(*networks), _backend(backend), autocast, bar:
-        for start in chunks:
-            stop = min(start + batch_size, num)
-            indices = torch.arange(first_index + start, first_index + stop, device=device)
-            chunk_labels = None if all_labels is None else all_labels[start:stop]
-            result[start:stop] = _run_table(guided, table, shape, chunk_labels, seed, indices, callback, bar)
-    return result.clone() if result.is_inference() else result
+    bar = tqdm(total=len(chunks) * plan.table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
+    networks = (plan.guided.denoiser, plan.guided.guidance)
+    with torch.inference_mode(), evaluation_mode(*networks), _backend(plan.backend), autocast, bar:
+        for first in chunks:
+            last = min(first + plan.batch_size, stop)
+            result[first - start : last - start] = _run_table(plan, first, last, bar)
+    return result
 
 
-def _run_table(
-    guided: GuidedDenoiser,
-    table: SolverTable,
-    shape: tuple[int, ...],
-    labels: Tensor | None,
-    seed: int,
-    indices: Tensor,
-    callback: Callback | None,
-    bar: Any,
-) -> Tensor:
-    """All evaluations of one chunk. The hot loop."""
-    device = indices.device
-    x = normal(seed, indices, math.prod(shape), 0, device=device).reshape(len(indices), *shape)
+def _run_table(plan: _Plan, start: int, stop: int, bar: Any) -> Tensor:
+    """All evaluations of one chunk. The hot loop: it must not wait for an accelerator."""
+    guided, table, device = plan.guided, plan.table, plan.device
+    indices = torch.arange(plan.first_index + start, plan.first_index + stop, device=device)
+    labels = None if plan.labels is None else plan.labels[start:stop]
+    x = normal(plan.seed, indices, math.prod(plan.shape), 0, device=device).reshape(len(indices), *plan.shape)
     history = x.new_zeros((table.history, *x.shape)) if table.history else None
     finite = []
     step = 0
@@ -158,7 +278,7 @@ def _run_table(
             alpha=float(table.alpha[k]),
             sigma=float(table.sigma[k]),
             clamp=guided.clamp,
-            seed=seed,
+            seed=plan.seed,
             sample_index=indices,
             evaluation=k + 1,
         )
@@ -166,8 +286,8 @@ def _run_table(
         if device.type == "cpu" and not finite[-1]:  # On an accelerator asking would wait for it at every evaluation.
             raise SamplingDivergedError(k, t, table)
         if table.ends_step[k]:
-            if callback is not None:
-                callback(step, t, x, x0)
+            if plan.callback is not None:
+                plan.callback(step, t, x, x0)
             step += 1
         bar.update()
     verdict = torch.stack(finite)
@@ -184,68 +304,66 @@ def sample_to_file(
     *,
     num: int,
     finish: Callable[[np.ndarray], np.ndarray] | None = None,
-    signature: str = "",
+    signature: str | None = None,
     block_size: int | None = None,
-    labels: Any = None,
-    first_index: int = 0,
     progress: bool = False,
     **arguments: Any,
 ) -> np.ndarray:
     """:func:`sample`, writing ``path`` (.npy) atomically and resuming after a kill at any moment.
 
-    Finished blocks lie in the folder ``<path>.partial`` until the file is complete.
+    Finished blocks lie in the folder ``<path>.partial`` until the file is complete. A later call takes them up if it
+    asks for the same samples of the same models, whatever its batch_size, backend and device; otherwise it discards
+    them, once it has a block of its own.
 
     Args:
-        path: the .npy file; float32 [num, *shape].
+        path: the .npy file, in an existing folder; float32 [num, *shape].
         finish: applied to the whole array before it is written (e.g. undoing a standardisation).
-        signature: anything that identifies the models (a hash); blocks of another signature, or of other arguments, are
-            discarded.
-        block_size: samples per saved block (default: 16 batches' worth, at least 1,000).
-        num, labels, first_index, progress, arguments: as in :func:`sample`.
+        signature: text that identifies the models, such as a hash; needed only where one is no ``nn.Module``. The
+            default is a hash of their weights and buffers, ``to_config()`` and ``repr``.
+        block_size: samples per saved block (default: 2**24 values' worth, 64 MB, but at most 65,536 samples). No batch
+            is larger.
+        num, progress, arguments: as in :func:`sample`.
 
     Returns:
         The array written.
+
+    Raises:
+        ValueError: as in :func:`sample`; a bad path or block_size; no signature for models that need one. Nothing has
+            been written or removed then.
+        SamplingDivergedError: the state is not finite.
     """
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    num = check_integer("num", num, 0)
-    all_labels = _labels(labels, num, torch.device("cpu"))
+    bound = inspect.signature(sample).bind(denoiser, guidance, num=num, **arguments)
+    bound.apply_defaults()
+    del bound.arguments["progress"]
+    plan = _prepare(**bound.arguments)
     if block_size is None:
-        block_size = max(1000, 16 * int(arguments.get("batch_size") or 0))
-    identity = {
-        "signature": signature,
-        "first_index": first_index,
-        "num": num,
-        "block_size": block_size,
-        "labels": None if all_labels is None else all_labels.tolist(),
-        # Neither memory nor the bar changes the samples.
-        "arguments": {k: str(v) for k, v in sorted(arguments.items()) if k not in ("batch_size", "callback")},
-    }
-    text = json.dumps(identity, sort_keys=True)
+        block_size = max(1, min(65536, 2**24 // math.prod(plan.shape)))
+    block_size = check_integer("block_size", block_size, 1)
+    target, partial = _target(path)
+    if signature is None:
+        signature = _signature(plan.guided)
+    elif not isinstance(signature, str) or not signature:
+        raise ValueError(f"signature must be a text that identifies the models, or None, got {signature!r}")
+    identity = json.dumps({"signature": signature, "block_size": block_size, **plan.identity()}, sort_keys=True)
+
     stamp = partial / "arguments.json"
-    if not (stamp.is_file() and stamp.read_text() == text):
-        _discard_blocks(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        write_atomic(stamp, text)
-    blocks = []
-    for start in tqdm(
-        range(0, num, block_size), desc="blocks", disable=None if progress and num > block_size else True, leave=False
-    ):
-        stop = min(start + block_size, num)
+    resumes = stamp.is_file() and stamp.read_text(encoding="utf-8") == identity
+    result = np.empty((plan.num, *plan.shape), dtype=np.float32)
+    starts = range(0, plan.num, block_size)
+    hidden = None if progress and len(starts) > 1 else True  # None: shown on a terminal only
+    for start in tqdm(starts, desc="blocks", disable=hidden, leave=False):
+        stop = min(start + block_size, plan.num)
         block = partial / f"block-{start:012d}.npy"
-        if not block.is_file():
-            drawn = sample(
-                denoiser,
-                guidance,
-                num=stop - start,
-                labels=None if all_labels is None else all_labels[start:stop],
-                first_index=first_index + start,
-                progress=progress,
-                **arguments,
-            )
-            save_array(block, drawn.cpu().numpy())
-        blocks.append(np.load(block, allow_pickle=False))
-    result = np.concatenate(blocks) if blocks else sample(denoiser, guidance, num=0, **arguments).cpu().numpy()
+        if resumes and block.is_file():
+            result[start:stop] = np.load(block, allow_pickle=False)
+            continue
+        result[start:stop] = _draw(plan, start, stop, progress).cpu().numpy()
+        if not resumes:  # Only now, so that a run that fails at once costs no finished blocks and leaves nothing.
+            _discard_blocks(partial)
+            partial.mkdir(exist_ok=True)
+            write_atomic(stamp, identity)
+            resumes = True
+        save_array(block, result[start:stop])
     if finish is not None:
         result = finish(result)
     save_array(target, result)
@@ -253,12 +371,39 @@ def sample_to_file(
     return result
 
 
+def _target(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The file to write and the folder for its blocks, both usable."""
+    target = Path(path)
+    if target.suffix != ".npy" or target.is_dir():
+        raise ValueError(f"path must be a file that ends in .npy, got {str(path)!r}")
+    if not target.parent.is_dir():
+        raise ValueError(f"path must lie in an existing folder, got {str(path)!r}; create {target.parent} first")
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists() and not partial.is_dir():
+        raise ValueError(f"path {str(path)!r} needs the folder {partial} for its blocks, but that is a file; move it")
+    return target, partial
+
+
+def _signature(guided: GuidedDenoiser) -> str:
+    models = {"denoiser": guided.denoiser, "guidance": guided.guidance}
+    for name, model in models.items():
+        # The text of another object may abbreviate it, or be an address that the next object gets.
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(
+                f"signature must be given, because the {name} ({type(model).__name__}) is no torch.nn.Module, whose "
+                "weights would identify it; pass any text that changes with the models"
+            )
+    # The repr of a module tells what its weights do not, such as the activations.
+    return signature_of(*models.values(), *map(repr, models.values()))
+
+
 def _discard_blocks(folder: Path) -> None:
-    """Remove the blocks this module wrote, and the folder if nothing else lies in it."""
+    """Remove the files this module wrote, and the folder if nothing else lies in it."""
     if not folder.is_dir():
         return
-    for file in [*folder.glob("block-*.npy"), folder / "arguments.json"]:
-        file.unlink(missing_ok=True)
+    for file in list(folder.iterdir()):
+        if _OWN_FILE.fullmatch(file.name) and file.is_file():
+            file.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -292,39 +437,100 @@ def _guided(
     return denoiser
 
 
-def _event_shape(shape: tuple[int, ...] | None, guided: GuidedDenoiser) -> tuple[int, ...]:
-    known = getattr(guided.denoiser, "event_shape", None) or getattr(guided.guidance, "event_shape", None)
+def _check_schedules(models: Mapping[str, Any]) -> None:
+    schedule = getattr(models["denoiser"], "schedule", None)
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(f"denoiser must have an attribute schedule, a NoiseSchedule, got {schedule!r}")
+    other = getattr(models.get("guidance"), "schedule", None)
+    if other is not None and other != schedule:
+        raise ValueError(
+            "guidance and denoiser must have the same noise schedule, got guidance.schedule = "
+            f"{other!r} and denoiser.schedule = {schedule!r}; fit the guidance with the denoiser's schedule"
+        )
+
+
+def _is_table_of(schedule: NoiseSchedule, table: SolverTable) -> bool:
+    inside = (table.times >= schedule.t_min) & (table.times <= schedule.t_max)
+    return bool(inside.all()) and np.allclose(schedule.alpha(table.times), table.alpha, rtol=1e-6, atol=0.0)
+
+
+def _scales(guided: GuidedDenoiser, table: SolverTable) -> list[float]:
+    scales = []
+    for t in table.times.tolist():
+        try:
+            scales.append(guided.scale_at(t))
+        except ValueError as error:
+            raise ValueError(
+                f"scale must give a finite number at every time of the solver; at t = {t}: {error}"
+            ) from None
+    return scales
+
+
+def _event_shape(shape: tuple[int, ...] | None, models: Mapping[str, Any]) -> tuple[int, ...]:
+    stated = {name: getattr(model, "event_shape", None) for name, model in models.items()}
+    known = [tuple(value) for value in stated.values() if value is not None]
+    if known and known[0] != known[-1]:
+        raise ValueError(f"denoiser and guidance must have the same event_shape, got {known[0]} and {known[-1]}")
     if shape is None:
-        if known is None:
+        if not known:
             raise ValueError(
                 "shape must be given (the shape of one sample): the denoiser does not state its event_shape"
             )
-        return tuple(known)
+        return known[0]
     try:
         shape = tuple(check_integer("shape entries", size, 1) for size in shape)
     except TypeError:
         raise ValueError(f"shape must be a tuple of integers, the shape of one sample, got {shape!r}") from None
-    if known is not None and shape != tuple(known):
-        raise ValueError(f"shape must be {tuple(known)}, the event_shape of the model, got {shape}")
+    if known and shape != known[0]:
+        raise ValueError(f"shape must be {known[0]}, the event_shape of the model, got {shape}")
     return shape
 
 
-def _table(solver: str, guided: GuidedDenoiser, steps: int, spacing: str, eta: float | None) -> SolverTable:
-    return solver_table(solver, guided.schedule, steps, spacing=spacing, eta=eta)
+def _device(device: str | torch.device | None, models: Mapping[str, Any]) -> torch.device:
+    """``device``, or that of the first parameter; the parameters of all models must lie there."""
+    places = {
+        name: {parameter.device for parameter in model.parameters()}
+        for name, model in models.items()
+        if isinstance(model, nn.Module)
+    }
+    if device is None:
+        result = next((place for found in places.values() for place in found), torch.device("cpu"))
+    else:
+        try:
+            result = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0".
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"device must be one that torch has here (cpu, cuda, ...), got {device!r}: {reason}"
+            ) from None
+    for name, found in places.items():
+        for place in found - {result}:
+            raise ValueError(
+                f"the parameters of {name} are on {place}, but sampling runs on {result}; move them with "
+                f"{name}.to({str(result)!r}) or choose another device"
+            )
+    return result
 
 
-def _device_of(model: Any) -> torch.device:
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
+def _labels(labels: Any, num: int, models: Mapping[str, Any]) -> Tensor | None:
+    """None, or labels with one row per sample that every model accepts.
 
-
-def _labels(labels: Any, num: int, device: torch.device) -> Tensor | None:
-    """None, or labels with one row per sample."""
+    A model that states no ``num_classes`` takes them as they come.
+    """
+    counts = {name: getattr(model, "num_classes", None) for name, model in models.items()}
+    conditional = {name: count for name, count in counts.items() if count}
     if labels is None:
+        for name, count in conditional.items():
+            raise ValueError(f"labels are required: the {name} is conditional on {count} classes")
         return None
-    result = torch.as_tensor(labels, device=device)
+    if all(count == 0 for count in counts.values()):
+        raise ValueError(
+            f"labels must be None, got labels for {' and '.join(counts)} without classes (num_classes = 0)"
+        )
+    try:
+        result = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"labels must be numbers, got {type(labels).__name__}: {error}") from None
     if result.ndim == 0:
         result = result.expand(num)
     if result.ndim > 2 or len(result) != num:
@@ -332,6 +538,8 @@ def _labels(labels: Any, num: int, device: torch.device) -> Tensor | None:
             f"labels must be one class index, {num} indices, or {num} rows of class weights (num = {num}), got shape "
             f"{tuple(result.shape)}"
         )
+    for count in conditional.values():
+        result = torch.from_numpy(check_labels("labels", result, num, count))
     return result
 
 

@@ -6,7 +6,8 @@ import copy
 import hashlib
 import math
 import os
-import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +21,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tgdp_fast._checks import check_choice, check_integer, check_number
-from tgdp_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from tgdp_fast.checkpoint import (
+    CheckpointError,
+    check_replaceable,
+    load_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+    signature_of,
+)
 from tgdp_fast.data.arrays import check_labels, check_samples
 from tgdp_fast.denoiser import Denoiser, per_sample, training_target
-from tgdp_fast.models.mlp import ScoreMLP, encode_labels
+from tgdp_fast.models.mlp import ScoreMLP
 from tgdp_fast.schedule import NoiseSchedule
 
 TIME_DISTRIBUTIONS = ("uniform", "logsnr")
@@ -86,8 +94,9 @@ def optimise(
         settings: see :class:`Optimisation`.
         seed: of the generator handed to ``loss``.
         progress, description: the progress bar.
-        state_dir: folder in which the whole state is kept every ``save_every`` seconds. A state found there with the
-            same signature and settings is resumed, and the result is that of an uninterrupted run; removed at the end.
+        state_dir: folder in which the whole state is kept every ``save_every`` seconds and at Ctrl-C. A state found
+            there with the same signature and settings is resumed, and the result is that of an uninterrupted run;
+            removed at the end. A folder that holds anything else is refused.
         signature: identifies the data and the model.
 
     Returns:
@@ -96,114 +105,148 @@ def optimise(
     Raises:
         TrainingDivergedError: a non-finite loss.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=(0.9, 0.99))
-    average = [p.detach().clone() for p in parameters]
-    generator = torch.Generator().manual_seed(seed)
-    identity = {"signature": signature, "settings": asdict(settings), "seed": seed}
-    history: list[float] = []
-    first = 0
+    check_seed(seed)
+    run = _Run(module, settings, seed, signature)
     if state_dir is not None:
-        first, history = _load_state(state_dir, identity, parameters, average, optimizer, generator)
+        check_replaceable(Path(state_dir))
+        run.load(Path(state_dir))
     module.train()
     saved = time.monotonic()
     stride = max(1, settings.steps // 100)
-    bar = tqdm(
-        total=settings.steps,
-        initial=first,
-        desc=description,
-        unit="step",
-        disable=None if progress else True,
-        leave=False,
-    )
-    with bar:
-        for step in range(first, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            value = loss(generator)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
-            optimizer.step()
-            # The average forgets the initial weights quickly, whatever the decay.
-            decay = min(settings.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1.0 - decay)
-            if step % stride == 0 or step == settings.steps - 1:
-                history.append(float(value.detach()))
-                if not math.isfinite(history[-1]):
+    shown = None if progress else True  # None: on a terminal only
+    bar = tqdm(total=settings.steps, initial=run.step, desc=description, unit="step", disable=shown, leave=False)
+    # Dropout and the like draw from the global generator: seed it, and leave the caller's as it was.
+    with torch.random.fork_rng(devices=[]), _deferred_interrupt(state_dir is not None) as interrupted, bar:
+        torch.set_rng_state(run.global_state)
+        while run.step < settings.steps:
+            value = run.advance(loss)
+            if (run.step - 1) % stride == 0 or run.step == settings.steps:
+                run.history.append(float(value.detach()))
+                if not math.isfinite(run.history[-1]):
                     raise TrainingDivergedError(
-                        f"{description}: the loss is {history[-1]} at step {step}; lower learning_rate, or check that "
-                        "the data have about unit scale"
+                        f"{description}: the loss is {run.history[-1]} at step {run.step - 1}; lower learning_rate, or "
+                        "check that the data have about unit scale"
                     )
-                bar.set_postfix(loss=f"{history[-1]:.4g}", refresh=False)
+                bar.set_postfix(loss=f"{run.history[-1]:.4g}", refresh=False)
             bar.update()
-            if state_dir is not None and time.monotonic() - saved > save_every and step + 1 < settings.steps:
-                _save_state(state_dir, identity, step + 1, history, parameters, average, optimizer, generator)
+            due = time.monotonic() - saved > save_every or interrupted.is_set()
+            if state_dir is not None and due and run.step < settings.steps:
+                run.save(Path(state_dir))
                 saved = time.monotonic()
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=True):
-            parameter.copy_(mean)
-    module.eval()
-    if not all(bool(p.isfinite().all()) for p in parameters):
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+    run.finish()
+    if not all(bool(p.isfinite().all()) for p in run.parameters):
         raise TrainingDivergedError(f"{description}: the weights are not finite; lower learning_rate")
     if state_dir is not None:
-        shutil.rmtree(state_dir, ignore_errors=True)
-    return history
+        remove_checkpoint(state_dir)
+    return run.history
 
 
-def _save_state(
-    state_dir: str | os.PathLike[str],
-    identity: dict[str, Any],
-    step: int,
-    history: list[float],
-    parameters: list[nn.Parameter],
-    average: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> None:
-    tensors = {"generator": generator.get_state()}
-    for i, (parameter, mean) in enumerate(zip(parameters, average, strict=True)):
-        tensors[f"parameter.{i}"] = parameter.detach()
-        tensors[f"average.{i}"] = mean
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value)
-    save_checkpoint(state_dir, "training_state", {"identity": identity, "step": step, "history": history}, tensors)
+class _Run:
+    """Everything that changes from step to step."""
+
+    def __init__(self, module: nn.Module, settings: Optimisation, seed: int, signature: str) -> None:
+        self.module = module
+        self.settings = settings
+        self.identity = {"signature": signature, "settings": asdict(settings), "seed": seed}
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=settings.learning_rate, betas=(0.9, 0.99)
+        )
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.global_state = torch.Generator().manual_seed(derived_seed(seed, "global generator")).get_state()
+        self.history: list[float] = []
+        self.step = 0
+
+    def advance(self, loss: Loss) -> Tensor:
+        """One step; returns its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(self.step)
+        value = loss(self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
+        self.optimizer.step()
+        # The average forgets the initial weights quickly, whatever the decay.
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
+        self.step += 1
+        return value
+
+    def finish(self) -> None:
+        """Put the averaged weights into the module."""
+        with torch.no_grad():
+            for parameter, mean in zip(self.parameters, self.average, strict=True):
+                parameter.copy_(mean)
+        self.module.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write the state, atomically."""
+        tensors = {"generator": self.generator.get_state(), "global_generator": torch.get_rng_state()}
+        tensors |= {f"buffer.{name}": value for name, value in self.module.named_buffers()}
+        for i, (parameter, mean) in enumerate(zip(self.parameters, self.average, strict=True)):
+            tensors[f"parameter.{i}"] = parameter.detach()
+            tensors[f"average.{i}"] = mean
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value)
+        config = {"identity": self.identity, "step": self.step, "history": self.history}
+        save_checkpoint(folder, "training_state", config, tensors)
+
+    def load(self, folder: Path) -> None:
+        """Restore a saved state of this same run; one that is missing, damaged or another run's is ignored."""
+        if not folder.exists():
+            return
+        try:
+            config, tensors = load_checkpoint(folder, "training_state")
+        except CheckpointError:
+            return
+        if config["identity"] != self.identity:
+            return
+        buffers = dict(self.module.named_buffers())
+        with torch.no_grad():
+            for i, (parameter, mean) in enumerate(zip(self.parameters, self.average, strict=True)):
+                parameter.copy_(tensors[f"parameter.{i}"])
+                mean.copy_(tensors[f"average.{i}"])
+                prefix = f"optimizer.{i}."
+                for name, value in tensors.items():
+                    if name.startswith(prefix):
+                        key = name.removeprefix(prefix)
+                        # AdamW counts its steps on the host.
+                        device = value.device if key == "step" else parameter.device
+                        self.optimizer.state[parameter][key] = value.clone().to(device)
+            for name, buffer in buffers.items():
+                buffer.copy_(tensors[f"buffer.{name}"])
+        self.generator.set_state(tensors["generator"])
+        self.global_state = tensors["global_generator"]
+        self.step = int(config["step"])
+        self.history = list(config["history"])
 
 
-def _load_state(
-    state_dir: str | os.PathLike[str],
-    identity: dict[str, Any],
-    parameters: list[nn.Parameter],
-    average: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> tuple[int, list[float]]:
-    """Restore a saved state; (0, []) when there is none or it belongs to another run."""
-    if not Path(state_dir).exists():
-        return 0, []
+@contextmanager
+def _deferred_interrupt(active: bool) -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of raising, so that a step is never cut in half; a second one raises at once."""
+    event = threading.Event()
+    if not active or threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, note)
     try:
-        config, tensors = load_checkpoint(state_dir, "training_state")
-    except CheckpointError:
-        return 0, []
-    if config["identity"] != identity:
-        return 0, []
-    with torch.no_grad():
-        for i, (parameter, mean) in enumerate(zip(parameters, average, strict=True)):
-            parameter.copy_(tensors[f"parameter.{i}"])
-            mean.copy_(tensors[f"average.{i}"])
-            prefix = f"optimizer.{i}."
-            for name, value in tensors.items():
-                if name.startswith(prefix):
-                    optimizer.state[parameter][name.removeprefix(prefix)] = value.clone()
-    generator.set_state(tensors["generator"])
-    return int(config["step"]), list(config["history"])
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def draw_times(
@@ -227,9 +270,10 @@ def draw_times(
 
 
 class Batches:
-    """Random rows of a sample set: whole shuffled passes, so that every sample is seen equally often.
+    """Random rows of a sample set.
 
-    A set smaller than the batch is repeated within it. The order depends on the generator alone.
+    A set that fits into the batch is repeated within it, each sample equally often; from a larger one rows are drawn
+    with replacement.
     """
 
     def __init__(self, count: int, batch_size: int) -> None:
@@ -295,7 +339,7 @@ def train_denoiser(
         settings: see :class:`Optimisation`.
         time_distribution: "uniform" in t or in "logsnr".
         seed: of initial weights, batches, times and noise.
-        device: where to train.
+        device: where to train; default that of ``initial``, else the CPU.
         progress, description, state_dir: see :func:`optimise`.
 
     Returns:
@@ -306,17 +350,22 @@ def train_denoiser(
         TrainingDivergedError: a non-finite loss.
     """
     check_choice("time_distribution", time_distribution, TIME_DISTRIBUTIONS)
+    check_seed(seed)
     settings = settings or Optimisation()
-    x = as_samples("data", data, device)
+    if not isinstance(settings, Optimisation):
+        raise ValueError(f"settings must be an Optimisation, got {type(settings).__name__}")
+    x = as_samples("data", data, device_of(initial) if device is None else device)
     if initial is not None:
+        if schedule is not None and schedule != initial.schedule:
+            raise ValueError(f"schedule must be that of initial, {initial.schedule}, or left out; got {schedule}")
         denoiser = copy_denoiser(initial).to(x.device)
     else:
         schedule = schedule or NoiseSchedule.vp_linear()
-        classes = count_classes(labels, num_classes)
+        classes = count_classes("labels", labels, len(x), num_classes)
         with seeded_initialisation(seed):
             network = ScoreMLP(tuple(x.shape[1:]), width, depth, classes)
         denoiser = Denoiser(network, schedule, prediction, time_input="half_log_snr").to(x.device)
-    y = as_label_rows("labels", labels, len(x), denoiser.num_classes, x.device)
+    y = as_labels("labels", labels, len(x), denoiser.num_classes, x.device)
     batches = Batches(len(x), settings.batch_size)
     frozen_schedule = denoiser.schedule
 
@@ -338,7 +387,7 @@ def train_denoiser(
         progress=progress,
         description=description,
         state_dir=state_dir,
-        signature=signature_of(x, y, repr(denoiser.schedule), *denoiser.state_dict().values()),
+        signature=signature_of(x, y, denoiser, time_distribution),
     )
     return denoiser
 
@@ -350,27 +399,20 @@ def copy_denoiser(denoiser: Denoiser) -> Denoiser:
 
 def as_samples(name: str, data: np.ndarray | Tensor, device: str | torch.device | None = None) -> Tensor:
     """Checked float32 tensor [N, ...] on ``device``; see :func:`tgdp_fast.data.arrays.check_samples`."""
-    array = data.detach().cpu().numpy() if isinstance(data, Tensor) else data
-    return torch.from_numpy(check_samples(name, array)).to(device or "cpu")
+    array = check_samples(name, data)
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device or "cpu")
 
 
-def count_classes(labels: np.ndarray | Tensor | None, num_classes: int | None) -> int:
-    """Number of classes: as given, else from the labels, else 0."""
-    if num_classes is not None:
-        return check_integer("num_classes", num_classes, 0)
-    if labels is None:
-        return 0
-    array = np.asarray(labels)
-    return int(array.shape[1]) if array.ndim == 2 else int(array.max(initial=-1)) + 1
-
-
-def as_label_rows(
+def as_labels(
     name: str, labels: np.ndarray | Tensor | None, count: int, num_classes: int | None, device: torch.device
 ) -> Tensor | None:
-    """Checked labels as rows [N, num_classes] float32, or None for an unconditional model.
+    """Checked labels, int64 [N] or float32 rows [N, K], on ``device``; None for an unconditional model.
+
+    ``num_classes`` None stands for a network that does not state it: any labels, or none, will do.
 
     Raises:
-        ValueError: labels for an unconditional model, none for a conditional one, or a count that differs.
+        ValueError: labels for an unconditional model, none for a conditional one, a count that differs, or classes out
+            of range.
     """
     if labels is None:
         if num_classes:
@@ -378,9 +420,38 @@ def as_label_rows(
         return None
     if num_classes == 0:
         raise ValueError(f"{name} were given, but the model is unconditional; leave them out or set num_classes")
-    array = check_labels(name, np.asarray(labels), count, num_classes)
-    tensor = torch.from_numpy(array).to(device)
-    return tensor.float() if num_classes is None else encode_labels(tensor, num_classes)
+    array = check_labels(name, labels, count, num_classes)
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+
+
+def count_classes(name: str, labels: np.ndarray | Tensor | None, count: int, num_classes: int | None) -> int:
+    """Number of classes of ``count`` labels: as given, else from the labels, else 0."""
+    if num_classes is not None:
+        return check_integer("num_classes", num_classes, 0)
+    if labels is None:
+        return 0
+    array = check_labels(name, labels, count)
+    return int(array.shape[1]) if array.ndim == 2 else int(array.max(initial=-1)) + 1
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a module's parameters are; the CPU for anything without parameters."""
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+def check_seed(seed: int) -> int:
+    """An integer in 0 .. 2^63 - 1, or ValueError."""
+    if check_integer("seed", seed, 0) >= 2**63:
+        raise ValueError(f"seed must be below 2^63, got {seed}")
+    return int(seed)
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """Another seed for another purpose, in 0 .. 2^63 - 1; the same for the same arguments."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
 
 
 @contextmanager
@@ -389,15 +460,3 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def signature_of(*parts: Tensor | str | None) -> str:
-    """SHA-256 of tensors and strings: tells whether a saved state belongs to this data and model."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()

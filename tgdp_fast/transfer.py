@@ -9,32 +9,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tgdp_fast._checks import check_choice, check_integer, check_number
+from tgdp_fast.checkpoint import signature_of
 from tgdp_fast.denoiser import evaluation_mode
 from tgdp_fast.density_ratio import (
     RATIO_LOSSES,
     TransferDiagnostics,
+    bounded_exp,
     diagnose,
     fit_density_ratio,
     logistic_loss,
     ratio_loss,
 )
 from tgdp_fast.guidance import EpsilonModel, GuidanceNetwork, labels_for
+from tgdp_fast.models.mlp import encode_labels
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import (
     TIME_DISTRIBUTIONS,
     Batches,
     Optimisation,
     add_noise,
-    as_label_rows,
+    as_labels,
     as_samples,
+    check_seed,
     count_classes,
+    derived_seed,
+    device_of,
     draw_times,
     optimise,
     seeded_initialisation,
-    signature_of,
 )
 
 
@@ -103,7 +108,7 @@ def fit_guidance(
         time_distribution: of training times, "uniform" in t or in "logsnr".
         diagnostics: also fit the clean-data classifier and report whether the target is within reach.
         seed: of everything random.
-        device: where to fit.
+        device: where to fit; default that of ``denoiser``, else the CPU.
         progress, state_dir: see :func:`tgdp_fast.training.optimise`.
 
     Returns:
@@ -113,49 +118,52 @@ def fit_guidance(
         ValueError: bad data, labels or settings, before any work.
         TrainingDivergedError: a non-finite loss.
     """
-    check_fit_arguments(
-        loss=loss,
-        consistency=consistency,
-        cycle=cycle,
-        time_distribution=time_distribution,
-        alpha_power=alpha_power,
-        label_smoothing=label_smoothing,
-    )
+    if denoiser is not None and schedule is not None and schedule != denoiser.schedule:
+        raise ValueError(f"schedule must be that of denoiser, {denoiser.schedule}, or left out; got {schedule}")
+    schedule = denoiser.schedule if denoiser is not None else schedule or NoiseSchedule.vp_linear()
     if consistency is None:
         consistency = 1.0 if denoiser is not None else 0.0
     if consistency > 0 and denoiser is None:
         raise ValueError("denoiser must be given when consistency > 0: the term compares with the source model")
-    if denoiser is not None:
-        schedule = denoiser.schedule
-    schedule = schedule or NoiseSchedule.vp_linear()
-    x_source = as_samples("source", source, device)
-    x_target = as_samples("target", target, device)
+    if state_dir is not None and denoiser is not None and not _is_module(denoiser):
+        raise ValueError("state_dir needs a denoiser that is a torch module, so that a resumed fit can tell it apart")
+    home = device_of(denoiser)
+    x_source = as_samples("source", source, home if device is None else device)
+    x_target = as_samples("target", target, x_source.device)
+    if _is_module(denoiser) and home.type != x_source.device.type:
+        raise ValueError(
+            f"device must be that of denoiser, {home}, got {x_source.device}; move it with denoiser.to(...)"
+        )
     if x_source.shape[1:] != x_target.shape[1:]:
         raise ValueError(
             f"target must hold samples of the source's shape {tuple(x_source.shape[1:])}, "
             f"got {tuple(x_target.shape[1:])}"
         )
-    if (source_labels is None) != (target_labels is None):
-        raise ValueError("source_labels and target_labels must be given together (or neither)")
-    classes = max(count_classes(source_labels, num_classes), count_classes(target_labels, num_classes))
-    y_source = as_label_rows("source_labels", source_labels, len(x_source), classes, x_source.device)
-    y_target = as_label_rows("target_labels", target_labels, len(x_target), classes, x_target.device)
+    classes = common_classes(
+        source_labels, target_labels, len(x_source), len(x_target), num_classes, getattr(denoiser, "num_classes", None)
+    )
+    y_source = as_labels("source_labels", source_labels, len(x_source), classes, x_source.device)
+    y_target = as_labels("target_labels", target_labels, len(x_target), classes, x_source.device)
     data = _Data(x_source, y_source, x_target, y_target)
+    if settings is not None and not isinstance(settings, Optimisation):
+        raise ValueError(f"settings must be an Optimisation, got {type(settings).__name__}")
     settings = settings or default_settings(len(x_target))
+    check_fit_arguments(
+        tuple(x_source.shape[1:]),
+        schedule,
+        loss=loss,
+        consistency=consistency,
+        cycle=cycle,
+        label_smoothing=label_smoothing,
+        time_distribution=time_distribution,
+        width=width,
+        depth=depth,
+        alpha_power=alpha_power,
+        stem=stem,
+    )
 
-    ratio = None
-    if diagnostics or loss != "logistic":
-        ratio = fit_density_ratio(
-            x_source,
-            x_target,
-            source_labels=y_source,
-            target_labels=y_target,
-            seed=seed,
-            progress=progress,
-        )
-
-    def new_network(salt: int) -> GuidanceNetwork:
-        with seeded_initialisation(seed + salt):
+    def new_network(initial_seed: int) -> GuidanceNetwork:
+        with seeded_initialisation(initial_seed):
             network = GuidanceNetwork(
                 tuple(x_source.shape[1:]),
                 schedule,
@@ -167,9 +175,22 @@ def fit_guidance(
             )
         return network.to(x_source.device)
 
+    check_seed(seed)
+    ratio = None
+    if diagnostics or loss != "logistic":
+        ratio = fit_density_ratio(
+            x_source,
+            x_target,
+            source_labels=None if y_source is None else encode_labels(y_source, classes),
+            target_labels=None if y_target is None else encode_labels(y_target, classes),
+            seed=seed,
+            progress=progress,
+        )
+
     classifier = None
     if cycle > 0:
-        classifier = new_network(7919)
+        classifier_seed = derived_seed(seed, "time-dependent classifier")
+        classifier = new_network(classifier_seed)
         objective = _objective(
             classifier, data, schedule, settings, time_distribution, "logistic", label_smoothing=label_smoothing
         )
@@ -183,7 +204,7 @@ def fit_guidance(
         )
         classifier.requires_grad_(False)
 
-    network = new_network(0)
+    network = new_network(seed)
     objective = _objective(
         network,
         data,
@@ -216,7 +237,7 @@ def fit_guidance(
         progress=progress,
         description="guidance",
         state_dir=state_dir,
-        signature=signature_of(x_source, x_target, y_source, y_target, repr(config)),
+        signature=signature_of(x_source, x_target, y_source, y_target, config, denoiser),
     )
     report = None
     if diagnostics and ratio is not None:
@@ -226,27 +247,68 @@ def fit_guidance(
 
 
 def check_fit_arguments(
+    event_shape: tuple[int, ...],
+    schedule: NoiseSchedule,
     *,
     loss: str = "logistic",
     consistency: float | None = None,
     cycle: float = 0.0,
-    time_distribution: str = "uniform",
-    alpha_power: float = 2.0,
     label_smoothing: float = 0.0,
-    **_: Any,
+    time_distribution: str = "uniform",
+    settings: Optimisation | None = None,
+    diagnostics: bool = True,
+    **network: Any,
 ) -> None:
     """Refuse bad arguments of :func:`fit_guidance` without doing anything, for callers that train something first.
 
+    ``network`` are the arguments of :class:`GuidanceNetwork`.
+
     Raises:
-        ValueError: names the argument.
+        ValueError: names the argument, an unknown one too.
     """
     check_choice("loss", loss, RATIO_LOSSES)
     check_choice("time_distribution", time_distribution, TIME_DISTRIBUTIONS)
     check_number("cycle", cycle, 0.0)
-    check_number("alpha_power", alpha_power, 0.0)
     check_number("label_smoothing", label_smoothing, 0.0, 0.49)
     if consistency is not None:
         check_number("consistency", consistency, 0.0)
+    if settings is not None and not isinstance(settings, Optimisation):
+        raise ValueError(f"settings must be an Optimisation, got {type(settings).__name__}")
+    known = ("width", "depth", "alpha_power", "stem")
+    for name in network:
+        check_choice("argument of fit_guidance", name, (*known, *_FIT_ARGUMENTS))
+    with seeded_initialisation(0):
+        GuidanceNetwork(event_shape, schedule, **network)
+
+
+_FIT_ARGUMENTS = ("loss", "consistency", "cycle", "label_smoothing", "time_distribution", "settings", "diagnostics")
+
+
+def common_classes(
+    source_labels: np.ndarray | Tensor | None,
+    target_labels: np.ndarray | Tensor | None,
+    num_source: int,
+    num_target: int,
+    num_classes: int | None,
+    denoiser_classes: int | None,
+) -> int:
+    """Number of classes of a transfer: as given, else the conditional denoiser's, else from both sets of labels.
+
+    Raises:
+        ValueError: labels of one domain only, or none for a conditional denoiser.
+    """
+    if (source_labels is None) != (target_labels is None):
+        raise ValueError("source_labels and target_labels must be given together (or neither)")
+    if source_labels is None and denoiser_classes:
+        raise ValueError(
+            f"source_labels and target_labels must be given: the denoiser is conditional on {denoiser_classes} classes"
+        )
+    if num_classes is None and denoiser_classes:
+        return denoiser_classes
+    return max(
+        count_classes("source_labels", source_labels, num_source, num_classes),
+        count_classes("target_labels", target_labels, num_target, num_classes),
+    )
 
 
 def default_settings(num_target: int) -> Optimisation:
@@ -260,6 +322,10 @@ def default_settings(num_target: int) -> Optimisation:
     if num_target < 500:
         return Optimisation(steps=1500, batch_size=256, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.995)
     return Optimisation(steps=4000, batch_size=256, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.998)
+
+
+def _is_module(model: object) -> bool:
+    return isinstance(model, nn.Module)
 
 
 @dataclass(frozen=True)
@@ -320,8 +386,8 @@ def _objective(
         if cycle > 0:
             assert classifier is not None
             with torch.no_grad():
-                h_classifier = classifier.log_ratio(noised.x, noised.t, labels).clamp_max(10.0).exp()
-            total = total + cycle * (f_target.clamp_max(10.0).exp() - h_classifier).square().mean()
+                h_classifier = bounded_exp(classifier.log_ratio(noised.x, noised.t, labels), 10.0)
+            total = total + cycle * (bounded_exp(f_target, 10.0) - h_classifier).square().mean()
         return total
 
     return value
@@ -342,8 +408,9 @@ def mean_h(
 ) -> list[tuple[float, float, float]]:
     """E_p[h(x_t, t)] at ``num_times`` times, with its standard error: rows (t, mean, error). 1 when h is exact."""
     schedule = guidance.schedule
-    x0, y = source[:limit], None if labels is None else labels[:limit]
     generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(source), generator=generator)[:limit].to(source.device)
+    x0, y = source[chosen], _rows(labels, chosen)
     rows = []
     for t in np.linspace(schedule.t_min, schedule.t_max, num_times):
         t = float(np.round(t)) if schedule.is_discrete else float(t)

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +17,12 @@ from torch import Tensor, nn
 
 from tgdp_fast.checkpoint import (
     CheckpointError,
+    check_replaceable,
     load_checkpoint,
     load_state_dict_checked,
+    remove_checkpoint,
     save_checkpoint,
+    signature_of,
     write_atomic,
 )
 from tgdp_fast.data.arrays import Standardizer, check_labels, check_samples
@@ -29,8 +31,8 @@ from tgdp_fast.density_ratio import TransferDiagnostics
 from tgdp_fast.guidance import GuidanceNetwork
 from tgdp_fast.sampling import sample, sample_to_file
 from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.training import Optimisation, count_classes, signature_of, train_denoiser
-from tgdp_fast.transfer import check_fit_arguments, fit_guidance
+from tgdp_fast.training import Optimisation, check_seed, train_denoiser
+from tgdp_fast.transfer import GuidanceFit, check_fit_arguments, common_classes, fit_guidance
 
 KIND = "transfer_model"
 
@@ -92,7 +94,6 @@ class TransferModel:
         Raises:
             ValueError: bad data, before any work.
         """
-        check_fit_arguments(**guidance_arguments)
         source = check_samples("source", source)
         target = check_samples("target", target, event_shape=source.shape[1:])
         standardizer = Standardizer.fit(source)
@@ -104,29 +105,27 @@ class TransferModel:
             raise ValueError(
                 f"denoiser works on samples of shape {denoiser.event_shape}, but source has shape {source.shape[1:]}"
             )
-        x_source, x_target = standardizer.apply(source), standardizer.apply(target)
-        stages = Stages(work_dir)
-        classes = max(count_classes(source_labels, num_classes), count_classes(target_labels, num_classes))
-        if (source_labels is None) != (target_labels is None):
-            raise ValueError("source_labels and target_labels must be given together (or neither)")
+        if denoiser is not None and schedule is not None and schedule != denoiser.schedule:
+            raise ValueError(f"schedule must be that of denoiser, {denoiser.schedule}, or left out; got {schedule}")
+        schedule = denoiser.schedule if denoiser is not None else schedule or NoiseSchedule.vp_linear()
+        check_fit_arguments(source.shape[1:], schedule, **guidance_arguments)
+        check_seed(seed)
+        classes = common_classes(
+            source_labels, target_labels, len(source), len(target), num_classes, getattr(denoiser, "num_classes", None)
+        )
         for name, labels, count in (
             ("source_labels", source_labels, len(source)),
             ("target_labels", target_labels, len(target)),
         ):
             if labels is not None:
                 check_labels(name, labels, count, classes)
-        arguments = {
-            "seed": seed,
-            "schedule": repr(schedule),
-            "denoiser": repr(denoiser_settings),
-            "classes": classes,
-        }
-        data = signature_of(*(None if a is None else torch.as_tensor(np.asarray(a)) for a in (x_source, source_labels)))
-
+        x_source, x_target = standardizer.apply(source), standardizer.apply(target)
+        stages = Stages(work_dir)
         if denoiser is None:
+            settings = None if denoiser_settings is None else asdict(denoiser_settings)
             denoiser = stages.run(
                 "denoiser",
-                signature_of(data, repr(arguments)),
+                signature_of(x_source, _array(source_labels), schedule.to_config(), settings, classes, seed),
                 lambda state_dir: train_denoiser(
                     x_source,
                     schedule,
@@ -140,15 +139,15 @@ class TransferModel:
                     state_dir=state_dir,
                 ),
                 Denoiser.save,
-                Denoiser.load,
+                lambda path: Denoiser.load(path).to(device or "cpu"),
             )
-        frozen = denoiser.requires_grad_(False)
+        source_model = denoiser
 
-        def fit(state_dir: Path | None) -> TransferModel:
-            result = fit_guidance(
+        def fit(state_dir: Path | None) -> GuidanceFit:
+            return fit_guidance(
                 x_source,
                 x_target,
-                denoiser=frozen,
+                denoiser=source_model,
                 source_labels=source_labels,
                 target_labels=target_labels,
                 num_classes=classes,
@@ -158,18 +157,19 @@ class TransferModel:
                 state_dir=state_dir,
                 **guidance_arguments,
             )
-            diagnostics = result.diagnostics.to_dict() if isinstance(result.diagnostics, TransferDiagnostics) else {}
-            return cls(frozen, result.guidance, standardizer, diagnostics, result.config)
 
         signature = signature_of(
-            data,
-            torch.as_tensor(x_target),
-            None if target_labels is None else torch.as_tensor(np.asarray(target_labels)),
-            repr(sorted((k, repr(v)) for k, v in guidance_arguments.items())),
-            *frozen.network.state_dict().values(),
-            str(seed),
+            x_source,
+            x_target,
+            _array(source_labels),
+            _array(target_labels),
+            {name: repr(value) for name, value in guidance_arguments.items()},
+            source_model,
+            seed,
         )
-        return stages.run("model", signature, fit, cls.save, cls.load)
+        result = stages.run("guidance", signature, fit, _save_fit, lambda path: _load_fit(path, device))
+        diagnostics = {} if result.diagnostics is None else result.diagnostics.to_dict()
+        return cls(source_model, result.guidance, standardizer, diagnostics, result.config)
 
     def sample(self, num: int, *, guided: bool = True, **arguments: Any) -> np.ndarray:
         """Samples of the target domain (of the source with ``guided=False``): float32 [num, ...] in data units.
@@ -189,13 +189,12 @@ class TransferModel:
             self.guidance if guided else None,
             num=num,
             finish=self.standardizer.invert,
-            signature=self.signature(),
             **arguments,
         )
 
     def signature(self) -> str:
-        """Hash of every weight: the same for two models exactly when they draw the same samples."""
-        return signature_of(*self._tensors().values())
+        """Hash of every weight and setting: the same for two models exactly when they draw the same samples."""
+        return signature_of(self.denoiser, self.guidance, *self.standardizer.to_tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
         parts = {f"denoiser.{k}": v for k, v in self.denoiser.network.state_dict().items()}
@@ -263,13 +262,45 @@ class Stages:
             except CheckpointError:  # Damaged: compute it again.
                 pass
         self.folder.mkdir(parents=True, exist_ok=True)
+        check_replaceable(place)  # Before the work, not after it.
         stamp.unlink(missing_ok=True)
         result = compute(self.folder / f"{name}.state")
-        if place.exists():
-            shutil.rmtree(place)
         save(result, place)
         write_atomic(stamp, json.dumps({"signature": signature}))
         return result
+
+    def remove(self, *names: str) -> None:
+        """Remove what these stages have written, and the folder if nothing else lies in it."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        for name in names:
+            remove_checkpoint(self.folder / name)
+            remove_checkpoint(self.folder / f"{name}.state")
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def _array(labels: Any) -> np.ndarray | None:
+    return None if labels is None else check_labels("labels", labels, len(labels))
+
+
+def _save_fit(fit: GuidanceFit, path: Path) -> None:
+    config = {
+        "guidance": fit.guidance.to_config(),
+        "diagnostics": None if fit.diagnostics is None else fit.diagnostics.to_dict(),
+        "history": fit.history,
+        "config": fit.config,
+    }
+    save_checkpoint(path, "guidance_fit", config, fit.guidance.state_dict())
+
+
+def _load_fit(path: Path, device: str | torch.device | None) -> GuidanceFit:
+    config, tensors = load_checkpoint(path, "guidance_fit")
+    guidance = GuidanceNetwork.from_config(config["guidance"])
+    load_state_dict_checked(guidance, tensors, str(path))
+    diagnostics = None if config["diagnostics"] is None else TransferDiagnostics(**config["diagnostics"])
+    return GuidanceFit(guidance.eval().to(device or "cpu"), diagnostics, config["history"], config["config"])
 
 
 def _read(stamp: Path) -> str:

@@ -12,6 +12,8 @@ from tgdp_fast._checks import check_integer
 from tgdp_fast.data.arrays import check_samples
 
 NUM_CLASSES = 10
+#: Share of the images that no model sees, alike for every digit.
+HELD_OUT = 1 / 3
 _PIXEL_MAXIMUM = 16.0
 
 
@@ -20,16 +22,20 @@ class DigitArrays:
     """Source and target of the digit transfer; pixels in [-1, 1], float32, labels int64.
 
     Attributes:
-        source: all digits, [1797, 64].
-        source_labels: [1797], 0 to 9.
-        target: some images of a few digits, [n, 64].
+        source: all digits, [1198, 64].
+        source_labels: [1198], 0 to 9.
+        target: some source images of a few digits, [n, 64].
         target_labels: [n].
+        held_out: all digits, [599, 64], no image of the source among them: for measurements.
+        held_out_labels: [599].
     """
 
     source: np.ndarray
     source_labels: np.ndarray
     target: np.ndarray
     target_labels: np.ndarray
+    held_out: np.ndarray
+    held_out_labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -56,58 +62,62 @@ class DigitJudge:
 
 
 def load_digits_arrays(target_digits: tuple[int, ...] = (3, 8), num_target: int = 20, seed: int = 0) -> DigitArrays:
-    """All handwritten digits as the source, a few images of chosen digits as the target.
+    """Two thirds of all handwritten digits as the source, a few of their images as the target, the rest held out.
 
     Args:
         target_digits: distinct digits 0 to 9.
         num_target: images in the target, divided equally among the digits (the first ones take the
             remainder).
-        seed: chooses the images.
+        seed: chooses the target images. Source and held-out images are always the same ones.
 
     Raises:
-        ValueError: digits out of range or repeated, more images asked for than exist.
+        ValueError: digits out of range or repeated, more images asked for than the source has.
         ImportError: scikit-learn is missing.
     """
     digits = tuple(check_integer("target_digits entries", digit, 0) for digit in target_digits)
     if not digits or len(set(digits)) != len(digits) or max(digits) >= NUM_CLASSES:
         raise ValueError(f"target_digits must be distinct digits 0 to 9, got {target_digits}")
     num_target = check_integer("num_target", num_target, len(digits), "every target digit needs an image")
-    source, labels = _digits()
+    source, labels, held_out, held_out_labels = _split_digits()
     generator = np.random.default_rng(check_integer("seed", seed, 0))
     chosen = []
     for position, digit in enumerate(digits):
         rows = np.flatnonzero(labels == digit)
         count = num_target // len(digits) + (position < num_target % len(digits))
         if count > len(rows):
-            raise ValueError(f"num_target {num_target} asks for {count} images of digit {digit}, but {len(rows)} exist")
+            raise ValueError(
+                f"num_target {num_target} asks for {count} images of digit {digit}, but {len(rows)} exist beside the "
+                "held-out ones"
+            )
         chosen.append(generator.choice(rows, count, replace=False))
     rows = generator.permutation(np.concatenate(chosen))
-    return DigitArrays(source, labels, source[rows], labels[rows])
+    return DigitArrays(source, labels, source[rows], labels[rows], held_out, held_out_labels)
 
 
-def digit_judge(seed: int = 0, held_out: float = 0.3) -> DigitJudge:
-    """A support vector classifier (RBF) fitted on real digits, with its accuracy on a stratified held-out
-    part.
+def digit_judge() -> DigitJudge:
+    """A support vector classifier (RBF) fitted on the source images of :func:`load_digits_arrays`; its accuracy is that
+    on the held-out ones.
 
     It knows all ten digits and nothing of any target, so that its verdicts compare models fairly.
-
-    Args:
-        seed: chooses the held-out images.
-        held_out: their share.
 
     Raises:
         ImportError: scikit-learn is missing.
     """
-    images, labels = _digits()
-    split = _scikit_learn("model_selection").train_test_split(
-        images, labels, test_size=held_out, random_state=check_integer("seed", seed, 0), stratify=labels
-    )
-    train, test, train_labels, test_labels = split
+    train, train_labels, test, test_labels = _split_digits()
     # gamma: the setting customary for these images in 0..16 (0.001), in the units of [-1, 1].
     classifier = _scikit_learn("svm").SVC(gamma=0.001 * (_PIXEL_MAXIMUM / 2) ** 2, C=10.0)
     classifier.fit(train, train_labels)
     accuracy = float((classifier.predict(test) == test_labels).mean())
     return DigitJudge(classifier, accuracy, len(test_labels))
+
+
+def _split_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Source images and labels, held-out images and labels: one split, stratified by digit."""
+    images, labels = _digits()
+    source, held_out, source_labels, held_out_labels = _scikit_learn("model_selection").train_test_split(
+        images, labels, test_size=HELD_OUT, random_state=0, stratify=labels
+    )
+    return source, source_labels, held_out, held_out_labels
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Sequence
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from tgdp_fast import baselines, transfer
 from tgdp_fast._checks import check_integer
 from tgdp_fast._version import __version__
 from tgdp_fast.baselines import fine_tune, train_vanilla
-from tgdp_fast.checkpoint import save_array
-from tgdp_fast.data.digits import DigitArrays, digit_judge, load_digits_arrays
+from tgdp_fast.checkpoint import save_array, signature_of
+from tgdp_fast.data.digits import HELD_OUT, DigitArrays, DigitJudge, digit_judge, load_digits_arrays
 from tgdp_fast.denoiser import Denoiser
+from tgdp_fast.experiments import figures
 from tgdp_fast.experiments.results import Row, RowStore, markdown_table, mean_and_deviation, write_results
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.sampling import sample
@@ -46,60 +49,81 @@ class Plan:
         check_integer("num_samples", self.num_samples, 10)
         load_digits_arrays(self.digits, self.num_target)
 
-    def signature(self) -> str:
-        """Identifies the settings that a row depends on."""
-        content = [
-            __version__,
-            self.digits,
-            self.num_target,
-            self.num_samples,
-            asdict(self.source_settings),
-            self.width,
-        ]
-        return json.dumps(content, sort_keys=True)
+    def source_signature(self) -> str:
+        """Identifies what the source model depends on."""
+        return json.dumps([__version__, HELD_OUT, asdict(self.source_settings), self.width], sort_keys=True)
+
+    def signature(self, method: str) -> str:
+        """Identifies what a row of ``method`` depends on, its draw apart."""
+        settings = {name: value for name, value in asdict(self).items() if name not in ("out", "seeds", "progress")}
+        # Settings of the fits that are no part of the plan. Those of the baselines are literals in their functions.
+        fits = {
+            "vanilla": [inspect.getsource(baselines)],
+            "finetune": [inspect.getsource(baselines)],
+            "tgdp": [repr(transfer.default_settings(self.num_target)), str(inspect.signature(transfer.fit_guidance))],
+        }
+        return json.dumps([__version__, HELD_OUT, settings, signature_of(*fits.get(method, []))], sort_keys=True)
 
 
 def run(plan: Plan) -> list[Row]:
-    """Run the plan, resuming finished rows; writes results.json, results.md and samples.png into ``plan.out``."""
+    """Run the plan, resuming finished rows; writes results.json, results.md and samples.png into ``plan.out``.
+
+    Without matplotlib it says so and draws no plot.
+    """
+    plots = figures.available()
     plan.out.mkdir(parents=True, exist_ok=True)
-    store = RowStore(plan.out, plan.signature())
     source = source_model(plan)
     judge = digit_judge()
     rows = []
     for seed in range(plan.seeds):
         arrays = load_digits_arrays(plan.digits, plan.num_target, seed)
         for method in METHODS:
-            name = f"seed{seed}-{method}"
-            row = store.get(name)
-            if row is None:
-                started = time.perf_counter()
-                images = draw(plan, source, arrays, method, seed)
-                seconds = time.perf_counter() - started
-                if seed == 0:
-                    save_array(plan.out / f"{method}.npy", images)
-                held_out = held_out_images(arrays)
-                calls = judge.predict(images)
-                row = {
-                    "n": plan.num_target,
-                    "seed": seed,
-                    "method": method,
-                    "target_fraction": float(np.isin(calls, plan.digits).mean()),
-                    "fraction_per_digit": [float((calls == digit).mean()) for digit in plan.digits],
-                    "sw2": sliced_wasserstein(images, held_out),
-                    "mmd": mmd(images, held_out),
-                    "nearest_target_distance": nearest_distance(images, arrays.target),
-                    "seconds": seconds,
-                }
-                store.put(name, row)
+            row = finished_row(plan, source, judge, arrays, method, seed)
             if plan.progress:
-                print(
-                    f"seed {seed}  {method:10s} called {plan.digits}: {row['target_fraction']:.1%}",
-                    flush=True,
-                )
+                print(f"seed {seed}  {method:10s} called {plan.digits}: {row['target_fraction']:.1%}", flush=True)
             rows.append(row)
-    write_results(plan.out, rows, report(rows, plan, judge.accuracy))
-    _plot(plan)
+    write_results(plan.out, rows, report(rows, plan, judge))
+    if plots:
+        _plot(plan)
     return rows
+
+
+def finished_row(plan: Plan, source: Denoiser, judge: DigitJudge, arrays: DigitArrays, method: str, seed: int) -> Row:
+    """The row of one method on one draw of the target images: from disk, or computed and written there.
+
+    The first draw's row is computed again when its images are lost.
+    """
+    store = RowStore(plan.out, plan.signature(method))
+    name = f"seed{seed}-{method}"
+    row = store.get(name)
+    kept = plan.out / f"{method}.npy"
+    if row is not None and (seed > 0 or kept.is_file()):
+        return row
+    # Images and row are of one signature, whenever this is interrupted.
+    store.drop(name)
+    started = time.perf_counter()
+    reference = held_out_images(arrays)
+    if method == "real":
+        images, reference = halves(arrays, seed)
+    else:
+        images = draw(plan, source, arrays, method, seed)
+    seconds = time.perf_counter() - started
+    if seed == 0:
+        save_array(kept, images)
+    calls = judge.predict(images)
+    row = {
+        "n": plan.num_target,
+        "seed": seed,
+        "method": method,
+        "target_fraction": float(np.isin(calls, plan.digits).mean()),
+        "fraction_per_digit": [float((calls == digit).mean()) for digit in plan.digits],
+        "sw2": sliced_wasserstein(images, reference),
+        "mmd": mmd(images, reference),
+        "nearest_target_distance": nearest_distance(images, arrays.target),
+        "seconds": seconds,
+    }
+    store.put(name, row)
+    return row
 
 
 def source_model(plan: Plan) -> Denoiser:
@@ -107,7 +131,7 @@ def source_model(plan: Plan) -> Denoiser:
     arrays = load_digits_arrays(plan.digits, plan.num_target)
     return Stages(plan.out / "source").run(
         "denoiser",
-        plan.signature(),
+        plan.source_signature(),
         lambda state_dir: train_denoiser(
             arrays.source,
             width=plan.width,
@@ -123,8 +147,6 @@ def source_model(plan: Plan) -> Denoiser:
 
 def draw(plan: Plan, source: Denoiser, arrays: DigitArrays, method: str, seed: int) -> np.ndarray:
     """Images [num_samples, 64] in [-1, 1] of one method, its fit included."""
-    if method == "real":
-        return held_out_images(arrays)
     model, guidance = source, None
     if method == "vanilla":
         model = train_vanilla(arrays.target, source.schedule, width=plan.width, seed=seed, progress=plan.progress)
@@ -139,10 +161,16 @@ def draw(plan: Plan, source: Denoiser, arrays: DigitArrays, method: str, seed: i
 
 
 def held_out_images(arrays: DigitArrays) -> np.ndarray:
-    """Real images of the target digits, those given as target samples left out."""
-    given = {row.tobytes() for row in arrays.target}
-    wanted = np.isin(arrays.source_labels, np.unique(arrays.target_labels))
-    return np.stack([row for row in arrays.source[wanted] if row.tobytes() not in given])
+    """Real images of the target digits that no model was trained on and no target sample is among."""
+    return arrays.held_out[np.isin(arrays.held_out_labels, arrays.target_labels)]
+
+
+def halves(arrays: DigitArrays, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images of :func:`held_out_images` in two random halves, every digit in equal parts to within one."""
+    rows = np.flatnonzero(np.isin(arrays.held_out_labels, arrays.target_labels))
+    rows = np.random.default_rng(seed).permutation(rows)
+    rows = rows[np.argsort(arrays.held_out_labels[rows], kind="stable")]
+    return arrays.held_out[rows[::2]], arrays.held_out[rows[1::2]]
 
 
 def nearest_distance(images: np.ndarray, target: np.ndarray) -> float:
@@ -151,7 +179,7 @@ def nearest_distance(images: np.ndarray, target: np.ndarray) -> float:
     return float(np.median(np.sqrt(np.maximum(squared.min(1), 0.0))))
 
 
-def report(rows: Sequence[Row], plan: Plan, accuracy: float) -> str:
+def report(rows: Sequence[Row], plan: Plan, judge: DigitJudge) -> str:
     """Markdown: mean and standard deviation over draws of the target images."""
     names = " and ".join(str(digit) for digit in plan.digits)
     columns = {
@@ -170,15 +198,17 @@ def report(rows: Sequence[Row], plan: Plan, accuracy: float) -> str:
     ]
     return (
         f"# Handwritten digits: from all ten to {names} with {plan.num_target} images\n\n"
-        f"{plan.num_samples} samples a method, {plan.seeds} draws of the target images. The judge is a classifier of "
-        f"real digits, {accuracy:.1%} right on held-out ones; distances are to held-out real images of the two "
-        "digits.\n\n" + markdown_table(["method", *columns], body)
+        f"{plan.num_samples} samples a method, {plan.seeds} draws of the target images; mean ± standard deviation. A "
+        f"third of all real images is held out, alike for every digit: the source model, the target images and the "
+        f"judge come from the rest. The judge is a classifier of real digits, {judge.accuracy:.1%} right on the "
+        f"{judge.num_held_out} held-out ones. SW2 and MMD² are distances to the held-out images of {names}.\n\n"
+        "The row `real` is the yardstick: one half of those held-out images, measured against the other half (smaller "
+        "sets than the other rows', which raises SW2), and their distance to the nearest given image; a distance far "
+        "below it means copies of the given images.\n\n" + markdown_table(["method", *columns], body)
     )
 
 
 def _plot(plan: Plan) -> None:
-    from tgdp_fast.experiments import figures
-
     groups = {"given": load_digits_arrays(plan.digits, plan.num_target).target}
     groups |= {method: np.load(plan.out / f"{method}.npy", allow_pickle=False) for method in METHODS}
     figures.image_grid(plan.out / "samples.png", groups, (8, 8))

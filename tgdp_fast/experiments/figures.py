@@ -28,6 +28,16 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
+def available() -> bool:
+    """Whether plots can be drawn. If not, prints why: an experiment goes on without them."""
+    try:
+        pyplot()
+    except ImportError as error:
+        print(f"no plots: {error}", flush=True)
+        return False
+    return True
+
+
 def scatter_grid(
     path: Path,
     num_target: Sequence[int],

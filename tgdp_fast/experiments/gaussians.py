@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import metrics
+from tgdp_fast import baselines, density_ratio, metrics, transfer
 from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast._version import __version__
 from tgdp_fast.baselines import fine_tune, train_vanilla
-from tgdp_fast.checkpoint import save_array
+from tgdp_fast.checkpoint import save_array, signature_of
 from tgdp_fast.data.gaussians import (
     GaussianMixture,
     exact_denoiser,
@@ -29,11 +31,19 @@ from tgdp_fast.data.gaussians import (
     paper_target,
 )
 from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.experiments.results import Row, RowStore, markdown_table, mean_and_deviation, write_results
+from tgdp_fast.experiments import figures
+from tgdp_fast.experiments.results import (
+    Row,
+    RowStore,
+    check_distinct,
+    markdown_table,
+    mean_and_deviation,
+    write_results,
+)
 from tgdp_fast.guidance import EpsilonModel, Guidance, GuidanceNetwork
 from tgdp_fast.sampling import sample
 from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import SOLVERS
+from tgdp_fast.solvers import SOLVERS, solver_table
 from tgdp_fast.training import Optimisation, train_denoiser
 from tgdp_fast.transfer import fit_guidance
 from tgdp_fast.transfer_model import Stages
@@ -54,6 +64,9 @@ REFERENCES = ("target", "means", "source", "oracle", "oracle/dpmpp_2m")
 BASELINES = ("vanilla", "finetune")
 METHODS = (*REFERENCES, *BASELINES, *VARIANTS)
 
+#: Fields of a plan on which no row depends.
+_NOT_IN_ROWS = ("out", "num_target", "seeds", "methods", "jobs", "progress")
+
 #: Cells of the plotted log-ratio, per axis, and the square that it covers.
 GRID = 81
 EXTENT = 1.6
@@ -61,7 +74,11 @@ EXTENT = 1.6
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. Everything but ``jobs`` and ``progress`` belongs to the signature of a row."""
+    """What is run.
+
+    ``num_target`` and ``methods`` must be distinct. A finished row is used again by every plan that would compute the
+    same: ``out``, ``num_target``, ``seeds``, ``methods``, ``jobs`` and ``progress`` may differ.
+    """
 
     out: Path
     num_target: tuple[int, ...] = (10, 100, 1000)
@@ -79,47 +96,90 @@ class Plan:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        for n in self.num_target:
+        for n in check_distinct("num_target", self.num_target):
             check_integer("n", n, 2)
         check_integer("seeds", self.seeds, 1)
         check_integer("num_source", self.num_source, 10)
         check_integer("num_samples", self.num_samples, 10)
         check_choice("solver", self.solver, SOLVERS)
         check_integer("steps", self.steps, 1)
+        check_integer("width", self.width, 1)
         check_integer("jobs", self.jobs, 1)
-        for method in self.methods:
+        for method in check_distinct("methods", self.methods):
             check_choice("methods", method, METHODS)
 
-    def signature(self) -> str:
-        """Identifies the settings that a row depends on."""
-        return json.dumps(
-            [__version__, self.num_source, self.num_samples, self.steps, asdict(self.source_settings)],
-            sort_keys=True,
-        )
+    def source_signature(self) -> str:
+        """Identifies what the source model depends on."""
+        return json.dumps([__version__, self.num_source, asdict(self.source_settings), self.width], sort_keys=True)
+
+    def signature(self, n: int, method: str) -> str:
+        """Identifies what a row of ``method`` on ``n`` target samples depends on, its draw apart."""
+        settings = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_ROWS}
+        return json.dumps([__version__, settings, signature_of(*_recipe(n, method))], sort_keys=True)
+
+
+def _recipe(n: int, method: str) -> list[str]:
+    """Settings of a fit that are no part of a plan: the variant's, and the defaults of the functions it calls."""
+    if method in BASELINES:
+        # Their settings are literals in the functions.
+        return [inspect.getsource(baselines)]
+    if method not in VARIANTS:
+        return []
+    return [
+        repr(VARIANTS[method]),
+        repr(transfer.default_settings(n)),
+        repr(density_ratio.DEFAULT_SETTINGS),
+        str(inspect.signature(transfer.fit_guidance)),
+        str(inspect.signature(density_ratio.fit_density_ratio)),
+    ]
 
 
 def run(plan: Plan) -> list[Row]:
-    """Run the plan, resuming finished rows; writes results.json, results.md and plots into ``plan.out``."""
+    """Run the plan, resuming finished rows; writes results.json, results.md and plots into ``plan.out``.
+
+    Interrupted, it keeps the rows that are finished. Without matplotlib it says so and draws no plots.
+    """
+    plots = figures.available()
     plan.out.mkdir(parents=True, exist_ok=True)
     source_model(plan)
     tasks = [(plan, n, seed, method) for n in plan.num_target for seed in range(plan.seeds) for method in plan.methods]
-    if plan.jobs == 1:
-        rows = [finished_row(*task) for task in tasks]
-    else:
-        workers = min(plan.jobs, len(tasks))
-        threads = max(1, torch.get_num_threads() // workers)
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-            rows = list(pool.map(finished_row, *zip(*tasks, strict=True)))
+    rows = _in_processes(tasks, min(plan.jobs, len(tasks))) if plan.jobs > 1 else [finished_row(*t) for t in tasks]
     write_results(plan.out, rows, report(rows, plan))
-    plot(plan)
+    if plots:
+        plot(plan)
     return rows
+
+
+def _in_processes(tasks: Sequence[tuple[Plan, int, int, str]], workers: int) -> list[Row]:
+    """Rows of the tasks in their order, computed by ``workers`` processes that share the threads of this one."""
+    threads = max(1, torch.get_num_threads() // workers)
+    others = set(active_children())
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,)) as pool:
+        try:
+            rows = [pool.submit(finished_row, *task) for task in tasks]
+            return [row.result() for row in rows]
+        except KeyboardInterrupt:
+            # Left to itself, the pool would first finish every fit that it has handed out. Without its processes it
+            # gives up all others by itself.
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+        except Exception:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker(threads: int) -> None:
+    # An interrupt reaches the whole process group; the main process ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
 
 
 def source_model(plan: Plan) -> Denoiser:
     """The source model, trained once and kept in ``<out>/source``."""
     return Stages(plan.out / "source").run(
         "denoiser",
-        plan.signature(),
+        plan.source_signature(),
         lambda state_dir: train_denoiser(
             paper_source().sample(plan.num_source, seed=0),
             NoiseSchedule.vp_linear(),
@@ -135,11 +195,17 @@ def source_model(plan: Plan) -> Denoiser:
 
 
 def finished_row(plan: Plan, n: int, seed: int, method: str) -> Row:
-    """The row of one method on one draw of ``n`` target samples: from disk, or computed and written there."""
-    store = RowStore(plan.out, plan.signature())
+    """The row of one method on one draw of ``n`` target samples: from disk, or computed and written there.
+
+    The first draw's row is computed again when its arrays for the plots are lost.
+    """
+    store = RowStore(plan.out, plan.signature(n, method))
     name = f"n{n}-seed{seed}-{method}"
     row = store.get(name)
-    if row is None:
+    lost = seed == 0 and not all(path.is_file() for path in _kept(plan, n, method).values())
+    if row is None or lost:
+        # Arrays and row are of one signature, whenever this is interrupted.
+        store.drop(name)
         row = run_method(plan, n, seed, method)
         store.put(name, row)
     if plan.progress:
@@ -150,7 +216,7 @@ def finished_row(plan: Plan, n: int, seed: int, method: str) -> Row:
 def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
     """Fit one method, sample, and measure against fresh target samples."""
     q, schedule = paper_target(), NoiseSchedule.vp_linear()
-    target, component = q.sample_with_components(n, seed=1000 + seed)
+    target, component = _given(n, seed)
     exact = method in ("oracle", "oracle/dpmpp_2m", "tgdp/exact_source")
     denoiser: EpsilonModel = exact_denoiser(paper_source(), schedule) if exact else source_model(plan)
     guidance: Guidance | None = None
@@ -185,7 +251,7 @@ def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
         samples = sample(denoiser, guidance, num=plan.num_samples, solver=solver, steps=plan.steps, seed=seed)
     sample_seconds = time.perf_counter() - started
     if seed == 0:
-        _keep_for_plots(plan, n, method, samples, target, guidance)
+        _keep_for_plots(plan, n, method, samples, guidance)
     fresh = q.sample(plan.num_samples, seed=2000 + seed)
     return {
         "n": n,
@@ -201,18 +267,26 @@ def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
     }
 
 
-def _keep_for_plots(
-    plan: Plan, n: int, method: str, samples: Tensor, target: Tensor, guidance: Guidance | None
-) -> None:
-    folder = plan.out / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
+def _given(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw ``seed`` of ``n`` target samples, and the mode of each."""
+    return paper_target().sample_with_components(n, seed=1000 + seed)
+
+
+def _kept(plan: Plan, n: int, method: str) -> dict[str, Path]:
+    """Files of the arrays that the plots need of a method's first draw."""
     stem = f"n{n}-{method.replace('/', '--')}"
-    save_array(folder / f"{stem}.npy", samples.numpy())
-    save_array(folder / f"n{n}-given.npy", target.numpy())
+    kinds = {"samples": f"{stem}.npy"} | ({"log_ratio": f"{stem}-log-ratio.npy"} if method in VARIANTS else {})
+    return {kind: plan.out / "samples" / name for kind, name in kinds.items()}
+
+
+def _keep_for_plots(plan: Plan, n: int, method: str, samples: Tensor, guidance: Guidance | None) -> None:
+    files = _kept(plan, n, method)
+    files["samples"].parent.mkdir(parents=True, exist_ok=True)
+    save_array(files["samples"], samples.numpy())
     if isinstance(guidance, GuidanceNetwork):
         with torch.no_grad():
             learned = guidance.log_ratio(_grid(), guidance.schedule.t_min)
-        save_array(folder / f"{stem}-log-ratio.npy", learned.reshape(GRID, GRID).numpy())
+        save_array(files["log_ratio"], learned.reshape(GRID, GRID).numpy())
 
 
 def _grid() -> Tensor:
@@ -232,9 +306,10 @@ def report(rows: Sequence[Row], plan: Plan) -> str:
         ("fit s", lambda row: row["fit_seconds"]),
         ("sample s", lambda row: row["sample_seconds"]),
     ]
+    evaluations = solver_table(plan.solver, NoiseSchedule.vp_linear(), plan.steps).nfe
     text = [
         "# Simulation of the paper, section 4.1\n",
-        f"{plan.num_source} source samples, {plan.num_samples} samples drawn with {plan.solver} in {plan.steps} "
+        f"{plan.num_source} source samples, {plan.num_samples} samples drawn with {plan.solver} in {evaluations} "
         f"evaluations; mean ± standard deviation over {plan.seeds} draws of the target samples (half per mode). The "
         f"target's entropy, the NLL of exact samples, is {paper_target().entropy():.3f}. SW2 is the sliced "
         "Wasserstein-2 distance to fresh target samples (128 projections). `means` knows the target but for the mean "
@@ -264,21 +339,16 @@ def summary(rows: Sequence[Row]) -> str:
 
 def plot(plan: Plan) -> list[Path]:
     """Samples of every method, and learned against exact log-ratios, for the first seed. Needs matplotlib."""
-    from tgdp_fast.experiments import figures
-
-    folder = plan.out / "samples"
-    given = {n: np.load(folder / f"n{n}-given.npy") for n in plan.num_target}
+    given = {n: _given(n, 0)[0].numpy() for n in plan.num_target}
     drawn = {
-        (n, method): np.load(folder / f"n{n}-{method.replace('/', '--')}.npy")
-        for n in plan.num_target
-        for method in plan.methods
+        (n, method): np.load(_kept(plan, n, method)["samples"]) for n in plan.num_target for method in plan.methods
     }
     source, q = paper_source(), paper_target()
     schedule = NoiseSchedule.vp_linear()
     alpha, sigma = schedule.alpha(schedule.t_min), schedule.sigma(schedule.t_min)
     exact = log_density_ratio(q, source, _grid(), alpha, sigma).reshape(GRID, GRID).numpy()
     ratios = {
-        (n, method): np.load(folder / f"n{n}-{method.replace('/', '--')}-log-ratio.npy")
+        (n, method): np.load(_kept(plan, n, method)["log_ratio"])
         for n in plan.num_target
         for method in plan.methods
         if method in VARIANTS

@@ -41,6 +41,19 @@ class RowStore:
         """Write a row, atomically."""
         save_json(self.path(name), {"signature": self.signature, "row": row})
 
+    def drop(self, name: str) -> None:
+        """Forget a row, of whatever signature."""
+        self.path(name).unlink(missing_ok=True)
+
+
+def check_distinct(name: str, values: Sequence[Any]) -> Sequence[Any]:
+    """Return ``values``, or raise ValueError unless there is at least one and none is repeated."""
+    if not values:
+        raise ValueError(f"{name} must not be empty")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} must not repeat an entry, got {tuple(values)}")
+    return values
+
 
 def write_results(folder: Path, rows: Sequence[Row], table: str) -> None:
     """Write ``results.json`` ({"environment": ..., "rows": [...]}) and ``results.md``."""

@@ -146,6 +146,32 @@ def guided_step(
         )
 
 
+def guided_epsilon(
+    x: Tensor,
+    epsilon: Tensor,
+    gradient: Tensor | None,
+    guidance_weight: float,
+    alpha: float,
+    sigma: float,
+    clamp: tuple[float, float] | None,
+) -> tuple[Tensor, Tensor]:
+    """Guided, clamped epsilon and the clean sample it predicts: the first half of :func:`guided_step`.
+
+    epsilon' = epsilon - guidance_weight * gradient;  x0 = (x - sigma epsilon') / alpha, clamped.
+
+    Shapes: x, epsilon, gradient [B, ...] -> (epsilon' [B, ...], x0 [B, ...]).
+    """
+    guided = epsilon
+    if gradient is not None and guidance_weight != 0.0:
+        guided = guided - guidance_weight * gradient
+    x0 = (x - sigma * guided) / alpha
+    if clamp is None:
+        return guided, x0
+    limited = x0.clamp(*clamp)
+    # Recomputed where the clamp acts only: elsewhere the round trip through x0 would cost digits at small sigma.
+    return torch.where(limited == x0, guided, (x - alpha * limited) / sigma), limited
+
+
 def guided_step_reference(
     x: Tensor,
     epsilon: Tensor,
@@ -165,16 +191,8 @@ def guided_step_reference(
     """Plain PyTorch twin of :func:`guided_step`: the same arguments, without checks and without backend."""
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     state = x.to(precision)
-    guided = epsilon.to(precision)
-    if gradient is not None and guidance_weight != 0.0:
-        guided = guided - guidance_weight * gradient.to(precision)
-    x0 = (state - sigma * guided) / alpha
-    if clamp is not None:
-        limited = x0.clamp(*clamp)
-        # Recomputed where the clamp acts only: elsewhere the round trip through x0 would cost digits at small
-        # sigma.
-        guided = torch.where(limited == x0, guided, (state - alpha * limited) / sigma)
-        x0 = limited
+    gradient = None if gradient is None else gradient.to(precision)
+    guided, x0 = guided_epsilon(state, epsilon.to(precision), gradient, guidance_weight, alpha, sigma, clamp)
 
     slots = len(matrix) - 1
     inputs = [state, *([None] * slots if history is None else history.to(precision).unbind(0)), guided]
