@@ -155,11 +155,10 @@ def fit_density_ratio(
     num_classes = 0 if source_labels is None else source_labels.shape[1]
     for fold in range(folds):
         data = [(source, source_labels, source_fold != fold), (target, target_labels, target_fold != fold)]
-        with seeded_initialisation(derived_seed(seed, f"fold {fold}")):
+        fold_seed = derived_seed(seed, f"fold {fold}")
+        with seeded_initialisation(fold_seed):
             classifier = DomainClassifier(source[0].numel(), num_classes, width, depth).to(source.device)
-        _train_classifier(
-            classifier, data, settings, derived_seed(seed, f"fold {fold}"), progress, f"classifier {fold + 1}/{folds}"
-        )
+        _train_classifier(classifier, data, settings, fold_seed, progress, f"classifier {fold + 1}/{folds}")
         with torch.no_grad():
             for logits, (x, y, seen) in zip((source_logit, target_logit), data, strict=True):
                 logits[~seen] = classifier(x[~seen], None if y is None else y[~seen]).cpu()
