@@ -60,6 +60,11 @@ $(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml setup.py
 
 $(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml setup.py
 	$(INSTALL) '.[plots,data,dev]'
+	@# Commands that the environment of a reused torch also has count as installed: put them into this one too.
+	@for tool in pytest ruff mypy; do \
+		[ -x $(BIN)/$$tool ] || $(PIP) install --quiet --ignore-installed --no-deps \
+			--constraint $(VENV)/constraints.txt $$tool; \
+	done
 	@touch $@
 
 # Prints the lines of a .pth file that make the torch of this interpreter visible in the new environment. Unlike
