@@ -355,6 +355,14 @@ def test_markdown_table_is_aligned() -> None:
     assert lines[1] == "| --------- | ---- |"
 
 
+@pytest.mark.parametrize(("name", "module"), [("simulation", gaussians), ("digits", digits)])
+def test_readme_quotes_the_committed_results(name: str, module: Any) -> None:
+    root = Path(__file__).parent.parent
+    results = json.loads((root / "docs" / "results" / name / "results.json").read_text())
+    assert module.summary(results["rows"]) in (root / "README.md").read_text()
+    assert re.fullmatch("[0-9a-f]{7,40}", results["environment"]["commit"])  # Of a clean checkout.
+
+
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)

@@ -112,10 +112,11 @@ def image_grid(path: Path, groups: Mapping[str, np.ndarray], shape: tuple[int, i
     plt = pyplot()
     figure, axes = plt.subplots(len(groups), 1, figsize=(8.0, 1.3 * len(groups)), squeeze=False, layout="constrained")
     for axis, (name, images) in zip(axes[:, 0], groups.items(), strict=True):
-        shown = images[: 2 * columns]
-        blank = np.full((-len(shown) % columns, shown.shape[1]), shown.min(), shown.dtype)
-        tiles = np.concatenate([shown, blank]).reshape(-1, columns, *shape)
-        axis.imshow(tiles.transpose(0, 2, 1, 3).reshape(-1, columns * shape[1]), cmap="gray_r")
+        shown = images[: 2 * columns].reshape(-1, *shape)
+        # One pixel of background around each image, and blanks to fill the last row.
+        framed = np.pad(shown, ((0, -len(shown) % columns), (1, 1), (1, 1)), constant_values=float(shown.min()))
+        tiles = framed.reshape(-1, columns, shape[0] + 2, shape[1] + 2)
+        axis.imshow(tiles.transpose(0, 2, 1, 3).reshape(-1, columns * (shape[1] + 2)), cmap="gray_r")
         axis.set(xticks=[], yticks=[])
         axis.set_title(name, fontsize=9, loc="left")
     return _save(figure, path)
