@@ -25,7 +25,7 @@ from tgdp_fast.training import Batches, add_noise, draw_times, optimise
 QUICK = Optimisation(steps=40, batch_size=32, ema_decay=0.9, warmup=2)
 
 
-def quadratic(module: nn.Linear) -> Any:
+def quadratic(module: nn.Module) -> Any:
     def loss(generator: torch.Generator) -> Tensor:
         x = torch.randn(16, 3, generator=generator)
         return (module(x) - x.sum(1, keepdim=True)).square().mean()
@@ -50,68 +50,9 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [1, 7, 39])
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, stop: int) -> None:
-    whole = linear()
-    whole_history = optimise(whole, quadratic(whole), QUICK, seed=3)
-
-    module = linear()
-    inner = quadratic(module)
-    calls = 0
-
-    def dying(generator: torch.Generator) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > stop:
-            raise KilledError
-        return inner(generator)
-
-    options: dict[str, Any] = {"seed": 3, "state_dir": tmp_path / "state", "signature": "s", "save_every": -1.0}
-    with pytest.raises(KilledError):
-        optimise(module, dying, QUICK, **options)
-    again = linear()
-    steps = 0
-    inner_again = quadratic(again)
-
-    def counting(generator: torch.Generator) -> Tensor:
-        nonlocal steps
-        steps += 1
-        return inner_again(generator)
-
-    history = optimise(again, counting, QUICK, **options)
-    assert steps == QUICK.steps - stop
-    assert torch.equal(again.weight, whole.weight)
-    assert torch.equal(again.bias, whole.bias)
-    assert history == whole_history
-    assert not (tmp_path / "state").exists()
-
-
-@pytest.mark.parametrize("change", [{"signature": "other"}, {"seed": 4}, {"settings": Optimisation(steps=41)}])
-def test_a_state_of_another_run_is_not_resumed(tmp_path: Path, change: dict[str, Any]) -> None:
-    module = linear()
-    inner = quadratic(module)
-    calls = 0
-
-    def dying(generator: torch.Generator) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 20:
-            raise KilledError
-        return inner(generator)
-
-    options: dict[str, Any] = {"settings": QUICK, "seed": 3, "signature": "s"}
-    with pytest.raises(KilledError):
-        optimise(module, dying, state_dir=tmp_path / "state", save_every=-1.0, **options)
-    options |= change
-    fresh, resumed = linear(), linear()
-    optimise(fresh, quadratic(fresh), **options)
-    optimise(resumed, quadratic(resumed), state_dir=tmp_path / "state", **options)
-    assert torch.equal(fresh.weight, resumed.weight)
-
-
-def killed_run(folder: Path, stop: int = 20, **options: Any) -> None:
-    """A run of ``linear()`` killed after ``stop`` steps, its state left in ``folder``."""
-    module = linear()
+def killed_run(folder: Path, stop: int, module: nn.Module | None = None, **options: Any) -> None:
+    """A run of a module (``linear()``) killed after ``stop`` steps, its state left in ``folder``."""
+    module = module or linear()
     inner = quadratic(module)
     calls = 0
 
@@ -126,8 +67,41 @@ def killed_run(folder: Path, stop: int = 20, **options: Any) -> None:
         optimise(module, dying, QUICK, state_dir=folder, save_every=-1.0, **options)
 
 
+@pytest.mark.parametrize("stop", [1, 7, 39])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, stop: int) -> None:
+    whole = linear()
+    whole_history = optimise(whole, quadratic(whole), QUICK, seed=3)
+
+    killed_run(tmp_path / "state", stop, seed=3, signature="s")
+    again = linear()
+    steps = 0
+    inner_again = quadratic(again)
+
+    def counting(generator: torch.Generator) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return inner_again(generator)
+
+    history = optimise(again, counting, QUICK, seed=3, state_dir=tmp_path / "state", signature="s")
+    assert steps == QUICK.steps - stop
+    assert torch.equal(again.weight, whole.weight)
+    assert torch.equal(again.bias, whole.bias)
+    assert history == whole_history
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("change", [{"signature": "other"}, {"seed": 4}, {"settings": Optimisation(steps=41)}])
+def test_a_state_of_another_run_is_not_resumed(tmp_path: Path, change: dict[str, Any]) -> None:
+    killed_run(tmp_path / "state", 20, seed=3, signature="s")
+    options: dict[str, Any] = {"settings": QUICK, "seed": 3, "signature": "s", **change}
+    fresh, resumed = linear(), linear()
+    optimise(fresh, quadratic(fresh), **options)
+    optimise(resumed, quadratic(resumed), state_dir=tmp_path / "state", **options)
+    assert torch.equal(fresh.weight, resumed.weight)
+
+
 def test_a_damaged_state_is_not_resumed(tmp_path: Path) -> None:
-    killed_run(tmp_path / "state")
+    killed_run(tmp_path / "state", 20)
     weights = tmp_path / "state" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     module, fresh = linear(), linear()
@@ -186,20 +160,9 @@ class Noisy(nn.Module):
 
 def test_buffers_and_dropout_resume_too(tmp_path: Path) -> None:
     whole, part, again = Noisy(), Noisy(), Noisy()
-    optimise(whole, quadratic(whole), QUICK)  # type: ignore[arg-type]
-    inner = quadratic(part)  # type: ignore[arg-type]
-    calls = 0
-
-    def dying(generator: torch.Generator) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 11:
-            raise KilledError
-        return inner(generator)
-
-    with pytest.raises(KilledError):
-        optimise(part, dying, QUICK, state_dir=tmp_path / "s", save_every=-1.0)
-    optimise(again, quadratic(again), QUICK, state_dir=tmp_path / "s")  # type: ignore[arg-type]
+    optimise(whole, quadratic(whole), QUICK)
+    killed_run(tmp_path / "s", 11, part)
+    optimise(again, quadratic(again), QUICK, state_dir=tmp_path / "s")
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
