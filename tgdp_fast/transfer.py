@@ -118,6 +118,8 @@ def fit_guidance(
         ValueError: bad data, labels or settings, before any work.
         TrainingDivergedError: a non-finite loss.
     """
+    check_losses(loss, consistency, cycle, label_smoothing, time_distribution)
+    check_seed(seed)
     if denoiser is not None and schedule is not None and schedule != denoiser.schedule:
         raise ValueError(f"schedule must be that of denoiser, {denoiser.schedule}, or left out; got {schedule}")
     schedule = denoiser.schedule if denoiser is not None else schedule or NoiseSchedule.vp_linear()
@@ -142,40 +144,19 @@ def fit_guidance(
     classes = common_classes(
         source_labels, target_labels, len(x_source), len(x_target), num_classes, getattr(denoiser, "num_classes", None)
     )
+    event_shape = tuple(x_source.shape[1:])
+    architecture: dict[str, Any] = {"width": width, "depth": depth, "alpha_power": alpha_power, "stem": stem}
+    check_fit_arguments(event_shape, schedule, settings=settings, **architecture)
     y_source = as_labels("source_labels", source_labels, len(x_source), classes, x_source.device)
     y_target = as_labels("target_labels", target_labels, len(x_target), classes, x_source.device)
     data = _Data(x_source, y_source, x_target, y_target)
-    if settings is not None and not isinstance(settings, Optimisation):
-        raise ValueError(f"settings must be an Optimisation, got {type(settings).__name__}")
     settings = settings or default_settings(len(x_target))
-    check_fit_arguments(
-        tuple(x_source.shape[1:]),
-        schedule,
-        loss=loss,
-        consistency=consistency,
-        cycle=cycle,
-        label_smoothing=label_smoothing,
-        time_distribution=time_distribution,
-        width=width,
-        depth=depth,
-        alpha_power=alpha_power,
-        stem=stem,
-    )
 
     def new_network(initial_seed: int) -> GuidanceNetwork:
         with seeded_initialisation(initial_seed):
-            network = GuidanceNetwork(
-                tuple(x_source.shape[1:]),
-                schedule,
-                width=width,
-                depth=depth,
-                num_classes=classes,
-                alpha_power=alpha_power,
-                stem=stem,
-            )
+            network = GuidanceNetwork(event_shape, schedule, num_classes=classes, **architecture)
         return network.to(x_source.device)
 
-    check_seed(seed)
     ratio = None
     if diagnostics or loss != "logistic":
         ratio = fit_density_ratio(
@@ -198,7 +179,7 @@ def fit_guidance(
             classifier,
             objective,
             settings,
-            seed=seed + 7919,
+            seed=classifier_seed,
             progress=progress,
             description="time classifier",
         )
@@ -266,12 +247,7 @@ def check_fit_arguments(
     Raises:
         ValueError: names the argument, an unknown one too.
     """
-    check_choice("loss", loss, RATIO_LOSSES)
-    check_choice("time_distribution", time_distribution, TIME_DISTRIBUTIONS)
-    check_number("cycle", cycle, 0.0)
-    check_number("label_smoothing", label_smoothing, 0.0, 0.49)
-    if consistency is not None:
-        check_number("consistency", consistency, 0.0)
+    check_losses(loss, consistency, cycle, label_smoothing, time_distribution)
     if settings is not None and not isinstance(settings, Optimisation):
         raise ValueError(f"settings must be an Optimisation, got {type(settings).__name__}")
     known = ("width", "depth", "alpha_power", "stem")
@@ -279,6 +255,22 @@ def check_fit_arguments(
         check_choice("argument of fit_guidance", name, (*known, *_FIT_ARGUMENTS))
     with seeded_initialisation(0):
         GuidanceNetwork(event_shape, schedule, **network)
+
+
+def check_losses(
+    loss: str, consistency: float | None, cycle: float, label_smoothing: float, time_distribution: str
+) -> None:
+    """Refuse unknown losses and weights that are no weights.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    check_choice("loss", loss, RATIO_LOSSES)
+    check_choice("time_distribution", time_distribution, TIME_DISTRIBUTIONS)
+    check_number("cycle", cycle, 0.0)
+    check_number("label_smoothing", label_smoothing, 0.0, 0.49)
+    if consistency is not None:
+        check_number("consistency", consistency, 0.0)
 
 
 _FIT_ARGUMENTS = ("loss", "consistency", "cycle", "label_smoothing", "time_distribution", "settings", "diagnostics")
