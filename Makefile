@@ -48,17 +48,19 @@ format: $(VENV)/.test-ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist tgdp_fast.egg-info
+	rm -rf $(VENV) build dist tgdp_fast.egg-info tgdp_fast/_cpu*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # Without build isolation, a build uses the torch in the environment and never downloads another.
 INSTALL = $(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable
 
-$(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml setup.py
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+
+$(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml setup.py $(NATIVE)
 	$(INSTALL) '.[plots,data]'
 	@touch $@
 
-$(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml setup.py
+$(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml setup.py $(NATIVE)
 	$(INSTALL) '.[plots,data,dev]'
 	@# Commands that the environment of a reused torch also has count as installed: put them into this one too.
 	@for tool in pytest ruff mypy; do \
@@ -102,7 +104,7 @@ $(VENV)/.torch-ready: $(CONSTRAINTS)
 		echo 'installing $(TORCH_SPEC)'; \
 		$(PIP) install $(TORCH_PIP_ARGS) '$(TORCH_SPEC)'; \
 	fi
-	$(PIP) install --quiet 'setuptools>=77' wheel
+	$(PIP) install --quiet 'setuptools>=77' wheel ninja
 	@grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
 		>> $(VENV)/constraints.txt

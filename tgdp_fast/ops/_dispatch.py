@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgdp_fast import _native
 from tgdp_fast._checks import check_choice
 
 __all__ = [
@@ -46,6 +47,8 @@ _AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "referenc
 _REQUIRED_DEVICE = {"cuda": "cuda", "cpu": "cpu"}
 _ENVIRONMENT = "TGDP_BACKEND"
 _NOT_INSTALLED = "this installation has no such implementation of the operator"
+#: Why a backend has fewer implementations than it could, by backend.
+_MISSING = {"cpu": _native.CPU_MISSING}
 
 _logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()
@@ -196,9 +199,13 @@ def use_backend(name: str) -> Iterator[None]:
 def backend_report() -> dict[str, dict[str, str]]:
     """For every operator and backend: "available", or the reason why it is not."""
     return {
-        operator: {b: "available" if b in implementations else _NOT_INSTALLED for b in BACKENDS}
+        operator: {b: "available" if b in implementations else _why_missing(b) for b in BACKENDS}
         for operator, implementations in sorted(_registry.items())
     }
+
+
+def _why_missing(backend: str) -> str:
+    return _MISSING.get(backend) or _NOT_INSTALLED
 
 
 def _refusal(
@@ -209,7 +216,7 @@ def _refusal(
     keywords: dict[str, Any],
 ) -> str | None:
     if implementation is None:
-        return _NOT_INSTALLED
+        return _why_missing(backend)
     required = _REQUIRED_DEVICE.get(backend, device)
     if device != required:
         return f"it takes {required} tensors and the inputs are on {device}"

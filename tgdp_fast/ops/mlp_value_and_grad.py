@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from tgdp_fast import _native
 from tgdp_fast.ops import _dispatch
 
 __all__ = ["mlp_value_and_grad", "mlp_value_and_grad_backward_reference", "mlp_value_and_grad_reference"]
@@ -302,6 +303,42 @@ def _check(x: Tensor, first_bias: Tensor, weights: tuple[Tensor, ...], biases: t
             f"first_bias must have shape ({first},), (1, {first}) or ({x.shape[0]}, {first}), got "
             f"{tuple(first_bias.shape)}"
         )
+
+
+def _forward_cpu(
+    x: Tensor,
+    first_bias: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...],
+    *,
+    save_pre_activations: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    value, gradient, saved = torch.ops.tgdp_fast.mlp_value_and_grad(
+        x, first_bias, weights, biases, save_pre_activations, True, False
+    )
+    return value, gradient, tuple(saved)
+
+
+def _refuses_cpu(x: Tensor, *_: Any) -> str | None:
+    return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
+
+
+if _native.CPU_MISSING is None:
+
+    @torch.library.register_fake("tgdp_fast::mlp_value_and_grad")
+    def _(
+        x: Tensor,
+        first_bias: Tensor,
+        weights: list[Tensor],
+        biases: list[Tensor],
+        save_pre_activations: bool,
+        with_gradient: bool,
+        split: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        saved = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights[:-1]] if save_pre_activations else []
+        return x.new_empty(x.shape[0]), x.new_empty((x.shape[0] if with_gradient else 0, x.shape[1])), saved
+
+    _dispatch.register(_FORWARD, "cpu", _forward_cpu, _refuses_cpu)
 
 
 _dispatch.register(_FORWARD, "reference", _forward_reference)

@@ -1,0 +1,24 @@
+// What the arithmetic shared by CPU and GPU needs of either compiler.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define TGDP_FUNCTION __host__ __device__ __forceinline__
+#else
+// Inlined always: a function that is compiled once per instruction set must take its helpers along.
+#define TGDP_FUNCTION inline __attribute__((always_inline))
+#endif
+
+namespace tgdp {
+
+template <typename To, typename From>
+TGDP_FUNCTION To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
+  To result;
+  memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+}  // namespace tgdp

@@ -1,0 +1,86 @@
+// A SiLU perceptron packed for block-wise evaluation, and the evaluation of one block of rows: all layers forward and
+// back without leaving the cache.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "tile_product.h"
+
+namespace tgdp {
+
+struct MlpShape {
+  int64_t inputs = 0;
+  std::vector<int64_t> widths;  // of the hidden layers
+  int64_t outputs = 1;          // of the head
+  int64_t depth() const { return static_cast<int64_t>(widths.size()); }
+  int64_t in(int64_t layer) const { return layer == 0 ? inputs : widths[layer - 1]; }
+  int64_t widest() const;  // padded width of the widest hidden layer
+};
+
+// Inputs, or outputs of a gradient, up to this many are handled without a matrix product.
+constexpr int64_t kFew = 8;
+
+// Weights of hidden layers and head in packed form, for products with `products`; holds float copies of the biases.
+// The memory belongs to the calling thread and is used again by its next PackedMlp of the same slot.
+class PackedMlp {
+ public:
+  // weights: depth + 1 matrices, the last the head [outputs, H_L]; biases: depth vectors, of layers 2.. and the head.
+  // with_gradient packs the transposes that the way back needs.
+  PackedMlp(const MlpShape& shape, Products products, const std::vector<Rows>& weights,
+            const std::vector<Rows>& biases, bool with_gradient, int slot);
+
+  const MlpShape& shape() const { return shape_; }
+  Products products() const { return products_; }
+  bool few_inputs() const { return shape_.inputs <= kFew; }
+
+  // Right factor of a_l-1 W_l^T (layer 0 is the first) and of delta_l W_l; layer depth() is the head.
+  const PackedMatrix& forward(int64_t layer) const { return forward_[layer]; }
+  const PackedMatrix& backward(int64_t layer) const { return backward_[layer]; }
+  const float* bias(int64_t layer) const { return biases_[layer]; }  // of layers 1 .. depth, padded
+  const float* head() const { return head_; }                        // first row of the head, padded
+  const float* first_columns() const { return first_columns_; }      // W_1^T [inputs, padded], few inputs only
+
+ private:
+  MlpShape shape_;
+  Products products_;
+  std::vector<PackedMatrix> forward_, backward_;
+  std::vector<const float*> biases_;
+  const float* head_ = nullptr;
+  const float* first_columns_ = nullptr;
+};
+
+// Working memory of one thread for blocks of up to `rows` rows.
+struct MlpBlock {
+  MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, Arena& arena);
+
+  int64_t ld;                     // padded width of the widest layer
+  float* z;                       // [rows, ld]
+  Operand input;                  // [rows, padded(inputs)]
+  Operand a, b;                   // [rows, ld], alternating
+  std::vector<float*> slopes;     // depth - 1 of [rows, ld]
+};
+
+// Where training keeps z_l.
+struct KeepPreActivations {
+  std::vector<Rows> rows;  // per layer, of this block; empty to keep nothing
+};
+
+// value[r] = f(x_r), and delta_1 of the gradient, in block.a or block.b, which is returned. x is block.input, or few_x
+// for few inputs. Computes `rows` rows and keeps pre-activations of the first `kept_rows` of them.
+Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, int64_t kept_rows, const float* few_x,
+                        const float* first_bias, int64_t first_bias_stride, bool with_gradient, float* value,
+                        const KeepPreActivations* keep = nullptr);
+
+// gradient [rows, inputs] = delta_1 W_1, columns [begin, end), row stride ld, starting at column begin.
+void input_gradient(const PackedMlp& mlp, const Operand& delta, int64_t rows, int64_t begin, int64_t end,
+                    float* gradient, int64_t ld);
+
+// output [rows, outputs] = head(silu(..)), for a score network; row stride ld >= padded(outputs).
+void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const float* few_x, const float* first_bias,
+             int64_t first_bias_stride, float* output, int64_t ld);
+
+// Rows of a block, rounded up to one of a few sizes: each size of a product is compiled once per thread.
+int64_t rounded_rows(int64_t rows);
+
+}  // namespace tgdp

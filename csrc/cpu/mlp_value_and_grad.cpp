@@ -1,0 +1,95 @@
+#include "mlp_value_and_grad.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+namespace tgdp {
+namespace {
+
+// Rows of a block: its activations and slopes stay in a level-2 cache of 1 MiB at width 512.
+constexpr int64_t kBlockRows = 64;
+// Columns of a gradient that are converted at a time.
+constexpr int64_t kPanel = 512;
+
+Rows from_row(const Rows& rows, int64_t row) {
+  Rows result = rows;
+  result.data = static_cast<unsigned char*>(rows.data) + row * rows.stride * size_of(rows.dtype);
+  return result;
+}
+
+int64_t block_rows(int64_t batch) {
+  const int64_t share = (batch + at::get_num_threads() - 1) / at::get_num_threads();
+  return std::min(kBlockRows, rounded_rows(std::max<int64_t>(share, 1)));
+}
+
+}  // namespace
+
+void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& gradient, const std::vector<Rows>& keep) {
+  if (call.batch == 0) return;
+  const MlpShape& shape = call.shape;
+  const bool with_gradient = gradient.data != nullptr;
+  const Products products = products_for(call.x.dtype, call.split);
+  const int p = static_cast<int>(products);
+  const PackedMlp mlp(shape, products, call.weights, call.biases, with_gradient, 0);
+  const int64_t rows_per_block = block_rows(call.batch);
+  const int64_t blocks = (call.batch + rows_per_block - 1) / rows_per_block;
+  const int64_t inputs = shape.inputs, first_width = padded(shape.widths[0]), panel = std::min(kPanel, padded(inputs));
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    Arena count(nullptr);
+    const auto lay_out = [&](Arena& arena) {
+      struct {
+        MlpBlock block;
+        float *few_x, *first_bias, *values, *panel;
+      } memory{MlpBlock(shape, products, rows_per_block, with_gradient, arena),
+               arena.take<float>(mlp.few_inputs() ? rows_per_block * inputs : 0),
+               arena.take<float>(call.first_bias.stride == 0 ? first_width : rows_per_block * first_width),
+               arena.take<float>(rows_per_block), arena.take<float>(rows_per_block * panel)};
+      return memory;
+    };
+    lay_out(count);
+    Arena arena(scratch.reserve(count.used()));
+    auto memory = lay_out(arena);
+    if (call.first_bias.stride == 0) {
+      pointwise().load_float(call.first_bias, 1, shape.widths[0], first_width, memory.first_bias, first_width);
+    }
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index * rows_per_block, rows = std::min(rows_per_block, call.batch - row);
+      const int64_t rounded = std::min(rounded_rows(rows), rows_per_block);
+      const Rows x = from_row(call.x, row);
+      if (mlp.few_inputs()) {
+        pointwise().load_float(x, rows, inputs, inputs, memory.few_x, inputs);
+      } else {
+        pointwise().load[p](x, rows, inputs, padded(inputs), memory.block.input);
+      }
+      if (call.first_bias.stride != 0) {
+        pointwise().load_float(from_row(call.first_bias, row), rows, shape.widths[0], first_width, memory.first_bias,
+                               first_width);
+      }
+      KeepPreActivations kept;
+      for (const Rows& z : keep) kept.rows.push_back(from_row(z, row));
+      // Rows beyond the last are computed from what an earlier block left, and dropped.
+      const Operand delta = value_and_delta(mlp, memory.block, rounded, rows, memory.few_x, memory.first_bias,
+                                            call.first_bias.stride == 0 ? 0 : first_width, with_gradient,
+                                            memory.values, keep.empty() ? nullptr : &kept);
+      pointwise().store(memory.values, 1, rows, 1, from_row(value, row));
+      if (!with_gradient) continue;
+      const Rows out = from_row(gradient, row);
+      if (out.dtype == Dtype::f32 && rows == rounded) {
+        input_gradient(mlp, delta, rows, 0, inputs, static_cast<float*>(out.data), out.stride);
+        continue;
+      }
+      for (int64_t column = 0; column < inputs; column += panel) {
+        const int64_t columns = std::min(panel, inputs - column);
+        input_gradient(mlp, delta, rounded, column, column + columns, memory.panel, panel);
+        Rows part = out;
+        part.data = static_cast<unsigned char*>(out.data) + column * size_of(out.dtype);
+        pointwise().store(memory.panel, panel, rows, columns, part);
+      }
+    }
+    release_products(products);
+  });
+}
+
+}  // namespace tgdp

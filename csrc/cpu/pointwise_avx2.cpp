@@ -1,0 +1,12 @@
+// The pointwise kernels for AVX-2; without code where the compiler or the processor family cannot have it.
+#include "pointwise_headers.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx2,fma,f16c")
+#define TGDP_CAPABILITY "avx2"
+#include "pointwise.inc"
+
+const tgdp::Pointwise* tgdp::capabilities::avx2() { return &kPointwise; }
+#else
+const tgdp::Pointwise* tgdp::capabilities::avx2() { return nullptr; }
+#endif

@@ -1,0 +1,7 @@
+// The pointwise kernels for any processor.
+#include "pointwise_headers.h"
+
+#define TGDP_CAPABILITY "baseline"
+#include "pointwise.inc"
+
+const tgdp::Pointwise* tgdp::capabilities::baseline() { return &kPointwise; }
