@@ -65,6 +65,8 @@ def cpu_extension() -> dict:
 
     flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
+    # Both are noise of the compiler about its own vector headers.
+    flags += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
     link = ["-fopenmp"]
     if SANITIZE:
         flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

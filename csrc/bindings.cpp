@@ -2,10 +2,12 @@
 // reads are in tgdp_fast/ops; here a wrong tensor is only kept from reaching a kernel.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "cpu/mlp_backward.h"
 #include "cpu/mlp_value_and_grad.h"
 
 namespace {
@@ -94,6 +96,60 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
   return {value, gradient, kept};
 }
 
+// Gradients of x, first_bias, weights and biases, in this order, of those with needs_grad.
+std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& value_cotangent,
+                                                const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
+                                                const Tensor& first_bias, at::TensorList weights,
+                                                at::TensorList pre_activations, c10::List<bool> needs_grad,
+                                                bool split) {
+  std::vector<Tensor> hold;
+  // No gradient depends on the biases but through the pre-activations.
+  std::vector<Tensor> biases;
+  for (size_t l = 1; l < weights.size(); ++l) biases.push_back(at::zeros({weights[l].size(0)}, x.options()));
+  tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
+  call.split = split;
+  const auto depth = call.shape.widths.size();
+  TORCH_CHECK_VALUE(call.shape.outputs == 1 && pre_activations.size() == depth && needs_grad.size() == 2 * depth + 3,
+                    "tgdp_fast: pre_activations must be L tensors and needs_grad 2 L + 3 flags");
+  const auto check = [&](const Tensor& tensor, at::IntArrayRef sizes) {
+    TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.scalar_type() == x.scalar_type(), "tgdp_fast: got ",
+                      tensor.sizes(), " of ", tensor.scalar_type(), ", expected ", sizes, " of ", x.scalar_type());
+  };
+  tgdp::Rows value_rows, gradient_rows;
+  if (value_cotangent.has_value()) {
+    check(*value_cotangent, {call.batch});
+    value_rows = rows_of(value_cotangent->contiguous().unsqueeze(1), hold);
+  }
+  if (gradient_cotangent.has_value()) {
+    check(*gradient_cotangent, x.sizes());
+    gradient_rows = rows_of(*gradient_cotangent, hold);
+  }
+  std::vector<tgdp::Rows> kept;
+  for (size_t l = 0; l < depth; ++l) {
+    check(pre_activations[l], {call.batch, call.shape.widths[l]});
+    kept.push_back(rows_of(pre_activations[l], hold));
+  }
+  std::vector<Tensor> results;
+  size_t next = 0;
+  const auto result = [&](const Tensor& like) {
+    tgdp::Rows rows;
+    rows.dtype = call.x.dtype;
+    rows.stride = like.size(-1);
+    if (!needs_grad[next++]) return rows;
+    results.push_back(at::empty(like.sizes(), x.options()));
+    rows.data = results.back().mutable_data_ptr();
+    return rows;
+  };
+  tgdp::MlpGradients gradients;
+  gradients.x = result(x);
+  gradients.first_bias = result(first_bias);
+  if (call.first_bias.stride == 0) gradients.first_bias.stride = 0;
+  for (const Tensor& weight : weights) gradients.weights.push_back(result(weight));
+  for (const Tensor& bias : biases) gradients.biases.push_back(result(bias));
+  tgdp::mlp_backward(call, value_rows, gradient_rows, kept, gradients);
+  return results;
+}
+
 }  // namespace
 
 // A fragment: the package also defines operators of this namespace in Python.
@@ -101,8 +157,12 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
   library.def(
       "mlp_value_and_grad(Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] biases, bool save_pre_activations, "
       "bool with_gradient, bool split) -> (Tensor, Tensor, Tensor[])");
+  library.def(
+      "mlp_value_and_grad_backward(Tensor? value_cotangent, Tensor? gradient_cotangent, Tensor x, Tensor first_bias, "
+      "Tensor[] weights, Tensor[] pre_activations, bool[] needs_grad, bool split) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
+  library.impl("mlp_value_and_grad_backward", &mlp_value_and_grad_backward);
 }

@@ -9,144 +9,190 @@ namespace tgdp {
 int64_t MlpShape::widest() const { return padded(*std::max_element(widths.begin(), widths.end())); }
 
 PackedMlp::PackedMlp(const MlpShape& shape, Products products, const std::vector<Rows>& weights,
-                     const std::vector<Rows>& biases, bool with_gradient, int slot)
-    : shape_(shape), products_(products) {
+                     const std::vector<Rows>& biases, bool with_gradient, bool few_rows, int slot)
+    : shape_(shape), products_(products), forward_(shape.depth() + 1), backward_(shape.depth() + 1),
+      left_(shape.depth() + 1), biases_(shape.depth() + 1, nullptr) {
   const int64_t depth = shape.depth();
-  forward_.resize(depth + 1);
-  backward_.resize(depth + 1);
-  biases_.assign(depth + 1, nullptr);
   struct Job {
-    int64_t layer;
-    bool transposed;
-    int64_t rows;  // of the packed matrix
-    unsigned char* memory;
+    int64_t layer, in, out;
+    unsigned char *transposed, *plain;
   };
   std::vector<Job> jobs;
   thread_local Scratch scratch[2];
-  // The first pass counts, the second lays out.
   unsigned char* memory = nullptr;
+  // The first pass counts, the second lays out.
   for (int pass = 0; pass < 2; ++pass) {
     Arena arena(memory);
     jobs.clear();
     for (int64_t l = 0; l <= depth; ++l) {
-      const bool is_head = l == depth;
-      const int64_t in = is_head ? shape.widths[depth - 1] : shape.in(l);
-      const int64_t out = is_head ? shape.outputs : shape.widths[l];
-      if (is_head ? shape.outputs > kFew : !few_inputs() || l > 0) {
-        auto* place = arena.take<unsigned char>(packed_bytes(products, in, out));
-        jobs.push_back({l, true, padded(in), place});
-        if (place != nullptr) forward_[l] = packed_view(products, in, out, place);
-      }
-      const bool few = l == 0 && few_inputs();
-      if (with_gradient && !is_head && !few) {
-        const Rows& weight = weights[l];
-        const bool as_is = products == Products::f32 && weight.dtype == Dtype::f32 && in % kPadding == 0 &&
-                           out % kPadding == 0 && weight.stride >= in;
-        if (as_is) {
-          backward_[l].f32 = static_cast<const float*>(weight.data);
-          backward_[l].ld = weight.stride;
+      const int64_t in = l < depth ? shape.in(l) : shape.widths.back(), out = l < depth ? shape.widths[l] : shape.outputs;
+      const Rows& weight = weights[l];
+      const bool few = l == 0 ? few_inputs() : l == depth && shape.outputs <= kFew;
+      const bool as_is = weight.dtype == (products == Products::bf16 ? Dtype::bf16 : Dtype::f32) &&
+                         products != Products::bf16x3 && weight.stride >= in;
+      Job job{l, in, out, nullptr, nullptr};
+      bool packs = false;
+      if (few) {
+        // The rows of a small head, or the columns of a small first layer, in float.
+        auto* rows = arena.take<float>(kFew * padded(l == 0 ? out : in));
+        if (memory != nullptr) small_layer(weight, l == 0, in, out, rows);
+        (l == 0 ? first_columns_ : head_) = rows;
+      } else {
+        if (few_rows && as_is && in % 2 == 0) {
+          auto* data = weight.data;
+          if (products == Products::f32) left_[l].f32 = static_cast<float*>(data);
+          if (products == Products::bf16) left_[l].high = static_cast<uint16_t*>(data);
+          left_[l].ld = weight.stride;
         } else {
-          auto* place = arena.take<unsigned char>(packed_bytes(products, out, in));
-          jobs.push_back({l, false, padded(out), place});
-          if (place != nullptr) backward_[l] = packed_view(products, out, in, place);
+          job.transposed = arena.take<unsigned char>(packed_bytes(products, in, out));
+          packs = true;
+        }
+        if (with_gradient && l < depth) {
+          if (as_is && products == Products::f32 && in % kPadding == 0 && out % kPadding == 0) {
+            backward_[l].f32 = static_cast<const float*>(weight.data);
+            backward_[l].ld = weight.stride;
+          } else {
+            job.plain = arena.take<unsigned char>(packed_bytes(products, out, in));
+            packs = true;
+          }
         }
       }
-      if (l > 0) {
-        auto* place = arena.take<float>(padded(out));
-        if (place != nullptr) pointwise().load_float(biases[l - 1], 1, out, padded(out), place, padded(out));
-        biases_[l] = place;
-      }
+      if (packs) jobs.push_back(job);
+      if (job.transposed != nullptr) forward_[l] = packed_view(products, in, out, job.transposed);
+      if (job.plain != nullptr) backward_[l] = packed_view(products, out, in, job.plain);
+      if (l == 0) continue;
+      auto* bias = arena.take<float>(padded(out));
+      if (memory != nullptr) pointwise().load_float(biases[l - 1], 1, out, padded(out), bias, padded(out));
+      biases_[l] = bias;
     }
-    // The rows of a small head, and the columns of a small first layer.
-    auto* head = arena.take<float>(std::min(shape.outputs, kFew) * padded(shape.widths[depth - 1]));
-    auto* columns = few_inputs() ? arena.take<float>(shape.inputs * padded(shape.widths[0])) : nullptr;
-    if (memory != nullptr) {
-      const int64_t width = padded(shape.widths[depth - 1]);
-      pointwise().load_float(weights[depth], std::min(shape.outputs, kFew), shape.widths[depth - 1], width, head, width);
-      if (few_inputs()) {
-        pack_rows(Products::f32, weights[0], shape.widths[0], shape.inputs, true, 0, shape.inputs,
-                  reinterpret_cast<unsigned char*>(columns));
-      }
-    }
-    head_ = head;
-    first_columns_ = columns;
     if (memory == nullptr) memory = scratch[slot].reserve(arena.used());
   }
-  // Tasks of 32 rows, numbered through all matrices.
-  constexpr int64_t kTask = 32;
+  // Tasks of kPackedRows rows, numbered through all matrices.
   std::vector<int64_t> first(1, 0);
-  int64_t elements = 0;
-  for (const Job& job : jobs) {
-    first.push_back(first.back() + (job.rows + kTask - 1) / kTask);
-    elements += job.rows;
-  }
+  for (const Job& job : jobs) first.push_back(first.back() + (padded(job.out) + kPackedRows - 1) / kPackedRows);
   at::parallel_for(0, first.back(), 4, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const auto which = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
       const Job& job = jobs[which];
-      const bool is_head = job.layer == depth;
-      const int64_t in = is_head ? shape.widths[depth - 1] : shape.in(job.layer);
-      const int64_t out = is_head ? shape.outputs : shape.widths[job.layer];
-      const int64_t row = (task - first[which]) * kTask;
-      pack_rows(products, weights[job.layer], out, in, job.transposed, row, std::min(row + kTask, job.rows),
-                job.memory);
+      pack_rows(products, weights[job.layer], job.out, job.in, (task - first[which]) * kPackedRows, job.transposed,
+                job.plain);
     }
   });
 }
 
-MlpBlock::MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, Arena& arena)
-    : ld(shape.widest()) {
-  z = arena.take<float>(rows * ld);
+void PackedMlp::small_layer(const Rows& weight, bool columns, int64_t in, int64_t out, float* to) {
+  if (!columns) {
+    pointwise().load_float(weight, out, in, padded(in), to, padded(in));
+    return;
+  }
+  float row[kPadding];
+  const int64_t ld = padded(out);
+  std::fill(to, to + in * ld, 0.0f);
+  for (int64_t r = 0; r < out; ++r) {
+    Rows from = weight;
+    from.data = static_cast<unsigned char*>(weight.data) + r * weight.stride * size_of(weight.dtype);
+    pointwise().load_float(from, 1, in, kPadding, row, kPadding);
+    for (int64_t d = 0; d < in; ++d) to[d * ld + r] = row[d];
+  }
+}
+
+MlpBlock::MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, Arena& arena) {
+  const int64_t ld = shape.widest();
+  panel = arena.take<float>(rows * kPanel);
   if (shape.inputs > kFew) input = arena.take_operand(products, rows, padded(shape.inputs));
   a = arena.take_operand(products, rows, ld);
   b = arena.take_operand(products, rows, ld);
-  for (int64_t l = 0; with_gradient && l + 1 < shape.depth(); ++l) slopes.push_back(arena.take<float>(rows * ld));
+  turned = arena.take<unsigned char>(packed_bytes(products, std::max(ld, padded(shape.inputs)), rows));
+  left_panel = arena.take<float>(kPanel * padded(rows));
+  for (int64_t l = 0; with_gradient && l + 1 < shape.depth(); ++l) slopes.push_back(arena.take_slopes(products, rows, ld));
 }
 
 namespace {
 
-// The layers below the last, up to the last one's z without its bias; the last activation's operand is returned.
-void upwards(const PackedMlp& mlp, MlpBlock& block, int64_t rows, int64_t kept_rows, const float* few_x,
-             const float* first_bias, int64_t first_bias_stride, bool with_slopes, const KeepPreActivations* keep) {
+// Calls body(first column, columns) with z = a_l-1 W_l^T of these columns in block.panel, without its bias.
+template <typename Body>
+void layer_panels(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, int64_t layer,
+                  const Operand& below, Body body) {
   const MlpShape& shape = mlp.shape();
-  const int p = static_cast<int>(mlp.products());
-  Operand from = block.input, to = block.a, other = block.b;
-  for (int64_t l = 0; l < shape.depth(); ++l) {
-    const int64_t width = padded(shape.widths[l]);
-    if (l == 0 && mlp.few_inputs()) {
-      pointwise().few_inputs(few_x, shape.inputs, shape.inputs, mlp.first_columns(), rows, width, block.z, block.ld);
+  const int64_t width = padded(shape.widths[layer]), depth = mlp.depth_of_product(shape.in(layer));
+  const bool few = layer == 0 && mlp.few_inputs();
+  const Operand& left = mlp.left(layer);
+  PackedMatrix right;
+  if (!few && left.ld != 0) right = transposed(mlp.products(), below, rows, depth, block.turned);
+  for (int64_t column = 0; column < width; column += kPanel) {
+    const int64_t columns = std::min(kPanel, width - column);
+    if (few) {
+      pointwise().few_inputs(input.few_x, kPadding, shape.inputs, mlp.first_columns() + column, width, rows, columns,
+                             block.panel, kPanel);
+    } else if (left.ld != 0) {
+      // z^T = W a^T, for which W is used as it lies in memory.
+      const int64_t present = std::min(columns, shape.widths[layer] - column);
+      Operand part = left.from(column * left.ld);
+      multiply(mlp.products(), present, rows, depth, part, right, 0, block.left_panel, right.ld);
+      std::fill(block.left_panel + present * right.ld, block.left_panel + columns * right.ld, 0.0f);
+      pointwise().transpose(reinterpret_cast<const uint32_t*>(block.left_panel), right.ld, columns, rows,
+                            reinterpret_cast<uint32_t*>(block.panel), kPanel);
     } else {
-      multiply(mlp.products(), rows, width, padded(shape.in(l)), from, mlp.forward(l), 0, block.z, block.ld);
+      multiply(mlp.products(), rows, columns, depth, below, mlp.forward(layer), column, block.panel, kPanel);
     }
-    if (l + 1 == shape.depth()) return;
-    const float* bias = l == 0 ? first_bias : mlp.bias(l);
-    pointwise().activate[p](block.z, block.ld, bias, l == 0 ? first_bias_stride : 0, rows, width, to,
-                            with_slopes ? block.slopes[l] : nullptr);
-    if (keep != nullptr) pointwise().store(block.z, block.ld, kept_rows, shape.widths[l], keep->rows[l]);
-    from = to;
+    body(column, columns);
+  }
+}
+
+void keep_panel(const KeepPreActivations& keep, const float* panel, int64_t layer, int64_t column, int64_t width) {
+  if (keep.layers.empty()) return;
+  Rows to = keep.layers[layer];
+  to.data = static_cast<unsigned char*>(to.data) + column * size_of(to.dtype);
+  pointwise().store(panel, kPanel, keep.rows, std::min(kPanel, width - column), to);
+}
+
+// Layers 0 .. end - 1; returns the operand of the last activation, or the input.
+Operand activations(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, int64_t end,
+                    bool with_slopes, const KeepPreActivations& keep) {
+  const int p = static_cast<int>(mlp.products());
+  Operand below = block.input, to = block.a, other = block.b;
+  for (int64_t l = 0; l < end; ++l) {
+    const float* bias = l == 0 ? input.bias : mlp.bias(l);
+    const int64_t bias_stride = l == 0 ? input.bias_stride : 0;
+    layer_panels(mlp, block, rows, input, l, below, [&](int64_t column, int64_t columns) {
+      const Slopes slopes = with_slopes ? block.slopes[l].from(column) : Slopes{};
+      pointwise().activate[p](block.panel, kPanel, bias + column, bias_stride, rows, columns, to.from(column), slopes,
+                              !keep.layers.empty());
+      keep_panel(keep, block.panel, l, column, mlp.shape().widths[l]);
+    });
+    below = to;
     std::swap(to, other);
   }
+  return below;
 }
 
 }  // namespace
 
-Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, int64_t kept_rows, const float* few_x,
-                        const float* first_bias, int64_t first_bias_stride, bool with_gradient, float* value,
-                        const KeepPreActivations* keep) {
+Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, bool with_gradient,
+                        float* value, const KeepPreActivations& keep) {
   const MlpShape& shape = mlp.shape();
   const int64_t last = shape.depth() - 1;
   const int p = static_cast<int>(mlp.products());
-  upwards(mlp, block, rows, kept_rows, few_x, first_bias, first_bias_stride, with_gradient, keep);
-  Operand delta = with_gradient ? block.a : Operand{};
-  Operand other = block.b;
-  pointwise().head[p](block.z, block.ld, last == 0 ? first_bias : mlp.bias(last), last == 0 ? first_bias_stride : 0,
-                      mlp.head(), mlp.bias(shape.depth())[0], rows, padded(shape.widths[last]), value, delta);
-  if (keep != nullptr) pointwise().store(block.z, block.ld, kept_rows, shape.widths[last], keep->rows[last]);
+  const Operand below = activations(mlp, block, rows, input, last, with_gradient, keep);
+  // The operand that the last hidden layer does not read.
+  Operand delta = last % 2 == 0 ? block.a : block.b, other = last % 2 == 0 ? block.b : block.a;
+  if (!with_gradient) delta.ld = 0;
+  const float* bias = last == 0 ? input.bias : mlp.bias(last);
+  std::fill(value, value + rows, mlp.bias(shape.depth())[0]);
+  layer_panels(mlp, block, rows, input, last, below, [&](int64_t column, int64_t columns) {
+    pointwise().head[p](block.panel, kPanel, bias + column, last == 0 ? input.bias_stride : 0, mlp.head() + column, rows,
+                        columns, value, delta.from(column), !keep.layers.empty());
+    keep_panel(keep, block.panel, last, column, shape.widths[last]);
+  });
   if (!with_gradient) return delta;
   for (int64_t l = last; l > 0; --l) {
     const int64_t width = padded(shape.in(l));
-    multiply(mlp.products(), rows, width, padded(shape.widths[l]), delta, mlp.backward(l), 0, block.z, block.ld);
-    pointwise().scale[p](block.slopes[l - 1], block.z, block.ld, rows, width, other);
+    for (int64_t column = 0; column < width; column += kPanel) {
+      const int64_t columns = std::min(kPanel, width - column);
+      multiply(mlp.products(), rows, columns, mlp.depth_of_product(shape.widths[l]), delta, mlp.backward(l), column,
+               block.panel, kPanel);
+      pointwise().scale[p](block.slopes[l - 1].from(column), block.panel, kPanel, rows, columns, other.from(column));
+    }
     std::swap(delta, other);
   }
   return delta;
@@ -161,23 +207,19 @@ void input_gradient(const PackedMlp& mlp, const Operand& delta, int64_t rows, in
                                                               gradient, ld);
     return;
   }
-  multiply(mlp.products(), rows, end - begin, width, delta, mlp.backward(0), begin, gradient, ld);
+  multiply(mlp.products(), rows, end - begin, mlp.depth_of_product(shape.widths[0]), delta, mlp.backward(0), begin, gradient,
+           ld);
 }
 
-void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const float* few_x, const float* first_bias,
-             int64_t first_bias_stride, float* output, int64_t ld) {
+void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, float* output, int64_t ld) {
   const MlpShape& shape = mlp.shape();
-  const int64_t last = shape.depth() - 1, width = padded(shape.widths[last]);
-  const int p = static_cast<int>(mlp.products());
-  upwards(mlp, block, rows, rows, few_x, first_bias, first_bias_stride, false, nullptr);
-  // The operand that the last product has not read.
-  const Operand a = last % 2 == 0 ? block.a : block.b;
-  pointwise().activate[p](block.z, block.ld, last == 0 ? first_bias : mlp.bias(last), last == 0 ? first_bias_stride : 0,
-                          rows, width, a, nullptr);
+  const int64_t width = padded(shape.widths.back());
+  const Operand a = activations(mlp, block, rows, input, shape.depth(), false, {});
   if (shape.outputs <= kFew) {
-    pointwise().few_outputs[p](a, shape.outputs, mlp.head(), rows, width, output, ld);
+    pointwise().few_outputs[static_cast<int>(mlp.products())](a, shape.outputs, mlp.head(), rows, width, output, ld);
   } else {
-    multiply(mlp.products(), rows, padded(shape.outputs), width, a, mlp.forward(shape.depth()), 0, output, ld);
+    multiply(mlp.products(), rows, padded(shape.outputs), mlp.depth_of_product(shape.widths.back()), a,
+             mlp.forward(shape.depth()), 0, output, ld);
   }
   const float* bias = mlp.bias(shape.depth());
   for (int64_t r = 0; r < rows; ++r) {

@@ -26,59 +26,76 @@ constexpr int64_t kFew = 8;
 class PackedMlp {
  public:
   // weights: depth + 1 matrices, the last the head [outputs, H_L]; biases: depth vectors, of layers 2.. and the head.
-  // with_gradient packs the transposes that the way back needs.
+  // with_gradient packs what the way back needs. few_rows: for few rows packing costs more than it gains, so products
+  // take the weights from where they are, if they can.
   PackedMlp(const MlpShape& shape, Products products, const std::vector<Rows>& weights,
-            const std::vector<Rows>& biases, bool with_gradient, int slot);
+            const std::vector<Rows>& biases, bool with_gradient, bool few_rows, int slot);
 
   const MlpShape& shape() const { return shape_; }
   Products products() const { return products_; }
+  // Rows of a packed matrix that a product runs over: bf16 takes them in pairs, of which the padding is zero.
+  int64_t depth_of_product(int64_t depth) const { return products_ == Products::f32 ? depth : (depth + 1) / 2 * 2; }
   bool few_inputs() const { return shape_.inputs <= kFew; }
 
   // Right factor of a_l-1 W_l^T (layer 0 is the first) and of delta_l W_l; layer depth() is the head.
   const PackedMatrix& forward(int64_t layer) const { return forward_[layer]; }
   const PackedMatrix& backward(int64_t layer) const { return backward_[layer]; }
+  // W_l itself as a left factor, where it is not packed for forward(l); ld 0 otherwise.
+  const Operand& left(int64_t layer) const { return left_[layer]; }
   const float* bias(int64_t layer) const { return biases_[layer]; }  // of layers 1 .. depth, padded
-  const float* head() const { return head_; }                        // first row of the head, padded
-  const float* first_columns() const { return first_columns_; }      // W_1^T [inputs, padded], few inputs only
+  const float* head() const { return head_; }                // few rows of the head, padded
+  const float* first_columns() const { return first_columns_; }  // W_1^T [inputs, padded], few inputs only
 
  private:
   MlpShape shape_;
   Products products_;
+  static void small_layer(const Rows& weight, bool columns, int64_t in, int64_t out, float* to);
+
   std::vector<PackedMatrix> forward_, backward_;
+  std::vector<Operand> left_;
   std::vector<const float*> biases_;
   const float* head_ = nullptr;
   const float* first_columns_ = nullptr;
 };
 
+// Columns of a layer that are computed and then activated at a time, while they are in the level-1 cache.
+constexpr int64_t kPanel = 64;
+
 // Working memory of one thread for blocks of up to `rows` rows.
 struct MlpBlock {
   MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, Arena& arena);
 
-  int64_t ld;                     // padded width of the widest layer
-  float* z;                       // [rows, ld]
-  Operand input;                  // [rows, padded(inputs)]
-  Operand a, b;                   // [rows, ld], alternating
-  std::vector<float*> slopes;     // depth - 1 of [rows, ld]
+  float* panel;                // [rows, kPanel]
+  Operand input;               // [rows, padded(inputs)]; none for few inputs
+  Operand a, b;                // [rows, widest layer], alternating
+  std::vector<Slopes> slopes;  // of all layers but the last
+  unsigned char* turned;       // a transposed activation, and a transposed panel [kPanel, rows]
+  float* left_panel;
 };
 
-// Where training keeps z_l.
+// The first layer's inputs and bias of one block.
+struct MlpInput {
+  const float* few_x = nullptr;  // [rows, kPadding] for few inputs; else the block's `input` holds them
+  const float* bias = nullptr;   // [rows, padded H_1] with row stride bias_stride
+  int64_t bias_stride = 0;       // 0: one bias for all rows
+};
+
+// Where training keeps z_l of this block, its first `rows` rows; empty to keep nothing.
 struct KeepPreActivations {
-  std::vector<Rows> rows;  // per layer, of this block; empty to keep nothing
+  int64_t rows = 0;
+  std::vector<Rows> layers;
 };
 
-// value[r] = f(x_r), and delta_1 of the gradient, in block.a or block.b, which is returned. x is block.input, or few_x
-// for few inputs. Computes `rows` rows and keeps pre-activations of the first `kept_rows` of them.
-Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, int64_t kept_rows, const float* few_x,
-                        const float* first_bias, int64_t first_bias_stride, bool with_gradient, float* value,
-                        const KeepPreActivations* keep = nullptr);
+// value[r] = f(x_r) of `rows` rows, and delta_1 of the gradient, in block.a or block.b, which is returned.
+Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, bool with_gradient,
+                        float* value, const KeepPreActivations& keep = {});
 
 // gradient [rows, inputs] = delta_1 W_1, columns [begin, end), row stride ld, starting at column begin.
 void input_gradient(const PackedMlp& mlp, const Operand& delta, int64_t rows, int64_t begin, int64_t end,
                     float* gradient, int64_t ld);
 
 // output [rows, outputs] = head(silu(..)), for a score network; row stride ld >= padded(outputs).
-void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const float* few_x, const float* first_bias,
-             int64_t first_bias_stride, float* output, int64_t ld);
+void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, float* output, int64_t ld);
 
 // Rows of a block, rounded up to one of a few sizes: each size of a product is compiled once per thread.
 int64_t rounded_rows(int64_t rows);

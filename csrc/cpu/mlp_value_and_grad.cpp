@@ -9,8 +9,10 @@ namespace {
 
 // Rows of a block: its activations and slopes stay in a level-2 cache of 1 MiB at width 512.
 constexpr int64_t kBlockRows = 64;
+// Batches up to this do not pack their weights.
+constexpr int64_t kFewRows = 128;
 // Columns of a gradient that are converted at a time.
-constexpr int64_t kPanel = 512;
+constexpr int64_t kGradientPanel = 512;
 
 Rows from_row(const Rows& rows, int64_t row) {
   Rows result = rows;
@@ -31,10 +33,10 @@ void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& grad
   const bool with_gradient = gradient.data != nullptr;
   const Products products = products_for(call.x.dtype, call.split);
   const int p = static_cast<int>(products);
-  const PackedMlp mlp(shape, products, call.weights, call.biases, with_gradient, 0);
+  const PackedMlp mlp(shape, products, call.weights, call.biases, with_gradient, call.batch <= kFewRows, 0);
   const int64_t rows_per_block = block_rows(call.batch);
   const int64_t blocks = (call.batch + rows_per_block - 1) / rows_per_block;
-  const int64_t inputs = shape.inputs, first_width = padded(shape.widths[0]), panel = std::min(kPanel, padded(inputs));
+  const int64_t inputs = shape.inputs, first_width = padded(shape.widths[0]), panel = std::min(kGradientPanel, padded(inputs));
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     Arena count(nullptr);
@@ -43,7 +45,7 @@ void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& grad
         MlpBlock block;
         float *few_x, *first_bias, *values, *panel;
       } memory{MlpBlock(shape, products, rows_per_block, with_gradient, arena),
-               arena.take<float>(mlp.few_inputs() ? rows_per_block * inputs : 0),
+               arena.take<float>(mlp.few_inputs() ? rows_per_block * kPadding : 0),
                arena.take<float>(call.first_bias.stride == 0 ? first_width : rows_per_block * first_width),
                arena.take<float>(rows_per_block), arena.take<float>(rows_per_block * panel)};
       return memory;
@@ -59,7 +61,7 @@ void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& grad
       const int64_t rounded = std::min(rounded_rows(rows), rows_per_block);
       const Rows x = from_row(call.x, row);
       if (mlp.few_inputs()) {
-        pointwise().load_float(x, rows, inputs, inputs, memory.few_x, inputs);
+        pointwise().load_float(x, rows, inputs, kPadding, memory.few_x, kPadding);
       } else {
         pointwise().load[p](x, rows, inputs, padded(inputs), memory.block.input);
       }
@@ -68,11 +70,11 @@ void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& grad
                                first_width);
       }
       KeepPreActivations kept;
-      for (const Rows& z : keep) kept.rows.push_back(from_row(z, row));
+      kept.rows = rows;
+      for (const Rows& z : keep) kept.layers.push_back(from_row(z, row));
+      const MlpInput input{memory.few_x, memory.first_bias, call.first_bias.stride == 0 ? 0 : first_width};
       // Rows beyond the last are computed from what an earlier block left, and dropped.
-      const Operand delta = value_and_delta(mlp, memory.block, rounded, rows, memory.few_x, memory.first_bias,
-                                            call.first_bias.stride == 0 ? 0 : first_width, with_gradient,
-                                            memory.values, keep.empty() ? nullptr : &kept);
+      const Operand delta = value_and_delta(mlp, memory.block, rounded, input, with_gradient, memory.values, kept);
       pointwise().store(memory.values, 1, rows, 1, from_row(value, row));
       if (!with_gradient) continue;
       const Rows out = from_row(gradient, row);

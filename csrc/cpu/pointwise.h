@@ -28,6 +28,13 @@ struct Operand {
   uint16_t* high = nullptr;
   uint16_t* low = nullptr;
   int64_t ld = 0;
+
+  // The same from a column on, or from a row on.
+  Operand from(int64_t column) const {
+    return {f32 == nullptr ? f32 : f32 + column, high == nullptr ? high : high + column,
+            low == nullptr ? low : low + column, ld};
+  }
+  Operand from_row(int64_t row) const { return from(row * ld); }
 };
 
 // Rows of a tensor in memory.
@@ -37,43 +44,73 @@ struct Rows {
   Dtype dtype = Dtype::f32;
 };
 
+// silu' of a layer, [rows, columns] with row stride ld: bf16 where the products are, else float. ld 0: none.
+struct Slopes {
+  float* f32 = nullptr;
+  uint16_t* bf16 = nullptr;
+  int64_t ld = 0;
+
+  Slopes from(int64_t column) const {
+    return {f32 == nullptr ? f32 : f32 + column, bf16 == nullptr ? bf16 : bf16 + column, ld};
+  }
+};
+
+// `columns` are multiples of kPadding; arrays may be panels of wider ones. Arrays indexed by Products.
 struct Pointwise {
   const char* name;
 
-  // dst = src; zero columns from width to padded.
+  // dst = src; zero columns from width to padded, a multiple of kPadding.
   void (*load[3])(const Rows& src, int64_t rows, int64_t width, int64_t padded, const Operand& dst);
   // dst[r, c] = src[r, c] in float, zero columns from width to padded, row stride ld.
   void (*load_float)(const Rows& src, int64_t rows, int64_t width, int64_t padded, float* dst, int64_t ld);
+  // dst[c, r] = src[r, c].
+  void (*transpose)(const uint32_t* src, int64_t src_ld, int64_t rows, int64_t columns, uint32_t* dst, int64_t dst_ld);
+  // dst[c] = the pair (even[c], odd[c]).
+  void (*interleave)(const uint16_t* even, const uint16_t* odd, int64_t columns, uint32_t* dst);
   // dst = src in the dtype of dst.
   void (*store)(const float* src, int64_t ld, int64_t rows, int64_t width, const Rows& dst);
 
-  // z[r, c] = sum_d x[r, d] w[d, c] for a handful of inputs d; w is [inputs, padded].
-  void (*few_inputs)(const float* x, int64_t x_ld, int64_t inputs, const float* w, int64_t rows, int64_t padded,
-                     float* z, int64_t ld);
-  // out[r, d] = sum_c delta[r, c] w[d, c] for a handful of outputs d.
+  // z[r, c] = sum_d x[r, d] w[d, c] for a handful of inputs d.
+  void (*few_inputs)(const float* x, int64_t x_ld, int64_t inputs, const float* w, int64_t w_ld, int64_t rows,
+                     int64_t columns, float* z, int64_t ld);
+  // out[r, d] = sum_c delta[r, c] w[d, c] for a handful of outputs d; w is [outputs, padded].
   void (*few_outputs[3])(const Operand& delta, int64_t outputs, const float* w, int64_t rows, int64_t padded,
                          float* out, int64_t ld);
 
-  // z += bias; a = silu(z); slope = silu'(z) unless null. The biased z stays in z.
-  void (*activate[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, int64_t rows, int64_t padded,
-                      const Operand& a, float* slope);
-  // The last hidden layer: z += bias; value[r] = sum_c head[c] silu(z) + head_bias; delta = silu'(z) head unless
-  // delta.ld is 0.
-  void (*head[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, const float* head, float head_bias,
-                  int64_t rows, int64_t padded, float* value, const Operand& delta);
-  // delta = slope * eta.
-  void (*scale[3])(const float* slope, const float* eta, int64_t ld, int64_t rows, int64_t padded,
-                   const Operand& delta);
+  // z + bias -> a = silu, slopes = silu'. keep: the biased z is written back.
+  void (*activate[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, int64_t rows, int64_t columns,
+                      const Operand& a, Slopes slopes, bool keep);
+  // The last hidden layer: value[r] += sum_c head[c] silu(z + bias); delta = silu'(z + bias) head unless delta.ld is 0.
+  void (*head[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, const float* head, int64_t rows,
+                  int64_t columns, float* value, const Operand& delta, bool keep);
+  // delta = slopes * eta.
+  void (*scale[3])(Slopes slopes, const float* eta, int64_t ld, int64_t rows, int64_t columns, const Operand& delta);
+
+  // For the derivative. From z as it was kept (`width` columns of it): a = silu(z), slopes = silu'(z), and from the
+  // tangent v, unless null, u = silu'(z) v and curved = silu''(z) v.
+  void (*recall[3])(const Rows& z, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t columns,
+                    const Operand& a, const Operand& u, Slopes slopes, float* curved, int64_t curved_ld);
+  // zbar = slopes abar + curved eta, delta = slopes eta, column_sums[c] += sum_r zbar; without eta only the first term.
+  void (*reverse[3])(const float* abar, const float* eta, int64_t ld, Slopes slopes, const float* curved,
+                     int64_t curved_ld, int64_t rows, int64_t columns, const Operand& zbar, const Operand& delta,
+                     float* column_sums);
+  // sums[c] += sum_r value_cotangent[r] a[r, c] + u[r, c]; u.ld 0: no tangent.
+  void (*head_gradient[3])(const Operand& a, const Operand& u, const float* value_cotangent, int64_t rows,
+                           int64_t columns, float* sums);
+  // sums[d, c] += sum_r x[r, d] bars[r, c].
+  void (*few_inputs_gradient[3])(const Operand& bars, const float* x, int64_t x_ld, int64_t inputs, int64_t rows,
+                                 int64_t columns, float* sums, int64_t sums_ld);
 };
 
-// The functions for this processor; TGDP_CPU_CAPABILITY=baseline|avx2|avx512 lowers the choice.
+// The functions for this processor. TGDP_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 lowers the choice.
 const Pointwise& pointwise();
 
-// Names of the instruction sets that were compiled and that this processor has, best last.
+// One set per instruction set, null where the compiler could not make it.
 namespace capabilities {
 const Pointwise* baseline();
 const Pointwise* avx2();
 const Pointwise* avx512();
+const Pointwise* avx512_bf16();
 }  // namespace capabilities
 
 }  // namespace tgdp

@@ -3,6 +3,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma,f16c")
+#define TGDP_AVX2
 #define TGDP_CAPABILITY "avx2"
 #include "pointwise.inc"
 

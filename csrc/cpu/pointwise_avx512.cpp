@@ -3,6 +3,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#define TGDP_AVX512
 #define TGDP_CAPABILITY "avx512"
 #include "pointwise.inc"
 

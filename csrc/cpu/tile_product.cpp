@@ -2,39 +2,21 @@
 
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
-
-#include "../common/portable.h"
 
 namespace tgdp {
 namespace {
 
 const at::BFloat16* bf16(const uint16_t* data) { return reinterpret_cast<const at::BFloat16*>(data); }
 
-float read(const Rows& rows, int64_t index) {
-  switch (rows.dtype) {
-    case Dtype::f32:
-      return static_cast<const float*>(rows.data)[index];
-    case Dtype::bf16:
-      return static_cast<float>(static_cast<const at::BFloat16*>(rows.data)[index]);
-    default:
-      return static_cast<float>(static_cast<const at::Half*>(rows.data)[index]);
-  }
-}
-
 // Whether the processor multiplies bf16 in hardware and this torch reaches it: a small product is tried, for a
 // library that answers "supported" may mean an emulation or another layout.
 bool probe_bf16() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  const char* limit = std::getenv("TGDP_CPU_CAPABILITY");
-  if (limit != nullptr && (std::strcmp(limit, "baseline") == 0 || std::strcmp(limit, "avx2") == 0)) return false;
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx512bf16")) return false;
+  if (&pointwise() != capabilities::avx512_bf16()) return false;
   constexpr int64_t kRows = 3, kDepth = 4, kColumns = 16;
   at::BFloat16 a[kRows * kDepth], b[kDepth * kColumns];
   float c[kRows * kColumns];
@@ -58,9 +40,6 @@ bool probe_bf16() {
     }
   }
   return true;
-#else
-  return false;
-#endif
 }
 
 }  // namespace
@@ -93,6 +72,17 @@ Operand Arena::take_operand(Products products, int64_t rows, int64_t ld) {
   return result;
 }
 
+Slopes Arena::take_slopes(Products products, int64_t rows, int64_t ld) {
+  Slopes result;
+  result.ld = ld;
+  if (products == Products::bf16) {
+    result.bf16 = take<uint16_t>(rows * ld);
+  } else {
+    result.f32 = take<float>(rows * ld);
+  }
+  return result;
+}
+
 Products products_for(Dtype dtype, bool split) {
   static const bool has_bf16 = probe_bf16();
   if (!has_bf16) return Products::f32;
@@ -116,63 +106,107 @@ PackedMatrix packed_view(Products products, int64_t depth, int64_t columns, cons
   return result;
 }
 
-void pack_rows(Products products, const Rows& weight, int64_t out, int64_t in, bool transposed, int64_t begin,
-               int64_t end, unsigned char* memory) {
-  const int64_t depth = transposed ? in : out, columns = transposed ? out : in;
-  const int64_t across = transposed ? 1 : weight.stride, along = transposed ? weight.stride : 1;
-  const int64_t ld = padded(columns);
-  const auto element = [&](int64_t k, int64_t n) {
-    return k < depth && n < columns ? read(weight, k * across + n * along) : 0.0f;
-  };
-  // In squares, so that the strided side of a transposition stays in cache.
-  constexpr int64_t kSquare = 32;
+void pack_rows(Products products, const Rows& weight, int64_t out, int64_t in, int64_t row, unsigned char* transposed,
+               unsigned char* plain) {
+  thread_local Scratch scratch;
+  const int64_t in_padded = padded(in), out_padded = padded(out);
+  const int64_t rows = std::min(kPackedRows, out_padded - row), present = std::clamp<int64_t>(out - row, 0, rows);
+  Arena count(nullptr);
+  count.take_operand(products, kPackedRows, in_padded);
+  Arena arena(scratch.reserve(count.used()));
+  const Operand staged = arena.take_operand(products, kPackedRows, in_padded);
+  Rows from = weight;
+  from.data = static_cast<unsigned char*>(weight.data) + row * weight.stride * size_of(weight.dtype);
+  pointwise().load[static_cast<int>(products)](from, present, in, in_padded, staged);
+  from.stride = 0;
+  if (rows > present) {  // Rows of zeros: width 0 reads nothing.
+    pointwise().load[static_cast<int>(products)](from, rows - present, 0, in_padded, staged.from_row(present));
+  }
   if (products == Products::f32) {
-    auto* to = reinterpret_cast<float*>(memory);
-    const bool plain = weight.dtype == Dtype::f32;
-    const auto* from = static_cast<const float*>(weight.data);
-    for (int64_t k0 = begin; k0 < end; k0 += kSquare) {
-      for (int64_t n0 = 0; n0 < ld; n0 += kSquare) {
-        const int64_t k1 = std::min(k0 + kSquare, end), n1 = std::min(n0 + kSquare, ld);
-        if (plain && k1 <= depth && n1 <= columns) {
-          for (int64_t n = n0; n < n1; ++n) {
-            for (int64_t k = k0; k < k1; ++k) to[k * ld + n] = from[k * across + n * along];
-          }
-          continue;
-        }
-        for (int64_t k = k0; k < k1; ++k) {
-          for (int64_t n = n0; n < n1; ++n) to[k * ld + n] = element(k, n);
-        }
-      }
+    const auto* words = reinterpret_cast<const uint32_t*>(staged.f32);
+    if (transposed != nullptr) {
+      pointwise().transpose(words, in_padded, rows, in_padded, reinterpret_cast<uint32_t*>(transposed) + row, out_padded);
+    }
+    if (plain != nullptr) {
+      std::memcpy(reinterpret_cast<float*>(plain) + row * in_padded, staged.f32,
+                  static_cast<size_t>(rows * in_padded) * sizeof(float));
     }
     return;
   }
-  auto* high = reinterpret_cast<at::BFloat16*>(memory);
-  auto* low = high + padded(depth) * ld;
-  const bool plain = weight.dtype == Dtype::bf16 && products == Products::bf16;
-  const auto* from = static_cast<const uint16_t*>(weight.data);
-  for (int64_t k0 = begin; k0 < end; k0 += kSquare) {
-    for (int64_t n0 = 0; n0 < ld; n0 += kSquare) {
-      const int64_t k1 = std::min(k0 + kSquare, end), n1 = std::min(n0 + kSquare, ld);
-      if (plain && k1 <= depth && n1 <= columns) {
-        auto* pairs = reinterpret_cast<uint32_t*>(memory);
-        for (int64_t k = k0; k < k1; k += 2) {
-          for (int64_t n = n0; n < n1; ++n) {
-            const uint32_t even = from[k * across + n * along], odd = from[(k + 1) * across + n * along];
-            pairs[k / 2 * ld + n] = even | odd << 16;
-          }
-        }
-        continue;
-      }
-      for (int64_t k = k0; k < k1; ++k) {
-        for (int64_t n = n0; n < n1; ++n) {
-          const float value = element(k, n);
-          const int64_t index = (k / 2 * ld + n) * 2 + k % 2;
-          high[index] = at::BFloat16(value);
-          if (products == Products::bf16x3) low[index] = at::BFloat16(value - static_cast<float>(high[index]));
-        }
-      }
+  for (const uint16_t* part : {staged.high, staged.low}) {
+    if (part == nullptr) continue;
+    const int64_t offset = part == staged.high ? 0 : in_padded * out_padded / 2;
+    if (transposed != nullptr) {
+      pointwise().transpose(reinterpret_cast<const uint32_t*>(part), in_padded / 2, rows, in_padded / 2,
+                            reinterpret_cast<uint32_t*>(transposed) + offset + row, out_padded);
+    }
+    for (int64_t r = 0; plain != nullptr && r < rows; r += 2) {
+      pointwise().interleave(part + r * in_padded, part + (r + 1) * in_padded, in_padded,
+                             reinterpret_cast<uint32_t*>(plain) + offset + (row + r) / 2 * in_padded);
     }
   }
+}
+
+PackedMatrix transposed(Products products, const Operand& operand, int64_t rows, int64_t depth, unsigned char* memory) {
+  PackedMatrix result = packed_view(products, depth, rows, memory);
+  const auto turn = [&](const void* from, const void* to, int64_t words_per_row) {
+    pointwise().transpose(static_cast<const uint32_t*>(from), operand.ld / (products == Products::f32 ? 1 : 2), rows,
+                          words_per_row, const_cast<uint32_t*>(static_cast<const uint32_t*>(to)), result.ld);
+  };
+  if (products == Products::f32) {
+    turn(operand.f32, result.f32, depth);
+    return result;
+  }
+  turn(operand.high, result.high, (depth + 1) / 2);
+  if (products == Products::bf16x3) turn(operand.low, result.low, (depth + 1) / 2);
+  return result;
+}
+
+PackedMatrix paired(Products products, const Operand& operand, int64_t rows, int64_t columns, unsigned char* memory) {
+  if (products == Products::f32) {
+    PackedMatrix result;
+    result.f32 = operand.f32;
+    result.ld = operand.ld;
+    return result;
+  }
+  // Zeros for the row that an odd number lacks.
+  thread_local Scratch zeros;
+  const auto* none = reinterpret_cast<const uint16_t*>(zeros.reserve(columns * static_cast<int64_t>(sizeof(uint16_t))));
+  PackedMatrix result = packed_view(products, rows, columns, memory);
+  const auto turn = [&](const uint16_t* from, const uint16_t* to) {
+    for (int64_t r = 0; r < rows; r += 2) {
+      const uint16_t* odd = r + 1 < rows ? from + (r + 1) * operand.ld : none;
+      pointwise().interleave(from + r * operand.ld, odd, columns,
+                             reinterpret_cast<uint32_t*>(const_cast<uint16_t*>(to)) + r / 2 * result.ld);
+    }
+  };
+  turn(operand.high, result.high);
+  if (products == Products::bf16x3) turn(operand.low, result.low);
+  return result;
+}
+
+Operand turned_left(Products products, const Operand& operand, int64_t rows, int64_t columns, unsigned char* memory,
+                    unsigned char* pairs) {
+  Operand result;
+  result.ld = padded(rows);
+  if (products == Products::f32) {
+    result.f32 = reinterpret_cast<float*>(memory);
+    pointwise().transpose(reinterpret_cast<const uint32_t*>(operand.f32), operand.ld, rows, columns,
+                          reinterpret_cast<uint32_t*>(memory), result.ld);
+    return result;
+  }
+  const PackedMatrix matrix = paired(products, operand, rows, columns, pairs);
+  result.high = reinterpret_cast<uint16_t*>(memory);
+  const auto turn = [&](const uint16_t* from, uint16_t* to) {
+    pointwise().transpose(reinterpret_cast<const uint32_t*>(from), matrix.ld, (rows + 1) / 2, columns,
+                          reinterpret_cast<uint32_t*>(to), result.ld / 2);
+  };
+  turn(matrix.high, result.high);
+  if (products == Products::bf16x3) {
+    result.low = result.high + padded(columns) * result.ld;
+    turn(matrix.low, result.low);
+  }
+  return result;
 }
 
 void multiply(Products products, int64_t rows, int64_t columns, int64_t depth, const Operand& a,

@@ -36,6 +36,7 @@ class Arena {
     return reinterpret_cast<T*>(result);
   }
   Operand take_operand(Products products, int64_t rows, int64_t ld);
+  Slopes take_slopes(Products products, int64_t rows, int64_t ld);
   int64_t used() const { return used_; }
 
  private:
@@ -57,12 +58,26 @@ Products products_for(Dtype dtype, bool split);
 
 // Bytes of a packed [depth, columns], both padded.
 int64_t packed_bytes(Products products, int64_t depth, int64_t columns);
-
-// Rows [begin, end) of the packed form, in pairs: begin and end even. weight [out, in] with row stride `stride`;
-// transposed: B = weight^T [in, out], otherwise B = weight. Padding is zero.
-void pack_rows(Products products, const Rows& weight, int64_t out, int64_t in, bool transposed, int64_t begin,
-               int64_t end, unsigned char* memory);
 PackedMatrix packed_view(Products products, int64_t depth, int64_t columns, const unsigned char* memory);
+
+// Rows of a weight that are packed at a time.
+constexpr int64_t kPackedRows = 32;
+
+// Packs rows [row, row + kPackedRows) of weight [out, in], as columns of weight^T [in, out] into `transposed` and as
+// rows of [out, in] into `plain`; either may be null. Padding becomes zero.
+void pack_rows(Products products, const Rows& weight, int64_t out, int64_t in, int64_t row, unsigned char* transposed,
+               unsigned char* plain);
+
+// The transpose of an operand [rows, depth] as a right factor [depth, rows]; memory as for packed_bytes.
+PackedMatrix transposed(Products products, const Operand& operand, int64_t rows, int64_t depth, unsigned char* memory);
+
+// An operand [rows, columns] as a right factor over its rows; memory as for packed_bytes, unused for float.
+PackedMatrix paired(Products products, const Operand& operand, int64_t rows, int64_t columns, unsigned char* memory);
+
+// The transpose [columns, rows] of an operand as a left factor over the operand's rows; memory and pairs as for
+// packed_bytes of [rows, columns].
+Operand turned_left(Products products, const Operand& operand, int64_t rows, int64_t columns, unsigned char* memory,
+                    unsigned char* pairs);
 
 // C [rows, columns] (+)= A [rows, depth] B[:, first_column:]; for bf16 depth must be even.
 void multiply(Products products, int64_t rows, int64_t columns, int64_t depth, const Operand& a,

@@ -319,6 +319,24 @@ def _forward_cpu(
     return value, gradient, tuple(saved)
 
 
+def _backward_cpu(
+    value_cotangent: Tensor | None,
+    gradient_cotangent: Tensor | None,
+    x: Tensor,
+    first_bias: Tensor,
+    weights: tuple[Tensor, ...],
+    pre_activations: tuple[Tensor, ...],
+    *,
+    needs_grad: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    gradients = iter(
+        torch.ops.tgdp_fast.mlp_value_and_grad_backward(
+            value_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad, False
+        )
+    )
+    return tuple(next(gradients) if needed else None for needed in needs_grad)
+
+
 def _refuses_cpu(x: Tensor, *_: Any) -> str | None:
     return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
 
@@ -338,7 +356,22 @@ if _native.CPU_MISSING is None:
         saved = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights[:-1]] if save_pre_activations else []
         return x.new_empty(x.shape[0]), x.new_empty((x.shape[0] if with_gradient else 0, x.shape[1])), saved
 
+    @torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward")
+    def _(
+        value_cotangent: Tensor | None,
+        gradient_cotangent: Tensor | None,
+        x: Tensor,
+        first_bias: Tensor,
+        weights: list[Tensor],
+        pre_activations: list[Tensor],
+        needs_grad: list[bool],
+        split: bool,
+    ) -> list[Tensor]:
+        shapes = [x.shape, first_bias.shape, *(w.shape for w in weights), *(w.shape[:1] for w in weights[1:])]
+        return [x.new_empty(shape) for shape, needed in zip(shapes, needs_grad, strict=True) if needed]
+
     _dispatch.register(_FORWARD, "cpu", _forward_cpu, _refuses_cpu)
+    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, _refuses_cpu)
 
 
 _dispatch.register(_FORWARD, "reference", _forward_reference)

@@ -1,0 +1,14 @@
+// The pointwise kernels for AVX-512 with its bf16 conversions; without code where the compiler or the processor family cannot have it.
+#include "pointwise_headers.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,prefer-vector-width=512")
+#define TGDP_AVX512
+#define TGDP_AVX512_BF16
+#define TGDP_CAPABILITY "avx512_bf16"
+#include "pointwise.inc"
+
+const tgdp::Pointwise* tgdp::capabilities::avx512_bf16() { return &kPointwise; }
+#else
+const tgdp::Pointwise* tgdp::capabilities::avx512_bf16() { return nullptr; }
+#endif
