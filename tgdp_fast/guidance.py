@@ -16,7 +16,7 @@ from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
 from tgdp_fast.denoiser import per_sample
 from tgdp_fast.models.mlp import TimeEmbedding, encode_labels
-from tgdp_fast.ops import guided_epsilon, mlp_value_and_grad
+from tgdp_fast.ops import guided_epsilon, mlp_value, mlp_value_and_grad
 from tgdp_fast.schedule import NoiseSchedule
 
 STEMS = ("none", "ecg")
@@ -163,13 +163,20 @@ class GuidanceNetwork(nn.Module):
         return alpha * value, per_sample(alpha, x) * gradient
 
     def log_ratio(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
-        """log h [B] alone, with ordinary autograd: what the classification and ratio losses need."""
-        first, *hidden_layers, head = self._linear_layers()
+        """log h [B] alone: what the classification and ratio losses need.
+
+        Differentiable once in the parameters; where x requires a gradient, in x and the parameters as often as one
+        likes, by ordinary autograd.
+        """
         features = x.flatten(1) if self.stem is None else self.stem(x)
-        hidden = functional.silu(functional.linear(features, first.weight) + self.first_bias(t, labels))
-        for layer in hidden_layers:
-            hidden = functional.silu(layer(hidden))
-        value: Tensor = head(hidden)[:, 0]
+        layers = self._linear_layers()
+        value = mlp_value(
+            features,
+            self.first_bias(t, labels),
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers[1:]],
+            backend="reference" if x.requires_grad else "auto",
+        )
         return self._alpha(t, value) * value
 
     def _alpha(self, t: float | Tensor, like: Tensor) -> float | Tensor:

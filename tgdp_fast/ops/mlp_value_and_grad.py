@@ -20,8 +20,9 @@ grad log h.
 Two operators are registered, so that a faster implementation may provide either or both:
 
 ``mlp_value_and_grad``
-    ``function(x, first_bias, weights, biases, *, save_pre_activations) -> (f, g, pre_activations)``;
-    pre_activations is (z_1, .., z_L), each [B, H_l] in the dtype of x, or () when not asked for.
+    ``function(x, first_bias, weights, biases, *, save_pre_activations, with_gradient) -> (f, g, pre_activations)``;
+    pre_activations is (z_1, .., z_L), each [B, H_l] in the dtype of x, or () when not asked for; without with_gradient
+    g may be anything.
 ``mlp_value_and_grad_backward``
     ``function(value_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, *, needs_grad)
     -> gradients``; see :func:`mlp_value_and_grad_backward_reference`.
@@ -42,7 +43,13 @@ from torch.nn import functional
 from tgdp_fast import _native
 from tgdp_fast.ops import _dispatch
 
-__all__ = ["mlp_value_and_grad", "mlp_value_and_grad_backward_reference", "mlp_value_and_grad_reference"]
+__all__ = [
+    "mlp_value",
+    "mlp_value_and_grad",
+    "mlp_value_and_grad_backward_reference",
+    "mlp_value_and_grad_reference",
+    "mlp_value_reference",
+]
 
 _FORWARD = "mlp_value_and_grad"
 _BACKWARD = "mlp_value_and_grad_backward"
@@ -93,6 +100,65 @@ def mlp_value_and_grad(
     Source: the value and gradient of log h of TGDP, Theorem 3.1; derivative for Algorithm 4, consistency
         term.
     """
+    call = _prepared(x, first_bias, weights, biases)
+    name = _dispatch.requested_backend(backend)
+    forward = _dispatch.resolve(_FORWARD, name, *call)
+    if _needs_autograd(call):
+        # Resolved here, for the backward may run in another thread, outside of a use_backend block.
+        backward = _dispatch.resolve(_BACKWARD, name, *call)
+        inputs = (call[0], call[1], *call[2], *call[3])
+        return _MlpValueAndGrad.apply(forward.backend, backward.backend, len(call[3]), True, *inputs)
+    value, gradient, _ = forward.function(*call, save_pre_activations=False, with_gradient=True)
+    return value, gradient
+
+
+def mlp_value(
+    x: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Value f(x) alone of the same perceptron, for losses that need no input gradient.
+
+    Differentiable in all inputs: once, in closed form, or, where the reference serves it, by PyTorch's autograd as
+    often as one likes. Precision and autocast as in :func:`mlp_value_and_grad`.
+
+    Cost: 2 B P FLOPs in products, and 2 B P to 4 B P in the backward.
+
+    Args, Raises:
+        as for :func:`mlp_value_and_grad`.
+
+    Returns:
+        f [B], in the dtype of x.
+    """
+    call = _prepared(x, first_bias, weights, biases)
+    name = _dispatch.requested_backend(backend)
+    forward = _dispatch.resolve(_FORWARD, name, *call)
+    if forward.backend == "reference":
+        return mlp_value_reference(*call)
+    if _needs_autograd(call):
+        backward = _dispatch.resolve(_BACKWARD, name, *call)
+        inputs = (call[0], call[1], *call[2], *call[3])
+        value: Tensor = _MlpValueAndGrad.apply(forward.backend, backward.backend, len(call[3]), False, *inputs)
+        return value
+    return forward.function(*call, save_pre_activations=False, with_gradient=False)[0]
+
+
+def mlp_value_reference(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Plain PyTorch twin of :func:`mlp_value`, without checks, under ordinary autograd."""
+    hidden = functional.silu(functional.linear(x, weights[0]) + first_bias)
+    for weight, bias in zip(weights[1:-1], biases[:-1], strict=True):
+        hidden = functional.silu(functional.linear(hidden, weight, bias))
+    return functional.linear(hidden, weights[-1], biases[-1]).squeeze(1)
+
+
+_Call = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+def _prepared(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> _Call:
+    """The checked call, in the dtype of autocast where that is on."""
     weights, biases = tuple(weights), tuple(biases)
     device_type = x.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -101,16 +167,12 @@ def mlp_value_and_grad(
         weights = tuple(weight.to(dtype) for weight in weights)
         biases = tuple(bias.to(dtype) for bias in biases)
     _check(x, first_bias, weights, biases)
-    name = _dispatch.requested_backend(backend)
-    call = (x, first_bias, weights, biases)
-    forward = _dispatch.resolve(_FORWARD, name, *call)
-    inputs = (x, first_bias, *weights, *biases)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        # Resolved here, for the backward may run in another thread, outside of a use_backend block.
-        backward = _dispatch.resolve(_BACKWARD, name, *call)
-        return _MlpValueAndGrad.apply(forward.backend, backward.backend, len(biases), *inputs)
-    value, gradient, _ = forward.function(x, first_bias, weights, biases, save_pre_activations=False)
-    return value, gradient
+    return x, first_bias, weights, biases
+
+
+def _needs_autograd(call: _Call) -> bool:
+    x, first_bias, weights, biases = call
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, first_bias, *weights, *biases))
 
 
 def mlp_value_and_grad_reference(
@@ -214,6 +276,7 @@ def _forward_reference(
     biases: Sequence[Tensor],
     *,
     save_pre_activations: bool,
+    with_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     depth = len(biases)
     activation = x
@@ -222,38 +285,45 @@ def _forward_reference(
         pre_activations.append(torch.addmm(bias, activation, weight.t()))
         activation = functional.silu(pre_activations[-1])
     value = torch.addmm(biases[-1], activation, weights[depth].t()).squeeze(1)
+    saved = tuple(pre_activations) if save_pre_activations else ()
+    if not with_gradient:
+        return value, x, saved
     gradient = weights[depth].expand(x.shape[0], -1)
     for z, weight in zip(reversed(pre_activations), reversed(weights[:depth]), strict=True):
         # silu'(z) * eta in one pass, in float32 inside for 16-bit tensors, as silu itself.
         gradient = torch.ops.aten.silu_backward(gradient, z) @ weight
-    return value, gradient, tuple(pre_activations) if save_pre_activations else ()
+    return value, gradient, saved
 
 
 class _MlpValueAndGrad(torch.autograd.Function):
     """Saves inputs and pre-activations; gradients by the joint closed form."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, backward_backend: str, depth: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, backend: str, backward_backend: str, depth: int, with_gradient: bool, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor] | Tensor:
         x, first_bias, weights, biases = inputs[0], inputs[1], inputs[2 : depth + 3], inputs[depth + 3 :]
         forward = _dispatch.lookup(_FORWARD, backend).function
-        value, gradient, saved = forward(x, first_bias, weights, biases, save_pre_activations=True)
+        value, gradient, saved = forward(
+            x, first_bias, weights, biases, save_pre_activations=True, with_gradient=with_gradient
+        )
         ctx.save_for_backward(x, first_bias, *weights, *saved)
         ctx.backend, ctx.depth = backward_backend, depth
         # So that a loss on the value alone skips the tangent pass.
         ctx.set_materialize_grads(False)
-        return value, gradient
+        return (value, gradient) if with_gradient else value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, value_cotangent: Tensor | None, gradient_cotangent: Tensor | None) -> Any:
+    def backward(ctx: Any, value_cotangent: Tensor | None, gradient_cotangent: Tensor | None = None) -> Any:
         if value_cotangent is None and gradient_cotangent is None:
-            return (None,) * (3 + 2 * ctx.depth + 3)
+            return (None,) * (4 + 2 * ctx.depth + 3)
         x, first_bias, *rest = ctx.saved_tensors
         weights, saved = tuple(rest[: ctx.depth + 1]), tuple(rest[ctx.depth + 1 :])
         backward = _dispatch.lookup(_BACKWARD, ctx.backend).function
-        needs_grad = tuple(ctx.needs_input_grad[3:])
+        needs_grad = tuple(ctx.needs_input_grad[4:])
         gradients = backward(value_cotangent, gradient_cotangent, x, first_bias, weights, saved, needs_grad=needs_grad)
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
 
 
 def _activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -312,9 +382,10 @@ def _forward_cpu(
     biases: tuple[Tensor, ...],
     *,
     save_pre_activations: bool,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     value, gradient, saved = torch.ops.tgdp_fast.mlp_value_and_grad(
-        x, first_bias, weights, biases, save_pre_activations, True, False
+        x, first_bias, weights, biases, save_pre_activations, with_gradient, False
     )
     return value, gradient, tuple(saved)
 
