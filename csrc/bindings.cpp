@@ -9,6 +9,7 @@
 
 #include "cpu/mlp_backward.h"
 #include "cpu/mlp_value_and_grad.h"
+#include "cpu/trajectory.h"
 
 namespace {
 
@@ -150,6 +151,82 @@ std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& val
   return results;
 }
 
+tgdp::TrajectoryNetwork trajectory_network(const Tensor& x, at::TensorList weights, at::TensorList biases,
+                                           const Tensor& evaluation_bias, const std::optional<Tensor>& sample_bias,
+                                           std::vector<Tensor>& hold) {
+  // The call's own checks fit, with an input of the weights' dtype.
+  const Tensor like = at::empty({0, x.size(1)}, weights[0].options());
+  const tgdp::MlpCall call = mlp_call(like, at::empty({1, weights[0].size(0)}, weights[0].options()), weights, biases, hold);
+  tgdp::TrajectoryNetwork network;
+  network.shape = call.shape;
+  network.weights = call.weights;
+  network.biases = call.biases;
+  const auto check = [&](const Tensor& bias, int64_t rows) {
+    TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(0) == rows && bias.size(1) == call.shape.widths[0] &&
+                          bias.scalar_type() == at::kFloat,
+                      "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1]");
+  };
+  check(evaluation_bias, evaluation_bias.size(0));
+  network.evaluation_bias = rows_of(evaluation_bias, hold);
+  if (sample_bias.has_value()) {
+    check(*sample_bias, x.size(0));
+    network.sample_bias = rows_of(*sample_bias, hold);
+  }
+  return network;
+}
+
+std::tuple<Tensor, Tensor> trajectory(
+    const Tensor& x, at::TensorList score_weights, at::TensorList score_biases, const Tensor& score_evaluation_bias,
+    const std::optional<Tensor>& score_sample_bias, at::TensorList guidance_weights, at::TensorList guidance_biases,
+    const Tensor& guidance_evaluation_bias, const std::optional<Tensor>& guidance_sample_bias, const Tensor& table,
+    int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
+    int64_t seed, const Tensor& sample_index, bool split) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(1) > 0, "tgdp_fast: x must be float32 [B, D]");
+  TORCH_CHECK_VALUE(sample_index.dim() == 1 && sample_index.size(0) == x.size(0) &&
+                        sample_index.scalar_type() == at::kLong,
+                    "tgdp_fast: sample_index must be int64 [B]");
+  const int64_t entries = (1 + history) * (2 + history);
+  TORCH_CHECK_VALUE(history >= 0 && table.dim() == 2 && table.size(1) == 6 + entries &&
+                        table.scalar_type() == at::kDouble,
+                    "tgdp_fast: table must be float64 [T, 6 + (1 + H) (2 + H)]");
+  std::vector<Tensor> hold;
+  const Tensor state = x.contiguous(), indices = sample_index.contiguous(), numbers = table.contiguous();
+  tgdp::TrajectoryCall call;
+  call.batch = x.size(0);
+  call.size = x.size(1);
+  call.slots = history;
+  call.x = state.const_data_ptr<float>();
+  call.sample_index = indices.const_data_ptr<int64_t>();
+  call.score = trajectory_network(x, score_weights, score_biases, score_evaluation_bias, score_sample_bias, hold);
+  TORCH_CHECK_VALUE(call.score.shape.outputs == call.size, "tgdp_fast: the score network must have D outputs");
+  if (!guidance_weights.empty()) {
+    call.guidance = trajectory_network(x, guidance_weights, guidance_biases, guidance_evaluation_bias,
+                                       guidance_sample_bias, hold);
+    TORCH_CHECK_VALUE(call.guidance->shape.outputs == 1, "tgdp_fast: the guidance network must have one output");
+  }
+  for (const Tensor* bias : {&score_evaluation_bias, &guidance_evaluation_bias}) {
+    TORCH_CHECK_VALUE(bias->size(0) == table.size(0) || (bias != &score_evaluation_bias && !call.guidance),
+                      "tgdp_fast: biases of evaluations must have as many rows as the table");
+  }
+  const double* row = numbers.const_data_ptr<double>();
+  for (int64_t k = 0; k < table.size(0); ++k, row += 6 + entries) {
+    const auto number = [row](int i) { return static_cast<float>(row[i]); };
+    call.evaluations.push_back({number(0), number(1), number(2), number(3), number(4), number(5),
+                                std::vector<float>(row + 6, row + 6 + entries)});
+  }
+  if (clamp.has_value()) {
+    TORCH_CHECK_VALUE(clamp->size() == 2, "tgdp_fast: clamp must have two numbers");
+    call.clamp.emplace(static_cast<float>((*clamp)[0]), static_cast<float>((*clamp)[1]));
+  }
+  if (gradient_norm_limit.has_value()) call.gradient_norm_limit = static_cast<float>(*gradient_norm_limit);
+  call.seed = static_cast<uint64_t>(seed);
+  call.split = split;
+  Tensor result = at::empty(x.sizes(), x.options());
+  Tensor diverged = at::empty({}, x.options().dtype(at::kLong));
+  *diverged.mutable_data_ptr<int64_t>() = tgdp::trajectory(call, result.mutable_data_ptr<float>());
+  return {result, diverged};
+}
+
 }  // namespace
 
 // A fragment: the package also defines operators of this namespace in Python.
@@ -160,9 +237,15 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
   library.def(
       "mlp_value_and_grad_backward(Tensor? value_cotangent, Tensor? gradient_cotangent, Tensor x, Tensor first_bias, "
       "Tensor[] weights, Tensor[] pre_activations, bool[] needs_grad, bool split) -> Tensor[]");
+  library.def(
+      "trajectory(Tensor x, Tensor[] score_weights, Tensor[] score_biases, Tensor score_evaluation_bias, "
+      "Tensor? score_sample_bias, Tensor[] guidance_weights, Tensor[] guidance_biases, "
+      "Tensor guidance_evaluation_bias, Tensor? guidance_sample_bias, Tensor table, int history, float[]? clamp, "
+      "float? gradient_norm_limit, int seed, Tensor sample_index, bool split) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
   library.impl("mlp_value_and_grad_backward", &mlp_value_and_grad_backward);
+  library.impl("trajectory", &trajectory);
 }

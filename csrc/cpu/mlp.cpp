@@ -218,7 +218,7 @@ void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput
   if (shape.outputs <= kFew) {
     pointwise().few_outputs[static_cast<int>(mlp.products())](a, shape.outputs, mlp.head(), rows, width, output, ld);
   } else {
-    multiply(mlp.products(), rows, padded(shape.outputs), mlp.depth_of_product(shape.widths.back()), a,
+    multiply(mlp.products(), rows, shape.outputs, mlp.depth_of_product(shape.widths.back()), a,
              mlp.forward(shape.depth()), 0, output, ld);
   }
   const float* bias = mlp.bias(shape.depth());

@@ -94,7 +94,7 @@ Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, con
 void input_gradient(const PackedMlp& mlp, const Operand& delta, int64_t rows, int64_t begin, int64_t end,
                     float* gradient, int64_t ld);
 
-// output [rows, outputs] = head(silu(..)), for a score network; row stride ld >= padded(outputs).
+// output [rows, outputs] = head(silu(..)), for a score network; row stride ld >= outputs.
 void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, float* output, int64_t ld);
 
 // Rows of a block, rounded up to one of a few sizes: each size of a product is compiled once per thread.

@@ -1,0 +1,194 @@
+#include "trajectory.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+namespace tgdp {
+namespace {
+
+constexpr int64_t kBlockRows = 64;
+
+// One network within a block.
+class BlockNetwork {
+ public:
+  BlockNetwork(const TrajectoryNetwork& network, const PackedMlp& mlp, int64_t rows, bool with_gradient, Arena& arena)
+      : network_(network), mlp_(mlp), block_(mlp.shape(), mlp.products(), rows, with_gradient, arena),
+        width_(padded(mlp.shape().widths[0])), bias_(arena.take<float>(width_)),
+        sample_bias_(network.sample_bias ? arena.take<float>(rows * width_) : nullptr),
+        sum_(network.sample_bias ? arena.take<float>(rows * width_) : nullptr),
+        few_x_(mlp.few_inputs() ? arena.take<float>(rows * kPadding) : nullptr), values_(arena.take<float>(rows)) {}
+
+  void start(int64_t row, int64_t rows) {
+    if (!network_.sample_bias) return;
+    Rows from = *network_.sample_bias;
+    from.data = static_cast<unsigned char*>(from.data) + row * from.stride * size_of(from.dtype);
+    pointwise().load_float(from, rows, mlp_.shape().widths[0], width_, sample_bias_, width_);
+  }
+
+  // output [rows, outputs], contiguous.
+  void evaluate(int64_t evaluation, const float* x, int64_t rows, float* output) {
+    outputs(mlp_, block_, rows, input(evaluation, x, rows), output, mlp_.shape().outputs);
+  }
+
+  // gradient [rows, inputs], contiguous.
+  void differentiate(int64_t evaluation, const float* x, int64_t rows, float* gradient) {
+    const Operand delta = value_and_delta(mlp_, block_, rows, input(evaluation, x, rows), true, values_);
+    input_gradient(mlp_, delta, rows, 0, mlp_.shape().inputs, gradient, mlp_.shape().inputs);
+  }
+
+ private:
+  MlpInput input(int64_t evaluation, const float* x, int64_t rows) {
+    const int64_t size = mlp_.shape().inputs;
+    const Rows from{const_cast<float*>(x), size, Dtype::f32};
+    if (mlp_.few_inputs()) {
+      pointwise().load_float(from, rows, size, kPadding, few_x_, kPadding);
+    } else {
+      pointwise().load[static_cast<int>(mlp_.products())](from, rows, size, padded(size), block_.input);
+    }
+    Rows bias = network_.evaluation_bias;
+    bias.data = static_cast<unsigned char*>(bias.data) + evaluation * bias.stride * size_of(bias.dtype);
+    pointwise().load_float(bias, 1, mlp_.shape().widths[0], width_, bias_, width_);
+    if (sample_bias_ == nullptr) return {few_x_, bias_, 0};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < width_; ++c) sum_[r * width_ + c] = sample_bias_[r * width_ + c] + bias_[c];
+    }
+    return {few_x_, sum_, width_};
+  }
+
+  const TrajectoryNetwork& network_;
+  const PackedMlp& mlp_;
+  MlpBlock block_;
+  int64_t width_;
+  float *bias_, *sample_bias_, *sum_, *few_x_, *values_;
+};
+
+struct Memory {
+  Memory(const TrajectoryCall& call, const PackedMlp& score_mlp, const PackedMlp* guidance_mlp, int64_t rows,
+         Arena& arena)
+      : score(call.score, score_mlp, rows, false, arena) {
+    if (guidance_mlp != nullptr) guidance.emplace(*call.guidance, *guidance_mlp, rows, true, arena);
+    const int64_t elements = rows * call.size;
+    x = arena.take<float>(elements);
+    x_next = arena.take<float>(elements);
+    x0 = arena.take<float>(elements);
+    epsilon = arena.take<float>(elements);
+    gradient = arena.take<float>(elements);
+    history = arena.take<float>(elements * call.slots);
+    history_next = arena.take<float>(elements * call.slots);
+  }
+  BlockNetwork score;
+  std::optional<BlockNetwork> guidance;
+  float *x, *x_next, *x0, *epsilon, *gradient, *history, *history_next;
+};
+
+void limit_norms(float* gradient, int64_t rows, int64_t size, float weight, float limit) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = gradient + r * size;
+    double square = 0.0;
+    for (int64_t c = 0; c < size; ++c) square += static_cast<double>(row[c]) * row[c];
+    const double length = std::abs(weight) * std::sqrt(square);
+    // A gradient that is not finite stays so, and is reported with the state that it leads to.
+    if (!(length > limit)) continue;
+    for (int64_t c = 0; c < size; ++c) row[c] *= static_cast<float>(limit / length);
+  }
+}
+
+// All evaluations of rows [row, row + rows); returns the first one after which the state is not finite, or -1.
+int64_t run_block(const TrajectoryCall& call, int64_t row, int64_t rows, Memory& memory, float* out) {
+  const int64_t elements = rows * call.size;
+  std::copy_n(call.x + row * call.size, elements, memory.x);
+  memory.score.start(row, rows);
+  if (memory.guidance) memory.guidance->start(row, rows);
+  for (size_t k = 0; k < call.evaluations.size(); ++k) {
+    const TrajectoryEvaluation& evaluation = call.evaluations[k];
+    const auto index = static_cast<int64_t>(k);
+    memory.score.evaluate(index, memory.x, rows, memory.epsilon);
+    for (int64_t i = 0; i < elements; ++i) {
+      memory.epsilon[i] = evaluation.input_scale * memory.x[i] + evaluation.output_scale * memory.epsilon[i];
+    }
+    const bool guided = memory.guidance && evaluation.guidance_weight != 0.0f;
+    if (guided) {
+      memory.guidance->differentiate(index, memory.x, rows, memory.gradient);
+      if (call.gradient_norm_limit) {
+        limit_norms(memory.gradient, rows, call.size, evaluation.guidance_weight, *call.gradient_norm_limit);
+      }
+    }
+    GuidedStepCall step;
+    step.elements = elements;
+    step.slots = call.slots;
+    step.x.data = memory.x;
+    step.epsilon.data = memory.epsilon;
+    if (guided) step.gradient.data = memory.gradient;
+    std::vector<Elements> history(static_cast<size_t>(call.slots));
+    // Without data the history is zero, as at the start.
+    for (int64_t slot = 0; k > 0 && slot < call.slots; ++slot) history[slot].data = memory.history + slot * elements;
+    step.history = history.data();
+    step.matrix = evaluation.matrix.data();
+    step.guidance.weight = evaluation.guidance_weight;
+    step.guidance.alpha = evaluation.alpha;
+    step.guidance.sigma = evaluation.sigma;
+    if (call.clamp) {
+      step.clamp = true;
+      step.guidance.lowest = call.clamp->first;
+      step.guidance.highest = call.clamp->second;
+    }
+    step.noise_scale = evaluation.noise_scale;
+    step.noise.sample_size = call.size;
+    step.noise.samples = call.sample_index + row;
+    step.noise.key_low = static_cast<uint32_t>(call.seed);
+    step.noise.key_high = static_cast<uint32_t>(call.seed >> 32);
+    step.noise.evaluation = static_cast<uint32_t>(k + 1);
+    step.x_next = memory.x_next;
+    step.history_next = memory.history_next;
+    step.x0 = memory.x0;
+    guided_step(step);
+    std::swap(memory.x, memory.x_next);
+    std::swap(memory.history, memory.history_next);
+    float check = 0.0f;
+    for (int64_t i = 0; i < elements; ++i) check += memory.x[i] * 0.0f;
+    if (check != 0.0f || check != check) return index;
+  }
+  std::copy_n(memory.x, elements, out + row * call.size);
+  return -1;
+}
+
+}  // namespace
+
+int64_t trajectory(const TrajectoryCall& call, float* out) {
+  if (call.batch == 0) return -1;
+  const PackedMlp score(call.score.shape, products_for(call.score.weights[0].dtype, call.split), call.score.weights,
+                        call.score.biases, false, false, 0);
+  std::optional<PackedMlp> guidance;
+  if (call.guidance) {
+    guidance.emplace(call.guidance->shape, products_for(call.guidance->weights[0].dtype, call.split),
+                     call.guidance->weights, call.guidance->biases, true, false, 1);
+  }
+  const int64_t share = (call.batch + at::get_num_threads() - 1) / at::get_num_threads();
+  const int64_t rows_per_block = std::min(kBlockRows, rounded_rows(share));
+  const int64_t blocks = (call.batch + rows_per_block - 1) / rows_per_block;
+  std::atomic<int64_t> first_failure{-1};
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    const PackedMlp* guidance_mlp = guidance ? &*guidance : nullptr;
+    Arena count(nullptr);
+    Memory(call, score, guidance_mlp, rows_per_block, count);
+    Arena arena(scratch.reserve(count.used()));
+    Memory memory(call, score, guidance_mlp, rows_per_block, arena);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t row = index * rows_per_block;
+      const int64_t failure = run_block(call, row, std::min(rows_per_block, call.batch - row), memory, out);
+      int64_t known = first_failure.load();
+      while (failure >= 0 && (known < 0 || failure < known) && !first_failure.compare_exchange_weak(known, failure)) {
+      }
+      // The run has failed; which evaluation is first needs only blocks that could fail earlier.
+      if (failure == 0) break;
+    }
+    release_products(score.products() == Products::f32 && guidance ? guidance->products() : score.products());
+  });
+  return first_failure.load();
+}
+
+}  // namespace tgdp
