@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace tgdp {
 
 // Columns come in multiples of this many: one vector of the widest instruction set.
@@ -17,10 +19,6 @@ constexpr int64_t padded(int64_t width) { return (width + kPadding - 1) / kPaddi
 // How the left factor of a product is stored. bf16x3 splits a float in two bf16 numbers, x = high + low + O(2^-17 x),
 // and takes three products, for the accuracy of about float32 on bf16 units.
 enum class Products : int { f32 = 0, bf16 = 1, bf16x3 = 2 };
-
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
-
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // Left factor of a matrix product, [rows, padded] with row stride ld: float, or one or two bf16 numbers per element.
 struct Operand {
@@ -66,14 +64,14 @@ struct Pointwise {
                    const Operand& delta);
 };
 
-// The functions for this processor; TGDP_CPU_CAPABILITY=baseline|avx2|avx512 lowers the choice.
+// The functions for this processor.
 const Pointwise& pointwise();
 
-// Names of the instruction sets that were compiled and that this processor has, best last.
-namespace capabilities {
+// The copies; null where one is not compiled.
+namespace pointwise_copies {
 const Pointwise* baseline();
 const Pointwise* avx2();
 const Pointwise* avx512();
-}  // namespace capabilities
+}  // namespace pointwise_copies
 
 }  // namespace tgdp

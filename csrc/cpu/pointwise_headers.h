@@ -2,9 +2,8 @@
 // not be compiled for a processor that may not be there.
 #pragma once
 
-#include <c10/util/Half.h>
-
 #include <cstdint>
 
+#include "../common/low_precision.h"
 #include "../common/silu.h"
 #include "pointwise.h"

@@ -10,6 +10,7 @@
 #include <new>
 
 #include "../common/portable.h"
+#include "capability.h"
 
 namespace tgdp {
 namespace {
@@ -31,10 +32,7 @@ float read(const Rows& rows, int64_t index) {
 // library that answers "supported" may mean an emulation or another layout.
 bool probe_bf16() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  const char* limit = std::getenv("TGDP_CPU_CAPABILITY");
-  if (limit != nullptr && (std::strcmp(limit, "baseline") == 0 || std::strcmp(limit, "avx2") == 0)) return false;
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx512bf16")) return false;
+  if (capability() < Capability::avx512 || !__builtin_cpu_supports("avx512bf16")) return false;
   constexpr int64_t kRows = 3, kDepth = 4, kColumns = 16;
   at::BFloat16 a[kRows * kDepth], b[kDepth * kColumns];
   float c[kRows * kColumns];
