@@ -5,8 +5,13 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <vector>
 
+#include "cpu/guided_step.h"
 #include "cpu/mlp_backward.h"
 #include "cpu/mlp_value_and_grad.h"
 #include "cpu/trajectory.h"
@@ -227,6 +232,126 @@ std::tuple<Tensor, Tensor> trajectory(
   return {result, diverged};
 }
 
+// A new tensor of the given sizes. A large one is new to the process too: with pages of 4 KiB, the faults on first
+// writing take several times as long as the writing, so ask for huge ones, on systems that give them when asked.
+Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor result = at::empty(sizes, options.memory_format(at::MemoryFormat::Contiguous));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const auto address = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + result.nbytes()) / kHugePage * kHugePage;
+  // Advice: where it is refused, nothing is lost.
+  if (end > begin + kHugePage) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
+// The tensor in one piece and in a dtype that kernels read; kept alive by `hold` where that is a copy.
+tgdp::Elements elements_of(const Tensor& tensor, std::vector<Tensor>& hold) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), "tgdp_fast: expected a CPU tensor");
+  const auto type = tensor.scalar_type();
+  const bool known = type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+  hold.push_back((known ? tensor : tensor.to(at::kFloat)).contiguous());
+  return {hold.back().const_data_ptr(), dtype_of(hold.back())};
+}
+
+uint32_t word_of(int64_t value) {
+  TORCH_CHECK_VALUE(value >= 0 && value <= 0xffffffff, "tgdp_fast: words of keys and evaluations have 32 bits");
+  return static_cast<uint32_t>(value);
+}
+
+// Without samples, those are 0, 1, 2, ..; `hold` keeps them alive.
+tgdp::NoiseCoordinates noise_coordinates(int64_t sample_size, const std::optional<Tensor>& samples, int64_t batch,
+                                         int64_t key_low, int64_t key_high, int64_t evaluation, Tensor& hold) {
+  TORCH_CHECK_VALUE(sample_size >= 0 && sample_size <= int64_t{4} << 32, "tgdp_fast: at most 2^34 elements per sample");
+  tgdp::NoiseCoordinates noise{sample_size, nullptr, word_of(key_low), word_of(key_high), word_of(evaluation)};
+  if (samples) {
+    TORCH_CHECK_VALUE(samples->scalar_type() == at::kLong && samples->dim() == 1 && samples->size(0) == batch &&
+                          samples->device().is_cpu(),
+                      "tgdp_fast: samples must be a 1-D int64 CPU tensor, one number per sample");
+    hold = samples->contiguous();
+    noise.samples = hold.const_data_ptr<int64_t>();
+  }
+  return noise;
+}
+
+Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, int64_t count, int64_t key_low,
+                    int64_t key_high, int64_t evaluation) {
+  Tensor hold;
+  const auto noise = noise_coordinates(num_elements, samples, samples.numel(), key_low, key_high, evaluation, hold);
+  TORCH_CHECK_VALUE(first >= 0 && count >= 0 && first + count <= samples.numel() * num_elements,
+                    "tgdp_fast: elements outside of the samples");
+  Tensor out = empty_output({count}, samples.options().dtype(at::kFloat));
+  if (count > 0) tgdp::normals(noise, first, count, out.mutable_data_ptr<float>());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& x, const Tensor& epsilon,
+                                               const std::optional<Tensor>& gradient,
+                                               const std::optional<Tensor>& history, at::ArrayRef<double> matrix,
+                                               double noise_scale, double guidance_weight, double alpha, double sigma,
+                                               std::optional<at::ArrayRef<double>> clamp, int64_t key_low,
+                                               int64_t key_high, const std::optional<Tensor>& sample_index,
+                                               int64_t evaluation) {
+  tgdp::GuidedStepCall call;
+  while ((1 + call.slots) * (2 + call.slots) < static_cast<int64_t>(matrix.size())) ++call.slots;
+  const int64_t slots = call.slots, columns = 2 + slots;
+  TORCH_CHECK_VALUE((1 + slots) * columns == static_cast<int64_t>(matrix.size()) && x.dim() >= 1,
+                    "tgdp_fast: matrix must have (1 + H) (2 + H) entries and x a batch dimension");
+  TORCH_CHECK_VALUE(epsilon.sizes() == x.sizes() && (!gradient || gradient->sizes() == x.sizes()),
+                    "tgdp_fast: epsilon and gradient must have the shape of x");
+  auto history_sizes = x.sizes().vec();
+  history_sizes.insert(history_sizes.begin(), slots);
+  TORCH_CHECK_VALUE(!history || history->sizes() == history_sizes, "tgdp_fast: history must have shape [H, *x.shape]");
+  Tensor x_next = empty_output(x.sizes(), x.options());
+  Tensor history_next = empty_output(history_sizes, x.options());
+  Tensor x0 = empty_output(x.sizes(), x.options());
+  call.elements = x.numel();
+  if (call.elements == 0) return {x_next, history_next, x0};
+
+  std::vector<Tensor> hold;
+  hold.reserve(4);
+  const std::vector<float> coefficients(matrix.begin(), matrix.end());
+  std::vector<tgdp::Elements> slot_elements(slots);
+  call.matrix = coefficients.data();
+  call.x = elements_of(x, hold);
+  TORCH_CHECK_VALUE(x.scalar_type() == hold.back().scalar_type(), "tgdp_fast: no kernel for x in ", x.scalar_type());
+  call.epsilon = elements_of(epsilon, hold);
+  if (gradient && guidance_weight != 0.0) call.gradient = elements_of(*gradient, hold);
+  if (history && slots > 0) {
+    const tgdp::Elements all = elements_of(*history, hold);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      bool used = false;
+      for (int64_t row = 0; row <= slots; ++row) used |= coefficients[row * columns + 1 + slot] != 0.0f;
+      if (!used) continue;
+      slot_elements[slot] = all;
+      slot_elements[slot].data = static_cast<const char*>(all.data) + slot * call.elements * size_of(all.dtype);
+    }
+  }
+  call.history = slot_elements.data();
+  call.guidance.weight = static_cast<float>(guidance_weight);
+  call.guidance.alpha = static_cast<float>(alpha);
+  call.guidance.sigma = static_cast<float>(sigma);
+  if (clamp) {
+    TORCH_CHECK_VALUE(clamp->size() == 2, "tgdp_fast: clamp must be two numbers");
+    call.clamp = true;
+    call.guidance.lowest = static_cast<float>((*clamp)[0]);
+    call.guidance.highest = static_cast<float>((*clamp)[1]);
+  }
+  Tensor samples;
+  call.noise_scale = static_cast<float>(noise_scale);
+  if (call.noise_scale != 0.0f) {
+    const int64_t batch = x.size(0);
+    call.noise = noise_coordinates(call.elements / batch, sample_index, batch, key_low, key_high, evaluation, samples);
+  }
+  call.x_next = x_next.mutable_data_ptr();
+  call.history_next = history_next.mutable_data_ptr();
+  call.x0 = x0.mutable_data_ptr();
+  tgdp::guided_step(call);
+  return {x_next, history_next, x0};
+}
+
 }  // namespace
 
 // A fragment: the package also defines operators of this namespace in Python.
@@ -242,10 +367,19 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
       "Tensor? score_sample_bias, Tensor[] guidance_weights, Tensor[] guidance_biases, "
       "Tensor guidance_evaluation_bias, Tensor? guidance_sample_bias, Tensor table, int history, float[]? clamp, "
       "float? gradient_norm_limit, int seed, Tensor sample_index, bool split) -> (Tensor, Tensor)");
+  library.def(
+      "guided_step(Tensor x, Tensor epsilon, Tensor? gradient, Tensor? history, float[] matrix, float noise_scale, "
+      "float guidance_weight, float alpha, float sigma, float[]? clamp, SymInt key_low, SymInt key_high, "
+      "Tensor? sample_index, SymInt evaluation) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "normal_range(Tensor samples, SymInt num_elements, SymInt first, SymInt count, SymInt key_low, SymInt key_high, "
+      "SymInt evaluation) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
   library.impl("mlp_value_and_grad_backward", &mlp_value_and_grad_backward);
   library.impl("trajectory", &trajectory);
+  library.impl("guided_step", &guided_step);
+  library.impl("normal_range", &normal_range);
 }

@@ -26,7 +26,7 @@ LAYERS: dict[str, set[str] | None] = {
     "_native": set(),
     "kernels": set(),
     "schedule": {"_checks"},
-    "noise": {"_checks"},
+    "noise": {"_checks", "_native"},
     "checkpoint": {"_checks", "_version"},
     "data": {"_checks", "schedule", "noise", "checkpoint"},
     "metrics": {"_checks", "schedule", "noise", "checkpoint"},

@@ -45,9 +45,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tgdp_fast import _native
 from tgdp_fast._checks import check_integer
 
-__all__ = ["normal", "philox4x32"]
+__all__ = ["key_words", "normal", "philox4x32"]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -127,8 +128,7 @@ def normal(
 
     Source: Philox4x32-10 (Salmon et al., SC 2011) and the Box-Muller transform.
     """
-    seed = _check_below("seed", seed, 64, "fold a larger or negative seed into this range first")
-    evaluation = _check_below("evaluation", evaluation, 32, "0 is the initial draw and k + 1 the evaluation k")
+    key_low, key_high, evaluation = key_words(seed, evaluation)
     num_elements = check_integer("num_elements", num_elements, 0)
     if num_elements > 4 << 32:
         raise ValueError(
@@ -147,10 +147,30 @@ def normal(
     # A compiler that inlines pointwise code would expand the ten rounds exponentially: it sees one operator
     # instead.
     generate = _normal_operator if torch.compiler.is_compiling() else _normal
-    return generate(samples, num_elements, seed & _MASK, seed >> 32, evaluation)
+    return generate(samples, num_elements, key_low, key_high, evaluation)
+
+
+def key_words(seed: int, evaluation: int) -> tuple[int, int, int]:
+    """Low and high word of the seed, and the evaluation, after checking their ranges: k0, k1 and c3.
+
+    Raises:
+        ValueError: seed is not an integer in [0, 2^64), or evaluation none in [0, 2^32).
+    """
+    seed = _check_below("seed", seed, 64, "fold a larger or negative seed into this range first")
+    evaluation = _check_below("evaluation", evaluation, 32, "0 is the initial draw and k + 1 the evaluation k")
+    return seed & _MASK, seed >> 32, evaluation
 
 
 def _normal(samples: Tensor, num_elements: int, key_low: int, key_high: int, evaluation: int) -> Tensor:
+    if samples.device.type == "cpu" and _native.CPU_MISSING is None:
+        count = samples.shape[0] * num_elements
+        flat = torch.ops.tgdp_fast.normal_range(samples, num_elements, 0, count, key_low, key_high, evaluation)
+        return flat.view(samples.shape[0], num_elements)
+    return _normal_reference(samples, num_elements, key_low, key_high, evaluation)
+
+
+def _normal_reference(samples: Tensor, num_elements: int, key_low: int, key_high: int, evaluation: int) -> Tensor:
+    """Plain PyTorch twin of the native generator."""
     groups = -(-num_elements // 4)
     total = samples.shape[0] * groups
     out = torch.empty((total, 4), dtype=torch.float32, device=samples.device)
@@ -181,6 +201,21 @@ _normal_operator = torch.library.custom_op(
 @_normal_operator.register_fake
 def _(samples: Tensor, num_elements: int, key_low: int, key_high: int, evaluation: int) -> Tensor:
     return samples.new_empty((samples.shape[0], num_elements), dtype=torch.float32)
+
+
+if _native.CPU_MISSING is None:
+
+    @torch.library.register_fake("tgdp_fast::normal_range")
+    def _(
+        samples: Tensor,
+        num_elements: int,
+        first: int,
+        count: int,
+        key_low: int,
+        key_high: int,
+        evaluation: int,
+    ) -> Tensor:
+        return samples.new_empty((count,), dtype=torch.float32)
 
 
 def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace tgdp {
 
 // Columns come in multiples of this many: one vector of the widest instruction set.
@@ -17,10 +19,6 @@ constexpr int64_t padded(int64_t width) { return (width + kPadding - 1) / kPaddi
 // How the left factor of a product is stored. bf16x3 splits a float in two bf16 numbers, x = high + low + O(2^-17 x),
 // and takes three products, for the accuracy of about float32 on bf16 units.
 enum class Products : int { f32 = 0, bf16 = 1, bf16x3 = 2 };
-
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
-
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // Left factor of a matrix product, [rows, padded] with row stride ld: float, or one or two bf16 numbers per element.
 struct Operand {
@@ -102,15 +100,15 @@ struct Pointwise {
                                  int64_t columns, float* sums, int64_t sums_ld);
 };
 
-// The functions for this processor. TGDP_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 lowers the choice.
+// The functions for this processor.
 const Pointwise& pointwise();
 
 // One set per instruction set, null where the compiler could not make it.
-namespace capabilities {
+namespace pointwise_copies {
 const Pointwise* baseline();
 const Pointwise* avx2();
 const Pointwise* avx512();
 const Pointwise* avx512_bf16();
-}  // namespace capabilities
+}  // namespace pointwise_copies
 
 }  // namespace tgdp

@@ -7,7 +7,7 @@
 #define TGDP_CAPABILITY "avx2"
 #include "pointwise.inc"
 
-const tgdp::Pointwise* tgdp::capabilities::avx2() { return &kPointwise; }
+const tgdp::Pointwise* tgdp::pointwise_copies::avx2() { return &kPointwise; }
 #else
-const tgdp::Pointwise* tgdp::capabilities::avx2() { return nullptr; }
+const tgdp::Pointwise* tgdp::pointwise_copies::avx2() { return nullptr; }
 #endif

@@ -7,7 +7,7 @@
 #define TGDP_CAPABILITY "avx512"
 #include "pointwise.inc"
 
-const tgdp::Pointwise* tgdp::capabilities::avx512() { return &kPointwise; }
+const tgdp::Pointwise* tgdp::pointwise_copies::avx512() { return &kPointwise; }
 #else
-const tgdp::Pointwise* tgdp::capabilities::avx512() { return nullptr; }
+const tgdp::Pointwise* tgdp::pointwise_copies::avx512() { return nullptr; }
 #endif

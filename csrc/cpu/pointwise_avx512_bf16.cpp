@@ -8,7 +8,7 @@
 #define TGDP_CAPABILITY "avx512_bf16"
 #include "pointwise.inc"
 
-const tgdp::Pointwise* tgdp::capabilities::avx512_bf16() { return &kPointwise; }
+const tgdp::Pointwise* tgdp::pointwise_copies::avx512_bf16() { return &kPointwise; }
 #else
-const tgdp::Pointwise* tgdp::capabilities::avx512_bf16() { return nullptr; }
+const tgdp::Pointwise* tgdp::pointwise_copies::avx512_bf16() { return nullptr; }
 #endif

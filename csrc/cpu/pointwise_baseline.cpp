@@ -4,4 +4,4 @@
 #define TGDP_CAPABILITY "baseline"
 #include "pointwise.inc"
 
-const tgdp::Pointwise* tgdp::capabilities::baseline() { return &kPointwise; }
+const tgdp::Pointwise* tgdp::pointwise_copies::baseline() { return &kPointwise; }

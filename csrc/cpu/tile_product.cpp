@@ -8,6 +8,8 @@
 #include <cstring>
 #include <new>
 
+#include "capability.h"
+
 namespace tgdp {
 namespace {
 
@@ -16,7 +18,7 @@ const at::BFloat16* bf16(const uint16_t* data) { return reinterpret_cast<const a
 // Whether the processor multiplies bf16 in hardware and this torch reaches it: a small product is tried, for a
 // library that answers "supported" may mean an emulation or another layout.
 bool probe_bf16() {
-  if (&pointwise() != capabilities::avx512_bf16()) return false;
+  if (capability() < Capability::avx512_bf16) return false;
   constexpr int64_t kRows = 3, kDepth = 4, kColumns = 16;
   at::BFloat16 a[kRows * kDepth], b[kDepth * kColumns];
   float c[kRows * kColumns];

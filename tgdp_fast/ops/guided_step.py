@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import noise
+from tgdp_fast import _native, noise
 from tgdp_fast._checks import check_number
 from tgdp_fast.ops import _dispatch
 
@@ -86,7 +86,8 @@ def guided_step(
         sample_index: [B] int64 on the device of x, global index of each sample; default 0..B-1.
         evaluation: noise evaluation index in [0, 2^32), handed to the noise function as it is (the sampling
             loop counts k + 1 for the 0-based evaluation k, 0 being the initial draw).
-        backend: "auto", "reference", or a faster implementation by name.
+        backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32, bfloat16 and
+            float16 (a float64 epsilon, gradient or history is converted first).
 
     Returns:
         x_next [B, ...], history_next [H, B, ...] (None when H = 0) and x0 [B, ...], all contiguous, new, in
@@ -123,8 +124,6 @@ def guided_step(
             )
     if guidance_weight == 0.0:
         gradient = None
-    if noise_scale != 0.0 and sample_index is None:
-        sample_index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
     with torch.no_grad():
         implementation = _dispatch.resolve("guided_step", backend, x, epsilon, gradient, history, matrix=rows)
         return GuidedStepOutput(
@@ -266,6 +265,46 @@ def _check_tensors(
         )
     if sample_index.device != x.device:
         raise ValueError(f"sample_index must be on the device of x, {x.device}, got {sample_index.device}")
+
+
+def _guided_step_cpu(
+    x: Tensor,
+    epsilon: Tensor,
+    gradient: Tensor | None,
+    history: Tensor | None,
+    *,
+    matrix: tuple[tuple[float, ...], ...],
+    noise_scale: float,
+    guidance_weight: float,
+    alpha: float,
+    sigma: float,
+    clamp: tuple[float, float] | None,
+    seed: int,
+    sample_index: Tensor | None,
+    evaluation: int,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    entries = [entry for row in matrix for entry in row]
+    key_low, key_high, evaluation = (0, 0, 0) if noise_scale == 0.0 else noise.key_words(seed, evaluation)
+    x_next, history_next, x0 = torch.ops.tgdp_fast.guided_step(
+        x, epsilon, gradient, history, entries, noise_scale, guidance_weight, alpha, sigma, clamp,
+        key_low, key_high, sample_index, evaluation,
+    )  # fmt: skip
+    return x_next, history_next if len(matrix) > 1 else None, x0
+
+
+def _refuses_cpu(x: Tensor, *_: Any, **__: Any) -> str | None:
+    return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
+
+
+if _native.CPU_MISSING is None:
+
+    @torch.library.register_fake("tgdp_fast::guided_step")
+    def _(x: Tensor, epsilon: Tensor, gradient: Any, history: Any, matrix: list[float], *_: Any) -> tuple[Tensor, ...]:
+        # (1 + H) (2 + H) entries lie between (1 + H)^2 and (2 + H)^2.
+        slots = math.isqrt(len(matrix)) - 1
+        return x.new_empty(x.shape), x.new_empty((slots, *x.shape)), x.new_empty(x.shape)
+
+    _dispatch.register("guided_step", "cpu", _guided_step_cpu, _refuses_cpu)
 
 
 _dispatch.register("guided_step", "reference", guided_step_reference)

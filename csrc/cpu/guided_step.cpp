@@ -1,0 +1,47 @@
+#include "guided_step.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "capability.h"
+#include "tile_product.h"
+
+namespace tgdp {
+namespace {
+
+// Blocks that are worth another thread.
+constexpr int64_t kGrain = 64;
+// Bytes of outputs from which they are written around the caches.
+constexpr int64_t kPastCache = int64_t{16} << 20;
+
+const GuidedStepKernels& kernels() {
+  static const GuidedStepKernels& chosen =
+      best_copy({guided_step_copies::baseline(), guided_step_copies::avx2(), guided_step_copies::avx512()});
+  return chosen;
+}
+
+}  // namespace
+
+void guided_step(GuidedStepCall call) {
+  call.past_cache = call.elements * size_of(call.x.dtype) * (2 + call.slots) >= kPastCache;
+  const int64_t blocks = (call.elements + kStepBlock - 1) / kStepBlock;
+  at::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    float* history = nullptr;
+    if (call.slots > 0) history = reinterpret_cast<float*>(scratch.reserve(call.slots * kStepBlock * 4));
+    kernels().step(call, begin, end, history);
+  });
+}
+
+void normals(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out) {
+  const int64_t blocks = (count + kStepBlock - 1) / kStepBlock;
+  at::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t at = block * kStepBlock;
+      kernels().normals(noise, first + at, std::min(kStepBlock, count - at), out + at);
+    }
+  });
+}
+
+}  // namespace tgdp

@@ -1,0 +1,72 @@
+// One guided solver step in one pass over memory, and the noise by itself: reference twins
+// tgdp_fast.ops.guided_step.guided_step_reference and tgdp_fast.noise.normal.
+//
+// The elements of all samples are numbered through, row-major, and cut into blocks of kStepBlock; a block's
+// intermediate values stay in the first-level cache. Every element is computed by the same vector instructions wherever
+// it stands, so results depend on neither the number of threads nor the size of the batch.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/solver_step.h"
+#include "dtype.h"
+
+namespace tgdp {
+
+// With noise and history, about half of a level-1 cache of 32 KiB.
+constexpr int64_t kStepBlock = 256;
+
+// Elements in one piece of memory; null: not read.
+struct Elements {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+};
+
+// Coordinates of noise for samples of one size; see tgdp_fast/noise.py.
+struct NoiseCoordinates {
+  int64_t sample_size = 1;
+  const int64_t* samples = nullptr;  // null: 0, 1, 2, ..
+  uint32_t key_low = 0, key_high = 0, evaluation = 0;
+};
+
+struct GuidedStepCall {
+  int64_t elements = 0;
+  int64_t slots = 0;  // of the history
+  Elements x, epsilon, gradient;
+  const Elements* history = nullptr;  // one per slot
+  const float* matrix = nullptr;      // [1 + slots, 2 + slots]
+  Guidance guidance;
+  bool clamp = false;
+  float noise_scale = 0.0f;
+  NoiseCoordinates noise;
+  // Outputs in the dtype of x; the history's slots follow one another.
+  void* x_next = nullptr;
+  void* history_next = nullptr;
+  void* x0 = nullptr;
+  bool past_cache = false;  // write around the caches: for outputs that they could not keep
+};
+
+// For N elements of b bytes, e and g bytes per element of epsilon and gradient, H slots: N (b (3 + 2 H) + e + g) bytes
+// from and to memory, less what a zero coefficient spares; N (5 + (1 + H) (3 + 2 H)) FLOPs at most, and for noise about
+// 40 integer operations and 40 FLOPs per element.
+void guided_step(GuidedStepCall call);
+
+// Elements [first, first + count) of the noise of all samples, numbered through.
+void normals(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out);
+
+// The copies of one instruction set.
+struct GuidedStepKernels {
+  const char* name;
+  // Blocks [begin, end); history: memory for slots * kStepBlock floats.
+  void (*step)(const GuidedStepCall& call, int64_t begin, int64_t end, float* history);
+  // count <= kStepBlock elements.
+  void (*normals)(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out);
+};
+
+namespace guided_step_copies {
+const GuidedStepKernels* baseline();
+const GuidedStepKernels* avx2();
+const GuidedStepKernels* avx512();
+}  // namespace guided_step_copies
+
+}  // namespace tgdp
