@@ -35,6 +35,7 @@ LAYERS: dict[str, set[str] | None] = {
     "models": None,
     "denoiser": None,
     "guidance": None,
+    "fused": None,
     "sampling": None,
     "training": None,
     "baselines": None,

@@ -52,6 +52,15 @@ def prediction_to_epsilon(
     return -sigma * output
 
 
+def epsilon_scales(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """(a, b) with epsilon = a x + b output, for sigma > 0; see :func:`prediction_to_epsilon`."""
+    if prediction == "epsilon":
+        return 0.0, 1.0
+    if prediction == "sample":
+        return 1.0 / sigma, -alpha / sigma
+    return (sigma, alpha) if prediction == "v_prediction" else (0.0, -sigma)
+
+
 def training_target(
     prediction: str, x0: Tensor, epsilon: Tensor, alpha: float | Tensor, sigma: float | Tensor
 ) -> Tensor:
@@ -118,12 +127,15 @@ class Denoiser(nn.Module):
 
         Shapes: x [B, ...], labels None, [B] or [B, K]; returns [B, ...].
         """
-        times = torch.as_tensor(t, dtype=torch.float64, device="cpu" if not isinstance(t, Tensor) else t.device)
-        times = self.schedule.half_log_snr(times) if self.time_input == "half_log_snr" else times * self.time_scale
-        times = times.round().long() if self.integer_time else times.to(torch.float32)
-        times = times.to(x.device).expand(x.shape[0])
+        times = self.network_time(t).to(x.device).expand(x.shape[0])
         output = self.network(x, times) if labels is None else self.network(x, times, labels)
         return output if isinstance(output, Tensor) else output.sample
+
+    def network_time(self, t: float | Tensor) -> Tensor:
+        """What the network receives as time for schedule time ``t``: a tensor of its shape, float32 or int64."""
+        times = torch.as_tensor(t, dtype=torch.float64, device="cpu" if not isinstance(t, Tensor) else t.device)
+        times = self.schedule.half_log_snr(times) if self.time_input == "half_log_snr" else times * self.time_scale
+        return times.round().long() if self.integer_time else times.to(torch.float32)
 
     def epsilon(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Predicted noise [B, ...] at schedule time ``t``; see :func:`prediction_to_epsilon`."""

@@ -125,22 +125,38 @@ class GuidanceNetwork(nn.Module):
         self.time_embedding = TimeEmbedding(width)
         self.label_embedding = nn.Linear(num_classes, width, bias=False) if num_classes else None
 
-    def _linear_layers(self) -> list[nn.Linear]:
+    def linear_layers(self) -> list[nn.Linear]:
+        """The layers of the perceptron, the head last."""
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def first_bias(self, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Bias of the first layer: [1, width] for a float t without labels, else [B, width]."""
-        reference = self._linear_layers()[0].bias
+        bias, label_bias = self.time_bias(t), self.label_bias(labels)
+        return bias if label_bias is None else bias + label_bias
+
+    def time_bias(self, t: float | Tensor) -> Tensor:
+        """The first bias without what labels add: [T, width] for t [T], [1, width] for a float."""
+        reference: Tensor = self.linear_layers()[0].bias
         times = torch.as_tensor(t, dtype=torch.float64, device=t.device if isinstance(t, Tensor) else "cpu")
         half_log_snr = self.schedule.half_log_snr(times).to(device=reference.device, dtype=reference.dtype)
-        bias: Tensor = reference + self.time_embedding(half_log_snr.reshape(-1))
-        if self.label_embedding is not None:
-            if labels is None:
-                raise ValueError(f"labels are required: this guidance is conditional on {self.num_classes} classes")
-            bias = bias + self.label_embedding(encode_labels(labels, self.num_classes, reference.dtype))
-        elif labels is not None:
-            raise ValueError("labels were given, but this guidance is unconditional; fit it with labels")
-        return bias
+        result: Tensor = reference + self.time_embedding(half_log_snr.reshape(-1))
+        return result
+
+    def label_bias(self, labels: Tensor | None) -> Tensor | None:
+        """What labels add to the first bias: [B, width], or None for an unconditional network.
+
+        Raises:
+            ValueError: labels for an unconditional network, or none for a conditional one.
+        """
+        if self.label_embedding is None:
+            if labels is not None:
+                raise ValueError("labels were given, but this guidance is unconditional; fit it with labels")
+            return None
+        if labels is None:
+            raise ValueError(f"labels are required: this guidance is conditional on {self.num_classes} classes")
+        rows = encode_labels(labels, self.num_classes, self.label_embedding.weight.dtype)
+        result: Tensor = self.label_embedding(rows)
+        return result
 
     def forward(
         self, x: Tensor, t: float | Tensor, labels: Tensor | None = None, *, backend: str = "auto"
@@ -150,7 +166,7 @@ class GuidanceNetwork(nn.Module):
         Shapes: x [B, *event_shape]; t float or [B]; labels None, [B] or [B, K]; returns ([B], [B, *event_shape]).
         """
         features = x.flatten(1) if self.stem is None else self.stem(x)
-        layers = self._linear_layers()
+        layers = self.linear_layers()
         value, gradient = mlp_value_and_grad(
             features,
             self.first_bias(t, labels),
@@ -169,7 +185,7 @@ class GuidanceNetwork(nn.Module):
         likes, by ordinary autograd.
         """
         features = x.flatten(1) if self.stem is None else self.stem(x)
-        layers = self._linear_layers()
+        layers = self.linear_layers()
         value = mlp_value(
             features,
             self.first_bias(t, labels),

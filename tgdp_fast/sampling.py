@@ -22,6 +22,7 @@ from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast.checkpoint import save_array, signature_of, write_atomic
 from tgdp_fast.data.arrays import check_labels
 from tgdp_fast.denoiser import evaluation_mode
+from tgdp_fast.fused import FusedRun
 from tgdp_fast.guidance import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import guided_step
@@ -248,19 +249,42 @@ def _draw(plan: _Plan, start: int, stop: int, progress: bool) -> Tensor:
     hidden = None if progress else True  # None: shown on a terminal only
     bar = tqdm(total=len(chunks) * plan.table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
     networks = (plan.guided.denoiser, plan.guided.guidance)
-    with torch.inference_mode(), evaluation_mode(*networks), _backend(plan.backend), autocast, bar:
+    with torch.inference_mode(), evaluation_mode(*networks), _backend(plan.backend), bar:
+        fused = None
+        if plan.callback is None:
+            fused = FusedRun.of(plan.guided, plan.table, plan.scales, dtype, plan.backend)
         for first in chunks:
             last = min(first + plan.batch_size, stop)
-            result[first - start : last - start] = _run_table(plan, first, last, bar)
+            if fused is not None:
+                samples = _run_fused(plan, fused, first, last)
+                bar.update(plan.table.nfe)
+            else:
+                with autocast:
+                    samples = _run_table(plan, first, last, bar)
+            result[first - start : last - start] = samples
     return result
+
+
+def _initial_state(plan: _Plan, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x_T [B, *shape], sample indices [B] and labels of one chunk."""
+    indices = torch.arange(plan.first_index + start, plan.first_index + stop, device=plan.device)
+    x = normal(plan.seed, indices, math.prod(plan.shape), 0, device=plan.device).reshape(len(indices), *plan.shape)
+    return x, indices, None if plan.labels is None else plan.labels[start:stop]
+
+
+def _run_fused(plan: _Plan, fused: FusedRun, start: int, stop: int) -> Tensor:
+    """All evaluations of one chunk, in one operator."""
+    x, indices, labels = _initial_state(plan, start, stop)
+    x, diverged = fused.run(x, labels, plan.seed, indices)
+    if diverged >= 0:
+        raise SamplingDivergedError(diverged, float(plan.table.times[diverged]), plan.table)
+    return x
 
 
 def _run_table(plan: _Plan, start: int, stop: int, bar: Any) -> Tensor:
     """All evaluations of one chunk. The hot loop: it must not wait for an accelerator."""
     guided, table, device = plan.guided, plan.table, plan.device
-    indices = torch.arange(plan.first_index + start, plan.first_index + stop, device=device)
-    labels = None if plan.labels is None else plan.labels[start:stop]
-    x = normal(plan.seed, indices, math.prod(plan.shape), 0, device=device).reshape(len(indices), *plan.shape)
+    x, indices, labels = _initial_state(plan, start, stop)
     history = x.new_zeros((table.history, *x.shape)) if table.history else None
     finite = []
     step = 0

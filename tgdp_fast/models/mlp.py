@@ -109,14 +109,27 @@ class ScoreMLP(nn.Module):
             "num_classes": self.num_classes,
         }
 
+    def label_bias(self, labels: Tensor | None) -> Tensor | None:
+        """What labels add to the first bias: [B, width], or None for an unconditional network.
+
+        Raises:
+            ValueError: labels for an unconditional network, or none for a conditional one.
+        """
+        if self.label_embedding is None:
+            if labels is not None:
+                raise ValueError("labels were given, but this network is unconditional; build it with num_classes > 0")
+            return None
+        if labels is None:
+            raise ValueError(f"labels are required: this network is conditional on {self.num_classes} classes")
+        rows = encode_labels(labels, self.num_classes, self.label_embedding.weight.dtype)
+        result: Tensor = self.label_embedding(rows)
+        return result
+
     def forward(self, x: Tensor, half_log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
         bias = self.time_embedding(half_log_snr)
-        if self.label_embedding is not None:
-            if labels is None:
-                raise ValueError(f"labels are required: this network is conditional on {self.num_classes} classes")
-            bias = bias + self.label_embedding(encode_labels(labels, self.num_classes, bias.dtype))
-        elif labels is not None:
-            raise ValueError("labels were given, but this network is unconditional; build it with num_classes > 0")
+        label_bias = self.label_bias(labels)
+        if label_bias is not None:
+            bias = bias + label_bias
         hidden = functional.silu(self.layers[0](x.flatten(1)) + bias)
         for layer in self.layers[1:]:
             hidden = functional.silu(layer(hidden))

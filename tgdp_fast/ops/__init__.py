@@ -5,13 +5,17 @@ from __future__ import annotations
 from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, use_backend
 from tgdp_fast.ops.guided_step import guided_epsilon, guided_step
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value, mlp_value_and_grad
+from tgdp_fast.ops.trajectory import TrajectoryNetwork, TrajectoryPlan, trajectory
 
 __all__ = [
     "BackendUnavailableError",
+    "TrajectoryNetwork",
+    "TrajectoryPlan",
     "backend_report",
     "guided_epsilon",
     "guided_step",
     "mlp_value",
     "mlp_value_and_grad",
+    "trajectory",
     "use_backend",
 ]
