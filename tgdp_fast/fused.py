@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard, TypeVar
@@ -13,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tgdp_fast.denoiser import Denoiser, epsilon_scales
 from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser, labels_for
-from tgdp_fast.models import ScoreMLP
+from tgdp_fast.models import ScoreMLP, encode_labels
 from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory
 from tgdp_fast.ops._dispatch import resolve
 from tgdp_fast.solvers import SolverTable
@@ -56,14 +57,14 @@ class FusedRun:
         network = denoiser.network
         times = torch.from_numpy(np.array(table.times, dtype=np.float64))
         device = network.head.weight.device
-        first, *hidden = (layer for layer in network.layers if isinstance(layer, nn.Linear))
-        time = denoiser.network_time(times).to(device)
-        score = _network([first, *hidden, network.head], first.bias + network.time_embedding(time), dtype)
+        layers = [*(layer for layer in network.layers if isinstance(layer, nn.Linear)), network.head]
+        score = _network(layers, network.time_embedding, denoiser.network_time(times).to(device), dtype)
         weights = np.zeros(table.nfe)
         other = None
         if guidance is not None and any(scales):
             weights = np.array(scales) * table.sigma * np.power(table.alpha, guidance.alpha_power)
-            other = _network(guidance.linear_layers(), guidance.time_bias(times.to(device)), dtype)
+            half_log_snr = guidance.schedule.half_log_snr(times).to(device)
+            other = _network(guidance.linear_layers(), guidance.time_embedding, half_log_snr, dtype)
         scaled = [
             epsilon_scales(denoiser.prediction, float(a), float(s))
             for a, s in zip(table.alpha, table.sigma, strict=True)
@@ -100,17 +101,29 @@ class FusedRun:
         return result.reshape(x.shape), diverged
 
 
-def _network(layers: Sequence[nn.Linear], evaluation_bias: Tensor, dtype: torch.dtype | None) -> TrajectoryNetwork:
+def _network(
+    layers: Sequence[nn.Linear], time_embedding: nn.Module, times: Tensor, dtype: torch.dtype | None
+) -> TrajectoryNetwork:
     weights = [layer.weight.detach().to(dtype or layer.weight.dtype) for layer in layers]
     biases = [layer.bias.detach().to(dtype or layer.bias.dtype) for layer in layers[1:]]
-    return TrajectoryNetwork(weights, biases, evaluation_bias.detach())
+    evaluation_bias = layers[0].bias.detach() + _rounded_once(time_embedding, times)
+    return TrajectoryNetwork(weights, biases, evaluation_bias)
 
 
 def _label_bias(model: object, labels: Tensor | None) -> Tensor | None:
     network = model.network if isinstance(model, Denoiser) else model
     assert isinstance(network, ScoreMLP | GuidanceNetwork)
-    bias = network.label_bias(labels_for(model, labels))
-    return None if bias is None else bias.detach()
+    own = labels_for(model, labels)
+    if network.label_embedding is None or own is None:
+        return None
+    return _rounded_once(network.label_embedding, encode_labels(own, network.num_classes))
+
+
+def _rounded_once(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The module's output computed in float64: in float32 it would depend on how many rows and threads there are."""
+    with torch.no_grad():
+        result: Tensor = copy.deepcopy(module).double()(inputs.double())
+    return result.float()
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -131,16 +131,12 @@ class GuidanceNetwork(nn.Module):
 
     def first_bias(self, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Bias of the first layer: [1, width] for a float t without labels, else [B, width]."""
-        bias, label_bias = self.time_bias(t), self.label_bias(labels)
-        return bias if label_bias is None else bias + label_bias
-
-    def time_bias(self, t: float | Tensor) -> Tensor:
-        """The first bias without what labels add: [T, width] for t [T], [1, width] for a float."""
-        reference: Tensor = self.linear_layers()[0].bias
+        reference = self.linear_layers()[0].bias
         times = torch.as_tensor(t, dtype=torch.float64, device=t.device if isinstance(t, Tensor) else "cpu")
         half_log_snr = self.schedule.half_log_snr(times).to(device=reference.device, dtype=reference.dtype)
-        result: Tensor = reference + self.time_embedding(half_log_snr.reshape(-1))
-        return result
+        bias: Tensor = reference + self.time_embedding(half_log_snr.reshape(-1))
+        label_bias = self.label_bias(labels)
+        return bias if label_bias is None else bias + label_bias
 
     def label_bias(self, labels: Tensor | None) -> Tensor | None:
         """What labels add to the first bias: [B, width], or None for an unconditional network.

@@ -1,0 +1,30 @@
+"""Helpers for tests of the compiled extension: skipping without it, and running code under other instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tgdp_fast import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+needs_extension = pytest.mark.skipif(_native.CPU_MISSING is not None, reason=str(_native.CPU_MISSING))
+
+
+def run_with(code: str, **environment: str) -> str:
+    """What the code prints in a new interpreter with further environment variables; fails if it fails."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
