@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <string>
 #include <vector>
 
 #include "cpu/guided_step.h"
@@ -371,6 +372,7 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
       "guided_step(Tensor x, Tensor epsilon, Tensor? gradient, Tensor? history, float[] matrix, float noise_scale, "
       "float guidance_weight, float alpha, float sigma, float[]? clamp, SymInt key_low, SymInt key_high, "
       "Tensor? sample_index, SymInt evaluation) -> (Tensor, Tensor, Tensor)");
+  library.def("cpu_capability() -> str", []() { return std::string(tgdp::guided_step_capability()); });
   library.def(
       "normal_range(Tensor samples, SymInt num_elements, SymInt first, SymInt count, SymInt key_low, SymInt key_high, "
       "SymInt evaluation) -> Tensor");

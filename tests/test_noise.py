@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tgdp_fast import noise
+from tgdp_fast import _native, noise
 
 MASK = 0xFFFFFFFF
 # Random123, kat_vectors: philox4x32 10.
@@ -32,6 +32,16 @@ FIXED_NORMALS = [
     ((2**64 - 1, (5 << 32) + 9, 1004, MASK), (1.027117429, 0.269351571, -0.779824490, -0.490632658)),
     ((12345678901234567890, -2, 0, 50), (0.777045468, -1.108195799, -2.225108957, 0.380572972)),
 ]
+
+
+needs_native = pytest.mark.skipif(_native.CPU_MISSING is not None, reason=str(_native.CPU_MISSING))
+each_generator = pytest.mark.parametrize(
+    "generate",
+    [
+        pytest.param(noise._normal_reference, id="reference"),
+        pytest.param(noise._normal, id="native", marks=needs_native),
+    ],
+)
 
 
 def philox_oracle(counter: tuple[int, ...], key: tuple[int, ...], rounds: int = 10) -> tuple[int, ...]:
@@ -80,19 +90,22 @@ def test_philox_broadcasts():
     assert [int(w[1, 2]) for w in words] == list(philox_oracle((2, 1, 0, 9), (1, 2)))
 
 
+@each_generator
 @pytest.mark.parametrize(("coordinates", "expected"), FIXED_NORMALS)
-def test_fixed_normals(coordinates, expected):
+def test_fixed_normals(generate, coordinates, expected):
     seed, sample, element, evaluation = coordinates
-    got = noise.normal(seed, torch.tensor([sample]), element + 4, evaluation)[0, element:].double().numpy()
+    values = generate(torch.tensor([sample]), element + 4, *noise.key_words(seed, evaluation))
+    got = values[0, element:].double().numpy()
     # The radius is at most 6.77 with relative error about 2 units in the last place of float32 (6e-8 each), as have
     # sine and cosine: below 1e-6 for the radii < 3 met here.
     np.testing.assert_allclose(got, normal_oracle(*coordinates), rtol=0, atol=1e-6)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
-def test_every_element_matches_the_oracle():
+@each_generator
+def test_every_element_matches_the_oracle(generate):
     samples = torch.tensor([3, (1 << 40) + 17, -1])
-    got = noise.normal(99, samples, 13, 4)
+    got = generate(samples, 13, *noise.key_words(99, 4))
     assert got.dtype == torch.float32
     assert got.shape == (3, 13)
     assert got.is_contiguous()
@@ -160,10 +173,61 @@ def test_batch_order_and_number_of_elements_do_not_matter():
 
 
 def test_chunks_do_not_matter(monkeypatch):
-    whole = noise.normal(3, torch.arange(7), 101, 2)
+    whole = noise._normal_reference(torch.arange(7), 101, 3, 0, 2)
     for chunk in (1, 17, 26, 1000):
         monkeypatch.setattr(noise, "_COUNTERS_PER_CHUNK", chunk)
-        assert torch.equal(noise.normal(3, torch.arange(7), 101, 2), whole)
+        assert torch.equal(noise._normal_reference(torch.arange(7), 101, 3, 0, 2), whole)
+
+
+@needs_native
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 63, 255, 256, 257, 1001, 40_000])
+def test_native_agrees_with_the_reference(size):
+    samples = torch.arange(-(-400_000 // size)) * 1_000_003 - (1 << 41)
+    native = noise._normal(samples, size, 0xFEDCBA98, 0x76543210, MASK)
+    reference = noise._normal_reference(samples, size, 0xFEDCBA98, 0x76543210, MASK)
+    assert native.shape == reference.shape
+    torch.testing.assert_close(native, reference, rtol=0, atol=1e-6)
+
+
+@needs_native
+def test_native_range_is_a_slice():
+    samples = torch.tensor([9, 1, 1 << 50])
+    whole = noise._normal(samples, 1001, 1, 2, 3).flatten()
+    for first, count in ((0, 0), (0, 1), (1, 300), (999, 4), (1000, 1), (1001, 255), (2001, 1002), (3003, 0)):
+        part = torch.ops.tgdp_fast.normal_range(samples, 1001, first, count, 1, 2, 3)
+        assert torch.equal(part, whole[first : first + count])
+    for first, count in ((-1, 2), (3000, 4), (0, -1)):
+        with pytest.raises(ValueError, match="outside of the samples"):
+            torch.ops.tgdp_fast.normal_range(samples, 1001, first, count, 1, 2, 3)
+    torch.library.opcheck(torch.ops.tgdp_fast.normal_range.default, (samples, 1001, 999, 4, 1, 2, 3))
+
+
+@needs_native
+@pytest.mark.parametrize("size", [3_000_000_001, 1 << 34])
+def test_native_addresses_beyond_32_bits(size):
+    # Element and flat numbers above 2^32, at the ends of samples; nothing before them is generated.
+    samples = torch.tensor([7, -2, (1 << 40) + 1])
+    for first in (size - 5, 2 * size - 6, 3 * size - 600):
+        count = min(600, 3 * size - first)
+        got = torch.ops.tgdp_fast.normal_range(samples, size, first, count, 5, 6, 7).double().numpy()
+        expected = [
+            normal_oracle(5 + (6 << 32), int(samples[flat // size]), flat % size, 7)[flat % size % 4]
+            for flat in range(first, first + count)
+        ]
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+
+
+@needs_native
+def test_native_does_not_depend_on_threads():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            results.append(noise._normal(torch.arange(333), 1001, 1, 2, 3))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
 
 
 def test_empty_and_inference_mode():
@@ -227,13 +291,14 @@ def test_compiled_call_gives_the_same_bits():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss counts kilobytes on Linux only")
-def test_ten_million_normals_need_little_memory():
+@pytest.mark.parametrize("generate", ["_normal", "_normal_reference"])
+def test_ten_million_normals_need_little_memory(generate):
     # In a fresh process, for peak memory only grows: 10 million float32 are 40 MB, twice for the copy that removes the
     # padding, and about 10 MB for a chunk; the unchunked arithmetic needs over 200 MB.
     code = (
         "import resource, torch; from tgdp_fast import noise; torch.set_num_threads(1);"
-        "noise.normal(0, torch.arange(2), 9, 0); start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "noise.normal(0, torch.arange(2), 5_000_001, 0);"
+        f"noise.{generate}(torch.arange(2), 9, 0, 0, 0); start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        f"noise.{generate}(torch.arange(2), 5_000_001, 0, 0, 0);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -28,11 +28,12 @@ TGDP_FUNCTION void guide(const Guidance& guidance, float x, float epsilon, float
   x0 = limited;
 }
 
-// A row of the solver's matrix times the values at its columns; 2 kTerms FLOPs.
+// A row of the solver's matrix times the values at its columns; 2 kTerms FLOPs. From zero on, so that there is one way
+// only to fuse products and sums, and zero terms change nothing, given or left out.
 template <int kTerms>
 TGDP_FUNCTION float matrix_row(const float (&coefficients)[kTerms], const float (&values)[kTerms]) {
-  float sum = coefficients[0] * values[0];
-  for (int term = 1; term < kTerms; ++term) sum += coefficients[term] * values[term];
+  float sum = 0.0f;
+  for (int term = 0; term < kTerms; ++term) sum += coefficients[term] * values[term];
   return sum;
 }
 

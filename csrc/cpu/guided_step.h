@@ -48,11 +48,14 @@ struct GuidedStepCall {
 
 // For N elements of b bytes, e and g bytes per element of epsilon and gradient, H slots: N (b (3 + 2 H) + e + g) bytes
 // from and to memory, less what a zero coefficient spares; N (5 + (1 + H) (3 + 2 H)) FLOPs at most, and for noise about
-// 40 integer operations and 40 FLOPs per element.
+// 20 integer operations and 40 FLOPs per element.
 void guided_step(GuidedStepCall call);
 
 // Elements [first, first + count) of the noise of all samples, numbered through.
 void normals(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out);
+
+// The instruction set of the copy that runs here.
+const char* guided_step_capability();
 
 // The copies of one instruction set.
 struct GuidedStepKernels {

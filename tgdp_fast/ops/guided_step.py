@@ -11,6 +11,7 @@ The guidance is the noise-prediction form of Theorem 3.1 of TGDP (Ouyang et al.,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -214,7 +215,9 @@ def guided_step_reference(
 
 def _number(name: str, value: float, minimum: float = -math.inf) -> float:
     # A float that changes between calls is symbolic while compiling, and a symbol has no finiteness to test.
-    return value if torch.compiler.is_compiling() else check_number(name, value, minimum)
+    if torch.compiler.is_compiling() or (type(value) is float and minimum <= value and math.isfinite(value)):
+        return value
+    return check_number(name, value, minimum)
 
 
 def _check_matrix(matrix: object) -> tuple[tuple[float, ...], ...]:
@@ -229,7 +232,12 @@ def _check_matrix(matrix: object) -> tuple[tuple[float, ...], ...]:
         raise ValueError(
             f"matrix must have shape (1 + H, 2 + H) for H history slots, got {len(lengths)} rows of lengths {lengths}"
         )
-    return tuple(tuple(_number("matrix entries", value) for value in row) for row in nested)
+    rows = tuple(map(tuple, nested))
+    if not torch.compiler.is_compiling():
+        for value in itertools.chain.from_iterable(rows):
+            if type(value) is not float or not math.isfinite(value):
+                return tuple(tuple(check_number("matrix entries", value) for value in row) for row in rows)
+    return rows
 
 
 def _check_tensors(
@@ -249,7 +257,7 @@ def _check_tensors(
             continue
         if tensor.dtype not in _FLOATING:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        if tensor.shape != torch.Size(expected[name]):
+        if tensor.shape != expected[name]:
             raise ValueError(
                 f"{name} must have shape {tuple(expected[name])} (x is {tuple(x.shape)} and the matrix has "
                 f"{slots} history slots), got {tuple(tensor.shape)}"
