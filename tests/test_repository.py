@@ -23,6 +23,7 @@ LAYERS: dict[str, set[str] | None] = {
     "_version": set(),
     "_info": {"_version"},
     "_checks": set(),
+    "_progress": set(),
     "kernels": set(),
     "schedule": {"_checks"},
     "noise": {"_checks"},
@@ -43,6 +44,7 @@ LAYERS: dict[str, set[str] | None] = {
     "experiments": None,
     "cli": None,
     "__main__": None,
+    "_api": None,
     "__init__": None,
 }
 
@@ -230,6 +232,7 @@ import torch
 before = set(sys.modules)
 start = time.perf_counter()
 import tgdp_fast
+tgdp_fast.sample
 print(time.perf_counter() - start)
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
