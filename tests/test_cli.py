@@ -327,6 +327,8 @@ def test_as_a_module_and_without_a_command() -> None:
         [sys.executable, "-m", "tgdp_fast", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.startswith("tgdp-fast 0.")
+    command = [sys.executable, "-m", "tgdp_fast", "info"]
+    assert "guided_step" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     result = subprocess.run([sys.executable, "-m", "tgdp_fast"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "COMMAND" in result.stderr

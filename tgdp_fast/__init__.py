@@ -13,9 +13,12 @@ else:
     # this package, can start without it: to answer --help at once, and Ctrl-C in one line.
     def __getattr__(name):
         from importlib import import_module
+        from importlib.util import find_spec
 
         if name == "__all__" or not name.startswith("__"):
-            api = import_module("tgdp_fast._api")
+            if find_spec(f"{__name__}.{name}"):  # Modules of the package ask for each other while they load.
+                return import_module(f"{__name__}.{name}")
+            api = import_module(f"{__name__}._api")
             globals().update({each: getattr(api, each) for each in api.__all__}, __all__=api.__all__)
             if name in globals():
                 return globals()[name]
