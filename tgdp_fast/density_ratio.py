@@ -340,13 +340,14 @@ def diagnose(source: Tensor, target: Tensor, ratio: DensityRatio) -> TransferDia
     outside = outside_fraction(source, target)
     auc = area_under_curve(ratio.source_logit, ratio.target_logit)
     warnings = []
-    if outside > 0.34:
+    unreached, wrong = outside > 0.34, _far_from_one(ratio.mean_ratio)
+    if unreached:
         warnings.append(
             f"do not use the samples: the target lies outside the source. {outside:.0%} of the target samples are "
             "farther from the source than source samples are from each other. TGDP re-weights what the source model "
             "can already produce; it cannot create what is not there. Use a broader source, or fine-tune."
         )
-    if _far_from_one(ratio.mean_ratio):
+    if wrong:
         warnings.append(
             f"the density ratio is wrong: its mean over the source is {ratio.mean_ratio:.2g} and should be 1. Do not "
             "use the samples; the target is out of reach, or there are too few samples to tell."
@@ -361,7 +362,7 @@ def diagnose(source: Tensor, target: Tensor, ratio: DensityRatio) -> TransferDia
             f"{len(target)} target samples are very few: the guidance, and these diagnostics too, say little about the "
             "domain they come from. Compare the samples with what you know of it."
         )
-    if auc > 0.999 and len(target) >= 10:
+    if auc > 0.999 and len(target) >= 10 and not unreached and not wrong:
         warnings.append(
             "the domains are perfectly separable for the classifier, so the ratio is not determined by the data; "
             "compare guided samples with held-out target data before use."
