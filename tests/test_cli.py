@@ -140,7 +140,8 @@ def test_options_reach_the_sampler(folder: Path) -> None:
 
 
 def test_options_reach_the_fit(folder: Path) -> None:
-    assert main(transfer(folder, save="model", loss="poisson", consistency="0.25", cycle="0.5", seed=str(2**64 - 1))) == 0
+    options = {"loss": "poisson", "consistency": "0.25", "cycle": "0.5", "seed": str(2**64 - 1)}
+    assert main(transfer(folder, save="model", **options)) == 0
     config = TransferModel.load(folder / "model").config
     assert {k: config[k] for k in ("loss", "consistency", "cycle", "seed")} == {
         "loss": "poisson",

@@ -413,7 +413,7 @@ def warn_of_scale(name: str, x: Tensor) -> None:
     if not 0.1 <= size <= 10:
         warnings.warn(
             f"{name} should have about unit scale, but its root mean square is {size:.3g}; expect a bad fit. "
-            "pass (x - mean) / std, with mean and std of the source, or let TransferModel.fit train the denoiser: it "
+            "Pass (x - mean) / std, with mean and std of the source, or let TransferModel.fit train the denoiser: it "
             "standardises",
             stacklevel=3,
         )
