@@ -94,12 +94,14 @@ def test_damaged_files(tmp_path: Path) -> None:
         ("absent.npy", r"source: .*absent\.npy does not exist; expected a \.npy or \.npz"),
         ("", "is a folder"),
         ("table.csv", r"got \.csv; convert it with numpy\.save"),
-        ("text.npy", "source must hold real numbers, got dtype <U3"),
-        ("complex.npy", "source must hold real numbers, got dtype complex128"),
+        ("text.npy", r"source must hold real numbers, got dtype <U3; convert .* array\.astype\(float\)"),
+        ("complex.npy", r"source must hold real numbers, got dtype complex128; .*x\.real, x\.imag"),
+        ("renamed.npy", r"source: .* it is not a NumPy file.* starts with b'1\.0,2\.'.* numpy\.loadtxt"),
     ],
 )
 def test_refused_files(tmp_path: Path, file: str, message: str) -> None:
     (tmp_path / "table.csv").write_text("1,2")
+    (tmp_path / "renamed.npy").write_text("1.0,2.0\n")
     np.save(tmp_path / "text.npy", np.array(["abc"]))
     np.save(tmp_path / "complex.npy", np.array([1j]))
     with pytest.raises(ValueError, match=message):
@@ -197,6 +199,21 @@ def test_labels() -> None:
 def test_refused_labels(labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_labels("target_labels", labels, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("s.npy", r"source must be an array, got the path 's\.npy'; read it with numpy\.load"),
+        (Path("s.npy"), r"got the path 's\.npy'; read it with numpy\.load"),
+        (None, "source must be an array, got None"),
+        ([[1.0, 2.0], [3.0]], "source must be an array, got a list of rows of unequal shapes"),
+        (np.array([[1.0], [None]]), "got dtype object; convert with"),
+    ],
+)
+def test_what_is_no_array(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_samples("source", value)
 
 
 def test_negative_labels_without_a_class_count() -> None:

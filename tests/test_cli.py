@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +41,8 @@ def folder(tmp_path: Path) -> Path:
     np.save(tmp_path / "s_labels.npy", np.arange(80) % 2)
     np.save(tmp_path / "t_labels.npy", np.arange(12) % 2)
     np.save(tmp_path / "x_labels.npy", np.arange(7) % 2)
+    (tmp_path / "link.npy").symlink_to(tmp_path / "s.npy")
+    (tmp_path / "d").mkdir()
     return tmp_path
 
 
@@ -88,19 +93,33 @@ def test_conditional_transfer(folder: Path, capsys: pytest.CaptureFixture[str]) 
         ({"steps": "0"}, "--steps must be an integer >= 1, got 0"),
         ({"solver": "dmp"}, "--solver must be one of ddim, ddpm"),
         ({"spacing": "even"}, "--spacing must be one of karras, logsnr, uniform"),
-        ({"loss": "mse"}, "loss must be one of log_mse, logistic, poisson, ratio_mse"),
+        ({"loss": "mse"}, "--loss must be one of log_mse, logistic, poisson, ratio_mse"),
+        ({"consistency": "-1"}, "--consistency must be"),
+        ({"cycle": "nan"}, "--cycle must be"),
         ({"precision": "fp8"}, "--precision must be one of"),
         ({"backend": "tpu"}, "--backend must be one of"),
-        ({"scale": "nan"}, "--scale must be finite"),
+        ({"backend": "cuda", "source": "missing.npy"}, "backend 'cuda' cannot serve operator"),
+        ({"scale": "nan"}, "--scale must be finite, got nan"),
+        ({"save": "no/such/model"}, "--save must lie in an existing folder"),
+        ({"save": "s.npy"}, "--save: "),
+        ({"denoiser": "nothing"}, "--denoiser: "),
+        ({"denoiser": "s.npy"}, "--denoiser: "),
+        ({"out": "s.npy"}, "--out must be another file than --source, which it would overwrite"),
+        ({"out": "../{name}/t.npy"}, "--out must be another file than --target"),
+        ({"out": "link.npy"}, "--out must be another file than --source"),
+        ({"out": "x_labels.npy", "labels": "x_labels.npy"}, "--out must be another file than --labels"),
+        ({"out": "d/x.npy", "save": "d"}, "--out must lie outside the model folder --save"),
+        ({"out": "d/x.npy", "denoiser": "d"}, "--out must lie outside the model folder --denoiser"),
+        ({"denoiser": "d", "save": "d"}, "--save must be another folder than --denoiser"),
         ({"out": "no/such/x.npy"}, "--out must lie in an existing folder"),
         ({"train_steps": "0"}, "--train-steps must be"),
         ({"device": "tpu9"}, "--device must be one that torch has here"),
         ({"seed": str(2**64)}, "--seed must be below 2^64"),
-        ({"seed": str(2**63)}, "seed must be below 2^63"),
     ],
 )
 def test_bad_input(folder: Path, changes: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(folder.iterdir())
+    changes = {name: value.format(name=folder.name) for name, value in changes.items()}
     assert main(transfer(folder, **changes)) in (1, 2)
     captured = capsys.readouterr().err
     assert captured.startswith("tgdp-fast: error: ")
@@ -121,13 +140,14 @@ def test_options_reach_the_sampler(folder: Path) -> None:
 
 
 def test_options_reach_the_fit(folder: Path) -> None:
-    assert main(transfer(folder, save="model", loss="poisson", consistency="0.25", cycle="0.5", seed="3")) == 0
+    options = {"loss": "poisson", "consistency": "0.25", "cycle": "0.5", "seed": str(2**64 - 1)}
+    assert main(transfer(folder, save="model", **options)) == 0
     config = TransferModel.load(folder / "model").config
     assert {k: config[k] for k in ("loss", "consistency", "cycle", "seed")} == {
         "loss": "poisson",
         "consistency": 0.25,
         "cycle": 0.5,
-        "seed": 3,
+        "seed": 2**64 - 1,
     }
 
 
@@ -153,7 +173,8 @@ def test_bad_checkpoints(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     torch.save({"weight": torch.zeros(2)}, folder / "model.pt")
     command = ["--num", "3", "--out", str(folder / "y.npy"), "--quiet"]
     assert main(["sample", str(folder / "model.pt"), *command]) == 2
-    assert "pickle" in capsys.readouterr().err
+    assert "MODEL_DIR: " in (text := capsys.readouterr().err)
+    assert "pickle" in text
     assert main(transfer(folder, save="model")) == 0
     weights = folder / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
@@ -181,6 +202,118 @@ def test_an_interrupted_transfer_goes_on(folder: Path, monkeypatch: pytest.Monke
     assert not (folder / "x.npy.work").exists()
 
 
+def test_messages_of_an_interrupt_and_a_failure_say_what_was_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tgdp_fast.transfer_model as module
+
+    def raising(error: type[BaseException]) -> Any:
+        def function(*_: object, **__: object) -> None:
+            raise error("stop")
+
+        return function
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_denoiser", raising(KeyboardInterrupt))
+        assert main(transfer(folder)) == 130
+        assert capsys.readouterr().err == "tgdp-fast: interrupted; nothing was kept\n"
+        assert not (folder / "x.npy.work").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit_guidance", raising(ArithmeticError))
+        assert main(transfer(folder, save="model")) == 1
+        kept = f"finished work is kept in {folder / 'x.npy.work'}: the same command goes on from there, or delete it"
+        assert capsys.readouterr().err == f"tgdp-fast: error: stop\ntgdp-fast: {kept}\n"
+    assert main(transfer(folder, save="model")) == 0
+    capsys.readouterr()
+
+    command = ["sample", str(folder / "model"), "--num", "9000", "--steps", "1", "--out", str(folder / "y.npy")]
+    with monkeypatch.context() as patch:
+        patch.setattr("tgdp_fast.sampling.guided_step", raising(KeyboardInterrupt))
+        assert main([*command, "--quiet"]) == 130
+        assert capsys.readouterr().err == "tgdp-fast: interrupted; nothing was kept\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("tgdp_fast.sampling.save_array", interrupt_after(2, "tgdp_fast.sampling.save_array"))
+        assert main([*command, "--quiet"]) == 130
+        assert f"interrupted; finished work is kept in {folder / 'y.npy.partial'}" in capsys.readouterr().err
+
+
+def interrupt_after(calls: int, name: str) -> Any:
+    """The function ``name``, but for a Ctrl-C at its call number ``calls``."""
+    import importlib
+
+    module, attribute = name.rsplit(".", 1)
+    function = getattr(importlib.import_module(module), attribute)
+    count = itertools.count(1)
+
+    def wrapped(*arguments: object) -> object:
+        if next(count) == calls:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return wrapped
+
+
+def test_ctrl_c_while_torch_loads_is_one_line(tmp_path: Path) -> None:
+    """A torch that presses Ctrl-C; in the way that the installed command starts."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from tgdp_fast.cli import main\nsys.exit(main(['info']))"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "tgdp-fast: interrupted; nothing was kept\n")
+
+
+def test_help_names_every_solver_without_torch() -> None:
+    from tgdp_fast.cli import SOLVER_NAMES
+    from tgdp_fast.solvers import SOLVERS
+
+    assert set(SOLVER_NAMES) == set(SOLVERS)
+    code = "import sys; sys.modules['torch'] = None\nfrom tgdp_fast.cli import main\nmain(['sample', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "dpmpp_2m_sde" in done.stdout
+
+
+def test_labels_that_a_model_needs_or_does_not_take(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = {"source_labels": "s_labels.npy", "target_labels": "t_labels.npy"}
+    assert main(transfer(folder, **labels, labels="x_labels.npy", save="conditional")) == 0
+    assert main(transfer(folder, save="plain")) == 0
+    command = ["--num", "7", "--out", str(folder / "y.npy"), "--quiet"]
+    capsys.readouterr()
+    assert main(["sample", str(folder / "conditional"), *command]) == 2
+    assert "--labels must be given: " in (text := capsys.readouterr().err)
+    assert "conditional on 2 classes; save one class index (0 to 1) for each of the 7 samples" in text
+    assert main(["sample", str(folder / "plain"), *command, "--labels", str(folder / "x_labels.npy")]) == 2
+    assert "--labels must be left out" in capsys.readouterr().err
+    assert main(transfer(folder, denoiser="conditional")) == 2
+    assert "--labels must be given: --denoiser is conditional on 2 classes" in capsys.readouterr().err
+
+
+def test_warnings_come_first_and_on_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(folder / "far.npy", np.load(folder / "t.npy") + 50)
+    assert main(transfer(folder, target="far.npy")) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("WARNING: do not use the samples: the target lies outside the source.")
+    assert "WARNING" not in captured.out
+
+
+def test_progress_without_a_terminal_is_a_line_for_each_stage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = transfer(folder)
+    words.remove("--quiet")
+    assert main(words) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"finished stages and, every 30 s, training states go to {folder / 'x.npy.work'} until the end"
+    assert lines[1] == "source denoiser: 20 steps"
+    assert lines[-2:] == ["guidance: 10 steps", "sampling: 7 samples"]
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -195,6 +328,8 @@ def test_as_a_module_and_without_a_command() -> None:
         [sys.executable, "-m", "tgdp_fast", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.startswith("tgdp-fast 0.")
+    command = [sys.executable, "-m", "tgdp_fast", "info"]
+    assert "guided_step" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     result = subprocess.run([sys.executable, "-m", "tgdp_fast"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "COMMAND" in result.stderr

@@ -280,8 +280,27 @@ def test_a_target_outside_the_source_is_said_plainly() -> None:
     report = diagnose(source, target, fit_density_ratio(source, target, settings=SETTINGS))
     assert report.outside_fraction == 1.0
     assert report.auc > 0.99
-    assert any("the target lies outside the source: 100%" in text for text in report.warnings)
-    assert "WARNING: the target lies outside the source" in str(report)
+    assert any("the target lies outside the source. 100%" in text for text in report.warnings)
+    assert str(report).startswith("WARNING: do not use the samples: the target lies outside the source")
+    assert str(report).endswith(report.summary())
+    assert "WARNING" not in report.summary()
+
+
+def test_a_ratio_of_the_wrong_mean_has_no_effective_sample_size() -> None:
+    x = torch.randn(500, 2)
+    logit = 0.01 * torch.randn(500)  # Separable domains: hardly any spread over the source, and far from 0.
+    ratio = DensityRatio(logit, torch.full((40,), 9.0), logit - 9, torch.full((40,), 9.0), 1.0, math.exp(-9), [])
+    report = diagnose(x, x[:40] + 0.1, ratio)
+    assert report.effective_sample_size > 400
+    assert "effective sample size of the ratio: none to speak of: the mean ratio is far from 1" in str(report)
+    assert any("mean over the source is 0.00012 and should be 1. Do not use" in text for text in report.warnings)
+
+
+def test_very_few_target_samples_are_said_to_be_few() -> None:
+    for count in (9, 10):
+        source, target = torch.randn(200, 2), torch.randn(count, 2)
+        report = diagnose(source, target, fit_density_ratio(source, target, settings=SETTINGS))
+        assert any(text.startswith("9 target samples are very few") for text in report.warnings) == (count == 9)
 
 
 def test_the_papers_target_is_not_called_outside() -> None:

@@ -208,12 +208,14 @@ def test_processes_give_the_rows_of_one_process(tmp_path: Path) -> None:
 def test_an_interrupt_ends_the_processes_at_once_and_keeps_finished_rows(tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group; fits of a minute each are under way."""
     code = f"""
+import signal
 import sys
 from pathlib import Path
 from tgdp_fast import Optimisation
 from tgdp_fast.experiments import gaussians
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A background shell has it ignored.
     tiny = Optimisation(steps=5, batch_size=32, ema_decay=0.5, warmup=1)
     plan = gaussians.Plan(Path({str(tmp_path)!r}), (1000,), 4, ("target", "vanilla"), 100, 50, source_settings=tiny,
                           width=256, jobs=2)

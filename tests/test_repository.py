@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str] | None] = {
     "_info": {"_version"},
     "_checks": set(),
     "_native": set(),
+    "_progress": set(),
     "kernels": set(),
     "schedule": {"_checks"},
     "noise": {"_checks", "_native"},
@@ -45,6 +46,7 @@ LAYERS: dict[str, set[str] | None] = {
     "experiments": None,
     "cli": None,
     "__main__": None,
+    "_api": None,
     "__init__": None,
 }
 
@@ -232,6 +234,7 @@ import torch
 before = set(sys.modules)
 start = time.perf_counter()
 import tgdp_fast
+tgdp_fast.sample
 print(time.perf_counter() - start)
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
@@ -242,6 +245,20 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
         if float(seconds) < 1.0:
             break
     assert float(seconds) < 1.0
+
+
+def test_modules_and_names_load_when_they_are_used():
+    code = """
+import sys
+import tgdp_fast
+assert "torch" not in sys.modules
+assert tgdp_fast.ops.guided_step  # A module that imports others from the package, before any name of it.
+assert tgdp_fast.sample is tgdp_fast.sampling.sample
+assert not hasattr(tgdp_fast, "sampel")
+from tgdp_fast import *
+assert set(tgdp_fast.__all__) <= set(globals()) & set(dir(tgdp_fast))
+"""
+    run_python(code)
 
 
 def test_kernels_folder_is_importable_inside_the_package():

@@ -359,6 +359,14 @@ def test_bad_data(data: Tensor, message: str) -> None:
         train_denoiser(data, settings=QUICK)
 
 
+@pytest.mark.parametrize(("offset", "scale", "size"), [(1000.0, 1.0, "1e\\+03"), (0.0, 0.05, "0.05")])
+def test_data_far_from_unit_scale_are_mentioned(offset: float, scale: float, size: str) -> None:
+    data = offset + scale * torch.randn(64, 2)
+    with pytest.warns(UserWarning, match=f"data should have about unit scale.* {size}.*TransferModel") as warned:
+        train_denoiser(data, settings=QUICK, width=4)
+    assert len(warned) == 1
+
+
 def test_bad_labels() -> None:
     data = torch.randn(5, 2)
     with pytest.raises(ValueError, match="labels.*4.*5"):

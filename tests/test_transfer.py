@@ -150,7 +150,7 @@ def test_diagnostics_are_complete_and_printable() -> None:
     fit = fit_guidance(torch.randn(200, 2), torch.randn(20, 2), settings=TINY)
     assert fit.diagnostics is not None
     text = str(fit.diagnostics)
-    for words in ("AUC", "calibration", "effective sample size", "E_p[h] per t", "outside"):
+    for words in ("AUC", "calibration", "effective sample size", "E_p[h]", "outside"):
         assert words in text
     assert len(fit.diagnostics.mean_h) == 6
     assert set(fit.diagnostics.to_dict()) >= {"auc", "mean_h", "warnings", "effective_sample_size"}
@@ -326,6 +326,12 @@ def test_defaults_regularise_more_when_there_are_fewer_samples() -> None:
 X, Y = torch.zeros(20, 3).normal_(), torch.zeros(10, 3).normal_()
 
 
+def test_a_source_far_from_unit_scale_is_mentioned() -> None:
+    with pytest.warns(UserWarning, match="source should have about unit scale.*TransferModel") as warned:
+        fit_guidance(X + 1000, Y + 1000, settings=TINY, diagnostics=False)
+    assert len(warned) == 1
+
+
 @pytest.mark.parametrize(
     ("source", "target", "arguments", "message"),
     [
@@ -343,7 +349,9 @@ X, Y = torch.zeros(20, 3).normal_(), torch.zeros(10, 3).normal_()
         (X, Y, {"alpha_power": -1.0}, "alpha_power must be"),
         (X, Y, {"label_smoothing": 0.6}, "label_smoothing must be"),
         (X, Y, {"settings": 5}, "settings must be an Optimisation"),
-        (X, Y, {"seed": 2**63}, "seed must be below"),
+        (X, Y, {"seed": 2**64}, "seed must be below 2\\^64"),
+        (X, Y, {"denoiser": object()}, "denoiser must be a Denoiser, .* got object"),
+        (X, Y, {"device": "gpu"}, "device must be one that torch has here"),
         (X, Y[:, :2], {}, "target"),
         (X, Y[:0], {}, "target"),
         (X, Y[:1], {}, "target .*2"),

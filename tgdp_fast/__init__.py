@@ -2,43 +2,27 @@
 samples.
 """
 
-from tgdp_fast._version import __version__
-from tgdp_fast.checkpoint import CheckpointError
-from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.density_ratio import TransferDiagnostics, fit_density_ratio
-from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser
-from tgdp_fast.models import ScoreMLP
-from tgdp_fast.ops._dispatch import BackendUnavailableError, use_backend
-from tgdp_fast.sampling import SamplingDivergedError, sample, sample_to_file
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import SOLVERS, SPACINGS, SolverTable, solver_table
-from tgdp_fast.training import Optimisation, TrainingDivergedError, train_denoiser
-from tgdp_fast.transfer import GuidanceFit, fit_guidance
-from tgdp_fast.transfer_model import TransferModel
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "SOLVERS",
-    "SPACINGS",
-    "BackendUnavailableError",
-    "CheckpointError",
-    "Denoiser",
-    "GuidanceFit",
-    "GuidanceNetwork",
-    "GuidedDenoiser",
-    "NoiseSchedule",
-    "Optimisation",
-    "SamplingDivergedError",
-    "ScoreMLP",
-    "SolverTable",
-    "TrainingDivergedError",
-    "TransferDiagnostics",
-    "TransferModel",
-    "__version__",
-    "fit_density_ratio",
-    "fit_guidance",
-    "sample",
-    "sample_to_file",
-    "solver_table",
-    "train_denoiser",
-    "use_backend",
-]
+from tgdp_fast._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from tgdp_fast._api import *  # noqa: F403
+else:
+    # Torch takes seconds to load. It comes with the first name that is used, so that the command line, which lies in
+    # this package, can start without it: to answer --help at once, and Ctrl-C in one line.
+    def __getattr__(name):
+        from importlib import import_module
+        from importlib.util import find_spec
+
+        if name == "__all__" or not name.startswith("__"):
+            if find_spec(f"{__name__}.{name}"):  # Modules of the package ask for each other while they load.
+                return import_module(f"{__name__}.{name}")
+            api = import_module(f"{__name__}._api")
+            globals().update({each: getattr(api, each) for each in api.__all__}, __all__=api.__all__)
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_integer(name: str, value: Any, minimum: int, advice: str = "") -> int:
@@ -35,11 +38,30 @@ def check_number(
         raise ValueError(f"{name} must be a number, got {value!r}{_tail(advice)}") from None
     inside = minimum < number < maximum if exclusive else minimum <= number <= maximum
     if not math.isfinite(number) or not inside:
-        left, right = ("(", ")") if exclusive else ("[", "]")
-        raise ValueError(
-            f"{name} must be finite and in {left}{minimum}, {maximum}{right}, got {value!r}{_tail(advice)}"
-        )
+        left = "(" if exclusive or minimum == -math.inf else "["
+        right = ")" if exclusive or maximum == math.inf else "]"
+        bounded = math.isfinite(minimum) or math.isfinite(maximum)
+        expected = f"finite and in {left}{minimum}, {maximum}{right}" if bounded else "finite"
+        raise ValueError(f"{name} must be {expected}, got {value!r}{_tail(advice)}")
     return number
+
+
+def check_seed(seed: Any, name: str = "seed") -> int:
+    """Return ``seed`` as an int, or raise ValueError unless it is an integer in 0 .. 2^64 - 1."""
+    if check_integer(name, seed, 0) >= 2**64:
+        raise ValueError(f"{name} must be below 2^64, got {seed}; fold a larger seed into this range first")
+    return int(seed)
+
+
+def check_device(device: Any, name: str = "device") -> torch.device:
+    """The device that torch has under this name, with its index, or ValueError."""
+    import torch  # Here, so that the command line can check words without it.
+
+    try:
+        return torch.empty(0, device=device).device  # "cuda" becomes "cuda:0".
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name} must be one that torch has here (cpu, cuda, ...), got {device!r}: {reason}") from None
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], advice: str = "") -> str:

@@ -10,8 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast._checks import check_choice, check_integer, check_number
+from tgdp_fast._checks import check_choice, check_device, check_integer, check_number, check_seed
 from tgdp_fast._version import __version__
+
+#: As in tgdp_fast.solvers, which loads torch; --help does not wait for it.
+SOLVER_NAMES = (
+    "ddpm",
+    "ddim",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_solver_1",
+    "dpm_solver_2s",
+    "dpmpp_2m",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "dpmpp_2m_sde",
+    "unipc_2",
+)
 
 #: Exceptions that say what the user can do; shown without a traceback.
 EXPECTED = (OSError, ArithmeticError, ImportError)
@@ -21,25 +37,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed while running, 2 bad arguments, 130
     interrupted).
     """
-    options = _parser().parse_args(arguments)
+    options = argparse.Namespace()
+    try:
+        _parser().parse_args(arguments, options)
+        return _run(options)
+    except KeyboardInterrupt:
+        print("tgdp-fast: interrupted; " + (_kept(options) or "nothing was kept"), file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     from tgdp_fast.ops._dispatch import BackendUnavailableError
 
     try:
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
     except ValueError as error:
-        return _fail(error, 2)
+        print(f"tgdp-fast: error: {error}", file=sys.stderr)
+        return 2
     except (*EXPECTED, BackendUnavailableError) as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
+        print(f"tgdp-fast: error: {error}", file=sys.stderr)
+        if kept := _kept(options):
+            print(f"tgdp-fast: {kept}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _fail(error: BaseException, status: int) -> int:
-    print(f"tgdp-fast: error: {error}", file=sys.stderr)
-    return status
+def _kept(options: argparse.Namespace) -> str:
+    """What a run that did not finish has left, or nothing."""
+    if "out" not in options:
+        return ""
+    if options.command in (transfer, sample):
+        places = [_work(options.out), options.out.with_name(options.out.name + ".partial")]
+        places = places if options.command is transfer else places[1:]
+        found = [str(place) for place in places if place.is_dir() and any(place.iterdir())]
+    else:
+        found = [str(options.out)] if any(options.out.glob("rows/*")) or any(options.out.glob("source/*")) else []
+    if not found:
+        return ""
+    return f"finished work is kept in {' and '.join(found)}: the same command goes on from there, or delete it"
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(out.name + ".work")
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -116,22 +156,28 @@ def transfer(options: argparse.Namespace) -> None:
     from tgdp_fast.checkpoint import check_replaceable, checkpoint_kind
     from tgdp_fast.data.arrays import check_labels, check_samples, load_array
     from tgdp_fast.denoiser import Denoiser
-    from tgdp_fast.training import Optimisation, check_seed
+    from tgdp_fast.density_ratio import RATIO_LOSSES, TransferDiagnostics
+    from tgdp_fast.training import Optimisation
     from tgdp_fast.transfer import common_classes
     from tgdp_fast.transfer_model import Stages, TransferModel
 
     _check_sampling(options)
-    check_seed(options.seed)
+    check_choice("--loss", options.loss, RATIO_LOSSES)
+    check_number("--cycle", options.cycle, 0.0)
+    if options.consistency is not None:
+        check_number("--consistency", options.consistency, 0.0)
     if options.train_steps is not None:
         check_integer("--train-steps", options.train_steps, 1)
     if options.save is not None:
-        check_replaceable(options.save)
+        _check_folder("--save", options.save)
+        _named("--save", check_replaceable, options.save)
     source = check_samples("--source", load_array(options.source, "--source"))
     target = check_samples("--target", load_array(options.target, "--target"), event_shape=source.shape[1:])
     denoiser: Denoiser | TransferModel | None = None
     if options.denoiser is not None:
-        kind = checkpoint_kind(options.denoiser)
-        denoiser = (TransferModel if kind == "transfer_model" else Denoiser).load(options.denoiser)
+        kind = _named("--denoiser", checkpoint_kind, options.denoiser)
+        load = TransferModel.load if kind == "transfer_model" else Denoiser.load
+        denoiser = _named("--denoiser", load, options.denoiser)
         _move(denoiser, options.device)
     labels = {}
     for name, count in (("source_labels", len(source)), ("target_labels", len(target)), ("labels", options.num)):
@@ -144,8 +190,13 @@ def transfer(options: argparse.Namespace) -> None:
             "--source-labels, --target-labels and --labels (of the samples to draw) belong together; got only "
             + ", ".join("--" + name.replace("_", "-") for name in given)
         )
+    stated = denoiser.denoiser if isinstance(denoiser, TransferModel) else denoiser
+    if stated is not None and stated.num_classes and not given:
+        raise ValueError(
+            "--source-labels, --target-labels and --labels must be given: --denoiser is conditional on "
+            f"{stated.num_classes} classes"
+        )
     if given:
-        stated = denoiser.denoiser if isinstance(denoiser, TransferModel) else denoiser
         classes = common_classes(
             labels["source_labels"],
             labels["target_labels"],
@@ -155,7 +206,9 @@ def transfer(options: argparse.Namespace) -> None:
             None if stated is None else stated.num_classes,
         )
         check_labels("--labels", labels["labels"], options.num, classes)
-    work = options.out.with_name(options.out.name + ".work")
+    work = _work(options.out)
+    if not options.quiet:
+        print(f"finished stages and, every 30 s, training states go to {work} until the end", file=sys.stderr)
     model = TransferModel.fit(
         source,
         target,
@@ -171,7 +224,10 @@ def transfer(options: argparse.Namespace) -> None:
         device=options.device,
         progress=not options.quiet,
     )
-    print(_diagnostics_text(model.diagnostics))
+    report = TransferDiagnostics(**model.diagnostics)
+    for text in report.warnings:
+        print(f"WARNING: {text}", file=sys.stderr)
+    print(report.summary(), flush=True)
     if options.save is not None:
         model.save(options.save)
         print(f"model saved in {options.save}")
@@ -185,10 +241,17 @@ def sample(options: argparse.Namespace) -> None:
     from tgdp_fast.transfer_model import TransferModel
 
     _check_sampling(options)
-    labels = None
+    model = _named("MODEL_DIR", TransferModel.load, options.model)
+    classes, labels = model.guidance.num_classes, None
+    if options.labels is None and classes:
+        raise ValueError(
+            f"--labels must be given: {options.model} is conditional on {classes} classes; save one class index "
+            f"(0 to {classes - 1}) for each of the {options.num} samples as .npy"
+        )
     if options.labels is not None:
-        labels = check_labels("--labels", load_array(options.labels, "--labels"), options.num)
-    model = TransferModel.load(options.model)
+        if not classes:
+            raise ValueError(f"--labels must be left out: {options.model} was fitted without labels")
+        labels = check_labels("--labels", load_array(options.labels, "--labels"), options.num, classes)
     _draw(model, options, labels)
 
 
@@ -220,24 +283,52 @@ def _move(model: Any, device: str | None) -> None:
                 network.to(device)
 
 
-def _check_device(device: str | None) -> None:
-    import torch
-
-    if device is None:
-        return
+def _named(argument: str, function: Callable[..., Any], *values: Any) -> Any:
+    """``function(*values)``, with the argument in front of its message."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device must be one that torch has here (cpu, cuda, ...), got {device!r}: {reason}"
-        ) from None
+        return function(*values)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
 
 
-def _diagnostics_text(diagnostics: dict[str, Any]) -> str:
-    from tgdp_fast.density_ratio import TransferDiagnostics
+def _check_folder(argument: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"{argument} must lie in an existing folder, got {path}; create {path.parent} first")
 
-    return str(TransferDiagnostics(**diagnostics)) if diagnostics else "no diagnostics"
+
+def _check_overwriting(options: argparse.Namespace) -> None:
+    """Refuse to write over what is read."""
+    out = options.out.resolve()
+    for name in ("source", "target", "source_labels", "target_labels", "labels"):
+        path = getattr(options, name, None)
+        if path is not None and path.resolve() == out:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--out must be another file than {flag}, which it would overwrite; got {options.out}")
+    folders = {"--denoiser": "denoiser", "--save": "save", "MODEL_DIR": "model"}
+    given = {flag: getattr(options, name, None) for flag, name in folders.items()}
+    for flag, folder in given.items():
+        if folder is not None and folder.resolve() in (out, *out.parents):
+            raise ValueError(f"--out must lie outside the model folder {flag} {folder}, got {options.out}")
+    save, denoiser = given["--save"], given["--denoiser"]
+    if save is not None and denoiser is not None and save.resolve() == denoiser.resolve():
+        raise ValueError(f"--save must be another folder than --denoiser, which it would replace; got {save}")
+
+
+def _check_backend(options: argparse.Namespace) -> None:
+    """Draw one sample of small models where a backend is demanded: it may be missing, or refuse the device."""
+    from tgdp_fast.denoiser import Denoiser
+    from tgdp_fast.guidance import GuidanceNetwork
+    from tgdp_fast.models import ScoreMLP
+    from tgdp_fast.ops._dispatch import requested_backend
+    from tgdp_fast.sampling import sample
+    from tgdp_fast.schedule import NoiseSchedule
+
+    if requested_backend(options.backend) == "auto":
+        return
+    schedule, device = NoiseSchedule.vp_linear(), options.device or "cpu"
+    denoiser = Denoiser(ScoreMLP((2,), 8, 1), schedule).to(device)
+    guidance = GuidanceNetwork((2,), schedule).to(device)
+    sample(denoiser, guidance, num=1, steps=1, precision=options.precision, backend=options.backend)
 
 
 def _check_sampling(options: argparse.Namespace) -> None:
@@ -248,8 +339,7 @@ def _check_sampling(options: argparse.Namespace) -> None:
 
     check_integer("--num", options.num, 1)
     check_integer("--steps", options.steps, 1)
-    if check_integer("--seed", options.seed, 0) >= 2**64:
-        raise ValueError(f"--seed must be below 2^64, got {options.seed}")
+    check_seed(options.seed, "--seed")
     if options.batch_size is not None:
         check_integer("--batch-size", options.batch_size, 1)
     check_choice("--solver", options.solver, SOLVERS)
@@ -259,11 +349,13 @@ def _check_sampling(options: argparse.Namespace) -> None:
     check_number("--scale", options.scale)
     if options.gradient_norm_limit is not None:
         check_number("--gradient-norm-limit", options.gradient_norm_limit, 0.0, exclusive=True)
-    _check_device(options.device)
+    if options.device is not None:
+        check_device(options.device, "--device")
     if options.out.suffix != ".npy" or options.out.is_dir():
         raise ValueError(f"--out must be a file that ends in .npy, got {options.out}")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out must lie in an existing folder, got {options.out}; create {options.out.parent} first")
+    _check_folder("--out", options.out)
+    _check_overwriting(options)
+    _check_backend(options)
 
 
 # ------------------------------------------------------------------------------------------------------ parser
@@ -291,7 +383,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, default=5, help="draws of the target samples (%(default)s)")
     command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     command.add_argument("--num", type=int, default=10_000, help="samples drawn per method (%(default)s)")
-    command.add_argument("--solver", default="dpmpp_3m", help="(%(default)s)")
+    command.add_argument("--solver", default="dpmpp_3m", help=f"{', '.join(SOLVER_NAMES)} (%(default)s)")
     command.add_argument("--steps", type=int, default=25, help="solver steps (%(default)s)")
     command.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
@@ -304,11 +396,13 @@ def _parser() -> argparse.ArgumentParser:
     _quiet(command)
 
     command = _command(commands, "transfer", transfer)
-    command.add_argument("--source", type=Path, required=True, help="source samples, .npy [M, ...]")
-    command.add_argument("--target", type=Path, required=True, help="target samples, .npy [N, ...]")
-    command.add_argument("--source-labels", type=Path, help="class indices [M] or rows [M, K], .npy")
-    command.add_argument("--target-labels", type=Path, help="class indices [N] or rows [N, K], .npy")
-    command.add_argument("--save", type=Path, help="folder to save the fitted model in")
+    command.add_argument("--source", type=Path, required=True, help="source samples, .npy or .npz, [M, ...]")
+    command.add_argument("--target", type=Path, required=True, help="target samples, .npy or .npz, [N, ...]")
+    command.add_argument(
+        "--source-labels", type=Path, help="class indices [M] or rows [M, K]; needs the other two files of labels"
+    )
+    command.add_argument("--target-labels", type=Path, help="class indices [N] or rows [N, K]")
+    command.add_argument("--save", type=Path, help="folder to save the fitted model as, for the command sample")
     command.add_argument(
         "--denoiser", type=Path, help="saved model whose source denoiser to use instead of training one"
     )
@@ -319,7 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     _sampling(command)
 
     command = _command(commands, "sample", sample)
-    command.add_argument("model", type=Path, help="folder written by transfer --save")
+    command.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder written by transfer --save")
     _sampling(command)
     return parser
 
@@ -333,25 +427,31 @@ def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], 
 
 def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num", type=int, required=True, help="samples to draw")
-    command.add_argument("--out", type=Path, default=Path("samples.npy"), help="where to write them (%(default)s)")
-    command.add_argument("--labels", type=Path, help="labels of the samples to draw, .npy (conditional models)")
-    command.add_argument("--solver", default="dpmpp_2m", help="(%(default)s)")
+    command.add_argument("--out", type=Path, default=Path("samples.npy"), help=".npy to write them to (%(default)s)")
+    command.add_argument("--labels", type=Path, help="labels of the samples to draw (conditional models)")
+    command.add_argument("--solver", default="dpmpp_2m", help=f"{', '.join(SOLVER_NAMES)} (%(default)s)")
     command.add_argument("--steps", type=int, default=25, help="solver steps (%(default)s)")
     command.add_argument("--spacing", default="logsnr", help="logsnr, uniform or karras (%(default)s)")
     command.add_argument("--scale", type=float, default=1.0, help="guidance scale; 1 is exact (%(default)s)")
     command.add_argument(
         "--gradient-norm-limit", type=float, help="limit of the guidance per sample, in units of epsilon"
     )
-    command.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    command.add_argument(
+        "--seed", type=int, default=0, help="of everything random; the same seed gives the same samples (%(default)s)"
+    )
     command.add_argument("--batch-size", type=int, help="samples in flight; bounds memory")
     command.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 (%(default)s)")
-    command.add_argument("--backend", default="auto", help="(%(default)s)")
+    command.add_argument(
+        "--backend",
+        default="auto",
+        help="auto, reference, cpu, triton or cuda, as far as tgdp-fast info lists them (%(default)s: the fastest)",
+    )
     command.add_argument("--device", help="cpu, cuda, ... (default: cpu)")
     _quiet(command)
 
 
 def _quiet(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--quiet", action="store_true", help="no progress bars")
+    command.add_argument("--quiet", action="store_true", help="no progress")
 
 
 if __name__ == "__main__":

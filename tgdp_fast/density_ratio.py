@@ -303,21 +303,33 @@ class TransferDiagnostics:
         """JSON-able."""
         return {**vars(self), "mean_h": [list(row) for row in self.mean_h], "warnings": list(self.warnings)}
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """The numbers, without the warnings."""
         share = self.effective_sample_size / self.num_source
+        size = f"{self.effective_sample_size:.0f} of {self.num_source} ({share:.1%})"
+        if _far_from_one(self.mean_ratio):
+            size = "none to speak of: the mean ratio is far from 1"
         lines = [
             f"source {self.num_source} samples, target {self.num_target}",
-            f"domain classifier, held out: AUC {self.auc:.3f}, calibration error {self.calibration_error:.3f}, "
-            f"calibration slope {self.calibration_slope:.2f}",
-            f"effective sample size of the ratio: {self.effective_sample_size:.0f} of {self.num_source} ({share:.1%})",
-            f"mean ratio over the source: {self.mean_ratio:.2f} (1 when exact)",
-            f"target samples outside the source: {self.outside_fraction:.0%}",
+            f"target samples outside the source: {self.outside_fraction:.0%} (few when the target is within reach)",
+            f"domain classifier, held out: AUC {self.auc:.3f} (0.5: same domain, 1: separable), calibration error "
+            f"{self.calibration_error:.3f}, calibration slope {self.calibration_slope:.2f} (1: no correction; well "
+            "below 1: it was overconfident)",
+            f"mean ratio over the source: {self.mean_ratio:.2g} (1 when exact)",
+            f"effective sample size of the ratio: {size}",
         ]
         if self.mean_h:
-            lines.append("E_p[h] per t (1 when exact):")
+            lines.append("mean of the fitted ratio h over the source under noise, E_p[h] (1 at every t when exact):")
             lines += [f"  t = {t:8.4g}   {mean:6.3f} +- {error:.3f}" for t, mean, error in self.mean_h]
-        lines += [f"WARNING: {text}" for text in self.warnings]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n".join([*(f"WARNING: {text}" for text in self.warnings), self.summary()])
+
+
+def _far_from_one(mean_ratio: float) -> bool:
+    """Whether a ratio is wrong as a whole; sound fits to few samples reach from 0.3 to 3."""
+    return not 0.1 <= mean_ratio <= 10
 
 
 def diagnose(source: Tensor, target: Tensor, ratio: DensityRatio) -> TransferDiagnostics:
@@ -328,18 +340,29 @@ def diagnose(source: Tensor, target: Tensor, ratio: DensityRatio) -> TransferDia
     outside = outside_fraction(source, target)
     auc = area_under_curve(ratio.source_logit, ratio.target_logit)
     warnings = []
-    if outside > 0.34:
+    unreached, wrong = outside > 0.34, _far_from_one(ratio.mean_ratio)
+    if unreached:
         warnings.append(
-            f"the target lies outside the source: {outside:.0%} of the target samples are farther from the source than "
-            "source samples are from each other. TGDP re-weights what the source model can already produce; it cannot "
-            "create what is not there. Use a broader source, or fine-tune."
+            f"do not use the samples: the target lies outside the source. {outside:.0%} of the target samples are "
+            "farther from the source than source samples are from each other. TGDP re-weights what the source model "
+            "can already produce; it cannot create what is not there. Use a broader source, or fine-tune."
         )
-    if size < 10:
+    if wrong:
+        warnings.append(
+            f"the density ratio is wrong: its mean over the source is {ratio.mean_ratio:.2g} and should be 1. Do not "
+            "use the samples; the target is out of reach, or there are too few samples to tell."
+        )
+    elif size < 10:
         warnings.append(
             f"the density ratio rests on {size:.1f} effective source samples; expect samples of poor diversity, and do "
             "not trust likelihoods. More source data near the target would help most."
         )
-    if auc > 0.999 and len(target) >= 10:
+    if len(target) < 10:
+        warnings.append(
+            f"{len(target)} target samples are very few: the guidance, and these diagnostics too, say little about the "
+            "domain they come from. Compare the samples with what you know of it."
+        )
+    if auc > 0.999 and len(target) >= 10 and not unreached and not wrong:
         warnings.append(
             "the domains are perfectly separable for the classifier, so the ratio is not determined by the data; "
             "compare guided samples with held-out target data before use."

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tgdp_fast._checks import check_choice, check_integer
+from tgdp_fast._checks import check_choice, check_device, check_integer, check_seed
+from tgdp_fast._progress import announce
 from tgdp_fast.checkpoint import save_array, signature_of, write_atomic
 from tgdp_fast.data.arrays import check_labels
 from tgdp_fast.denoiser import evaluation_mode
@@ -135,6 +136,7 @@ def sample(
         device=device,
         callback=callback,
     )
+    announce(f"sampling: {num} samples", progress)
     return _draw(plan, 0, plan.num, progress)
 
 
@@ -201,9 +203,7 @@ def _prepare(
     first_index = check_integer("first_index", first_index, 0)
     if first_index + num > 2**63:
         raise ValueError(f"first_index + num must be at most 2^63, got {first_index} + {num}")
-    seed = check_integer("seed", seed, 0)
-    if seed >= 2**64:
-        raise ValueError(f"seed must be below 2^64, got {seed}; fold a larger seed into this range first")
+    seed = check_seed(seed)
     check_choice("precision", precision, PRECISIONS)
     requested_backend(backend)
     guided = _guided(denoiser, guidance, scale, interval, clamp, gradient_norm_limit)
@@ -219,7 +219,7 @@ def _prepare(
         )
     shape = _event_shape(shape, models)
     if batch_size is None:
-        batch_size = max(1, min(8192, 2**21 // math.prod(shape)))
+        batch_size = _default_batch_size(shape)
     device = _device(device, models)
     all_labels = _labels(labels, num, models)
     return _Plan(
@@ -237,6 +237,10 @@ def _prepare(
         device=device,
         callback=callback,
     )
+
+
+def _default_batch_size(shape: tuple[int, ...]) -> int:
+    return max(1, min(8192, 2**21 // math.prod(shape)))
 
 
 def _draw(plan: _Plan, start: int, stop: int, progress: bool) -> Tensor:
@@ -336,16 +340,16 @@ def sample_to_file(
     """:func:`sample`, writing ``path`` (.npy) atomically and resuming after a kill at any moment.
 
     Finished blocks lie in the folder ``<path>.partial`` until the file is complete. A later call takes them up if it
-    asks for the same samples of the same models, whatever its batch_size, backend and device; otherwise it discards
-    them, once it has a block of its own.
+    asks for the same samples of the same models, whatever its batch_size, block_size, backend and device; otherwise it
+    discards them, once it has a block of its own.
 
     Args:
         path: the .npy file, in an existing folder; float32 [num, *shape].
         finish: applied to the whole array before it is written (e.g. undoing a standardisation).
         signature: text that identifies the models, such as a hash; needed only where one is no ``nn.Module``. The
             default is a hash of their weights and buffers, ``to_config()`` and ``repr``.
-        block_size: samples per saved block (default: 2**24 values' worth, 64 MB, but at most 65,536 samples). No batch
-            is larger.
+        block_size: samples per saved block, and the most that a kill can cost (default: 2**21 values' worth, 8 MB, but
+            at most 8,192 samples; or one batch, if that is more). No batch is larger.
         num, progress, arguments: as in :func:`sample`.
 
     Returns:
@@ -361,33 +365,37 @@ def sample_to_file(
     del bound.arguments["progress"]
     plan = _prepare(**bound.arguments)
     if block_size is None:
-        block_size = max(1, min(65536, 2**24 // math.prod(plan.shape)))
+        block_size = max(plan.batch_size, _default_batch_size(plan.shape))
     block_size = check_integer("block_size", block_size, 1)
     target, partial = _target(path)
     if signature is None:
         signature = _signature(plan.guided)
     elif not isinstance(signature, str) or not signature:
         raise ValueError(f"signature must be a text that identifies the models, or None, got {signature!r}")
-    identity = json.dumps({"signature": signature, "block_size": block_size, **plan.identity()}, sort_keys=True)
+    identity = json.dumps({"signature": signature, **plan.identity()}, sort_keys=True)
 
     stamp = partial / "arguments.json"
     resumes = stamp.is_file() and stamp.read_text(encoding="utf-8") == identity
     result = np.empty((plan.num, *plan.shape), dtype=np.float32)
-    starts = range(0, plan.num, block_size)
-    hidden = None if progress and len(starts) > 1 else True  # None: shown on a terminal only
-    for start in tqdm(starts, desc="blocks", disable=hidden, leave=False):
-        stop = min(start + block_size, plan.num)
-        block = partial / f"block-{start:012d}.npy"
-        if resumes and block.is_file():
-            result[start:stop] = np.load(block, allow_pickle=False)
-            continue
-        result[start:stop] = _draw(plan, start, stop, progress).cpu().numpy()
-        if not resumes:  # Only now, so that a run that fails at once costs no finished blocks and leaves nothing.
-            _discard_blocks(partial)
-            partial.mkdir(exist_ok=True)
-            write_atomic(stamp, identity)
-            resumes = True
-        save_array(block, result[start:stop])
+    announce(f"sampling: {num} samples", progress)
+    hidden = None if progress and plan.num > block_size else True  # None: shown on a terminal only
+    stop = 0
+    with tqdm(total=plan.num, desc="samples", disable=hidden, leave=False) as bar:
+        while (start := stop) < plan.num:
+            block = partial / f"block-{start:012d}.npy"
+            if resumes and block.is_file():
+                values = np.load(block, allow_pickle=False)  # As many as that run saved at once.
+            else:
+                values = _draw(plan, start, min(start + block_size, plan.num), progress).cpu().numpy()
+                if not resumes:  # Only now, so that a run that fails at once costs no finished blocks.
+                    _discard_blocks(partial)
+                    partial.mkdir(exist_ok=True)
+                    write_atomic(stamp, identity)
+                    resumes = True
+                save_array(block, values)
+            stop = start + len(values)
+            result[start:stop] = values
+            bar.update(len(values))
     if finish is not None:
         result = finish(result)
     save_array(target, result)
@@ -520,13 +528,7 @@ def _device(device: str | torch.device | None, models: Mapping[str, Any]) -> tor
     if device is None:
         result = next((place for found in places.values() for place in found), torch.device("cpu"))
     else:
-        try:
-            result = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0".
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"device must be one that torch has here (cpu, cuda, ...), got {device!r}: {reason}"
-            ) from None
+        result = check_device(device)
     for name, found in places.items():
         for place in found - {result}:
             raise ValueError(

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tgdp_fast._checks import check_choice, check_integer, check_number
+from tgdp_fast._checks import check_choice, check_device, check_integer, check_number, check_seed
+from tgdp_fast._progress import announce
 from tgdp_fast.checkpoint import (
     CheckpointError,
     check_replaceable,
@@ -113,6 +115,7 @@ def optimise(
     module.train()
     saved = time.monotonic()
     stride = max(1, settings.steps // 100)
+    announce(f"{description}: {settings.steps} steps" + (f", from step {run.step}" if run.step else ""), progress)
     shown = None if progress else True  # None: on a terminal only
     bar = tqdm(total=settings.steps, initial=run.step, desc=description, unit="step", disable=shown, leave=False)
     # Dropout and the like draw from the global generator: seed it, and leave the caller's as it was.
@@ -355,6 +358,7 @@ def train_denoiser(
     if not isinstance(settings, Optimisation):
         raise ValueError(f"settings must be an Optimisation, got {type(settings).__name__}")
     x = as_samples("data", data, device_of(initial) if device is None else device)
+    warn_of_scale("data", x)
     if initial is not None:
         if schedule is not None and schedule != initial.schedule:
             raise ValueError(f"schedule must be that of initial, {initial.schedule}, or left out; got {schedule}")
@@ -400,7 +404,19 @@ def copy_denoiser(denoiser: Denoiser) -> Denoiser:
 def as_samples(name: str, data: np.ndarray | Tensor, device: str | torch.device | None = None) -> Tensor:
     """Checked float32 tensor [N, ...] on ``device``; see :func:`tgdp_fast.data.arrays.check_samples`."""
     array = check_samples(name, data)
-    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device or "cpu")
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(check_device(device or "cpu"))
+
+
+def warn_of_scale(name: str, x: Tensor) -> None:
+    """Warn of samples whose scale is far from 1, where noise of unit scale drowns them or does nothing to them."""
+    size = float(x.double().square().mean().sqrt())
+    if not 0.1 <= size <= 10:
+        warnings.warn(
+            f"{name} should have about unit scale, but its root mean square is {size:.3g}; expect a bad fit. "
+            "Pass (x - mean) / std, with mean and std of the source, or let TransferModel.fit train the denoiser: it "
+            "standardises",
+            stacklevel=3,
+        )
 
 
 def as_labels(
@@ -440,13 +456,6 @@ def device_of(model: Any) -> torch.device:
         for parameter in model.parameters():
             return parameter.device
     return torch.device("cpu")
-
-
-def check_seed(seed: int) -> int:
-    """An integer in 0 .. 2^63 - 1, or ValueError."""
-    if check_integer("seed", seed, 0) >= 2**63:
-        raise ValueError(f"seed must be below 2^63, got {seed}")
-    return int(seed)
 
 
 def derived_seed(seed: int, purpose: str) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast._checks import check_choice, check_integer, check_number
+from tgdp_fast._checks import check_choice, check_integer, check_number, check_seed
 from tgdp_fast.checkpoint import signature_of
 from tgdp_fast.denoiser import evaluation_mode
 from tgdp_fast.density_ratio import (
@@ -33,13 +33,13 @@ from tgdp_fast.training import (
     add_noise,
     as_labels,
     as_samples,
-    check_seed,
     count_classes,
     derived_seed,
     device_of,
     draw_times,
     optimise,
     seeded_initialisation,
+    warn_of_scale,
 )
 
 
@@ -120,6 +120,7 @@ def fit_guidance(
     """
     check_losses(loss, consistency, cycle, label_smoothing, time_distribution)
     check_seed(seed)
+    check_denoiser(denoiser)
     if denoiser is not None and schedule is not None and schedule != denoiser.schedule:
         raise ValueError(f"schedule must be that of denoiser, {denoiser.schedule}, or left out; got {schedule}")
     schedule = denoiser.schedule if denoiser is not None else schedule or NoiseSchedule.vp_linear()
@@ -131,6 +132,7 @@ def fit_guidance(
         raise ValueError("state_dir needs a denoiser that is a torch module, so that a resumed fit can tell it apart")
     home = device_of(denoiser)
     x_source = as_samples("source", source, home if device is None else device)
+    warn_of_scale("source", x_source)
     x_target = as_samples("target", target, x_source.device)
     if _is_module(denoiser) and home.type != x_source.device.type:
         raise ValueError(
@@ -255,6 +257,22 @@ def check_fit_arguments(
         check_choice("argument of fit_guidance", name, (*known, *_FIT_ARGUMENTS))
     with seeded_initialisation(0):
         GuidanceNetwork(event_shape, schedule, **network)
+
+
+def check_denoiser(denoiser: Any) -> None:
+    """Refuse what is no denoiser; None is one to be trained, or none.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    schedule = getattr(denoiser, "schedule", None)
+    if denoiser is not None and not (
+        isinstance(schedule, NoiseSchedule) and callable(getattr(denoiser, "epsilon", None))
+    ):
+        raise ValueError(
+            f"denoiser must be a Denoiser, or have a NoiseSchedule as schedule and a method epsilon, got "
+            f"{type(denoiser).__name__}; wrap a network as Denoiser(network, schedule, prediction)"
+        )
 
 
 def check_losses(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tgdp_fast._checks import check_device, check_seed
 from tgdp_fast.checkpoint import (
     CheckpointError,
     check_replaceable,
@@ -31,8 +32,8 @@ from tgdp_fast.density_ratio import TransferDiagnostics
 from tgdp_fast.guidance import GuidanceNetwork
 from tgdp_fast.sampling import sample, sample_to_file
 from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.training import Optimisation, check_seed, train_denoiser
-from tgdp_fast.transfer import GuidanceFit, check_fit_arguments, common_classes, fit_guidance
+from tgdp_fast.training import Optimisation, train_denoiser
+from tgdp_fast.transfer import GuidanceFit, check_denoiser, check_fit_arguments, common_classes, fit_guidance
 
 KIND = "transfer_model"
 
@@ -94,6 +95,15 @@ class TransferModel:
         Raises:
             ValueError: bad data, before any work.
         """
+        if denoiser_settings is not None and not isinstance(denoiser_settings, Optimisation):
+            raise ValueError(
+                f"denoiser_settings must be an Optimisation, got {type(denoiser_settings).__name__}; write "
+                "Optimisation(steps=...)"
+            )
+        if device is not None:
+            check_device(device)
+        if not isinstance(denoiser, TransferModel):
+            check_denoiser(denoiser)
         source = check_samples("source", source)
         target = check_samples("target", target, event_shape=source.shape[1:])
         standardizer = Standardizer.fit(source)
@@ -261,7 +271,6 @@ class Stages:
                 return load(place)
             except CheckpointError:  # Damaged: compute it again.
                 pass
-        self.folder.mkdir(parents=True, exist_ok=True)
         check_replaceable(place)  # Before the work, not after it.
         stamp.unlink(missing_ok=True)
         result = compute(self.folder / f"{name}.state")

@@ -44,6 +44,13 @@ def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
             f"{name}: {path} must be a .npy or .npz file, got {file.suffix or 'no suffix'}; convert it with numpy.save"
         )
     try:
+        with open(file, "rb") as handle:
+            start = handle.read(6)
+        if start and not start.startswith((b"\x93NUMPY", b"PK", b"\x80")):  # .npy, .npz, a pickle
+            raise ValueError(
+                f"it is not a NumPy file, whatever its name says (it starts with {start!r}); convert a text table "
+                "with numpy.save(path, numpy.loadtxt(table))"
+            )
         mapped = file.suffix.lower() == ".npy" and file.stat().st_size > _MAPPED_BYTES
         loaded = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):
@@ -87,7 +94,7 @@ def check_samples(
         ValueError: not numeric, fewer than two dimensions, empty or too few samples, another event shape,
             NaN or infinite values (with their number and the first row), values beyond float32.
     """
-    array = _as_numpy(array)
+    array = _as_numpy(name, array)
     _check_numeric(name, array)
     if array.ndim < 2:
         advice = "; for scalar samples use array.reshape(-1, 1)" if array.ndim == 1 else ""
@@ -123,7 +130,7 @@ def check_labels(name: str, labels: Any, count: int, num_classes: int | None = N
     Raises:
         ValueError: the counts differ, classes are not integers or out of range, values leave [0, 1].
     """
-    array = _as_numpy(labels)
+    array = _as_numpy(name, labels)
     _check_numeric(name, array)
     if array.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape [N] (classes) or [N, K] (multi-hot), got {list(array.shape)}")
@@ -175,7 +182,7 @@ class Standardizer:
     @classmethod
     def fit(cls, samples: np.ndarray | Tensor) -> Standardizer:
         """Statistics of ``samples`` [N, D] or [N, C, ...], accumulated in float64."""
-        array = _as_numpy(samples)
+        array = _as_numpy("samples", samples)
         if array.ndim < 2 or array.size == 0:
             raise ValueError(f"samples must have shape [N, ...] and hold values, got {list(array.shape)}")
         axes = (0, *range(2, array.ndim))
@@ -227,17 +234,33 @@ class Standardizer:
         return cls(tensors["mean"], tensors["std"])
 
 
-def _as_numpy(value: Any) -> np.ndarray:
+def _as_numpy(name: str, value: Any) -> np.ndarray:
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         # numpy has no bfloat16.
-        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    return np.asarray(value)
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name} must be an array, got the path {os.fspath(value)!r}; read it with numpy.load")
+    if value is None:
+        raise ValueError(f"{name} must be an array, got None; numpy.load reads one from a file")
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name} must be an array, got a {type(value).__name__} of rows of unequal shapes") from None
+
+
+_NUMERIC_ADVICE = {
+    "U": "; convert texts that are numbers with array.astype(float), and classes to indices 0, 1, ...",
+    "S": "; convert texts that are numbers with array.astype(float), and classes to indices 0, 1, ...",
+    "c": "; make the real and the imaginary part two features, numpy.concatenate([x.real, x.imag], axis=1)",
+    "O": "; convert with array.astype(float), once all rows have one shape",
+}
 
 
 def _check_numeric(name: str, array: np.ndarray) -> None:
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} must hold real numbers, got dtype {array.dtype}")
+        advice = _NUMERIC_ADVICE.get(array.dtype.kind, "")
+        raise ValueError(f"{name} must hold real numbers, got dtype {array.dtype}{advice}")
 
 
 def _report_non_finite(name: str, array: np.ndarray, converted: np.ndarray) -> None:
