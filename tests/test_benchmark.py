@@ -312,7 +312,9 @@ def test_bench_writes_a_file_that_becomes_a_report(tmp_path: Path, capsys: pytes
     assert "guided_step/1e4" in shown
     content = json.loads(first.read_text())
     assert set(content) == {"environment", "rows"}
-    assert {"cpu", "instruction_sets", "torch_threads", "torch", "commit", "floors"} <= set(content["environment"])
+    assert {"cpu", "instruction_sets", "torch_threads", "torch", "commit", "floors", "load_average_before"} <= set(
+        content["environment"]
+    )
     assert content["environment"]["torch_threads"] == 1
     assert [tuple(row) for row in content["rows"]] == [runner.KEYS] * 10
     content["rows"][0]["median_s"] = None
@@ -456,7 +458,7 @@ def test_readme_quotes_a_committed_result() -> None:
     result = report.load(ROOT / "bench" / "results" / name[1])
     assert report.summary(result["rows"]) in readme
     assert result["environment"]["cpu"] in readme
-    assert f"{result['environment']['torch_threads']} threads" in readme
+    assert f"threads: {result['environment']['torch_threads']} of {result['environment']['cpu_count']}" in readme
     assert re.fullmatch("[0-9a-f]{7,40}", result["environment"]["commit"])  # of a clean checkout
 
 

@@ -133,6 +133,7 @@ def bench(options: argparse.Namespace) -> int | None:
     )
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ValueError(f"--json must lie in an existing folder, got {options.json}")
+    load = runner.load_average()
     measured = floors.measure_floors(settings.device, 0.1 if options.quick else 0.5)
     rows: list[dict[str, Any]] = []
     try:
@@ -140,7 +141,7 @@ def bench(options: argparse.Namespace) -> int | None:
             found = runner.run_case(case, settings, measured, lambda line: print(line, file=sys.stderr, flush=True))
             rows += found
             if options.json is not None:
-                save_json(options.json, runner.result(rows, measured))
+                save_json(options.json, runner.result(rows, measured, load))
             if found:
                 print(report.table(found), flush=True)
     except KeyboardInterrupt:

@@ -107,7 +107,7 @@ def machine(environment: dict[str, Any]) -> str:
     cuda = environment.get("cuda")
     where = cuda["device"] if cuda else environment.get("cpu")
     return (
-        f"{where}, {environment.get('torch_threads')} threads, torch {environment.get('torch')}, "
+        f"{where}, {environment.get('torch_threads')} of {environment.get('cpu_count')} threads, torch {environment.get('torch')}, "
         f"tgdp_fast {environment.get('tgdp_fast')} at {environment.get('commit')}"
     )
 

@@ -190,9 +190,15 @@ def _without_native_messages() -> Iterator[None]:
         os.close(saved)
 
 
-def result(rows: Sequence[Row], floors: Floors) -> dict[str, Any]:
-    """What ``--json`` writes."""
-    return {"environment": environment() | {"floors": floors.to_json()}, "rows": list(rows)}
+def load_average() -> float | None:
+    """Processes that wanted to run in the last minute, on average; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def result(rows: Sequence[Row], floors: Floors, load: float | None) -> dict[str, Any]:
+    """What ``--json`` writes; ``load`` is the :func:`load_average` before the run, which tells an idle machine."""
+    facts = environment() | {"load_average_before": load, "floors": floors.to_json()}
+    return {"environment": facts, "rows": list(rows)}
 
 
 def _timed_row(case: Case, entry: Entry, floors: Floors) -> Row:
