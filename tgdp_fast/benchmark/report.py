@@ -106,10 +106,9 @@ def machine(environment: dict[str, Any]) -> str:
     """One line: processor or card, threads, versions, commit."""
     cuda = environment.get("cuda")
     where = cuda["device"] if cuda else environment.get("cpu")
-    return (
-        f"{where}, {environment.get('torch_threads')} of {environment.get('cpu_count')} threads, torch {environment.get('torch')}, "
-        f"tgdp_fast {environment.get('tgdp_fast')} at {environment.get('commit')}"
-    )
+    threads = f"threads: {environment.get('torch_threads')} of {environment.get('cpu_count')}"
+    versions = f"torch {environment.get('torch')}, tgdp_fast {environment.get('tgdp_fast')}"
+    return f"{where}, {threads}, {versions} at {environment.get('commit')}"
 
 
 def markdown(results: dict[str, Result]) -> str:
