@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 DEMO_OUT ?= runs/demo
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 # auto: use the torch that $(PYTHON) can import, install one otherwise. install: always install one.
@@ -16,12 +17,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo bench test lint format clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     transfer a diffusion model to a small target set; table and plots in $(DEMO_OUT)'
 	@echo 'make test     run the tests (PYTEST_ARGS="..." is passed on; --run-slow=all runs the slow ones too)'
+	@echo 'make bench    time everything here (BENCH_ARGS="--quick --json FILE ..." is passed on)'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff rewrite the sources'
 	@echo 'make clean    remove $(VENV) and all that was built'
@@ -32,6 +34,9 @@ help:
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/tgdp-fast demo --out $(DEMO_OUT)
+
+bench: $(VENV)/.demo-ready
+	$(BIN)/tgdp-fast bench $(BENCH_ARGS)
 
 # The script, not `python -m pytest`: that would put the top-level kernels/ on the import path, where other
 # packages look for one of that name.

@@ -44,6 +44,7 @@ LAYERS: dict[str, set[str] | None] = {
     "transfer": None,
     "transfer_model": None,
     "experiments": None,
+    "benchmark": None,
     "cli": None,
     "__main__": None,
     "_api": None,
@@ -51,7 +52,7 @@ LAYERS: dict[str, set[str] | None] = {
 }
 
 REQUIRED = {"torch", "numpy", "safetensors", "tqdm"}
-OPTIONAL = {"matplotlib", "sklearn", "scipy", "wfdb", "pandas", "diffusers", "triton"}
+OPTIONAL = {"matplotlib", "sklearn", "pytest_benchmark", "scipy", "wfdb", "pandas", "diffusers", "triton"}
 
 
 def python_files(*folders: str) -> list[Path]:

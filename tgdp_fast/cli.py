@@ -50,8 +50,8 @@ def _run(options: argparse.Namespace) -> int:
     from tgdp_fast.ops._dispatch import BackendUnavailableError
 
     try:
-        command: Callable[[argparse.Namespace], None] = options.command
-        command(options)
+        command: Callable[[argparse.Namespace], int | None] = options.command
+        return command(options) or 0
     except ValueError as error:
         print(f"tgdp-fast: error: {error}", file=sys.stderr)
         return 2
@@ -60,12 +60,11 @@ def _run(options: argparse.Namespace) -> int:
         if kept := _kept(options):
             print(f"tgdp-fast: {kept}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _kept(options: argparse.Namespace) -> str:
     """What a run that did not finish has left, or nothing."""
-    if "out" not in options:
+    if "out" not in options or options.command is bench_report:
         return ""
     if options.command in (transfer, sample):
         places = [_work(options.out), options.out.with_name(options.out.name + ".partial")]
@@ -149,6 +148,80 @@ def experiment_digits(options: argparse.Namespace) -> None:
     plan = digits.Plan(options.out, tuple(options.digits), options.n, options.seeds, progress=not options.quiet)
     digits.run(plan)
     print((plan.out / "results.md").read_text())
+
+
+def bench(options: argparse.Namespace) -> int | None:
+    """Time the operators, a training step and sampling, beside public ways to do the same."""
+    import torch
+
+    from tgdp_fast.benchmark import cases, floors, report, runner
+    from tgdp_fast.checkpoint import save_json
+
+    check_device(options.device, "--device")
+    if options.threads is not None:
+        torch.set_num_threads(check_integer("--threads", options.threads, 1))
+    chosen = cases.select(cases.all_cases(), options.only, quick=options.quick)
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return None
+    seconds = options.seconds if options.seconds is not None else 1.0 if options.quick else 10.0
+    settings = runner.Options(
+        device=torch.device(options.device),
+        providers=tuple(options.providers),
+        seconds=seconds,
+        least_rounds=3 if options.quick else 5,
+    )
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise ValueError(f"--json must lie in an existing folder, got {options.json}")
+    load = runner.load_average()
+    measured = floors.measure_floors(settings.device, 0.1 if options.quick else 0.5)
+    rows: list[dict[str, Any]] = []
+    try:
+        for case in chosen:
+            found = runner.run_case(case, settings, measured, lambda line: print(line, file=sys.stderr, flush=True))
+            rows += found
+            if options.json is not None:
+                save_json(options.json, runner.result(rows, measured, load))
+            if found:
+                print(report.table(found), flush=True)
+    except KeyboardInterrupt:
+        kept = f"; {options.json} holds them" if options.json is not None and rows else ""
+        print(f"\ninterrupted after {len(rows)} rows{kept}", file=sys.stderr)
+        return 130
+    return None
+
+
+def bench_report(options: argparse.Namespace) -> None:
+    """Results of bench as one Markdown text, and plots."""
+    from tgdp_fast.benchmark import report
+    from tgdp_fast.checkpoint import write_atomic
+    from tgdp_fast.experiments import figures
+
+    results = {path.stem: report.load(path) for path in options.files}
+    if len(results) < len(options.files):
+        raise ValueError("files must have different names: they are the headings of the report")
+    text = report.markdown(results)
+    print(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(options.out / "report.md", text)
+        if figures.available():
+            report.plot(results, options.out)
+
+
+def validate(options: argparse.Namespace) -> int | None:
+    """Check every operator, backend and precision on awkward shapes against float64; exit status 1 on failure."""
+    from tgdp_fast._info import environment
+    from tgdp_fast.benchmark import validate as checks
+    from tgdp_fast.checkpoint import save_json
+
+    rows = checks.validate(options.backend)
+    print(checks.table(rows))
+    if options.json is not None:
+        save_json(options.json, {"environment": environment(), "rows": rows})
+    failed = checks.failures(rows)
+    print(f"{len(rows)} checks, {len(failed)} failed")
+    return 1 if failed else None
 
 
 def transfer(options: argparse.Namespace) -> None:
@@ -395,6 +468,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
     _quiet(command)
 
+    command = _command(commands, "bench", bench)
+    command.add_argument("--quick", action="store_true", help="few and small cases, few rounds")
+    command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases: part of a name, or a pattern")
+    command.add_argument("--providers", nargs="+", default=[], help="peer, reference, compile, auto, a backend (all)")
+    command.add_argument("--seconds", type=float, help="time for the rounds of one case (10; quick: 1)")
+    command.add_argument("--threads", type=int, help="threads of torch")
+    command.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    command.add_argument("--json", type=Path, help="write the results there, after every case")
+    command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    command = _command(commands, "bench-report", bench_report)
+    command.add_argument("files", type=Path, nargs="+", help="files written by bench --json")
+    command.add_argument("--out", type=Path, help="folder for report.md and plots")
+    command = _command(commands, "validate", validate)
+    command.add_argument("--backend", help="this one alone (all that are there)")
+    command.add_argument("--json", type=Path, help="write the table there")
+
     command = _command(commands, "transfer", transfer)
     command.add_argument("--source", type=Path, required=True, help="source samples, .npy or .npz, [M, ...]")
     command.add_argument("--target", type=Path, required=True, help="target samples, .npy or .npz, [N, ...]")
@@ -418,7 +507,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
     text = function.__doc__ or ""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=function)

@@ -9,7 +9,7 @@ namespace tgdp {
 int64_t MlpShape::widest() const { return padded(*std::max_element(widths.begin(), widths.end())); }
 
 PackedMlp::PackedMlp(const MlpShape& shape, Products products, const std::vector<Rows>& weights,
-                     const std::vector<Rows>& biases, bool with_gradient, bool few_rows, int slot)
+                     const std::vector<Rows>& biases, bool with_gradient, int64_t rows, int slot)
     : shape_(shape), products_(products), forward_(shape.depth() + 1), backward_(shape.depth() + 1),
       left_(shape.depth() + 1), biases_(shape.depth() + 1, nullptr) {
   const int64_t depth = shape.depth();
@@ -34,10 +34,13 @@ PackedMlp::PackedMlp(const MlpShape& shape, Products products, const std::vector
       bool packs = false;
       if (few) {
         // The rows of a small head, or the columns of a small first layer, in float.
-        auto* rows = arena.take<float>(kFew * padded(l == 0 ? out : in));
-        if (memory != nullptr) small_layer(weight, l == 0, in, out, rows);
-        (l == 0 ? first_columns_ : head_) = rows;
+        auto* small = arena.take<float>(kFew * padded(l == 0 ? out : in));
+        if (memory != nullptr) small_layer(weight, l == 0, in, out, small);
+        (l == 0 ? first_columns_ : head_) = small;
       } else {
+        // Packing costs about a nanosecond per weight; without it each row's input and output of the layer are
+        // transposed, at a quarter of that per number.
+        const bool few_rows = rows / 4 <= in * out / (in + out);
         if (few_rows && as_is && in % 2 == 0) {
           auto* data = weight.data;
           if (products == Products::f32) left_[l].f32 = static_cast<float*>(data);

@@ -21,15 +21,18 @@ struct MlpShape {
 // Inputs, or outputs of a gradient, up to this many are handled without a matrix product.
 constexpr int64_t kFew = 8;
 
+// Rows for callers that use a packed matrix many times, or in ways that need it.
+constexpr int64_t kAlwaysPack = int64_t{1} << 62;
+
 // Weights of hidden layers and head in packed form, for products with `products`; holds float copies of the biases.
 // The memory belongs to the calling thread and is used again by its next PackedMlp of the same slot.
 class PackedMlp {
  public:
   // weights: depth + 1 matrices, the last the head [outputs, H_L]; biases: depth vectors, of layers 2.. and the head.
-  // with_gradient packs what the way back needs. few_rows: for few rows packing costs more than it gains, so products
-  // take the weights from where they are, if they can.
+  // with_gradient packs what the way back needs. `rows`: how many rows will be computed; for few of them packing costs
+  // more than it gains, so products take the weights from where they are, if they can.
   PackedMlp(const MlpShape& shape, Products products, const std::vector<Rows>& weights,
-            const std::vector<Rows>& biases, bool with_gradient, bool few_rows, int slot);
+            const std::vector<Rows>& biases, bool with_gradient, int64_t rows, int slot);
 
   const MlpShape& shape() const { return shape_; }
   Products products() const { return products_; }

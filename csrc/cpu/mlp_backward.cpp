@@ -53,7 +53,8 @@ struct Memory {
     for (int64_t l = 0; l < shape.depth(); ++l) {
       const int64_t width = padded(shape.widths[l]);
       activations.push_back(arena.take_operand(products, stacked, width));
-      slopes.push_back(arena.take_slopes(products, rows, width));
+      // In float also for bf16: they multiply sums of two terms that may cancel.
+      slopes.push_back(arena.take_slopes(Products::f32, rows, width));
       curved.push_back(with_tangent ? arena.take<float>(rows * width) : nullptr);
     }
     for (Operand& operand : bars) operand = arena.take_operand(products, stacked, shape.widest());
@@ -298,7 +299,7 @@ void mlp_backward(const MlpCall& call, const Rows& value_cotangent, const Rows& 
   const MlpShape& shape = call.shape;
   const Products products = products_for(call.x.dtype, call.split);
   const bool with_tangent = gradient_cotangent.data != nullptr;
-  const PackedMlp mlp(shape, products, call.weights, call.biases, true, false, 0);
+  const PackedMlp mlp(shape, products, call.weights, call.biases, true, kAlwaysPack, 0);
   const int64_t rows_per_block = block_rows(shape, std::max<int64_t>(call.batch, 1), with_tangent);
   const int64_t blocks = (call.batch + rows_per_block - 1) / rows_per_block;
   const int64_t threads = std::clamp<int64_t>(blocks, 1, at::get_num_threads());

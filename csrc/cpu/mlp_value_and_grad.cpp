@@ -9,8 +9,6 @@ namespace {
 
 // Rows of a block: its activations and slopes stay in a level-2 cache of 1 MiB at width 512.
 constexpr int64_t kBlockRows = 64;
-// Batches up to this do not pack their weights.
-constexpr int64_t kFewRows = 128;
 // Columns of a gradient that are converted at a time.
 constexpr int64_t kGradientPanel = 512;
 
@@ -33,7 +31,7 @@ void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& grad
   const bool with_gradient = gradient.data != nullptr;
   const Products products = products_for(call.x.dtype, call.split);
   const int p = static_cast<int>(products);
-  const PackedMlp mlp(shape, products, call.weights, call.biases, with_gradient, call.batch <= kFewRows, 0);
+  const PackedMlp mlp(shape, products, call.weights, call.biases, with_gradient, call.batch, 0);
   const int64_t rows_per_block = block_rows(call.batch);
   const int64_t blocks = (call.batch + rows_per_block - 1) / rows_per_block;
   const int64_t inputs = shape.inputs, first_width = padded(shape.widths[0]), panel = std::min(kGradientPanel, padded(inputs));

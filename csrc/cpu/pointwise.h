@@ -42,7 +42,7 @@ struct Rows {
   Dtype dtype = Dtype::f32;
 };
 
-// silu' of a layer, [rows, columns] with row stride ld: bf16 where the products are, else float. ld 0: none.
+// silu' of a layer, [rows, columns] with row stride ld, float or bf16. ld 0: none.
 struct Slopes {
   float* f32 = nullptr;
   uint16_t* bf16 = nullptr;

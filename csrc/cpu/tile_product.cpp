@@ -3,6 +3,10 @@
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +18,8 @@ namespace tgdp {
 namespace {
 
 const at::BFloat16* bf16(const uint16_t* data) { return reinterpret_cast<const at::BFloat16*>(data); }
+
+constexpr int64_t kPartOfSum = 512;
 
 // Whether the processor multiplies bf16 in hardware and this torch reaches it: a small product is tried, for a
 // library that answers "supported" may mean an emulation or another layout.
@@ -53,9 +59,14 @@ unsigned char* Scratch::reserve(int64_t bytes) {
     std::free(data_);
     data_ = nullptr;
     size_ = 0;
-    const auto size = (static_cast<size_t>(bytes) + 4095) / 4096 * 4096;
-    data_ = static_cast<unsigned char*>(std::aligned_alloc(64, size));
+    // Large memory in huge pages where the system gives them: a product walks through many rows far apart.
+    const size_t page = bytes >= (4 << 20) ? size_t{2} << 20 : 4096;
+    const auto size = (static_cast<size_t>(bytes) + page - 1) / page * page;
+    data_ = static_cast<unsigned char*>(std::aligned_alloc(page, size));
     if (data_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (page > 4096) (void)madvise(data_, size, MADV_HUGEPAGE);
+#endif
     std::memset(data_, 0, size);
     size_ = static_cast<int64_t>(size);
   }
@@ -214,8 +225,11 @@ Operand turned_left(Products products, const Operand& operand, int64_t rows, int
 void multiply(Products products, int64_t rows, int64_t columns, int64_t depth, const Operand& a,
               const PackedMatrix& b, int64_t first_column, float* c, int64_t ldc, bool accumulate) {
   if (products == Products::f32) {
-    at::native::cpublas::brgemm(rows, columns, depth, a.ld, b.ld, ldc, accumulate, a.f32, b.f32 + first_column, c,
-                                false);
+    // A part adds to C what it has summed by itself, so that rounding errors of a long sum do not add up in one.
+    for (int64_t k = 0; k < depth; k += kPartOfSum) {
+      at::native::cpublas::brgemm(rows, columns, std::min(kPartOfSum, depth - k), a.ld, b.ld, ldc, accumulate || k > 0,
+                                  a.f32 + k, b.f32 + k * b.ld + first_column, c, false);
+    }
     return;
   }
   const auto product = [&](const uint16_t* left, const uint16_t* right, bool add) {

@@ -160,11 +160,11 @@ int64_t run_block(const TrajectoryCall& call, int64_t row, int64_t rows, Memory&
 int64_t trajectory(const TrajectoryCall& call, float* out) {
   if (call.batch == 0) return -1;
   const PackedMlp score(call.score.shape, products_for(call.score.weights[0].dtype, call.split), call.score.weights,
-                        call.score.biases, false, false, 0);
+                        call.score.biases, false, kAlwaysPack, 0);
   std::optional<PackedMlp> guidance;
   if (call.guidance) {
     guidance.emplace(call.guidance->shape, products_for(call.guidance->weights[0].dtype, call.split),
-                     call.guidance->weights, call.guidance->biases, true, false, 1);
+                     call.guidance->weights, call.guidance->biases, true, kAlwaysPack, 1);
   }
   const int64_t share = (call.batch + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t rows_per_block = std::min(kBlockRows, rounded_rows(share));

@@ -68,7 +68,7 @@ def scatter_grid(
         row[0].set_ylabel(f"n = {n}")
     for axis, method in zip(axes[0], methods, strict=True):
         axis.set_title(method, fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def ratio_grid(
@@ -104,7 +104,7 @@ def ratio_grid(
     for axis, method in zip(axes[0], ["exact", *methods], strict=True):
         axis.set_title(method, fontsize=9)
     figure.colorbar(image, ax=axes, label="log h at t_min", shrink=0.7)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def image_grid(path: Path, groups: Mapping[str, np.ndarray], shape: tuple[int, int], columns: int = 20) -> Path:
@@ -119,10 +119,11 @@ def image_grid(path: Path, groups: Mapping[str, np.ndarray], shape: tuple[int, i
         axis.imshow(tiles.transpose(0, 2, 1, 3).reshape(-1, columns * (shape[1] + 2)), cmap="gray_r")
         axis.set(xticks=[], yticks=[])
         axis.set_title(name, fontsize=9, loc="left")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a PNG, atomically, and close the figure."""
     temporary = path.with_name(f".{path.name}.partial")
     figure.savefig(temporary, dpi=150, format="png")
     pyplot().close(figure)

@@ -1,0 +1,355 @@
+"""Every operator, backend and precision on awkward shapes, against float64 and beside eager PyTorch's own error."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tgdp_fast._checks import check_choice
+from tgdp_fast.benchmark import eager
+from tgdp_fast.benchmark.accuracy import PRECISIONS, Error, error_of, within
+from tgdp_fast.benchmark.problems import PerceptronInputs, StepInputs, perceptron_inputs, step_inputs
+from tgdp_fast.experiments.results import markdown_table
+from tgdp_fast.noise import normal
+from tgdp_fast.ops import (
+    BackendUnavailableError,
+    TrajectoryNetwork,
+    TrajectoryPlan,
+    _dispatch,
+    guided_step,
+    mlp_value_and_grad,
+    trajectory,
+)
+from tgdp_fast.ops.trajectory import trajectory_reference
+from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.solvers import solver_table
+
+Row = dict[str, Any]
+
+KEYS = (
+    "operator", "backend", "dtype", "shape", "max_error", "mean_error", "eager_max_error", "eager_mean_error", "verdict"
+)  # fmt: skip
+
+_SEED = 11
+
+
+@dataclass(frozen=True)
+class _PerceptronShape:
+    """Batch, inputs and widths, and how the tensors lie in memory."""
+
+    batch: int
+    inputs: int
+    widths: tuple[int, ...]
+    bias_rows: str = "shared"
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        return f"[{self.batch}, {self.inputs}] {'x'.join(map(str, self.widths))}, {self.bias_rows} bias, {self.layout}"
+
+
+PERCEPTRONS = (
+    _PerceptronShape(0, 3, (16, 16)),
+    _PerceptronShape(1, 2, (128,) * 4),
+    _PerceptronShape(1, 1, (1,)),
+    _PerceptronShape(37, 2, (33,)),
+    _PerceptronShape(129, 1, (17, 31)),
+    _PerceptronShape(65, 5, (48, 20, 7), "per sample"),
+    _PerceptronShape(1, 7, (40, 24), "per sample"),
+    _PerceptronShape(33, 64, (130, 127, 129), layout="strided"),
+    _PerceptronShape(64, 17, (64, 64), "per sample", "strided"),
+    _PerceptronShape(31, 10, (50, 50), layout="misaligned"),
+    _PerceptronShape(77, 2, (512,) * 4),
+    _PerceptronShape(5, 3904, (96, 64), "per sample"),
+)
+
+
+@dataclass(frozen=True)
+class _StepShape:
+    """Shape of x, history slots, and what the step does besides."""
+
+    shape: tuple[int, ...]
+    slots: int
+    noise: bool = False
+    clamp: bool = False
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        parts = [f"{list(self.shape)}", f"{self.slots} slots", *["noise"] * self.noise, *["clamp"] * self.clamp]
+        return ", ".join([*parts, self.layout])
+
+
+STEPS = (
+    _StepShape((0, 3), 1),
+    _StepShape((1, 1), 0),
+    _StepShape((1, 2), 2, noise=True),
+    _StepShape((5,), 1, noise=True, clamp=True),
+    _StepShape((7, 3), 0, noise=True),
+    _StepShape((33, 5), 1, clamp=True),
+    _StepShape((6, 2, 7), 2, noise=True, layout="strided"),
+    _StepShape((9, 13), 1, noise=True, layout="misaligned"),
+    _StepShape((3, 8, 1000), 2, noise=True, clamp=True),
+    _StepShape((4099, 2), 1),
+)
+
+
+def place(tensor: Tensor, layout: str) -> Tensor:
+    """The same values: "contiguous", "strided" (every second entry of a larger transposed buffer, the rest NaN) or
+    "misaligned" (one entry past the start of a buffer).
+    """
+    if layout == "strided":
+        buffer = tensor.new_full([2 * size for size in reversed(tensor.shape)], math.nan)
+        view = buffer[tuple(slice(1, None, 2) for _ in tensor.shape)].permute(*reversed(range(tensor.ndim)))
+        return view.copy_(tensor)
+    if layout == "misaligned":
+        return tensor.new_full((tensor.numel() + 1,), math.nan)[1:].view(tensor.shape).copy_(tensor)
+    return tensor.contiguous()
+
+
+#: What a check yields: shape, outputs by backend name, exact outputs, eager's outputs.
+_Check = tuple[str, Callable[[str], Sequence[Tensor]], Sequence[Tensor], Sequence[Tensor]]
+
+
+def _perceptrons(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[_PerceptronShape, PerceptronInputs]]:
+    for shape in PERCEPTRONS:
+        inputs = perceptron_inputs(
+            shape.batch, shape.inputs, shape.widths, dtype, device, bias_rows=shape.bias_rows, seed=_SEED
+        )
+        yield shape, inputs
+
+
+def _forward(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    for shape, inputs in _perceptrons(dtype, device):
+        placed = inputs.map(partial(place, layout=shape.layout))
+
+        def outputs(backend: str, placed: PerceptronInputs = placed) -> Sequence[Tensor]:
+            with torch.no_grad():
+                return mlp_value_and_grad(*placed, backend=backend)
+
+        yield str(shape), outputs, eager.value_and_grad(*inputs.to(torch.float64)), eager.value_and_grad(*inputs)
+
+
+def _backward(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    for shape, inputs in _perceptrons(dtype, device):
+        generator = torch.Generator().manual_seed(_SEED)
+        scale = max(shape.batch, 1) ** -0.5
+        fb, gb = (
+            (scale * torch.randn(size, generator=generator)).to(device, dtype)
+            for size in ((shape.batch,), (shape.batch, shape.inputs))
+        )
+        placed = inputs.map(partial(place, layout=shape.layout))
+
+        def outputs(
+            backend: str, placed: PerceptronInputs = placed, fb: Tensor = fb, gb: Tensor = gb
+        ) -> Sequence[Tensor]:
+            leaves = placed.map(lambda tensor: tensor.detach().requires_grad_())
+            return torch.autograd.grad(mlp_value_and_grad(*leaves, backend=backend), leaves.flat(), [fb, gb])
+
+        exact = eager.backward(fb.double(), gb.double(), inputs.to(torch.float64))
+        yield str(shape), outputs, exact, eager.backward(fb, gb, inputs)
+
+
+def _step(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    generator = torch.Generator().manual_seed(_SEED)
+    for shape in STEPS:
+        inputs = step_inputs(shape.shape, shape.slots, dtype, device, seed=_SEED)
+        random_matrix = torch.randn(1 + shape.slots, 2 + shape.slots, generator=generator, dtype=torch.float64)
+        step: dict[str, Any] = {
+            "matrix": random_matrix.tolist(),
+            "guidance_weight": 0.7,
+            "alpha": 0.8,
+            "sigma": 0.6,
+            "clamp": (-1.0, 1.0) if shape.clamp else None,
+            "noise_scale": 0.5 if shape.noise else 0.0,
+        }
+        # Indices past 2^32, so that 64-bit counters are seen.
+        sample_index = torch.arange(shape.shape[0], device=device) * 3 + 2**33
+        z = None
+        if shape.noise:
+            elements = math.prod(shape.shape[1:])
+            z = normal(_SEED, sample_index, elements, 5, device=device).reshape(shape.shape)
+        placed = inputs.map(partial(place, layout=shape.layout))
+
+        def outputs(
+            backend: str,
+            placed: StepInputs = placed,
+            step: dict[str, Any] = step,
+            sample_index: Tensor = sample_index,
+        ) -> Sequence[Tensor]:
+            x_next, history, x0 = guided_step(
+                *placed, **step, seed=_SEED, sample_index=sample_index, evaluation=5, backend=backend
+            )
+            return [x_next, x0, *(() if history is None else history.unbind(0))]
+
+        exact = eager.guided_step(*inputs.map(Tensor.double), **step, z=None if z is None else z.double())
+        plain = eager.guided_step(*inputs, **step, z=None if z is None else z.to(dtype))
+        yield str(shape), outputs, exact, plain
+
+
+@dataclass(frozen=True)
+class _TrajectoryShape:
+    """Samples, their size, the widths of both networks, and the solver."""
+
+    batch: int
+    size: int
+    score: tuple[int, ...]
+    guidance: tuple[int, ...] = ()
+    solver: str = "dpmpp_2m"
+    sample_bias: bool = False
+    limits: bool = False
+
+    def __str__(self) -> str:
+        networks = f"{'x'.join(map(str, self.score))} and {'x'.join(map(str, self.guidance)) or 'no'} guidance"
+        extras = ["labels"] * self.sample_bias + ["clamp, norm limit"] * self.limits
+        return ", ".join([f"[{self.batch}, {self.size}]", networks, self.solver, *extras])
+
+
+TRAJECTORIES = (
+    _TrajectoryShape(0, 2, (16,), (16,)),
+    _TrajectoryShape(1, 1, (8,), (12, 5)),
+    _TrajectoryShape(67, 2, (64, 64), (48, 20), "ddpm"),
+    _TrajectoryShape(33, 9, (33, 17), (130,), sample_bias=True),
+    _TrajectoryShape(130, 8, (40,), (), "heun", limits=True),
+    _TrajectoryShape(70, 37, (96, 64), (64, 96), "dpmpp_2m_sde", sample_bias=True, limits=True),
+)
+
+
+def _trajectory(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    """States are float32 whatever the networks' dtype; the results are rounded to it, so that one limit serves all."""
+    schedule = NoiseSchedule.vp_linear()
+    for shape in TRAJECTORIES:
+        table = solver_table(shape.solver, schedule, 3)
+        count = table.nfe
+        generator = torch.Generator().manual_seed(_SEED)
+
+        def draw(*size: int, scale: float, generator: torch.Generator = generator) -> Tensor:
+            return (scale * torch.randn(size, generator=generator)).to(device)
+
+        networks = []
+        for widths, last in ((shape.score, shape.size), (shape.guidance, 1)):
+            sizes = (shape.size, *widths, last)
+            weights = [draw(m, n, scale=n**-0.5).to(dtype) for n, m in itertools.pairwise(sizes)]
+            biases = [draw(m, scale=0.3).to(dtype) for m in sizes[2:]]
+            sample_bias = draw(shape.batch, sizes[1], scale=0.3) if shape.sample_bias else None
+            networks.append(TrajectoryNetwork(weights, biases, draw(count, sizes[1], scale=0.3), sample_bias))
+        score, guidance = networks[0], networks[1] if shape.guidance else None
+        plan = TrajectoryPlan(
+            table.matrix,
+            table.noise_scale,
+            0.5 * table.sigma,
+            table.alpha,
+            table.sigma,
+            table.sigma,  # a v-prediction
+            table.alpha,
+            (-2.0, 2.0) if shape.limits else None,
+            0.2 if shape.limits else None,
+        )
+        x = draw(shape.batch, shape.size, scale=1.0)
+        sample_index = torch.arange(shape.batch, device=device) * 3 + 2**33
+
+        def outputs(
+            backend: str,
+            call: tuple[Any, ...] = (x, score, guidance, plan),
+            sample_index: Tensor = sample_index,
+        ) -> Sequence[Tensor]:
+            return [trajectory(*call, seed=_SEED, sample_index=sample_index, backend=backend).x.to(dtype)]
+
+        double = (_double(score), None if guidance is None else _double(guidance))
+        exact = trajectory_reference(x.double(), *double, plan, _SEED, sample_index)[0]
+        yield str(shape), outputs, [exact], [trajectory_reference(x, score, guidance, plan, _SEED, sample_index)[0]]
+
+
+def _double(network: TrajectoryNetwork) -> TrajectoryNetwork:
+    weights, biases, evaluation_bias, sample_bias = network
+    return TrajectoryNetwork(
+        [w.double() for w in weights],
+        [b.double() for b in biases],
+        evaluation_bias.double(),
+        None if sample_bias is None else sample_bias.double(),
+    )
+
+
+#: The checks of every registered operator.
+CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[_Check]]] = {
+    "guided_step": _step,
+    "mlp_value_and_grad": _forward,
+    "mlp_value_and_grad_backward": _backward,
+    "trajectory": _trajectory,
+}
+
+
+def validate(backend: str | None = None) -> list[Row]:
+    """Check every operator on every backend that is there, or on ``backend`` alone.
+
+    Returns:
+        A row per operator, backend, dtype and shape; ``verdict`` is "passed", "failed", "unchecked" (an operator that
+        has no checks here: a failure), or "refused: reason" where the backend says that it does not take such a call.
+
+    Raises:
+        ValueError: no such backend, or one that no operator has here.
+    """
+    report = _dispatch.backend_report()
+    if backend is not None:
+        check_choice("--backend", backend, _dispatch.BACKENDS)
+        reasons = {states[backend] for states in report.values()}
+        if "available" not in reasons:
+            raise ValueError(f"--backend must be one that is available here, got {backend!r}: {'; '.join(reasons)}")
+    rows: list[Row] = []
+    for operator, states in report.items():
+        names = [name for name, state in states.items() if state == "available" and backend in (None, name)]
+        if operator not in CHECKS:
+            empty = dict.fromkeys(KEYS)
+            rows += [empty | {"operator": operator, "backend": name, "verdict": "unchecked"} for name in names]
+            continue
+        for name, precision in itertools.product(names, PRECISIONS):
+            rows += _rows(operator, name, precision)
+    return rows
+
+
+def _rows(operator: str, backend: str, precision: str) -> Iterator[Row]:
+    dtype = PRECISIONS[precision]
+    for shape, outputs, exact, plain in CHECKS[operator](dtype, _device_for(backend)):
+        yardstick = error_of(plain, exact)
+        error, verdict = Error(math.nan, math.nan), ""
+        try:
+            got = outputs(backend)
+        except BackendUnavailableError as refusal:
+            verdict = f"refused: {refusal.reason}"
+        except (RuntimeError, ValueError) as problem:
+            verdict = f"failed: {str(problem).splitlines()[0]}"
+        else:
+            error = error_of(got, exact)
+            right = within(error, yardstick, dtype) and all(value.dtype == dtype for value in got)
+            verdict = "passed" if right else "failed"
+        values = (operator, backend, precision, shape, *error, *yardstick, verdict)
+        yield dict(zip(KEYS, values, strict=True))
+
+
+def _device_for(backend: str) -> torch.device:
+    """Where a backend's tensors have to be; Triton serves CPU tensors in its interpreter."""
+    cuda = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def failures(rows: Sequence[Row]) -> list[Row]:
+    """The rows that are neither passed nor refused."""
+    return [row for row in rows if row["verdict"] != "passed" and not row["verdict"].startswith("refused")]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown with a line per row."""
+    header = ["operator", "backend", "dtype", "shape", "max", "mean", "eager max", "eager mean", "verdict"]
+    body = [[_text(row[key]) for key in KEYS] for row in rows]
+    return markdown_table(header, body)
+
+
+def _text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
