@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -246,7 +247,7 @@ def test_a_backend_is_a_provider_only_where_it_runs() -> None:
     lines: list[str] = []
     options = runner.Options(seconds=0.01, least_rounds=1, most_rounds=1, providers=("triton",))
     assert runner.run_case(cases.FitStep(8, consistency=False, batch=8), options, FLOORS, lines.append) == []
-    assert "no operator of this case runs on triton" in lines[0]
+    assert "no triton" in lines[0]
 
 
 def test_a_case_that_does_not_fit_into_memory_is_left_out() -> None:
@@ -274,8 +275,8 @@ def test_names_are_unique_and_selected_by_part_or_pattern() -> None:
     assert {case.name for case in cases.select(everything, ["guided_step/"])} == {
         f"guided_step/1e{i}" for i in range(4, 9)
     }
-    assert [case.name for case in cases.select(everything, ["*batch1-*width128"], quick=True)] == [
-        "mlp_value_and_grad/batch1-input2-width128"
+    assert [case.name for case in cases.select(everything, ["*batch16-*width128"], quick=True)] == [
+        "mlp_value_and_grad/batch16-input2-width128"
     ]
     with pytest.raises(ValueError, match=r"got 'nothing'; cases: guided_step/1e4, "):
         cases.select(everything, ["nothing"])
@@ -302,7 +303,17 @@ def bench(*words: str) -> int:
 @pytest.mark.usefixtures("quick_floors")
 def test_bench_writes_a_file_that_becomes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "one.json", tmp_path / "two.json"
-    words = ["--quick", "--only", "guided_step/1e4", "batch1-", "--providers", "peer", "reference", "--seconds", "0.05"]
+    words = [
+        "--quick",
+        "--only",
+        "guided_step/1e4",
+        "batch16-",
+        "--providers",
+        "peer",
+        "reference",
+        "--seconds",
+        "0.05",
+    ]
     threads = torch.get_num_threads()
     try:
         assert bench(*words, "--json", str(first), "--threads", "1") == 0
@@ -383,7 +394,9 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path: Path) -> None:
     chosen = ["-k", "guided_step/1e4-fp32 and not compile", "--benchmark-max-time=0.01", "-n", "0"]
     if not _has_xdist():
         chosen = chosen[:-2]
-    done = subprocess.run(command + chosen, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Benchmarks are off under a parallel run, also one that this test is part of.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command + chosen, cwd=ROOT, capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"[2-9] passed", done.stdout)
 

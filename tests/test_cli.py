@@ -228,7 +228,7 @@ def test_messages_of_an_interrupt_and_a_failure_say_what_was_kept(
 
     command = ["sample", str(folder / "model"), "--num", "9000", "--steps", "1", "--out", str(folder / "y.npy")]
     with monkeypatch.context() as patch:
-        patch.setattr("tgdp_fast.sampling.guided_step", raising(KeyboardInterrupt))
+        patch.setattr("tgdp_fast.sampling.normal", raising(KeyboardInterrupt))
         assert main([*command, "--quiet"]) == 130
         assert capsys.readouterr().err == "tgdp-fast: interrupted; nothing was kept\n"
     with monkeypatch.context() as patch:
