@@ -22,6 +22,8 @@ pytestmark = needs_extension
 SHAPES = [
     ((1, 1), 1),
     ((5, 33), 3),
+    ((21, 33, 50), 2),
+    ((128, 64, 130), 4),
     ((3, 16, 16), 0),
     ((8, 130, 7, 64), 129),
     ((9, 17, 80), 131),
@@ -135,6 +137,10 @@ def test_a_row_depends_on_no_other_row(sizes, dtype):
     for a, b in zip(whole, spoiled, strict=True):
         assert torch.equal(a[others], b[others])
         assert not b[[7, 255]].isfinite().any()
+    # In the smallest batches too, which take another way.
+    few = mlp_value_and_grad(x[6:9], first_bias[6:9], weights, biases, backend="cpu")
+    for a, b in zip(whole, few, strict=True):
+        torch.testing.assert_close(a[[6, 8]], b[[0, 2]], rtol=8 * ROUNDOFF[dtype], atol=8 * ROUNDOFF[dtype])
     # Nor does what an earlier call left in the working memory reach a later one.
     again = mlp_value_and_grad(x[:1], first_bias[:1], weights, biases, backend="cpu")
     for a, b in zip(whole, again, strict=True):

@@ -10,8 +10,9 @@ int64_t MlpShape::widest() const { return padded(*std::max_element(widths.begin(
 
 PackedMlp::PackedMlp(const MlpShape& shape, Products products, const std::vector<Rows>& weights,
                      const std::vector<Rows>& biases, bool with_gradient, int64_t rows, int slot)
-    : shape_(shape), products_(products), forward_(shape.depth() + 1), backward_(shape.depth() + 1),
-      left_(shape.depth() + 1), biases_(shape.depth() + 1, nullptr) {
+    : shape_(shape), products_(rows <= kTinyRows ? Products::f32 : products), tiny_(rows <= kTinyRows), weights_(weights),
+      forward_(shape.depth() + 1), backward_(shape.depth() + 1), left_(shape.depth() + 1),
+      biases_(shape.depth() + 1, nullptr) {
   const int64_t depth = shape.depth();
   struct Job {
     int64_t layer, in, out;
@@ -37,7 +38,7 @@ PackedMlp::PackedMlp(const MlpShape& shape, Products products, const std::vector
         auto* small = arena.take<float>(kFew * padded(l == 0 ? out : in));
         if (memory != nullptr) small_layer(weight, l == 0, in, out, small);
         (l == 0 ? first_columns_ : head_) = small;
-      } else {
+      } else if (!tiny_) {
         // Packing costs about a nanosecond per weight; without it each row's input and output of the layer are
         // transposed, at a quarter of that per number.
         const bool few_rows = rows / 4 <= in * out / (in + out);
@@ -127,6 +128,12 @@ void layer_panels(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const Mlp
     if (few) {
       pointwise().few_inputs(input.few_x, kPadding, shape.inputs, mlp.first_columns() + column, width, rows, columns,
                              block.panel, kPanel);
+    } else if (mlp.tiny()) {
+      Rows weight = mlp.weight(layer);
+      weight.data = static_cast<unsigned char*>(weight.data) + column * weight.stride * size_of(weight.dtype);
+      const int64_t present = std::min(columns, shape.widths[layer] - column);
+      pointwise().dot_rows(weight, present, shape.in(layer), below.f32, below.ld, rows, block.panel, kPanel);
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(block.panel + r * kPanel + present, columns - present, 0.0f);
     } else if (left.ld != 0) {
       // z^T = W a^T, for which W is used as it lies in memory.
       const int64_t present = std::min(columns, shape.widths[layer] - column);
@@ -140,6 +147,14 @@ void layer_panels(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const Mlp
     }
     body(column, columns);
   }
+}
+
+// Columns [column, column + columns) of delta W_l from the weight as it lies in memory.
+void combine(const PackedMlp& mlp, int64_t layer, const Operand& delta, int64_t rows, int64_t column, int64_t columns,
+             float* out, int64_t ld) {
+  Rows weight = mlp.weight(layer);
+  weight.data = static_cast<unsigned char*>(weight.data) + column * size_of(weight.dtype);
+  pointwise().combine_rows(weight, mlp.shape().widths[layer], columns, delta.f32, delta.ld, rows, out, ld);
 }
 
 void keep_panel(const KeepPreActivations& keep, const float* panel, int64_t layer, int64_t column, int64_t width) {
@@ -192,8 +207,13 @@ Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, con
     const int64_t width = padded(shape.in(l));
     for (int64_t column = 0; column < width; column += kPanel) {
       const int64_t columns = std::min(kPanel, width - column);
-      multiply(mlp.products(), rows, columns, mlp.depth_of_product(shape.widths[l]), delta, mlp.backward(l), column,
-               block.panel, kPanel);
+      if (mlp.tiny()) {
+        std::fill_n(block.panel, rows * kPanel, 0.0f);  // the padding, which may lie beyond the last whole vector
+        combine(mlp, l, delta, rows, column, std::min(columns, shape.in(l) - column), block.panel, kPanel);
+      } else {
+        multiply(mlp.products(), rows, columns, mlp.depth_of_product(shape.widths[l]), delta, mlp.backward(l), column,
+                 block.panel, kPanel);
+      }
       pointwise().scale[p](block.slopes[l - 1].from(column), block.panel, kPanel, rows, columns, other.from(column));
     }
     std::swap(delta, other);
@@ -208,6 +228,16 @@ void input_gradient(const PackedMlp& mlp, const Operand& delta, int64_t rows, in
   if (mlp.few_inputs()) {
     pointwise().few_outputs[static_cast<int>(mlp.products())](delta, shape.inputs, mlp.first_columns(), rows, width,
                                                               gradient, ld);
+    return;
+  }
+  if (mlp.tiny()) {
+    for (int64_t column = begin; column < end; column += kPanel) {
+      // By way of a panel: whole vectors are written, and the gradient's rows may end before.
+      float panel[kTinyRows * kPanel];
+      const int64_t columns = std::min(kPanel, end - column);
+      combine(mlp, 0, delta, rows, column, columns, panel, kPanel);
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(panel + r * kPanel, columns, gradient + r * ld + column - begin);
+    }
     return;
   }
   multiply(mlp.products(), rows, end - begin, mlp.depth_of_product(shape.widths[0]), delta, mlp.backward(0), begin, gradient,

@@ -45,6 +45,9 @@ class PackedMlp {
   const PackedMatrix& backward(int64_t layer) const { return backward_[layer]; }
   // W_l itself as a left factor, where it is not packed for forward(l); ld 0 otherwise.
   const Operand& left(int64_t layer) const { return left_[layer]; }
+  // For at most kTinyRows rows nothing is packed, and operands are float.
+  bool tiny() const { return tiny_; }
+  const Rows& weight(int64_t layer) const { return weights_[layer]; }
   const float* bias(int64_t layer) const { return biases_[layer]; }  // of layers 1 .. depth, padded
   const float* head() const { return head_; }                // few rows of the head, padded
   const float* first_columns() const { return first_columns_; }  // W_1^T [inputs, padded], few inputs only
@@ -52,6 +55,8 @@ class PackedMlp {
  private:
   MlpShape shape_;
   Products products_;
+  bool tiny_;
+  std::vector<Rows> weights_;
   static void small_layer(const Rows& weight, bool columns, int64_t in, int64_t out, float* to);
 
   std::vector<PackedMatrix> forward_, backward_;

@@ -29,9 +29,9 @@ void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& grad
   if (call.batch == 0) return;
   const MlpShape& shape = call.shape;
   const bool with_gradient = gradient.data != nullptr;
-  const Products products = products_for(call.x.dtype, call.split);
+  const PackedMlp mlp(shape, products_for(call.x.dtype, call.split), call.weights, call.biases, with_gradient, call.batch, 0);
+  const Products products = mlp.products();
   const int p = static_cast<int>(products);
-  const PackedMlp mlp(shape, products, call.weights, call.biases, with_gradient, call.batch, 0);
   const int64_t rows_per_block = block_rows(call.batch);
   const int64_t blocks = (call.batch + rows_per_block - 1) / rows_per_block;
   const int64_t inputs = shape.inputs, first_width = padded(shape.widths[0]), panel = std::min(kGradientPanel, padded(inputs));

@@ -14,6 +14,9 @@ namespace tgdp {
 // Columns come in multiples of this many: one vector of the widest instruction set.
 constexpr int64_t kPadding = 16;
 
+// Up to this many rows a product is bound by reading its weights, and needs no tiles.
+constexpr int64_t kTinyRows = 4;
+
 constexpr int64_t padded(int64_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
 
 // How the left factor of a product is stored. bf16x3 splits a float in two bf16 numbers, x = high + low + O(2^-17 x),
@@ -74,6 +77,13 @@ struct Pointwise {
   // out[r, d] = sum_c delta[r, c] w[d, c] for a handful of outputs d; w is [outputs, padded].
   void (*few_outputs[3])(const Operand& delta, int64_t outputs, const float* w, int64_t rows, int64_t padded,
                          float* out, int64_t ld);
+
+  // For at most kTinyRows rows, products with a weight as it lies in memory, which each reads once:
+  // z[r, o] = sum_k w[o, k] a[r, k], and out[r, c] = sum_k delta[r, k] w[k, c], up to the next multiple of a vector.
+  void (*dot_rows)(const Rows& w, int64_t outputs, int64_t depth, const float* a, int64_t a_ld, int64_t rows, float* z,
+                   int64_t ld);
+  void (*combine_rows)(const Rows& w, int64_t depth, int64_t columns, const float* delta, int64_t delta_ld,
+                       int64_t rows, float* out, int64_t ld);
 
   // z + bias -> a = silu, slopes = silu'. keep: the biased z is written back.
   void (*activate[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, int64_t rows, int64_t columns,
