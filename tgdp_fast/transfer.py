@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from tgdp_fast.density_ratio import (
 )
 from tgdp_fast.guidance import EpsilonModel, GuidanceNetwork, labels_for
 from tgdp_fast.models.mlp import encode_labels
+from tgdp_fast.sampling import PRECISIONS
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import (
     TIME_DISTRIBUTIONS,
@@ -79,6 +81,7 @@ def fit_guidance(
     stem: str = "none",
     settings: Optimisation | None = None,
     time_distribution: str = "uniform",
+    precision: str = "fp32",
     diagnostics: bool = True,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -106,6 +109,8 @@ def fit_guidance(
         label_smoothing: of the logistic loss.
         settings: of the optimisation; the default depends on the number of target samples (:func:`default_settings`).
         time_distribution: of training times, "uniform" in t or in "logsnr".
+        precision: of the guidance network's products while fitting, "fp32", "bf16" or "fp16"; parameters and losses
+            are float32 always.
         diagnostics: also fit the clean-data classifier and report whether the target is within reach.
         seed: of everything random.
         device: where to fit; default that of ``denoiser``, else the CPU.
@@ -119,6 +124,7 @@ def fit_guidance(
         TrainingDivergedError: a non-finite loss.
     """
     check_losses(loss, consistency, cycle, label_smoothing, time_distribution)
+    check_choice("precision", precision, PRECISIONS)
     check_seed(seed)
     check_denoiser(denoiser)
     if denoiser is not None and schedule is not None and schedule != denoiser.schedule:
@@ -201,9 +207,11 @@ def fit_guidance(
         cycle=cycle,
         classifier=classifier,
         label_smoothing=label_smoothing,
+        precision=precision,
     )
     config = {
         "loss": loss,
+        "precision": precision,
         "consistency": consistency,
         "cycle": cycle,
         "time_distribution": time_distribution,
@@ -239,6 +247,7 @@ def check_fit_arguments(
     label_smoothing: float = 0.0,
     time_distribution: str = "uniform",
     settings: Optimisation | None = None,
+    precision: str = "fp32",
     diagnostics: bool = True,
     **network: Any,
 ) -> None:
@@ -250,6 +259,7 @@ def check_fit_arguments(
         ValueError: names the argument, an unknown one too.
     """
     check_losses(loss, consistency, cycle, label_smoothing, time_distribution)
+    check_choice("precision", precision, PRECISIONS)
     if settings is not None and not isinstance(settings, Optimisation):
         raise ValueError(f"settings must be an Optimisation, got {type(settings).__name__}")
     known = ("width", "depth", "alpha_power", "stem")
@@ -291,7 +301,16 @@ def check_losses(
         check_number("consistency", consistency, 0.0)
 
 
-_FIT_ARGUMENTS = ("loss", "consistency", "cycle", "label_smoothing", "time_distribution", "settings", "diagnostics")
+_FIT_ARGUMENTS = (
+    "loss",
+    "consistency",
+    "cycle",
+    "label_smoothing",
+    "time_distribution",
+    "settings",
+    "precision",
+    "diagnostics",
+)
 
 
 def common_classes(
@@ -360,8 +379,15 @@ def _objective(
     cycle: float = 0.0,
     classifier: GuidanceNetwork | None = None,
     label_smoothing: float = 0.0,
+    precision: str = "fp32",
 ) -> Callable[[torch.Generator], Tensor]:
     """The loss of Algorithms 2, 3 or 4 on fresh batches of both domains."""
+    lower = PRECISIONS[precision]
+    device_type = data.x_source.device.type
+
+    def in_precision() -> AbstractContextManager[Any]:
+        return nullcontext() if lower is None else torch.autocast(device_type, lower)
+
     source_batches = Batches(len(data.x_source), settings.batch_size)
     target_batches = Batches(len(data.x_target), settings.batch_size)
     needs_target = loss == "logistic" or consistency > 0 or cycle > 0
@@ -370,7 +396,8 @@ def _objective(
         rows = source_batches.draw(generator).to(data.x_source.device)
         t = draw_times(schedule, len(rows), generator, time_distribution)
         noised = add_noise(schedule, data.x_source[rows], t, generator)
-        f_source = network.log_ratio(noised.x, noised.t, _rows(data.y_source, rows))
+        with in_precision():
+            f_source = network.log_ratio(noised.x, noised.t, _rows(data.y_source, rows)).float()
         total = f_source.new_zeros(())
         if loss != "logistic":
             assert source_log_ratio is not None
@@ -382,7 +409,8 @@ def _objective(
         noised = add_noise(schedule, data.x_target[rows], t, generator)
         labels = _rows(data.y_target, rows)
         if consistency > 0:
-            f_target, gradient = network(noised.x, noised.t, labels)
+            with in_precision():
+                f_target, gradient = (value.float() for value in network(noised.x, noised.t, labels))
             assert denoiser is not None
             with torch.no_grad(), evaluation_mode(denoiser):
                 epsilon_p = denoiser.epsilon(noised.x, noised.t, labels_for(denoiser, labels))
@@ -390,7 +418,8 @@ def _objective(
             # One half of the squared norm, as in a likelihood bound: in its units, like the cross-entropy beside it.
             total = total + consistency * 0.5 * residual.flatten(1).square().sum(1).mean()
         else:
-            f_target = network.log_ratio(noised.x, noised.t, labels)
+            with in_precision():
+                f_target = network.log_ratio(noised.x, noised.t, labels).float()
         if loss == "logistic":
             total = total + logistic_loss(f_source, f_target, smoothing=label_smoothing)
         if cycle > 0:

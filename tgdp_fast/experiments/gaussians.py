@@ -57,7 +57,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tgdp/poisson": {"loss": "poisson", "consistency": 0.0},
     "tgdp/log_mse": {"loss": "log_mse", "consistency": 0.0},
     "tgdp/algorithm_4": {"loss": "ratio_mse", "cycle": 1.0, "consistency": 1.0},
+    "tgdp/bf16_sampling": {},
+    "tgdp/bf16": {"precision": "bf16"},
 }
+#: Variants that also sample with products in bf16.
+BF16_SAMPLING = ("tgdp/bf16_sampling", "tgdp/bf16")
 #: "means" is the exact target but for the means of its modes, which are estimated from the given samples: how far
 #: those samples can tell the target at all, for someone who knows everything else.
 REFERENCES = ("target", "means", "source", "oracle", "oracle/dpmpp_2m")
@@ -248,7 +252,10 @@ def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
         samples = GaussianMixture(means, q.variance, q.weights).sample(plan.num_samples, seed=3000 + seed)
     else:
         solver = "dpmpp_2m" if method == "oracle/dpmpp_2m" else plan.solver
-        samples = sample(denoiser, guidance, num=plan.num_samples, solver=solver, steps=plan.steps, seed=seed)
+        precision = "bf16" if method in BF16_SAMPLING else "fp32"
+        samples = sample(
+            denoiser, guidance, num=plan.num_samples, solver=solver, steps=plan.steps, seed=seed, precision=precision
+        )
     sample_seconds = time.perf_counter() - started
     if seed == 0:
         _keep_for_plots(plan, n, method, samples, guidance)
