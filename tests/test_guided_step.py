@@ -417,7 +417,7 @@ def test_native_copies_of_every_instruction_set(capability):
     if os.environ.get("TGDP_CPU_CAPABILITY"):
         pytest.skip("runs inside one of these")
     environment = {**os.environ, "TGDP_CPU_CAPABILITY": capability}
-    ask = "import torch, tgdp_fast; print(torch.ops.tgdp_fast.cpu_capability())"
+    ask = "import torch, tgdp_fast.ops.guided_step; print(torch.ops.tgdp_fast.cpu_capability())"
     run = [sys.executable, "-c", ask]
     used = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     if used != capability:
