@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/capability.h"
 #include "cpu/guided_step.h"
 #include "cpu/mlp_backward.h"
 #include "cpu/mlp_value_and_grad.h"
@@ -372,7 +373,7 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
       "guided_step(Tensor x, Tensor epsilon, Tensor? gradient, Tensor? history, float[] matrix, float noise_scale, "
       "float guidance_weight, float alpha, float sigma, float[]? clamp, SymInt key_low, SymInt key_high, "
       "Tensor? sample_index, SymInt evaluation) -> (Tensor, Tensor, Tensor)");
-  library.def("cpu_capability() -> str", []() { return std::string(tgdp::guided_step_capability()); });
+  library.def("cpu_capability() -> str", []() { return std::string(tgdp::capability_name()); });
   library.def(
       "normal_range(Tensor samples, SymInt num_elements, SymInt first, SymInt count, SymInt key_low, SymInt key_high, "
       "SymInt evaluation) -> Tensor");

@@ -34,3 +34,8 @@ def _load() -> str | None:
 
 #: None where the extension is loaded, else why not and what to do.
 CPU_MISSING = _load()
+
+
+def cpu_capability() -> str | None:
+    """Instruction set of the CPU kernels, or None without the extension; TGDP_CPU_CAPABILITY lowers it."""
+    return None if CPU_MISSING is not None else str(torch.ops.tgdp_fast.cpu_capability())

@@ -87,9 +87,10 @@ def _work(out: Path) -> Path:
 def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
     from tgdp_fast._info import environment
+    from tgdp_fast._native import cpu_capability
     from tgdp_fast.ops._dispatch import backend_report
 
-    facts = {"environment": environment(), "backends": backend_report()}
+    facts = {"environment": environment() | {"cpu_kernels": cpu_capability()}, "backends": backend_report()}
     if options.json:
         print(json.dumps(facts, indent=2))
         return

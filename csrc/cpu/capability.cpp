@@ -22,11 +22,13 @@ Capability detect() {
 #endif
 }
 
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
 Capability limit() {
   const char* name = std::getenv("TGDP_CPU_CAPABILITY");
-  if (name != nullptr && std::strcmp(name, "baseline") == 0) return Capability::baseline;
-  if (name != nullptr && std::strcmp(name, "avx2") == 0) return Capability::avx2;
-  if (name != nullptr && std::strcmp(name, "avx512") == 0) return Capability::avx512;
+  for (int i = 0; name != nullptr && i < 4; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) return static_cast<Capability>(i);
+  }
   return Capability::avx512_bf16;
 }
 
@@ -36,5 +38,7 @@ Capability capability() {
   static const Capability chosen = std::min(detect(), limit());
   return chosen;
 }
+
+const char* capability_name() { return kNames[static_cast<int>(capability())]; }
 
 }  // namespace tgdp

@@ -7,6 +7,7 @@ enum class Capability : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 
 
 // The best that the processor has; TGDP_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16 lowers the choice.
 Capability capability();
+const char* capability_name();
 
 // The best copy that is allowed and was compiled; copies in the order of Capability, and all but the baseline may be
 // missing.

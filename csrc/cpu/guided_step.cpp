@@ -23,8 +23,6 @@ const GuidedStepKernels& kernels() {
 
 }  // namespace
 
-const char* guided_step_capability() { return kernels().name; }
-
 void guided_step(GuidedStepCall call) {
   call.past_cache = call.elements * size_of(call.x.dtype) * (2 + call.slots) >= kPastCache;
   const int64_t blocks = (call.elements + kStepBlock - 1) / kStepBlock;

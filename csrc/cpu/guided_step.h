@@ -54,9 +54,6 @@ void guided_step(GuidedStepCall call);
 // Elements [first, first + count) of the noise of all samples, numbered through.
 void normals(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out);
 
-// The instruction set of the copy that runs here.
-const char* guided_step_capability();
-
 // The copies of one instruction set.
 struct GuidedStepKernels {
   const char* name;
