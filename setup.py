@@ -7,6 +7,7 @@ references, and ``tgdp-fast info`` says what is missing.
 Environment variables:
     TGDP_BUILD_CPU=0        do not build the CPU extension
     TGDP_REQUIRE_CPU=1      fail if it cannot be built
+    TGDP_PORTABLE=1         without code for the instruction sets of x86-64, as on other processors
     TGDP_SANITIZE=1         build it with the address and undefined-behaviour sanitizers
 """
 
@@ -67,6 +68,8 @@ def cpu_extension() -> dict:
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
     # Both are noise of the compiler about its own vector headers.
     flags += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+    if os.environ.get("TGDP_PORTABLE") == "1":
+        flags.append("-DTGDP_PORTABLE")
     link = ["-fopenmp"]
     if SANITIZE:
         flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

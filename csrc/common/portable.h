@@ -11,6 +11,16 @@
 #define TGDP_FUNCTION inline __attribute__((always_inline))
 #endif
 
+// Whether code for the instruction sets of x86-64 is compiled beside that for any processor. TGDP_PORTABLE leaves it out,
+// as on other processors.
+#if defined(__x86_64__) && !defined(TGDP_PORTABLE)
+#define TGDP_X86 1
+#if defined(__GNUC__) && !defined(__clang__)
+// The compiler can set the instruction set from here on.
+#define TGDP_X86_COPIES 1
+#endif
+#endif
+
 namespace tgdp {
 
 template <typename To, typename From>

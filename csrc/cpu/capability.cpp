@@ -4,11 +4,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../common/portable.h"
+
 namespace tgdp {
 namespace {
 
 Capability detect() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(TGDP_X86_COPIES)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
     return Capability::baseline;

@@ -1,7 +1,7 @@
 // The kernel of guided_step for AVX-512; without code where the compiler or the processor family cannot have it.
 #include "guided_step_headers.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(TGDP_X86_COPIES)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define TGDP_CAPABILITY "avx512"
 #define TGDP_VECTOR_BYTES 64

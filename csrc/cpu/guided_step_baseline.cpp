@@ -2,7 +2,7 @@
 #include "guided_step_headers.h"
 
 #define TGDP_CAPABILITY "baseline"
-#if defined(__x86_64__)
+#if defined(TGDP_X86)
 #define TGDP_VECTOR_BYTES 16
 #else
 #define TGDP_VECTOR_BYTES 0

@@ -1,7 +1,9 @@
 // What guided_step.inc uses, to be included before an instruction set is chosen (see pointwise_headers.h).
 #pragma once
 
-#if defined(__x86_64__)
+#include "../common/portable.h"
+
+#if defined(TGDP_X86)
 #include <immintrin.h>
 #endif
 
@@ -11,5 +13,4 @@
 
 #include "../common/low_precision.h"
 #include "../common/normal.h"
-#include "../common/portable.h"
 #include "guided_step.h"

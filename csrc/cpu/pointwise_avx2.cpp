@@ -1,7 +1,7 @@
 // The pointwise kernels for AVX-2; without code where the compiler or the processor family cannot have it.
 #include "pointwise_headers.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(TGDP_X86_COPIES)
 #pragma GCC target("avx2,fma,f16c")
 #define TGDP_AVX2
 #define TGDP_CAPABILITY "avx2"

@@ -1,7 +1,7 @@
 // The pointwise kernels for AVX-512 with its bf16 conversions; without code where the compiler or the processor family cannot have it.
 #include "pointwise_headers.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(TGDP_X86_COPIES)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,prefer-vector-width=512")
 #define TGDP_AVX512
 #define TGDP_AVX512_BF16

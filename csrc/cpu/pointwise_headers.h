@@ -2,7 +2,9 @@
 // not be compiled for a processor that may not be there. The arithmetic of csrc/common may: it is inlined always.
 #pragma once
 
-#if defined(__x86_64__)
+#include "../common/portable.h"
+
+#if defined(TGDP_X86)
 #include <immintrin.h>
 #endif
 
