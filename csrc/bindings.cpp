@@ -5,10 +5,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <string>
 #include <vector>
 
@@ -16,6 +12,7 @@
 #include "cpu/guided_step.h"
 #include "cpu/mlp_backward.h"
 #include "cpu/mlp_value_and_grad.h"
+#include "cpu/pool.h"
 #include "cpu/trajectory.h"
 
 namespace {
@@ -234,21 +231,6 @@ std::tuple<Tensor, Tensor> trajectory(
   return {result, diverged};
 }
 
-// A new tensor of the given sizes. A large one is new to the process too: with pages of 4 KiB, the faults on first
-// writing take several times as long as the writing, so ask for huge ones, on systems that give them when asked.
-Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor result = at::empty(sizes, options.memory_format(at::MemoryFormat::Contiguous));
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const auto address = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + result.nbytes()) / kHugePage * kHugePage;
-  // Advice: where it is refused, nothing is lost.
-  if (end > begin + kHugePage) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return result;
-}
-
 // The tensor in one piece and in a dtype that kernels read; kept alive by `hold` where that is a copy.
 tgdp::Elements elements_of(const Tensor& tensor, std::vector<Tensor>& hold) {
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), "tgdp_fast: expected a CPU tensor");
@@ -284,7 +266,7 @@ Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, 
   const auto noise = noise_coordinates(num_elements, samples, samples.numel(), key_low, key_high, evaluation, hold);
   TORCH_CHECK_VALUE(first >= 0 && count >= 0 && first + count <= samples.numel() * num_elements,
                     "tgdp_fast: elements outside of the samples");
-  Tensor out = empty_output({count}, samples.options().dtype(at::kFloat));
+  Tensor out = tgdp::empty_output({count}, samples.options().dtype(at::kFloat));
   if (count > 0) tgdp::normals(noise, first, count, out.mutable_data_ptr<float>());
   return out;
 }
@@ -306,9 +288,9 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& x, const Tensor& ep
   auto history_sizes = x.sizes().vec();
   history_sizes.insert(history_sizes.begin(), slots);
   TORCH_CHECK_VALUE(!history || history->sizes() == history_sizes, "tgdp_fast: history must have shape [H, *x.shape]");
-  Tensor x_next = empty_output(x.sizes(), x.options());
-  Tensor history_next = empty_output(history_sizes, x.options());
-  Tensor x0 = empty_output(x.sizes(), x.options());
+  Tensor x_next = tgdp::empty_output(x.sizes(), x.options());
+  Tensor history_next = tgdp::empty_output(history_sizes, x.options());
+  Tensor x0 = tgdp::empty_output(x.sizes(), x.options());
   call.elements = x.numel();
   if (call.elements == 0) return {x_next, history_next, x0};
 

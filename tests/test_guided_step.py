@@ -411,6 +411,29 @@ def test_native_results_do_not_depend_on_layout_batch_or_threads(dtype):
 
 
 @needs_native
+def test_native_memory_of_large_outputs_is_used_again_when_it_is_free():
+    x = torch.randn(1100, 1000)  # 4.4 MB
+    arguments = {"matrix": ((0.5, -0.25),), "alpha": 0.8, "sigma": 0.6, "backend": "cpu"}
+    first = guided_step(x, x, **arguments)
+    second = guided_step(2 * x, x, **arguments)
+    held = {t.data_ptr() for result in (first, second) for t in (result.x_next, result.x0)}
+    assert len(held) == 4
+    assert torch.equal(first.x_next, 0.25 * x)
+    assert torch.equal(second.x_next, 0.75 * x)
+    part = first.x0[5:7]
+    kept = part.clone()
+    del first
+    third = guided_step(4 * x, x, **arguments)
+    # x_next of the first is free, x0 is not while a view of it lives.
+    assert third.x0.data_ptr() != part.data_ptr() - 5 * 4000
+    assert {third.x_next.data_ptr(), third.x0.data_ptr()} & held
+    assert torch.equal(part, kept)
+    assert torch.equal(third.x_next, 1.75 * x)
+    grown = third.x_next.resize_(2000, 1000)
+    assert grown.shape == (2000, 1000)
+
+
+@needs_native
 @pytest.mark.slow(ci=True)
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_native_copies_of_every_instruction_set(capability):

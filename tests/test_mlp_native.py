@@ -216,14 +216,20 @@ def test_rows_beyond_two_to_the_31_elements():
 
 def test_split_products_keep_sixteen_bits():
     call = network((40, 96, 96), 200)
-    exact = _forward_reference(*double(*call), save_pre_activations=False)[:2]
-    got = torch.ops.tgdp_fast.mlp_value_and_grad(*call, False, True, True)[:2]
-    rounded = torch.ops.tgdp_fast.mlp_value_and_grad(
-        *[[t.bfloat16() for t in i] if isinstance(i, list) else i.bfloat16() for i in call], False, True, False
-    )[:2]
-    for a, b, truth in zip(got, rounded, exact, strict=True):
-        # Both factors of every product keep 16 bits: 2^-17 each, through 3 layers up and 3 down.
-        assert distance(a, truth) <= 6 * 2 * 2.0**-17 * float(truth.norm())
+    lower = [[t.bfloat16() for t in i] if isinstance(i, list) else i.bfloat16() for i in call]
+    results = []
+    for inputs, keywords in (
+        (call, {"split": True, "backend": "cpu"}),
+        (lower, {"backend": "cpu"}),
+        (double(*call), {}),
+    ):
+        leaves = [t.requires_grad_() for i in inputs for t in (i if isinstance(i, list) else [i])]
+        value, gradient = mlp_value_and_grad(leaves[0], leaves[1], leaves[2:5], leaves[5:], **keywords)
+        found = torch.autograd.grad((gradient**2).sum() + value.sum(), leaves)
+        results.append([t.detach() for t in (value, gradient, *found[:-1])])
+    for a, b, truth in zip(*results, strict=True):
+        # Both factors of every product keep 16 bits: 2^-17 each, through 3 layers up and 3 down, twice for gradients.
+        assert distance(a, truth) <= 12 * 2 * 2.0**-17 * float(truth.norm())
         assert distance(a, truth) < distance(b, truth) / 20
 
 

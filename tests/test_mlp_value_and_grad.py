@@ -107,7 +107,7 @@ def test_parameter_gradients_match_double_backward(depth, bias_rows, which):
 def test_only_the_needed_gradients_are_computed(monkeypatch):
     seen = []
 
-    def spy(*call, needs_grad):
+    def spy(*call, needs_grad, **_):
         result = mlp_value_and_grad_backward_reference(*call, needs_grad=needs_grad)
         seen.append([gradient is not None for gradient in result])
         return result
@@ -129,7 +129,7 @@ def test_only_the_needed_gradients_are_computed(monkeypatch):
 def test_a_loss_on_the_value_alone_skips_the_tangent_pass(monkeypatch):
     missing = []
 
-    def spy(*call, needs_grad):
+    def spy(*call, needs_grad, **_):
         missing.append([cotangent is None for cotangent in call[:2]])
         return mlp_value_and_grad_backward_reference(*call, needs_grad=needs_grad)
 

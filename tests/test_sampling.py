@@ -292,7 +292,7 @@ def test_divergence_stops_with_the_evaluation_and_advice() -> None:
         ({"steps": 0}, "steps must be an integer >= 1, got 0"),
         ({"solver": "dpmpp2m"}, "solver must be one of ddim, .*did you mean 'dpmpp_2m'"),
         ({"spacing": "linear"}, "spacing must be one of karras, logsnr, uniform"),
-        ({"precision": "int8"}, "precision must be one of bf16, fp16, fp32"),
+        ({"precision": "int8"}, "precision must be one of bf16, bf16x3, fp16, fp32"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),
         ({"backend": "rocm"}, "backend must be one of"),
         ({"shape": (4,)}, "shape must be \\(3,\\), the event_shape of the model, got \\(4,\\)"),

@@ -164,6 +164,19 @@ def test_error_of_16_bits_is_at_most_twice_eagers(precision):
 
 
 @needs_extension
+def test_split_products_are_nearly_fp32():
+    denoiser, guidance = models(size=12, width=64)
+    arguments = {"num": 100, "solver": "dpmpp_2m", "steps": 8, "seed": 1}
+    exact = sample(denoiser, guidance, **arguments)
+    split = sample(denoiser, guidance, precision="bf16x3", **arguments)
+    lower = sample(denoiser, guidance, precision="bf16", **arguments)
+    assert (split - exact).norm() <= (lower - exact).norm() / 20
+    # The loop has no such products: it takes those in fp32.
+    loop = {**arguments, "backend": "reference"}
+    assert torch.equal(sample(denoiser, guidance, precision="bf16x3", **loop), sample(denoiser, guidance, **loop))
+
+
+@needs_extension
 def test_which_models_run_fused():
     denoiser, guidance = models()
     table = solver_table("ddim", SCHEDULE, 3)

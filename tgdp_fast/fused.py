@@ -28,6 +28,7 @@ class FusedRun:
     score: TrajectoryNetwork
     guidance: TrajectoryNetwork | None
     plan: TrajectoryPlan
+    split: bool
     backend: str
 
     @classmethod
@@ -38,6 +39,8 @@ class FusedRun:
         scales: Sequence[float],
         dtype: torch.dtype | None,
         backend: str,
+        *,
+        split: bool = False,
     ) -> FusedRun | None:
         """The run of ``table``, or None where the models or the backends here need the loop.
 
@@ -46,7 +49,7 @@ class FusedRun:
             table: the solver.
             scales: guidance scale at each of its evaluations.
             dtype: of the networks' products; None for that of their parameters.
-            backend: as for the operators.
+            backend, split: as for the operators.
         """
         denoiser, guidance = guided.denoiser, guided.guidance
         # Exactly these: a subclass, or a hook, may compute something else.
@@ -84,7 +87,7 @@ class FusedRun:
             chosen = resolve("trajectory", backend, score.evaluation_bias, score, other).backend
         except BackendUnavailableError:
             return None
-        return None if chosen == "reference" else cls(guided, score, other, plan, chosen)
+        return None if chosen == "reference" else cls(guided, score, other, plan, split, chosen)
 
     def run(self, x: Tensor, labels: Tensor | None, seed: int, sample_index: Tensor) -> tuple[Tensor, int]:
         """States [B, ...] after all evaluations, and the first evaluation that diverged, or -1.
@@ -96,7 +99,14 @@ class FusedRun:
         if guidance is not None:
             guidance = guidance._replace(sample_bias=_label_bias(self.guided.guidance, labels))
         result, diverged = trajectory(
-            x.flatten(1), score, guidance, self.plan, seed=seed, sample_index=sample_index, backend=self.backend
+            x.flatten(1),
+            score,
+            guidance,
+            self.plan,
+            seed=seed,
+            sample_index=sample_index,
+            split=self.split,
+            backend=self.backend,
         )
         return result.reshape(x.shape), diverged
 

@@ -113,6 +113,7 @@ def trajectory(
     *,
     seed: int = 0,
     sample_index: Tensor | None = None,
+    split: bool = False,
     backend: str = "auto",
 ) -> Trajectory:
     """Run all evaluations of a guided solver on samples [B, D].
@@ -132,6 +133,7 @@ def trajectory(
         plan: the solver's numbers.
         seed: 0 <= seed < 2**64.
         sample_index: [B] int64; default 0..B-1.
+        split: see :func:`tgdp_fast.ops.mlp_value_and_grad`.
         backend: "auto", "reference", or a faster implementation by name.
 
     Returns:
@@ -148,7 +150,7 @@ def trajectory(
         sample_index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
     implementation = _dispatch.resolve("trajectory", backend, x, score, guidance)
     with torch.no_grad():
-        return Trajectory(*implementation.function(x, score, guidance, plan, seed, sample_index))
+        return Trajectory(*implementation.function(x, score, guidance, plan, seed, sample_index, split))
 
 
 def trajectory_reference(
@@ -158,6 +160,7 @@ def trajectory_reference(
     plan: TrajectoryPlan,
     seed: int,
     sample_index: Tensor,
+    split: bool = False,
 ) -> tuple[Tensor, int]:
     """Plain PyTorch twin of :func:`trajectory`, without checks: one evaluation of the whole batch after the other."""
     history = None
@@ -260,6 +263,7 @@ def _trajectory_cpu(
     plan: TrajectoryPlan,
     seed: int,
     sample_index: Tensor,
+    split: bool = False,
 ) -> tuple[Tensor, int]:
     none = TrajectoryNetwork((), (), x.new_zeros((0, 0)))
     other = none if guidance is None else guidance
@@ -280,7 +284,7 @@ def _trajectory_cpu(
         # The operator takes the seed's bits as a signed number.
         seed - (1 << 64) if seed >= 1 << 63 else seed,
         sample_index,
-        False,
+        split,
     )
     return result, int(diverged)
 
