@@ -290,10 +290,12 @@ class _PreparedPerceptron(Prepared):
         other = mlp_value_and_grad_reference if provider == "peer" else eager.value_and_grad
         eager_error = error_of(other(*part), exact)
         if len(rows) < _FEW_ROWS:
-            # In a few rows eager's errors may happen to cancel: its usual one is that of more rows of the same network.
+            # In a few rows eager's errors may happen to cancel: its usual one is that of further rows of the same
+            # network, each against its own scale.
             more = perceptron_inputs(_FEW_ROWS, self.case.inputs, self.widths, self.dtype, self.device)
-            usual = error_of(other(*more), eager.value_and_grad(*more.to(torch.float64)))
-            eager_error = Error(*map(max, eager_error, usual))
+            usual = zip(*other(*more), *eager.value_and_grad(*more.to(torch.float64)), strict=True)
+            errors = [error_of([f[None], g[None]], [exact_f[None], exact_g[None]]) for f, g, exact_f, exact_g in usual]
+            eager_error = Error(*(max(values) for values in zip(eager_error, *errors, strict=True)))
         return _judge(provider, [output[rows] for output in call()], exact, eager_error, self.dtype)
 
 

@@ -23,7 +23,7 @@ SUMMARY = (
     "guided_step/1e6",
     "guided_step/1e7",
     "guided_step_noise/1e6",
-    "mlp_value_and_grad/batch1-input2-width512",
+    "mlp_value_and_grad/batch1-input3904-width512",
     "mlp_value_and_grad/batch16-input2-width128",
     "mlp_value_and_grad/batch16-input2-width512",
     "mlp_value_and_grad/batch4096-input2-width128",
