@@ -16,7 +16,7 @@ from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
 from tgdp_fast.denoiser import per_sample
 from tgdp_fast.models.mlp import TimeEmbedding, encode_labels
-from tgdp_fast.ops import guided_epsilon, mlp_value, mlp_value_and_grad
+from tgdp_fast.ops import guided_epsilon, limit_gradient, mlp_value, mlp_value_and_grad
 from tgdp_fast.schedule import NoiseSchedule
 
 STEMS = ("none", "ecg")
@@ -315,9 +315,7 @@ class GuidedDenoiser:
         weight = scale * float(self.schedule.sigma(t))
         _, gradient = self.guidance.log_ratio_and_grad(x, t, labels_for(self.guidance, labels))
         if self.gradient_norm_limit is not None:
-            length = abs(weight) * gradient.flatten(1).norm(dim=1)
-            factor = (self.gradient_norm_limit / length.clamp_min(1e-30)).clamp_max(1.0)
-            gradient = gradient * factor.reshape(-1, *[1] * (x.ndim - 1))
+            gradient = limit_gradient(gradient, weight, self.gradient_norm_limit)
         return GuidedEvaluation(epsilon, gradient, weight)
 
     def epsilon(self, x: Tensor, t: float, labels: Tensor | None = None) -> Tensor:

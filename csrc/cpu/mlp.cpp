@@ -93,9 +93,7 @@ void PackedMlp::small_layer(const Rows& weight, bool columns, int64_t in, int64_
   const int64_t ld = padded(out);
   std::fill(to, to + in * ld, 0.0f);
   for (int64_t r = 0; r < out; ++r) {
-    Rows from = weight;
-    from.data = static_cast<unsigned char*>(weight.data) + r * weight.stride * size_of(weight.dtype);
-    pointwise().load_float(from, 1, in, kPadding, row, kPadding);
+    pointwise().load_float(weight.from_row(r), 1, in, kPadding, row, kPadding);
     for (int64_t d = 0; d < in; ++d) to[d * ld + r] = row[d];
   }
 }
@@ -129,16 +127,14 @@ void layer_panels(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const Mlp
       pointwise().few_inputs(input.few_x, kPadding, shape.inputs, mlp.first_columns() + column, width, rows, columns,
                              block.panel, kPanel);
     } else if (mlp.tiny()) {
-      Rows weight = mlp.weight(layer);
-      weight.data = static_cast<unsigned char*>(weight.data) + column * weight.stride * size_of(weight.dtype);
+      const Rows weight = mlp.weight(layer).from_row(column);
       const int64_t present = std::min(columns, shape.widths[layer] - column);
       pointwise().dot_rows(weight, present, shape.in(layer), below.f32, below.ld, rows, block.panel, kPanel);
       for (int64_t r = 0; r < rows; ++r) std::fill_n(block.panel + r * kPanel + present, columns - present, 0.0f);
     } else if (left.ld != 0) {
       // z^T = W a^T, for which W is used as it lies in memory.
       const int64_t present = std::min(columns, shape.widths[layer] - column);
-      Operand part = left.from(column * left.ld);
-      multiply(mlp.products(), present, rows, depth, part, right, 0, block.left_panel, right.ld);
+      multiply(mlp.products(), present, rows, depth, left.from_row(column), right, 0, block.left_panel, right.ld);
       std::fill(block.left_panel + present * right.ld, block.left_panel + columns * right.ld, 0.0f);
       pointwise().transpose(reinterpret_cast<const uint32_t*>(block.left_panel), right.ld, columns, rows,
                             reinterpret_cast<uint32_t*>(block.panel), kPanel);
@@ -152,15 +148,13 @@ void layer_panels(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const Mlp
 // Columns [column, column + columns) of delta W_l from the weight as it lies in memory.
 void combine(const PackedMlp& mlp, int64_t layer, const Operand& delta, int64_t rows, int64_t column, int64_t columns,
              float* out, int64_t ld) {
-  Rows weight = mlp.weight(layer);
-  weight.data = static_cast<unsigned char*>(weight.data) + column * size_of(weight.dtype);
+  const Rows weight = mlp.weight(layer).from(column);
   pointwise().combine_rows(weight, mlp.shape().widths[layer], columns, delta.f32, delta.ld, rows, out, ld);
 }
 
 void keep_panel(const KeepPreActivations& keep, const float* panel, int64_t layer, int64_t column, int64_t width) {
   if (keep.layers.empty()) return;
-  Rows to = keep.layers[layer];
-  to.data = static_cast<unsigned char*>(to.data) + column * size_of(to.dtype);
+  const Rows to = keep.layers[layer].from(column);
   pointwise().store(panel, kPanel, keep.rows, std::min(kPanel, width - column), to);
 }
 

@@ -49,16 +49,16 @@ class PackedMlp {
   bool tiny() const { return tiny_; }
   const Rows& weight(int64_t layer) const { return weights_[layer]; }
   const float* bias(int64_t layer) const { return biases_[layer]; }  // of layers 1 .. depth, padded
-  const float* head() const { return head_; }                // few rows of the head, padded
+  const float* head() const { return head_; }                    // few rows of the head, padded
   const float* first_columns() const { return first_columns_; }  // W_1^T [inputs, padded], few inputs only
 
  private:
+  static void small_layer(const Rows& weight, bool columns, int64_t in, int64_t out, float* to);
+
   MlpShape shape_;
   Products products_;
   bool tiny_;
   std::vector<Rows> weights_;
-  static void small_layer(const Rows& weight, bool columns, int64_t in, int64_t out, float* to);
-
   std::vector<PackedMatrix> forward_, backward_;
   std::vector<Operand> left_;
   std::vector<const float*> biases_;

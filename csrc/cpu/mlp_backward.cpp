@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <memory>
 
 namespace tgdp {
 namespace {
@@ -105,12 +104,6 @@ class Backward {
     return shape_.depth();
   }
 
-  static Rows at_row(const Rows& rows, int64_t row) {
-    Rows result = rows;
-    result.data = static_cast<unsigned char*>(rows.data) + row * rows.stride * size_of(rows.dtype);
-    return result;
-  }
-
   int64_t stacked(int64_t rows) const { return with_tangent_ ? 2 * rows : rows; }
 
   void load(int64_t row, int64_t rows, Memory& memory) const {
@@ -120,21 +113,21 @@ class Backward {
     } else {
       for (int64_t r = 0; r < rows; ++r) {
         float value[kPadding];
-        pointwise().load_float(at_row(value_cotangent_, row + r), 1, 1, kPadding, value, kPadding);
+        pointwise().load_float(value_cotangent_.from_row(row + r), 1, 1, kPadding, value, kPadding);
         memory.cotangent[r] = value[0];
       }
     }
     if (mlp_.few_inputs()) {
-      pointwise().load_float(at_row(call_.x, row), rows, inputs, kPadding, memory.few_x, kPadding);
+      pointwise().load_float(call_.x.from_row(row), rows, inputs, kPadding, memory.few_x, kPadding);
       if (with_tangent_) {
-        pointwise().load_float(at_row(gradient_cotangent_, row), rows, inputs, kPadding, memory.few_x + rows * kPadding,
+        pointwise().load_float(gradient_cotangent_.from_row(row), rows, inputs, kPadding, memory.few_x + rows * kPadding,
                                kPadding);
       }
       return;
     }
-    pointwise().load[p_](at_row(call_.x, row), rows, inputs, padded(inputs), memory.input);
+    pointwise().load[p_](call_.x.from_row(row), rows, inputs, padded(inputs), memory.input);
     if (with_tangent_) {
-      pointwise().load[p_](at_row(gradient_cotangent_, row), rows, inputs, padded(inputs), memory.input.from_row(rows));
+      pointwise().load[p_](gradient_cotangent_.from_row(row), rows, inputs, padded(inputs), memory.input.from_row(rows));
     }
   }
 
@@ -152,8 +145,7 @@ class Backward {
         multiply(mlp_.products(), rows, columns, mlp_.depth_of_product(shape_.in(l)), below.from_row(rows),
                  mlp_.forward(l), column, memory.panel, kPanel);
       }
-      Rows z = at_row(pre_activations_[l], row);
-      z.data = static_cast<unsigned char*>(z.data) + column * size_of(z.dtype);
+      const Rows z = pre_activations_[l].from_row(row).from(column);
       pointwise().recall[p_](z, shape_.widths[l] - column, with_tangent_ ? memory.panel : nullptr, kPanel, rows, columns,
                              to.from(column), with_tangent_ ? to.from_row(rows).from(column) : Operand{},
                              memory.slopes[l].from(column), with_tangent_ ? memory.curved[l] + column : nullptr, width);
@@ -223,13 +215,11 @@ class Backward {
       }
       for (int64_t r = 0; r < rows; ++r) {
         float low[kPanel];
-        Rows line = at_row(from, r);
-        pointwise().load_float(line, 1, columns, padded(columns), low, kPanel);
+        pointwise().load_float(from.from_row(r), 1, columns, padded(columns), low, kPanel);
         for (int64_t c = 0; c < columns; ++c) memory.panel[r * kPanel + c] += low[c];
       }
     }
-    Rows to = at_row(gradients_.first_bias, row);
-    to.data = static_cast<unsigned char*>(to.data) + column * size_of(to.dtype);
+    const Rows to = gradients_.first_bias.from_row(row).from(column);
     pointwise().store(memory.panel, kPanel, rows, columns, to);
   }
 
@@ -238,8 +228,7 @@ class Backward {
     for (int64_t column = 0; column < shape_.inputs; column += kPanel) {
       const int64_t columns = std::min(kPanel, shape_.inputs - column);
       input_gradient(mlp_, zbar, rows, column, column + columns, memory.panel, kPanel);
-      Rows to = at_row(gradients_.x, row);
-      to.data = static_cast<unsigned char*>(to.data) + column * size_of(to.dtype);
+      const Rows to = gradients_.x.from_row(row).from(column);
       pointwise().store(memory.panel, kPanel, rows, columns, to);
     }
   }

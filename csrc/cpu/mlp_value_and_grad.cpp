@@ -12,12 +12,6 @@ constexpr int64_t kBlockRows = 64;
 // Columns of a gradient that are converted at a time.
 constexpr int64_t kGradientPanel = 512;
 
-Rows from_row(const Rows& rows, int64_t row) {
-  Rows result = rows;
-  result.data = static_cast<unsigned char*>(rows.data) + row * rows.stride * size_of(rows.dtype);
-  return result;
-}
-
 int64_t block_rows(int64_t batch) {
   const int64_t share = (batch + at::get_num_threads() - 1) / at::get_num_threads();
   return std::min(kBlockRows, rounded_rows(std::max<int64_t>(share, 1)));
@@ -57,25 +51,25 @@ void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& grad
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index * rows_per_block, rows = std::min(rows_per_block, call.batch - row);
       const int64_t rounded = std::min(rounded_rows(rows), rows_per_block);
-      const Rows x = from_row(call.x, row);
+      const Rows x = call.x.from_row(row);
       if (mlp.few_inputs()) {
         pointwise().load_float(x, rows, inputs, kPadding, memory.few_x, kPadding);
       } else {
         pointwise().load[p](x, rows, inputs, padded(inputs), memory.block.input);
       }
       if (call.first_bias.stride != 0) {
-        pointwise().load_float(from_row(call.first_bias, row), rows, shape.widths[0], first_width, memory.first_bias,
+        pointwise().load_float(call.first_bias.from_row(row), rows, shape.widths[0], first_width, memory.first_bias,
                                first_width);
       }
       KeepPreActivations kept;
       kept.rows = rows;
-      for (const Rows& z : keep) kept.layers.push_back(from_row(z, row));
+      for (const Rows& z : keep) kept.layers.push_back(z.from_row(row));
       const MlpInput input{memory.few_x, memory.first_bias, call.first_bias.stride == 0 ? 0 : first_width};
       // Rows beyond the last are computed from what an earlier block left, and dropped.
       const Operand delta = value_and_delta(mlp, memory.block, rounded, input, with_gradient, memory.values, kept);
-      pointwise().store(memory.values, 1, rows, 1, from_row(value, row));
+      pointwise().store(memory.values, 1, rows, 1, value.from_row(row));
       if (!with_gradient) continue;
-      const Rows out = from_row(gradient, row);
+      const Rows out = gradient.from_row(row);
       if (out.dtype == Dtype::f32 && rows == rounded) {
         input_gradient(mlp, delta, rows, 0, inputs, static_cast<float*>(out.data), out.stride);
         continue;
@@ -83,9 +77,7 @@ void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& grad
       for (int64_t column = 0; column < inputs; column += panel) {
         const int64_t columns = std::min(panel, inputs - column);
         input_gradient(mlp, delta, rounded, column, column + columns, memory.panel, panel);
-        Rows part = out;
-        part.data = static_cast<unsigned char*>(out.data) + column * size_of(out.dtype);
-        pointwise().store(memory.panel, panel, rows, columns, part);
+        pointwise().store(memory.panel, panel, rows, columns, out.from(column));
       }
     }
     release_products(products);

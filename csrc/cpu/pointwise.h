@@ -43,6 +43,12 @@ struct Rows {
   void* data = nullptr;
   int64_t stride = 0;  // elements between rows; 0 repeats one row
   Dtype dtype = Dtype::f32;
+
+  // The same from a column on, or from a row on.
+  Rows from(int64_t column) const {
+    return {static_cast<unsigned char*>(data) + column * size_of(dtype), stride, dtype};
+  }
+  Rows from_row(int64_t row) const { return from(row * stride); }
 };
 
 // silu' of a layer, [rows, columns] with row stride ld, float or bf16. ld 0: none.

@@ -128,10 +128,8 @@ void pack_rows(Products products, const Rows& weight, int64_t out, int64_t in, i
   count.take_operand(products, kPackedRows, in_padded);
   Arena arena(scratch.reserve(count.used()));
   const Operand staged = arena.take_operand(products, kPackedRows, in_padded);
-  Rows from = weight;
-  from.data = static_cast<unsigned char*>(weight.data) + row * weight.stride * size_of(weight.dtype);
+  const Rows from = weight.from_row(row);
   pointwise().load[static_cast<int>(products)](from, present, in, in_padded, staged);
-  from.stride = 0;
   if (rows > present) {  // Rows of zeros: width 0 reads nothing.
     pointwise().load[static_cast<int>(products)](from, rows - present, 0, in_padded, staged.from_row(present));
   }

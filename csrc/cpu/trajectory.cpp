@@ -23,9 +23,7 @@ class BlockNetwork {
 
   void start(int64_t row, int64_t rows) {
     if (!network_.sample_bias) return;
-    Rows from = *network_.sample_bias;
-    from.data = static_cast<unsigned char*>(from.data) + row * from.stride * size_of(from.dtype);
-    pointwise().load_float(from, rows, mlp_.shape().widths[0], width_, sample_bias_, width_);
+    pointwise().load_float(network_.sample_bias->from_row(row), rows, mlp_.shape().widths[0], width_, sample_bias_, width_);
   }
 
   // output [rows, outputs], contiguous.
@@ -48,9 +46,7 @@ class BlockNetwork {
     } else {
       pointwise().load[static_cast<int>(mlp_.products())](from, rows, size, padded(size), block_.input);
     }
-    Rows bias = network_.evaluation_bias;
-    bias.data = static_cast<unsigned char*>(bias.data) + evaluation * bias.stride * size_of(bias.dtype);
-    pointwise().load_float(bias, 1, mlp_.shape().widths[0], width_, bias_, width_);
+    pointwise().load_float(network_.evaluation_bias.from_row(evaluation), 1, mlp_.shape().widths[0], width_, bias_, width_);
     if (sample_bias_ == nullptr) return {few_x_, bias_, 0};
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < width_; ++c) sum_[r * width_ + c] = sample_bias_[r * width_ + c] + bias_[c];

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, use_backend
-from tgdp_fast.ops.guided_step import guided_epsilon, guided_step
+from tgdp_fast.ops.guided_step import guided_epsilon, guided_step, limit_gradient
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value, mlp_value_and_grad
 from tgdp_fast.ops.trajectory import TrajectoryNetwork, TrajectoryPlan, trajectory
 
@@ -14,6 +14,7 @@ __all__ = [
     "backend_report",
     "guided_epsilon",
     "guided_step",
+    "limit_gradient",
     "mlp_value",
     "mlp_value_and_grad",
     "trajectory",

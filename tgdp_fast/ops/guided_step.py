@@ -172,6 +172,13 @@ def guided_epsilon(
     return torch.where(limited == x0, guided, (x - alpha * limited) / sigma), limited
 
 
+def limit_gradient(gradient: Tensor, weight: float, limit: float) -> Tensor:
+    """Shorten each sample's gradient [B, ...] to an L2 norm of at most ``limit`` for ``weight`` times it."""
+    length = abs(weight) * gradient.flatten(1).norm(dim=1)
+    factor = (limit / length.clamp_min(1e-30)).clamp_max(1.0)
+    return gradient * factor.reshape(-1, *[1] * (gradient.ndim - 1))
+
+
 def guided_step_reference(
     x: Tensor,
     epsilon: Tensor,

@@ -153,10 +153,15 @@ def mlp_value(
 
 def mlp_value_reference(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """Plain PyTorch twin of :func:`mlp_value`, without checks, under ordinary autograd."""
+    return perceptron_reference(x, first_bias, weights, biases).squeeze(1)
+
+
+def perceptron_reference(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """All outputs [B, O] of a SiLU perceptron whose head is [O, H_L]."""
     hidden = functional.silu(functional.linear(x, weights[0]) + first_bias)
     for weight, bias in zip(weights[1:-1], biases[:-1], strict=True):
         hidden = functional.silu(functional.linear(hidden, weight, bias))
-    return functional.linear(hidden, weights[-1], biases[-1]).squeeze(1)
+    return functional.linear(hidden, weights[-1], biases[-1])
 
 
 _Call = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]

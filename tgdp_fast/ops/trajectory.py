@@ -20,13 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tgdp_fast import _native
 from tgdp_fast._checks import check_number
 from tgdp_fast.ops import _dispatch
-from tgdp_fast.ops.guided_step import guided_step_reference
-from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
+from tgdp_fast.ops.guided_step import guided_step_reference, limit_gradient
+from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference, perceptron_reference
 
 __all__ = ["Trajectory", "TrajectoryNetwork", "TrajectoryPlan", "trajectory", "trajectory_reference"]
 
@@ -173,9 +172,7 @@ def trajectory_reference(
             bias = _first_bias(guidance, k).to(dtype)
             _, gradient = mlp_value_and_grad_reference(x.to(dtype), bias, guidance.weights, guidance.biases)
             if plan.gradient_norm_limit is not None:
-                gradient = gradient.to(x.dtype)
-                length = abs(weight) * gradient.norm(dim=1, keepdim=True)
-                gradient = gradient * (plan.gradient_norm_limit / length.clamp_min(1e-30)).clamp_max(1.0)
+                gradient = limit_gradient(gradient.to(x.dtype), weight, plan.gradient_norm_limit)
         x, history, _ = guided_step_reference(
             x,
             epsilon,
@@ -203,10 +200,8 @@ def _first_bias(network: TrajectoryNetwork, k: int) -> Tensor:
 
 def _outputs(network: TrajectoryNetwork, k: int, x: Tensor) -> Tensor:
     dtype = network.weights[0].dtype
-    hidden = functional.silu(x.to(dtype) @ network.weights[0].t() + _first_bias(network, k).to(dtype))
-    for weight, bias in zip(network.weights[1:-1], network.biases[:-1], strict=True):
-        hidden = functional.silu(functional.linear(hidden, weight, bias))
-    return functional.linear(hidden, network.weights[-1], network.biases[-1]).to(x.dtype)
+    first_bias = _first_bias(network, k).to(dtype)
+    return perceptron_reference(x.to(dtype), first_bias, network.weights, network.biases).to(x.dtype)
 
 
 def _check(
