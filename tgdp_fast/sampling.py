@@ -28,6 +28,7 @@ from tgdp_fast.guidance import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import guided_step
 from tgdp_fast.ops._dispatch import requested_backend, use_backend
+from tgdp_fast.ops.guided_step import GuidedStepOutput
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable, solver_table
 
@@ -299,22 +300,7 @@ def _run_table(plan: _Plan, start: int, stop: int, bar: Any) -> Tensor:
     step = 0
     for k in range(table.nfe):
         t = float(table.times[k])
-        evaluation = guided.evaluate(x, t, labels)
-        x, history, x0 = guided_step(
-            x,
-            evaluation.epsilon,
-            evaluation.gradient,
-            history,
-            matrix=table.matrix[k],
-            noise_scale=float(table.noise_scale[k]),
-            guidance_weight=evaluation.weight,
-            alpha=float(table.alpha[k]),
-            sigma=float(table.sigma[k]),
-            clamp=guided.clamp,
-            seed=plan.seed,
-            sample_index=indices,
-            evaluation=k + 1,
-        )
+        x, history, x0 = advance(guided, table, k, x, history, plan.seed, indices, labels)
         finite.append(x.isfinite().all())
         if device.type == "cpu" and not finite[-1]:  # On an accelerator asking would wait for it at every evaluation.
             raise SamplingDivergedError(k, t, table)
@@ -328,6 +314,35 @@ def _run_table(plan: _Plan, start: int, stop: int, bar: Any) -> Tensor:
         first = int((~verdict).int().argmax())
         raise SamplingDivergedError(first, float(table.times[first]), table)
     return x
+
+
+def advance(
+    guided: GuidedDenoiser,
+    table: SolverTable,
+    k: int,
+    x: Tensor,
+    history: Tensor | None,
+    seed: int,
+    sample_index: Tensor,
+    labels: Tensor | None = None,
+) -> GuidedStepOutput:
+    """Evaluation ``k`` of a solver: the networks, then the step. Shapes as in :func:`tgdp_fast.ops.guided_step`."""
+    evaluation = guided.evaluate(x, float(table.times[k]), labels)
+    return guided_step(
+        x,
+        evaluation.epsilon,
+        evaluation.gradient,
+        history,
+        matrix=table.matrix[k],
+        noise_scale=float(table.noise_scale[k]),
+        guidance_weight=evaluation.weight,
+        alpha=float(table.alpha[k]),
+        sigma=float(table.sigma[k]),
+        clamp=guided.clamp,
+        seed=seed,
+        sample_index=sample_index,
+        evaluation=k + 1,
+    )
 
 
 def sample_to_file(

@@ -31,7 +31,7 @@ from tgdp_fast.noise import normal
 from tgdp_fast.ops import _dispatch, guided_step, mlp_value_and_grad, use_backend
 from tgdp_fast.ops.guided_step import guided_step_reference
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
-from tgdp_fast.sampling import sample
+from tgdp_fast.sampling import advance, sample
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable, solver_table
 from tgdp_fast.training import add_noise, seeded_initialisation
@@ -620,21 +620,7 @@ def run_table(guided: GuidedDenoiser, table: SolverTable, x: Tensor, indices: Te
     """All evaluations of a solver from the state ``x`` [B, D], in its dtype; ``indices`` [B] are the sample indices."""
     history = x.new_zeros((table.history, *x.shape)) if table.history else None
     for k in range(table.nfe):
-        evaluation = guided.evaluate(x, float(table.times[k]))
-        x, history, _ = guided_step(
-            x,
-            evaluation.epsilon,
-            evaluation.gradient,
-            history,
-            matrix=table.matrix[k],
-            noise_scale=float(table.noise_scale[k]),
-            guidance_weight=evaluation.weight,
-            alpha=float(table.alpha[k]),
-            sigma=float(table.sigma[k]),
-            seed=_SEED,
-            sample_index=indices,
-            evaluation=k + 1,
-        )
+        x, history, _ = advance(guided, table, k, x, history, _SEED, indices)
     return x
 
 
