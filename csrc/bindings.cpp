@@ -11,7 +11,7 @@
 #include "cpu/capability.h"
 #include "cpu/guided_step.h"
 #include "cpu/mlp_backward.h"
-#include "cpu/mlp_value_and_grad.h"
+#include "cpu/mlp_forward.h"
 #include "cpu/pool.h"
 #include "cpu/trajectory.h"
 
@@ -76,37 +76,50 @@ tgdp::MlpCall mlp_call(const Tensor& x, const Tensor& first_bias, at::TensorList
   return call;
 }
 
+// What is kept for the derivative, [B, H_l] per layer; `rows` are where kernels write it. Nothing unless asked for.
+std::vector<Tensor> pre_activations_of(const tgdp::MlpCall& call, const Tensor& x, bool wanted,
+                                       std::vector<tgdp::Rows>& rows) {
+  std::vector<Tensor> kept;
+  if (!wanted) return kept;
+  for (int64_t width : call.shape.widths) {
+    kept.push_back(tgdp::empty_output({call.batch, width}, x.options()));
+    rows.push_back({kept.back().mutable_data_ptr(), width, call.x.dtype});
+  }
+  return kept;
+}
+
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor& x, const Tensor& first_bias,
                                                                    at::TensorList weights, at::TensorList biases,
-                                                                   bool save_pre_activations, bool with_gradient,
-                                                                   bool split) {
+                                                                   bool save_pre_activations, bool split) {
   std::vector<Tensor> hold;
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
   TORCH_CHECK_VALUE(call.shape.outputs == 1, "tgdp_fast: the last of weights must have one row");
   call.split = split;
   Tensor value = at::empty({call.batch}, x.options());
-  Tensor gradient = at::empty({with_gradient ? call.batch : 0, call.shape.inputs}, x.options());
-  std::vector<Tensor> kept;
+  Tensor gradient = tgdp::empty_output({call.batch, call.shape.inputs}, x.options());
   std::vector<tgdp::Rows> keep;
-  if (save_pre_activations) {
-    for (int64_t width : call.shape.widths) {
-      kept.push_back(at::empty({call.batch, width}, x.options()));
-      keep.push_back({kept.back().mutable_data_ptr(), width, call.x.dtype});
-    }
-  }
-  const tgdp::Rows value_rows{value.mutable_data_ptr(), 1, call.x.dtype};
-  tgdp::Rows gradient_rows{nullptr, call.shape.inputs, call.x.dtype};
-  if (with_gradient) gradient_rows.data = gradient.mutable_data_ptr();
-  tgdp::mlp_value_and_grad(call, value_rows, gradient_rows, keep);
+  std::vector<Tensor> kept = pre_activations_of(call, x, save_pre_activations, keep);
+  tgdp::mlp_value_and_grad(call, {value.mutable_data_ptr(), 1, call.x.dtype},
+                           {gradient.mutable_data_ptr(), call.shape.inputs, call.x.dtype}, keep);
   return {value, gradient, kept};
 }
 
+std::tuple<Tensor, std::vector<Tensor>> perceptron(const Tensor& x, const Tensor& first_bias, at::TensorList weights,
+                                                   at::TensorList biases, bool save_pre_activations) {
+  std::vector<Tensor> hold;
+  const tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
+  Tensor output = tgdp::empty_output({call.batch, call.shape.outputs}, x.options());
+  std::vector<tgdp::Rows> keep;
+  std::vector<Tensor> kept = pre_activations_of(call, x, save_pre_activations, keep);
+  tgdp::mlp_outputs(call, {output.mutable_data_ptr(), call.shape.outputs, call.x.dtype}, keep);
+  return {output, kept};
+}
+
 // Gradients of x, first_bias, weights and biases, in this order, of those with needs_grad.
-std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& value_cotangent,
-                                                const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
-                                                const Tensor& first_bias, at::TensorList weights,
-                                                at::TensorList pre_activations, c10::List<bool> needs_grad,
-                                                bool split) {
+std::vector<Tensor> mlp_backward(const std::optional<Tensor>& output_cotangent,
+                                 const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
+                                 const Tensor& first_bias, at::TensorList weights, at::TensorList pre_activations,
+                                 const c10::List<bool>& needs_grad, bool split) {
   std::vector<Tensor> hold;
   // No gradient depends on the biases but through the pre-activations.
   std::vector<Tensor> biases;
@@ -114,26 +127,18 @@ std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& val
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
   call.split = split;
   const auto depth = call.shape.widths.size();
-  TORCH_CHECK_VALUE(call.shape.outputs == 1 && pre_activations.size() == depth && needs_grad.size() == 2 * depth + 3,
+  TORCH_CHECK_VALUE(pre_activations.size() == depth && needs_grad.size() == 2 * depth + 3,
                     "tgdp_fast: pre_activations must be L tensors and needs_grad 2 L + 3 flags");
-  const auto check = [&](const Tensor& tensor, at::IntArrayRef sizes) {
+  const auto checked = [&](const Tensor& tensor, at::IntArrayRef sizes) {
     TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.scalar_type() == x.scalar_type(), "tgdp_fast: got ",
                       tensor.sizes(), " of ", tensor.scalar_type(), ", expected ", sizes, " of ", x.scalar_type());
+    return rows_of(tensor, hold);
   };
-  tgdp::Rows value_rows, gradient_rows;
-  if (value_cotangent.has_value()) {
-    check(*value_cotangent, {call.batch});
-    value_rows = rows_of(value_cotangent->contiguous().unsqueeze(1), hold);
-  }
-  if (gradient_cotangent.has_value()) {
-    check(*gradient_cotangent, x.sizes());
-    gradient_rows = rows_of(*gradient_cotangent, hold);
-  }
+  tgdp::Rows output_rows, gradient_rows;
+  if (output_cotangent) output_rows = checked(*output_cotangent, {call.batch, call.shape.outputs});
+  if (gradient_cotangent) gradient_rows = checked(*gradient_cotangent, x.sizes());
   std::vector<tgdp::Rows> kept;
-  for (size_t l = 0; l < depth; ++l) {
-    check(pre_activations[l], {call.batch, call.shape.widths[l]});
-    kept.push_back(rows_of(pre_activations[l], hold));
-  }
+  for (size_t l = 0; l < depth; ++l) kept.push_back(checked(pre_activations[l], {call.batch, call.shape.widths[l]}));
   std::vector<Tensor> results;
   size_t next = 0;
   const auto result = [&](const Tensor& like) {
@@ -141,7 +146,7 @@ std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& val
     rows.dtype = call.x.dtype;
     rows.stride = like.size(-1);
     if (!needs_grad[next++]) return rows;
-    results.push_back(at::empty(like.sizes(), x.options()));
+    results.push_back(tgdp::empty_output(like.sizes(), x.options()));
     rows.data = results.back().mutable_data_ptr();
     return rows;
   };
@@ -151,8 +156,25 @@ std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& val
   if (call.first_bias.stride == 0) gradients.first_bias.stride = 0;
   for (const Tensor& weight : weights) gradients.weights.push_back(result(weight));
   for (const Tensor& bias : biases) gradients.biases.push_back(result(bias));
-  tgdp::mlp_backward(call, value_rows, gradient_rows, kept, gradients);
+  tgdp::mlp_backward(call, output_rows, gradient_rows, kept, gradients);
   return results;
+}
+
+std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& value_cotangent,
+                                                const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
+                                                const Tensor& first_bias, at::TensorList weights,
+                                                at::TensorList pre_activations, const c10::List<bool>& needs_grad,
+                                                bool split) {
+  TORCH_CHECK_VALUE(!weights.empty() && weights.back().size(0) == 1, "tgdp_fast: the last of weights must have one row");
+  TORCH_CHECK_VALUE(!value_cotangent || value_cotangent->dim() == 1, "tgdp_fast: value_cotangent must be [B]");
+  const auto output_cotangent = value_cotangent ? std::optional<Tensor>(value_cotangent->unsqueeze(1)) : std::nullopt;
+  return mlp_backward(output_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad, split);
+}
+
+std::vector<Tensor> perceptron_backward(const Tensor& output_cotangent, const Tensor& x, const Tensor& first_bias,
+                                        at::TensorList weights, at::TensorList pre_activations,
+                                        const c10::List<bool>& needs_grad) {
+  return mlp_backward(output_cotangent, std::nullopt, x, first_bias, weights, pre_activations, needs_grad, false);
 }
 
 tgdp::TrajectoryNetwork trajectory_network(const Tensor& x, at::TensorList weights, at::TensorList biases,
@@ -342,10 +364,16 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& x, const Tensor& ep
 TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
   library.def(
       "mlp_value_and_grad(Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] biases, bool save_pre_activations, "
-      "bool with_gradient, bool split) -> (Tensor, Tensor, Tensor[])");
+      "bool split) -> (Tensor, Tensor, Tensor[])");
   library.def(
       "mlp_value_and_grad_backward(Tensor? value_cotangent, Tensor? gradient_cotangent, Tensor x, Tensor first_bias, "
       "Tensor[] weights, Tensor[] pre_activations, bool[] needs_grad, bool split) -> Tensor[]");
+  library.def(
+      "perceptron(Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] biases, bool save_pre_activations) -> "
+      "(Tensor, Tensor[])");
+  library.def(
+      "perceptron_backward(Tensor output_cotangent, Tensor x, Tensor first_bias, Tensor[] weights, "
+      "Tensor[] pre_activations, bool[] needs_grad) -> Tensor[]");
   library.def(
       "trajectory(Tensor x, Tensor[] score_weights, Tensor[] score_biases, Tensor score_evaluation_bias, "
       "Tensor? score_sample_bias, Tensor[] guidance_weights, Tensor[] guidance_biases, "
@@ -364,6 +392,8 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
 TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
   library.impl("mlp_value_and_grad_backward", &mlp_value_and_grad_backward);
+  library.impl("perceptron", &perceptron);
+  library.impl("perceptron_backward", &perceptron_backward);
   library.impl("trajectory", &trajectory);
   library.impl("guided_step", &guided_step);
   library.impl("normal_range", &normal_range);

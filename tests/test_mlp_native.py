@@ -7,13 +7,17 @@ import torch
 from native import CAPABILITIES, needs_extension, run_with
 from torch import Tensor
 
-from tgdp_fast.ops import BackendUnavailableError, mlp_value, mlp_value_and_grad, use_backend
+from tgdp_fast.ops import BackendUnavailableError, mlp_value_and_grad, perceptron, use_backend
 from tgdp_fast.ops.mlp_value_and_grad import (
     _backward_cpu,
     _forward_cpu,
     _forward_reference,
     mlp_value_and_grad_backward_reference,
 )
+from tgdp_fast.ops.perceptron import _backward_cpu as outputs_backward_cpu
+from tgdp_fast.ops.perceptron import _forward_cpu as outputs_cpu
+from tgdp_fast.ops.perceptron import _forward_reference as outputs_reference
+from tgdp_fast.ops.perceptron import perceptron_backward_reference
 
 pytestmark = needs_extension
 
@@ -36,15 +40,15 @@ SHAPES = [
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def network(sizes, batch, dtype=torch.float32, per_sample=True, seed=0):
+def network(sizes, batch, dtype=torch.float32, per_sample=True, seed=0, outputs=1):
     """x, first_bias, weights, biases of order one."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size, scale=1.0):
         return (scale * torch.randn(*size, generator=generator)).to(dtype)
 
-    weights = [draw(m, n, scale=1.5 * n**-0.5) for n, m in zip(sizes, (*sizes[1:], 1), strict=True)]
-    biases = [draw(m, scale=0.5) for m in (*sizes[2:], 1)]
+    weights = [draw(m, n, scale=1.5 * n**-0.5) for n, m in zip(sizes, (*sizes[1:], outputs), strict=True)]
+    biases = [draw(m, scale=0.5) for m in (*sizes[2:], outputs)]
     return draw(batch, sizes[0]), draw(batch if per_sample else 1, sizes[1]), weights, biases
 
 
@@ -83,12 +87,61 @@ def check(got, eager, truth, dtype, terms):
 @pytest.mark.parametrize(("sizes", "batch"), SHAPES)
 def test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, per_sample):
     call = network(sizes, batch, dtype, per_sample)
-    value, gradient, kept = _forward_cpu(*call, save_pre_activations=True, with_gradient=True)
+    value, gradient, kept = _forward_cpu(*call, save_pre_activations=True)
     eager_value, eager_gradient, eager_kept = _forward_reference(*call, save_pre_activations=True)
     exact = _forward_reference(*double(*call), save_pre_activations=True)
     got, eager = (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept)
     check(got, eager, (*exact[:2], *exact[2]), dtype, max(sizes))
-    assert torch.equal(mlp_value(*call, backend="cpu"), value)
+
+
+# One, a few and many outputs, ends of a vector and of a panel in between.
+@pytest.mark.parametrize("outputs", [1, 3, 8, 9, 70])
+@pytest.mark.parametrize("dtype", list(ROUNDOFF))
+@pytest.mark.parametrize(("sizes", "batch"), SHAPES)
+def test_all_outputs_and_their_derivative(sizes, batch, dtype, outputs):
+    for per_sample in (False, True):
+        call = network(sizes, batch, dtype, per_sample, outputs=outputs)
+        cotangent = torch.randn(batch, outputs, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results = []
+        for forward, backward, convert in (
+            (outputs_cpu, outputs_backward_cpu, lambda *tensors: tensors),
+            (outputs_reference, perceptron_backward_reference, lambda *tensors: tensors),
+            (outputs_reference, perceptron_backward_reference, double),
+        ):
+            x, first_bias, weights, biases = convert(*call)
+            output, kept = forward(x, first_bias, weights, biases, save_pre_activations=True)
+            needs = (True,) * (2 * len(biases) + 3)
+            gradients = backward(*convert(cotangent), x, first_bias, weights, kept, needs_grad=needs)
+            results.append((output, *kept, *gradients))
+        check(*results, dtype, max(*sizes, batch, outputs))
+
+
+def test_the_gradient_twin_of_all_outputs_is_that_of_autograd():
+    x, first_bias, weights, biases = double(*network((3, 20, 30), 50, per_sample=False, outputs=4))
+    leaves = [t.requires_grad_() for t in (x, first_bias, *weights, *biases)]
+    output, kept = outputs_reference(x, first_bias, weights, biases, save_pre_activations=True)
+    cotangent = torch.randn_like(output)
+    exact = torch.autograd.grad(output, leaves, cotangent)
+    got = perceptron_backward_reference(cotangent, x, first_bias, weights, kept, needs_grad=(True,) * 7)
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 3, 7, 16, 50])
+def test_threads_that_share_a_layer_change_nothing(batch, dtype):
+    call = network((200, 130, 70, 64), batch, dtype)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            value, gradient, kept = _forward_cpu(*call, save_pre_activations=True)
+            results.append((value, gradient, *kept, *outputs_cpu(*call, save_pre_activations=False)[:1]))
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 @pytest.mark.parametrize("cotangents", ["value", "gradient", "both"])
@@ -107,7 +160,7 @@ def test_joint_derivative(sizes, batch, dtype, cotangents):
         ):
             x, first_bias = convert(call[0]), convert(call[1])
             weights, biases = [convert(w) for w in call[2]], [convert(b) for b in call[3]]
-            kept = forward(x, first_bias, weights, biases, save_pre_activations=True, with_gradient=False)[2]
+            kept = forward(x, first_bias, weights, biases, save_pre_activations=True)[2]
             pair = convert(value_cotangent), convert(gradient_cotangent)
             needs = (True,) * (2 * len(biases) + 3)
             results.append(backward(*pair, x, first_bias, weights, kept, needs_grad=needs))
@@ -116,7 +169,7 @@ def test_joint_derivative(sizes, batch, dtype, cotangents):
 
 def test_only_what_is_needed_comes_back_and_is_the_same():
     x, first_bias, weights, biases = network((4, 20, 30), 50)
-    kept = _forward_cpu(x, first_bias, weights, biases, save_pre_activations=True, with_gradient=False)[2]
+    kept = _forward_cpu(x, first_bias, weights, biases, save_pre_activations=True)[2]
     cotangents = torch.randn(50), torch.randn(50, 4)
     everything = _backward_cpu(*cotangents, x, first_bias, weights, kept, needs_grad=(True,) * 7)
     for chosen in range(7):
@@ -155,7 +208,7 @@ def test_results_do_not_depend_on_the_number_of_threads_and_repeat():
     try:
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            value, gradient, kept = _forward_cpu(*call, save_pre_activations=True, with_gradient=True)
+            value, gradient, kept = _forward_cpu(*call, save_pre_activations=True)
             results.append((value, gradient, *kept))
             gradients.append(_backward_cpu(*cotangents, *call[:3], kept, needs_grad=(True,) * 7))
     finally:
@@ -247,7 +300,7 @@ def test_autograd_through_the_kernels_matches_the_reference():
         leaves = [t.requires_grad_() for t in (x, first_bias, *weights, *biases)]
         with use_backend(backend):
             value, gradient = mlp_value_and_grad(x, first_bias, weights, biases)
-            alone = mlp_value(x, first_bias, weights, biases)
+            alone = perceptron(x, first_bias, weights, biases, backend=backend)
         loss = (gradient**2).mean() + value.exp().mean() + (alone**2).mean()
         gradients.append(torch.autograd.grad(loss, leaves))
     for a, b in zip(*gradients, strict=True):
@@ -257,13 +310,16 @@ def test_autograd_through_the_kernels_matches_the_reference():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     x, first_bias, weights, biases = network((5, 20, 12), 9, dtype)
-    torch.library.opcheck(
-        torch.ops.tgdp_fast.mlp_value_and_grad.default, (x, first_bias, weights, biases, True, True, False)
-    )
-    kept = _forward_cpu(x, first_bias, weights, biases, save_pre_activations=True, with_gradient=False)[2]
+    torch.library.opcheck(torch.ops.tgdp_fast.mlp_value_and_grad.default, (x, first_bias, weights, biases, True, False))
+    kept = _forward_cpu(x, first_bias, weights, biases, save_pre_activations=True)[2]
     torch.library.opcheck(
         torch.ops.tgdp_fast.mlp_value_and_grad_backward.default,
         (x[:, 0].clone(), x.clone(), x, first_bias, weights, list(kept), [True] * 7, False),
+    )
+    torch.library.opcheck(torch.ops.tgdp_fast.perceptron.default, (x, first_bias, weights, biases, True))
+    torch.library.opcheck(
+        torch.ops.tgdp_fast.perceptron_backward.default,
+        (x[:, :1].clone(), x, first_bias, weights, list(kept), [True] * 7),
     )
 
 
@@ -278,7 +334,7 @@ def test_bad_tensors_do_not_reach_the_kernels():
         ((x.int(), first_bias.int(), [w.int() for w in weights], [b.int() for b in biases]), "got Int"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=match):
-            operator(*call, False, True, False)
+            operator(*call, False, False)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -292,6 +348,8 @@ for sizes, batch in tests.SHAPES:
     for dtype in tests.ROUNDOFF:
         tests.test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, True)
         tests.test_joint_derivative(sizes, batch, dtype, "both")
+        for outputs in (3, 70):
+            tests.test_all_outputs_and_their_derivative(sizes, batch, dtype, outputs)
 tests.test_a_row_depends_on_no_other_row((2, 64, 64), torch.float32)
 tests.test_strides_and_offsets()
 """,

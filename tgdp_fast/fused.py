@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tgdp_fast.denoiser import Denoiser, epsilon_scales
 from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser, labels_for
 from tgdp_fast.models import ScoreMLP, encode_labels
-from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory
+from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory, use_backend
 from tgdp_fast.ops._dispatch import resolve
 from tgdp_fast.solvers import SolverTable
 
@@ -131,7 +131,7 @@ def _label_bias(model: object, labels: Tensor | None) -> Tensor | None:
 
 def _rounded_once(module: nn.Module, inputs: Tensor) -> Tensor:
     """The module's output computed in float64: in float32 it would depend on how many rows and threads there are."""
-    with torch.no_grad():
+    with torch.no_grad(), use_backend("reference"):
         result: Tensor = copy.deepcopy(module).double()(inputs.double())
     return result.float()
 

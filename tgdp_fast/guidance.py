@@ -16,7 +16,7 @@ from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
 from tgdp_fast.denoiser import per_sample
 from tgdp_fast.models.mlp import TimeEmbedding, encode_labels
-from tgdp_fast.ops import guided_epsilon, limit_gradient, mlp_value, mlp_value_and_grad
+from tgdp_fast.ops import guided_epsilon, limit_gradient, mlp_value_and_grad, perceptron
 from tgdp_fast.schedule import NoiseSchedule
 
 STEMS = ("none", "ecg")
@@ -131,10 +131,10 @@ class GuidanceNetwork(nn.Module):
 
     def first_bias(self, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Bias of the first layer: [1, width] for a float t without labels, else [B, width]."""
-        reference = self.linear_layers()[0].bias
+        own = self.linear_layers()[0].bias
         times = torch.as_tensor(t, dtype=torch.float64, device=t.device if isinstance(t, Tensor) else "cpu")
-        half_log_snr = self.schedule.half_log_snr(times).to(device=reference.device, dtype=reference.dtype)
-        bias: Tensor = reference + self.time_embedding(half_log_snr.reshape(-1))
+        half_log_snr = self.schedule.half_log_snr(times).to(device=own.device, dtype=own.dtype)
+        bias: Tensor = self.time_embedding(half_log_snr.reshape(-1), own)
         label_bias = self.label_bias(labels)
         return bias if label_bias is None else bias + label_bias
 
@@ -182,13 +182,12 @@ class GuidanceNetwork(nn.Module):
         """
         features = x.flatten(1) if self.stem is None else self.stem(x)
         layers = self.linear_layers()
-        value = mlp_value(
+        value = perceptron(
             features,
             self.first_bias(t, labels),
             [layer.weight for layer in layers],
             [layer.bias for layer in layers[1:]],
-            backend="reference" if x.requires_grad else "auto",
-        )
+        ).squeeze(1)
         return self._alpha(t, value) * value
 
     def _alpha(self, t: float | Tensor, like: Tensor) -> float | Tensor:

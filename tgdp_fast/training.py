@@ -146,6 +146,12 @@ def optimise(
     return run.history
 
 
+def adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.AdamW:
+    """The optimiser of every network here; one fused pass over all parameters on devices that have it."""
+    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=fused)
+
+
 class _Run:
     """Everything that changes from step to step."""
 
@@ -158,9 +164,7 @@ class _Run:
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=settings.learning_rate, betas=(0.9, 0.99)
-        )
+        self.optimizer = adamw([group for group in groups if group["params"]], settings.learning_rate)
         self.average = [p.detach().clone() for p in self.parameters]
         self.generator = torch.Generator().manual_seed(seed)
         self.global_state = torch.Generator().manual_seed(derived_seed(seed, "global generator")).get_state()
@@ -220,9 +224,10 @@ class _Run:
                 prefix = f"optimizer.{i}."
                 for name, value in tensors.items():
                     if name.startswith(prefix):
+                        # The fused AdamW counts its steps on the device, the other on the host.
+                        fused = bool(self.optimizer.defaults["fused"])
                         key = name.removeprefix(prefix)
-                        # AdamW counts its steps on the host.
-                        device = value.device if key == "step" else parameter.device
+                        device = parameter.device if fused or key != "step" else value.device
                         self.optimizer.state[parameter][key] = value.clone().to(device)
             for name, buffer in buffers.items():
                 buffer.copy_(tensors[f"buffer.{name}"])

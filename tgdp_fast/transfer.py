@@ -31,6 +31,7 @@ from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import (
     TIME_DISTRIBUTIONS,
     Batches,
+    NoisedBatch,
     Optimisation,
     add_noise,
     as_labels,
@@ -392,40 +393,45 @@ def _objective(
     target_batches = Batches(len(data.x_target), settings.batch_size)
     needs_target = loss == "logistic" or consistency > 0 or cycle > 0
 
-    def value(generator: torch.Generator) -> Tensor:
-        rows = source_batches.draw(generator).to(data.x_source.device)
+    def draw(
+        batches: Batches, x: Tensor, labels: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, NoisedBatch, Tensor | None]:
+        rows = batches.draw(generator).to(x.device)
         t = draw_times(schedule, len(rows), generator, time_distribution)
-        noised = add_noise(schedule, data.x_source[rows], t, generator)
+        return rows, add_noise(schedule, x[rows], t, generator), _rows(labels, rows)
+
+    def value(generator: torch.Generator) -> Tensor:
+        rows, source, source_labels = draw(source_batches, data.x_source, data.y_source, generator)
+        if needs_target:
+            _, target, labels = draw(target_batches, data.x_target, data.y_target, generator)
+        gradient = None
         with in_precision():
-            f_source = network.log_ratio(noised.x, noised.t, _rows(data.y_source, rows)).float()
+            if not needs_target:
+                f_source = network.log_ratio(source.x, source.t, source_labels).float()
+            elif consistency > 0:
+                f_source = network.log_ratio(source.x, source.t, source_labels).float()
+                f_target, gradient = (value.float() for value in network(target.x, target.t, labels))
+            else:  # Both in one call.
+                both = None if labels is None or source_labels is None else torch.cat([source_labels, labels])
+                x, t = torch.cat([source.x, target.x]), torch.cat([source.t, target.t])
+                f_source, f_target = network.log_ratio(x, t, both).float().split([len(source.x), len(target.x)])
         total = f_source.new_zeros(())
         if loss != "logistic":
             assert source_log_ratio is not None
             total = total + ratio_loss(loss, f_source, source_log_ratio[rows])
-        if not needs_target:
-            return total
-        rows = target_batches.draw(generator).to(data.x_target.device)
-        t = draw_times(schedule, len(rows), generator, time_distribution)
-        noised = add_noise(schedule, data.x_target[rows], t, generator)
-        labels = _rows(data.y_target, rows)
-        if consistency > 0:
-            with in_precision():
-                f_target, gradient = (value.float() for value in network(noised.x, noised.t, labels))
+        if gradient is not None:
             assert denoiser is not None
             with torch.no_grad(), evaluation_mode(denoiser):
-                epsilon_p = denoiser.epsilon(noised.x, noised.t, labels_for(denoiser, labels))
-            residual = epsilon_p - noised.sigma * gradient - noised.epsilon
+                epsilon_p = denoiser.epsilon(target.x, target.t, labels_for(denoiser, labels))
+            residual = epsilon_p - target.sigma * gradient - target.epsilon
             # One half of the squared norm, as in a likelihood bound: in its units, like the cross-entropy beside it.
             total = total + consistency * 0.5 * residual.flatten(1).square().sum(1).mean()
-        else:
-            with in_precision():
-                f_target = network.log_ratio(noised.x, noised.t, labels).float()
         if loss == "logistic":
             total = total + logistic_loss(f_source, f_target, smoothing=label_smoothing)
         if cycle > 0:
             assert classifier is not None
             with torch.no_grad():
-                h_classifier = bounded_exp(classifier.log_ratio(noised.x, noised.t, labels), 10.0)
+                h_classifier = bounded_exp(classifier.log_ratio(target.x, target.t, labels), 10.0)
             total = total + cycle * (bounded_exp(f_target, 10.0) - h_classifier).square().mean()
         return total
 

@@ -26,9 +26,9 @@ PackedMlp::PackedMlp(const MlpShape& shape, Products products, const std::vector
     Arena arena(memory);
     jobs.clear();
     for (int64_t l = 0; l <= depth; ++l) {
-      const int64_t in = l < depth ? shape.in(l) : shape.widths.back(), out = l < depth ? shape.widths[l] : shape.outputs;
+      const int64_t in = shape.in(l), out = shape.out(l);
       const Rows& weight = weights[l];
-      const bool few = l == 0 ? few_inputs() : l == depth && shape.outputs <= kFew;
+      const bool few = l == 0 ? few_inputs() : l == depth && few_outputs();
       const bool as_is = weight.dtype == (products == Products::bf16 ? Dtype::bf16 : Dtype::f32) &&
                          products != Products::bf16x3 && weight.stride >= in;
       Job job{l, in, out, nullptr, nullptr};
@@ -51,7 +51,7 @@ PackedMlp::PackedMlp(const MlpShape& shape, Products products, const std::vector
           job.transposed = arena.take<unsigned char>(packed_bytes(products, in, out));
           packs = true;
         }
-        if (with_gradient && l < depth) {
+        if (with_gradient) {
           if (as_is && products == Products::f32 && in % kPadding == 0 && out % kPadding == 0) {
             backward_[l].f32 = static_cast<const float*>(weight.data);
             backward_[l].ld = weight.stride;
@@ -98,64 +98,101 @@ void PackedMlp::small_layer(const Rows& weight, bool columns, int64_t in, int64_
   }
 }
 
-MlpBlock::MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, Arena& arena) {
+namespace {
+
+int64_t panels_of(int64_t width) { return (width + kPanel - 1) / kPanel; }
+
+}  // namespace
+
+MlpBlock::MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, int64_t workers,
+                   Arena& arena) {
   const int64_t ld = shape.widest();
-  panel = arena.take<float>(rows * kPanel);
+  for (int64_t w = 0; w < workers; ++w) {
+    float* z = arena.take<float>(rows * kPanel);
+    panels.push_back({z, arena.take<float>(kPanel * padded(rows))});
+  }
   if (shape.inputs > kFew) input = arena.take_operand(products, rows, padded(shape.inputs));
   a = arena.take_operand(products, rows, ld);
   b = arena.take_operand(products, rows, ld);
   turned = arena.take<unsigned char>(packed_bytes(products, std::max(ld, padded(shape.inputs)), rows));
-  left_panel = arena.take<float>(kPanel * padded(rows));
+  part = arena.take<float>(panels_of(shape.widths.back()) * rows);
   for (int64_t l = 0; with_gradient && l + 1 < shape.depth(); ++l) slopes.push_back(arena.take_slopes(products, rows, ld));
 }
 
 namespace {
 
-// Calls body(first column, columns) with z = a_l-1 W_l^T of these columns in block.panel, without its bias.
+// Calls body(first column, columns, panel) for all panels of a width, in the threads of the workers.
+template <typename Body>
+void for_panels(const PackedMlp& mlp, const std::vector<Panel>& panels, int64_t width, Body body) {
+  const auto run = [&](int64_t begin, int64_t end, const Panel& panel) {
+    for (int64_t column = begin * kPanel; column < std::min(end * kPanel, width); column += kPanel) {
+      body(column, std::min(kPanel, width - column), panel);
+    }
+  };
+  const int64_t count = panels_of(width);
+  if (panels.size() == 1) {
+    run(0, count, panels[0]);
+    return;
+  }
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    run(begin, end, panels[static_cast<size_t>(at::get_thread_num())]);
+    release_products(mlp.products());
+  });
+}
+
+// Calls body(first column, columns, panel) with z = a_l-1 W_l^T of these columns in panel.z, without its bias.
 template <typename Body>
 void layer_panels(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, int64_t layer,
                   const Operand& below, Body body) {
   const MlpShape& shape = mlp.shape();
-  const int64_t width = padded(shape.widths[layer]), depth = mlp.depth_of_product(shape.in(layer));
+  const int64_t out = shape.out(layer), width = padded(out), depth = mlp.depth_of_product(shape.in(layer));
   const bool few = layer == 0 && mlp.few_inputs();
   const Operand& left = mlp.left(layer);
   PackedMatrix right;
   if (!few && left.ld != 0) right = transposed(mlp.products(), below, rows, depth, block.turned);
-  for (int64_t column = 0; column < width; column += kPanel) {
-    const int64_t columns = std::min(kPanel, width - column);
+  for_panels(mlp, block.panels, width, [&](int64_t column, int64_t columns, const Panel& panel) {
+    const int64_t present = std::min(columns, out - column);
     if (few) {
       pointwise().few_inputs(input.few_x, kPadding, shape.inputs, mlp.first_columns() + column, width, rows, columns,
-                             block.panel, kPanel);
+                             panel.z, kPanel);
     } else if (mlp.tiny()) {
-      const Rows weight = mlp.weight(layer).from_row(column);
-      const int64_t present = std::min(columns, shape.widths[layer] - column);
-      pointwise().dot_rows(weight, present, shape.in(layer), below.f32, below.ld, rows, block.panel, kPanel);
-      for (int64_t r = 0; r < rows; ++r) std::fill_n(block.panel + r * kPanel + present, columns - present, 0.0f);
+      pointwise().dot_rows(mlp.weight(layer).from_row(column), present, shape.in(layer), below.f32, below.ld, rows,
+                           panel.z, kPanel);
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(panel.z + r * kPanel + present, columns - present, 0.0f);
     } else if (left.ld != 0) {
       // z^T = W a^T, for which W is used as it lies in memory.
-      const int64_t present = std::min(columns, shape.widths[layer] - column);
-      multiply(mlp.products(), present, rows, depth, left.from_row(column), right, 0, block.left_panel, right.ld);
-      std::fill(block.left_panel + present * right.ld, block.left_panel + columns * right.ld, 0.0f);
-      pointwise().transpose(reinterpret_cast<const uint32_t*>(block.left_panel), right.ld, columns, rows,
-                            reinterpret_cast<uint32_t*>(block.panel), kPanel);
+      multiply(mlp.products(), present, rows, depth, left.from_row(column), right, 0, panel.turned, right.ld);
+      std::fill(panel.turned + present * right.ld, panel.turned + columns * right.ld, 0.0f);
+      pointwise().transpose(reinterpret_cast<const uint32_t*>(panel.turned), right.ld, columns, rows,
+                            reinterpret_cast<uint32_t*>(panel.z), kPanel);
     } else {
-      multiply(mlp.products(), rows, columns, depth, below, mlp.forward(layer), column, block.panel, kPanel);
+      multiply(mlp.products(), rows, columns, depth, below, mlp.forward(layer), column, panel.z, kPanel);
     }
-    body(column, columns);
-  }
+    body(column, columns, panel);
+  });
 }
 
-// Columns [column, column + columns) of delta W_l from the weight as it lies in memory.
-void combine(const PackedMlp& mlp, int64_t layer, const Operand& delta, int64_t rows, int64_t column, int64_t columns,
-             float* out, int64_t ld) {
-  const Rows weight = mlp.weight(layer).from(column);
-  pointwise().combine_rows(weight, mlp.shape().widths[layer], columns, delta.f32, delta.ld, rows, out, ld);
+// Calls body(first column, columns, panel) with these columns of delta W_l in panel.z.
+template <typename Body>
+void layer_gradient(const PackedMlp& mlp, const std::vector<Panel>& panels, const Operand& delta, int64_t rows,
+                    int64_t layer, Body body) {
+  const int64_t in = mlp.shape().in(layer), out = mlp.shape().out(layer);
+  for_panels(mlp, panels, padded(in), [&](int64_t column, int64_t columns, const Panel& panel) {
+    if (mlp.tiny()) {
+      std::fill_n(panel.z, rows * kPanel, 0.0f);  // the padding, which may lie beyond the last whole vector
+      pointwise().combine_rows(mlp.weight(layer).from(column), out, std::min(columns, in - column), delta.f32, delta.ld,
+                               rows, panel.z, kPanel);
+    } else {
+      multiply(mlp.products(), rows, columns, mlp.depth_of_product(out), delta, mlp.backward(layer), column, panel.z,
+               kPanel);
+    }
+    body(column, columns, panel);
+  });
 }
 
-void keep_panel(const KeepPreActivations& keep, const float* panel, int64_t layer, int64_t column, int64_t width) {
+void keep_panel(const KeepPreActivations& keep, const Panel& panel, int64_t layer, int64_t column, int64_t width) {
   if (keep.layers.empty()) return;
-  const Rows to = keep.layers[layer].from(column);
-  pointwise().store(panel, kPanel, keep.rows, std::min(kPanel, width - column), to);
+  pointwise().store(panel.z, kPanel, keep.rows, std::min(kPanel, width - column), keep.layers[layer].from(column));
 }
 
 // Layers 0 .. end - 1; returns the operand of the last activation, or the input.
@@ -166,11 +203,11 @@ Operand activations(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const M
   for (int64_t l = 0; l < end; ++l) {
     const float* bias = l == 0 ? input.bias : mlp.bias(l);
     const int64_t bias_stride = l == 0 ? input.bias_stride : 0;
-    layer_panels(mlp, block, rows, input, l, below, [&](int64_t column, int64_t columns) {
+    layer_panels(mlp, block, rows, input, l, below, [&](int64_t column, int64_t columns, const Panel& panel) {
       const Slopes slopes = with_slopes ? block.slopes[l].from(column) : Slopes{};
-      pointwise().activate[p](block.panel, kPanel, bias + column, bias_stride, rows, columns, to.from(column), slopes,
+      pointwise().activate[p](panel.z, kPanel, bias + column, bias_stride, rows, columns, to.from(column), slopes,
                               !keep.layers.empty());
-      keep_panel(keep, block.panel, l, column, mlp.shape().widths[l]);
+      keep_panel(keep, panel, l, column, mlp.shape().widths[l]);
     });
     below = to;
     std::swap(to, other);
@@ -180,77 +217,66 @@ Operand activations(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const M
 
 }  // namespace
 
-Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, bool with_gradient,
-                        float* value, const KeepPreActivations& keep) {
+Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, float* value,
+                        const KeepPreActivations& keep) {
   const MlpShape& shape = mlp.shape();
   const int64_t last = shape.depth() - 1;
   const int p = static_cast<int>(mlp.products());
-  const Operand below = activations(mlp, block, rows, input, last, with_gradient, keep);
+  const Operand below = activations(mlp, block, rows, input, last, true, keep);
   // The operand that the last hidden layer does not read.
   Operand delta = last % 2 == 0 ? block.a : block.b, other = last % 2 == 0 ? block.b : block.a;
-  if (!with_gradient) delta.ld = 0;
   const float* bias = last == 0 ? input.bias : mlp.bias(last);
-  std::fill(value, value + rows, mlp.bias(shape.depth())[0]);
-  layer_panels(mlp, block, rows, input, last, below, [&](int64_t column, int64_t columns) {
-    pointwise().head[p](block.panel, kPanel, bias + column, last == 0 ? input.bias_stride : 0, mlp.head() + column, rows,
-                        columns, value, delta.from(column), !keep.layers.empty());
-    keep_panel(keep, block.panel, last, column, shape.widths[last]);
+  // Each panel adds to numbers of its own, and these are added up in order: the same whoever works on which.
+  const int64_t parts = panels_of(shape.widths[last]) * rows;
+  std::fill_n(block.part, parts, 0.0f);
+  layer_panels(mlp, block, rows, input, last, below, [&](int64_t column, int64_t columns, const Panel& panel) {
+    pointwise().head[p](panel.z, kPanel, bias + column, last == 0 ? input.bias_stride : 0, mlp.head() + column, rows,
+                        columns, block.part + column / kPanel * rows, delta.from(column), !keep.layers.empty());
+    keep_panel(keep, panel, last, column, shape.widths[last]);
   });
-  if (!with_gradient) return delta;
+  std::fill(value, value + rows, mlp.bias(shape.depth())[0]);
+  for (int64_t i = 0; i < parts; ++i) value[i % rows] += block.part[i];
   for (int64_t l = last; l > 0; --l) {
-    const int64_t width = padded(shape.in(l));
-    for (int64_t column = 0; column < width; column += kPanel) {
-      const int64_t columns = std::min(kPanel, width - column);
-      if (mlp.tiny()) {
-        std::fill_n(block.panel, rows * kPanel, 0.0f);  // the padding, which may lie beyond the last whole vector
-        combine(mlp, l, delta, rows, column, std::min(columns, shape.in(l) - column), block.panel, kPanel);
-      } else {
-        multiply(mlp.products(), rows, columns, mlp.depth_of_product(shape.widths[l]), delta, mlp.backward(l), column,
-                 block.panel, kPanel);
-      }
-      pointwise().scale[p](block.slopes[l - 1].from(column), block.panel, kPanel, rows, columns, other.from(column));
-    }
+    layer_gradient(mlp, block.panels, delta, rows, l, [&](int64_t column, int64_t columns, const Panel& panel) {
+      pointwise().scale[p](block.slopes[l - 1].from(column), panel.z, kPanel, rows, columns, other.from(column));
+    });
     std::swap(delta, other);
   }
   return delta;
 }
 
-void input_gradient(const PackedMlp& mlp, const Operand& delta, int64_t rows, int64_t begin, int64_t end,
-                    float* gradient, int64_t ld) {
-  const MlpShape& shape = mlp.shape();
-  const int64_t width = padded(shape.widths[0]);
+void input_gradient(const PackedMlp& mlp, const std::vector<Panel>& panels, const Operand& delta, int64_t rows,
+                    const FirstRows& to) {
+  const int64_t inputs = mlp.shape().inputs;
   if (mlp.few_inputs()) {
-    pointwise().few_outputs[static_cast<int>(mlp.products())](delta, shape.inputs, mlp.first_columns(), rows, width,
-                                                              gradient, ld);
+    pointwise().few_outputs[static_cast<int>(mlp.products())](delta, inputs, mlp.first_columns(), rows,
+                                                              padded(mlp.shape().widths[0]), panels[0].z, kPanel);
+    pointwise().store(panels[0].z, kPanel, to.rows, inputs, to.to);
     return;
   }
-  if (mlp.tiny()) {
-    for (int64_t column = begin; column < end; column += kPanel) {
-      // By way of a panel: whole vectors are written, and the gradient's rows may end before.
-      float panel[kTinyRows * kPanel];
-      const int64_t columns = std::min(kPanel, end - column);
-      combine(mlp, 0, delta, rows, column, columns, panel, kPanel);
-      for (int64_t r = 0; r < rows; ++r) std::copy_n(panel + r * kPanel, columns, gradient + r * ld + column - begin);
-    }
-    return;
-  }
-  multiply(mlp.products(), rows, end - begin, mlp.depth_of_product(shape.widths[0]), delta, mlp.backward(0), begin, gradient,
-           ld);
+  layer_gradient(mlp, panels, delta, rows, 0, [&](int64_t column, int64_t columns, const Panel& panel) {
+    pointwise().store(panel.z, kPanel, to.rows, std::min(columns, inputs - column), to.to.from(column));
+  });
 }
 
-void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, float* output, int64_t ld) {
+void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, const FirstRows& to,
+             const KeepPreActivations& keep) {
   const MlpShape& shape = mlp.shape();
-  const int64_t width = padded(shape.widths.back());
-  const Operand a = activations(mlp, block, rows, input, shape.depth(), false, {});
-  if (shape.outputs <= kFew) {
-    pointwise().few_outputs[static_cast<int>(mlp.products())](a, shape.outputs, mlp.head(), rows, width, output, ld);
-  } else {
-    multiply(mlp.products(), rows, shape.outputs, mlp.depth_of_product(shape.widths.back()), a,
-             mlp.forward(shape.depth()), 0, output, ld);
-  }
+  const Operand a = activations(mlp, block, rows, input, shape.depth(), false, keep);
   const float* bias = mlp.bias(shape.depth());
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < shape.outputs; ++c) output[r * ld + c] += bias[c];
+  const auto finish = [&](int64_t column, int64_t columns, const Panel& panel) {
+    const int64_t present = std::min(columns, shape.outputs - column);
+    for (int64_t r = 0; r < to.rows; ++r) {
+      for (int64_t c = 0; c < present; ++c) panel.z[r * kPanel + c] += bias[column + c];
+    }
+    pointwise().store(panel.z, kPanel, to.rows, present, to.to.from(column));
+  };
+  if (mlp.few_outputs()) {
+    pointwise().few_outputs[static_cast<int>(mlp.products())](a, shape.outputs, mlp.head(), rows,
+                                                              padded(shape.widths.back()), block.panels[0].z, kPanel);
+    finish(0, shape.outputs, block.panels[0]);
+  } else {
+    layer_panels(mlp, block, rows, input, shape.depth(), a, finish);
   }
 }
 

@@ -14,7 +14,9 @@ struct MlpShape {
   std::vector<int64_t> widths;  // of the hidden layers
   int64_t outputs = 1;          // of the head
   int64_t depth() const { return static_cast<int64_t>(widths.size()); }
+  // Of a layer; layer depth() is the head.
   int64_t in(int64_t layer) const { return layer == 0 ? inputs : widths[layer - 1]; }
+  int64_t out(int64_t layer) const { return layer == depth() ? outputs : widths[layer]; }
   int64_t widest() const;  // padded width of the widest hidden layer
 };
 
@@ -39,6 +41,7 @@ class PackedMlp {
   // Rows of a packed matrix that a product runs over: bf16 takes them in pairs, of which the padding is zero.
   int64_t depth_of_product(int64_t depth) const { return products_ == Products::f32 ? depth : (depth + 1) / 2 * 2; }
   bool few_inputs() const { return shape_.inputs <= kFew; }
+  bool few_outputs() const { return shape_.outputs <= kFew; }
 
   // Right factor of a_l-1 W_l^T (layer 0 is the first) and of delta_l W_l; layer depth() is the head.
   const PackedMatrix& forward(int64_t layer) const { return forward_[layer]; }
@@ -69,16 +72,23 @@ class PackedMlp {
 // Columns of a layer that are computed and then activated at a time, while they are in the level-1 cache.
 constexpr int64_t kPanel = 64;
 
-// Working memory of one thread for blocks of up to `rows` rows.
-struct MlpBlock {
-  MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, Arena& arena);
+// What a thread needs for one panel.
+struct Panel {
+  float* z;       // [rows, kPanel]
+  float* turned;  // the same transposed
+};
 
-  float* panel;                // [rows, kPanel]
+// Working memory for blocks of up to `rows` rows. With several workers their threads share the panels of a layer, for
+// a batch of too few rows to share those.
+struct MlpBlock {
+  MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, int64_t workers, Arena& arena);
+
+  std::vector<Panel> panels;   // one per worker
   Operand input;               // [rows, padded(inputs)]; none for few inputs
   Operand a, b;                // [rows, widest layer], alternating
   std::vector<Slopes> slopes;  // of all layers but the last
-  unsigned char* turned;       // a transposed activation, and a transposed panel [kPanel, rows]
-  float* left_panel;
+  unsigned char* turned;       // a transposed activation
+  float* part;                 // [panels, rows]: what each panel of the last hidden layer adds to the value
 };
 
 // The first layer's inputs and bias of one block.
@@ -88,6 +98,12 @@ struct MlpInput {
   int64_t bias_stride = 0;       // 0: one bias for all rows
 };
 
+// Where the first `rows` rows of a block go.
+struct FirstRows {
+  int64_t rows = 0;
+  Rows to;
+};
+
 // Where training keeps z_l of this block, its first `rows` rows; empty to keep nothing.
 struct KeepPreActivations {
   int64_t rows = 0;
@@ -95,15 +111,16 @@ struct KeepPreActivations {
 };
 
 // value[r] = f(x_r) of `rows` rows, and delta_1 of the gradient, in block.a or block.b, which is returned.
-Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, bool with_gradient,
-                        float* value, const KeepPreActivations& keep = {});
+Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, float* value,
+                        const KeepPreActivations& keep = {});
 
-// gradient [rows, inputs] = delta_1 W_1, columns [begin, end), row stride ld, starting at column begin.
-void input_gradient(const PackedMlp& mlp, const Operand& delta, int64_t rows, int64_t begin, int64_t end,
-                    float* gradient, int64_t ld);
+// The first to.rows rows of gradient [rows, inputs] = delta_1 W_1.
+void input_gradient(const PackedMlp& mlp, const std::vector<Panel>& panels, const Operand& delta, int64_t rows,
+                    const FirstRows& to);
 
-// output [rows, outputs] = head(silu(..)), for a score network; row stride ld >= outputs.
-void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, float* output, int64_t ld);
+// The first to.rows rows of [rows, outputs] = head(a_L), for networks with any number of outputs.
+void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, const FirstRows& to,
+             const KeepPreActivations& keep = {});
 
 // Rows of a block, rounded up to one of a few sizes: each size of a product is compiled once per thread.
 int64_t rounded_rows(int64_t rows);

@@ -68,6 +68,8 @@ struct Pointwise {
 
   // dst = src; zero columns from width to padded, a multiple of kPadding.
   void (*load[3])(const Rows& src, int64_t rows, int64_t width, int64_t padded, const Operand& dst);
+  // dst = src in float, row stride ld.
+  void (*unload[3])(const Operand& src, int64_t rows, int64_t columns, float* dst, int64_t ld);
   // dst[r, c] = src[r, c] in float, zero columns from width to padded, row stride ld.
   void (*load_float)(const Rows& src, int64_t rows, int64_t width, int64_t padded, float* dst, int64_t ld);
   // dst[c, r] = src[r, c].
@@ -94,7 +96,7 @@ struct Pointwise {
   // z + bias -> a = silu, slopes = silu'. keep: the biased z is written back.
   void (*activate[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, int64_t rows, int64_t columns,
                       const Operand& a, Slopes slopes, bool keep);
-  // The last hidden layer: value[r] += sum_c head[c] silu(z + bias); delta = silu'(z + bias) head unless delta.ld is 0.
+  // The last hidden layer: value[r] += sum_c head[c] silu(z + bias); delta = silu'(z + bias) head.
   void (*head[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, const float* head, int64_t rows,
                   int64_t columns, float* value, const Operand& delta, bool keep);
   // delta = slopes * eta.
@@ -108,9 +110,6 @@ struct Pointwise {
   void (*reverse[3])(const float* abar, const float* eta, int64_t ld, Slopes slopes, const float* curved,
                      int64_t curved_ld, int64_t rows, int64_t columns, const Operand& zbar, const Operand& delta,
                      float* column_sums);
-  // sums[c] += sum_r value_cotangent[r] a[r, c] + u[r, c]; u.ld 0: no tangent.
-  void (*head_gradient[3])(const Operand& a, const Operand& u, const float* value_cotangent, int64_t rows,
-                           int64_t columns, float* sums);
   // sums[d, c] += sum_r x[r, d] bars[r, c].
   void (*few_inputs_gradient[3])(const Operand& bars, const float* x, int64_t x_ld, int64_t inputs, int64_t rows,
                                  int64_t columns, float* sums, int64_t sums_ld);

@@ -18,7 +18,7 @@ namespace tgdp {
 namespace {
 
 constexpr size_t kPage = size_t{2} << 20;
-constexpr size_t kSmallest = 2 * kPage;
+constexpr size_t kSmallest = kPage / 2;
 constexpr size_t kKept = size_t{512} << 20;
 
 class Pool final : public c10::Allocator {

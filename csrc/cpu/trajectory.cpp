@@ -15,7 +15,7 @@ constexpr int64_t kBlockRows = 64;
 class BlockNetwork {
  public:
   BlockNetwork(const TrajectoryNetwork& network, const PackedMlp& mlp, int64_t rows, bool with_gradient, Arena& arena)
-      : network_(network), mlp_(mlp), block_(mlp.shape(), mlp.products(), rows, with_gradient, arena),
+      : network_(network), mlp_(mlp), block_(mlp.shape(), mlp.products(), rows, with_gradient, 1, arena),
         width_(padded(mlp.shape().widths[0])), bias_(arena.take<float>(width_)),
         sample_bias_(network.sample_bias ? arena.take<float>(rows * width_) : nullptr),
         sum_(network.sample_bias ? arena.take<float>(rows * width_) : nullptr),
@@ -28,13 +28,13 @@ class BlockNetwork {
 
   // output [rows, outputs], contiguous.
   void evaluate(int64_t evaluation, const float* x, int64_t rows, float* output) {
-    outputs(mlp_, block_, rows, input(evaluation, x, rows), output, mlp_.shape().outputs);
+    outputs(mlp_, block_, rows, input(evaluation, x, rows), {rows, {output, mlp_.shape().outputs, Dtype::f32}});
   }
 
   // gradient [rows, inputs], contiguous.
   void differentiate(int64_t evaluation, const float* x, int64_t rows, float* gradient) {
-    const Operand delta = value_and_delta(mlp_, block_, rows, input(evaluation, x, rows), true, values_);
-    input_gradient(mlp_, delta, rows, 0, mlp_.shape().inputs, gradient, mlp_.shape().inputs);
+    const Operand delta = value_and_delta(mlp_, block_, rows, input(evaluation, x, rows), values_);
+    input_gradient(mlp_, block_.panels, delta, rows, {rows, {gradient, mlp_.shape().inputs, Dtype::f32}});
   }
 
  private:

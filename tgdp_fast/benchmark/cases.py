@@ -34,7 +34,7 @@ from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
 from tgdp_fast.sampling import advance, sample
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable, solver_table
-from tgdp_fast.training import add_noise, seeded_initialisation
+from tgdp_fast.training import adamw, add_noise, seeded_initialisation
 
 #: Returns what the numeric check looks at.
 Call = Callable[[], Sequence[Tensor]]
@@ -424,9 +424,10 @@ class _PreparedFitStep(_PreparedComposite):
 
     def loss(self, network: GuidanceNetwork, batches: _Batches, autograd: bool) -> Tensor:
         """The loss of one step; ``autograd``: take the input gradient by autograd and differentiate it again."""
-        f_source = network.log_ratio(batches.x_source, batches.t_source)
         if not self.case.consistency:
-            return logistic_loss(f_source, network.log_ratio(batches.x_target, batches.t_target))
+            x, t = torch.cat([batches.x_source, batches.x_target]), torch.cat([batches.t_source, batches.t_target])
+            return logistic_loss(*network.log_ratio(x, t).float().split(len(batches.x_source)))
+        f_source = network.log_ratio(batches.x_source, batches.t_source)
         if autograd:
             x = batches.x_target.detach().requires_grad_()
             f_target = network.log_ratio(x, batches.t_target)
@@ -439,7 +440,7 @@ class _PreparedFitStep(_PreparedComposite):
     def call(self, provider: str) -> Call:
         network = copy.deepcopy(self.network)
         parameters = list(network.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.99))
+        optimizer = adamw([{"params": parameters}], 1e-4)
         loss: Callable[..., Tensor] = self.loss
         if provider == "compile":
             loss = torch.compile(self.loss, dynamic=False)

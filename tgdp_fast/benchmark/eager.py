@@ -75,11 +75,11 @@ def multistep(
 
 
 def perceptron(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """Value f [B] of the SiLU perceptron of :func:`tgdp_fast.ops.mlp_value_and_grad`; x [B, D]."""
+    """Outputs [B, O] of the SiLU perceptron of :func:`tgdp_fast.ops.perceptron`; x [B, D]."""
     hidden = functional.silu(functional.linear(x, weights[0]) + first_bias)
     for weight, bias in zip(weights[1:-1], biases[:-1], strict=True):
         hidden = functional.silu(functional.linear(hidden, weight, bias))
-    return functional.linear(hidden, weights[-1], biases[-1]).squeeze(1)
+    return functional.linear(hidden, weights[-1], biases[-1])
 
 
 def value_and_grad(
@@ -88,7 +88,7 @@ def value_and_grad(
     """[f [B], df/dx [B, D]] by autograd; with ``create_graph`` both can be differentiated again."""
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
-        value = perceptron(x, first_bias, weights, biases)
+        value = perceptron(x, first_bias, weights, biases).squeeze(1)
         (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph)
     return [value if create_graph else value.detach(), gradient]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class PerceptronInputs(NamedTuple):
-    """Arguments of ``mlp_value_and_grad``."""
+    """Arguments of ``mlp_value_and_grad`` and ``perceptron``."""
 
     x: Tensor
     first_bias: Tensor
@@ -38,14 +38,16 @@ def perceptron_inputs(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    outputs: int = 1,
     bias_rows: str = "shared",
     seed: int = 0,
 ) -> PerceptronInputs:
-    """Weights of standard deviation 1.5 / sqrt(columns), so that activations and the value stay of order one.
+    """Weights of standard deviation 1.5 / sqrt(columns), so that activations and outputs stay of order one.
 
     Args:
         batch, inputs: x is [batch, inputs].
         widths: H_1, .., H_L.
+        outputs: O; mlp_value_and_grad takes one.
         bias_rows: "shared" for a first_bias [H_1], "per sample" for [batch, H_1].
     """
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +55,7 @@ def perceptron_inputs(
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
 
-    sizes = [inputs, *widths, 1]
+    sizes = [inputs, *widths, outputs]
     weights = [draw(rows, columns, scale=1.5 * columns**-0.5) for columns, rows in zip(sizes, sizes[1:], strict=False)]
     biases = [draw(rows, scale=0.5) for rows in sizes[2:]]
     first_bias = draw(widths[0]) if bias_rows == "shared" else draw(batch, widths[0])

@@ -25,6 +25,7 @@ from tgdp_fast.ops import (
     _dispatch,
     guided_step,
     mlp_value_and_grad,
+    perceptron,
     trajectory,
 )
 from tgdp_fast.ops.trajectory import trajectory_reference
@@ -155,6 +156,57 @@ def _backward(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
         yield str(shape), outputs, exact, eager.backward(fb, gb, inputs)
 
 
+#: Outputs of the networks of :data:`PERCEPTRONS`, in turn: one, few and many.
+_OUTPUTS = (1, 3, 8, 9, 70)
+
+
+def _several_outputs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, PerceptronInputs, str]]:
+    for shape, outputs in zip(PERCEPTRONS, itertools.cycle(_OUTPUTS), strict=False):
+        inputs = perceptron_inputs(
+            shape.batch,
+            shape.inputs,
+            shape.widths,
+            dtype,
+            device,
+            outputs=outputs,
+            bias_rows=shape.bias_rows,
+            seed=_SEED,
+        )
+        yield f"{shape}, {outputs} outputs", inputs, shape.layout
+
+
+def _outputs(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    for name, inputs, layout in _several_outputs(dtype, device):
+        placed = inputs.map(partial(place, layout=layout))
+
+        def outputs(backend: str, placed: PerceptronInputs = placed) -> Sequence[Tensor]:
+            return [perceptron(*placed, backend=backend)]
+
+        yield name, outputs, [eager.perceptron(*inputs.to(torch.float64))], [eager.perceptron(*inputs)]
+
+
+def _outputs_backward(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    for name, inputs, layout in _several_outputs(dtype, device):
+        rows, outputs = len(inputs.x), len(inputs.biases[-1])
+        generator = torch.Generator().manual_seed(_SEED)
+        cotangent = (max(rows, 1) ** -0.5 * torch.randn(rows, outputs, generator=generator)).to(device, dtype)
+        placed = inputs.map(partial(place, layout=layout))
+
+        def gradients(
+            function: Callable[..., Tensor], inputs: PerceptronInputs, cotangent: Tensor = cotangent
+        ) -> Sequence[Tensor]:
+            leaves = inputs.map(lambda tensor: tensor.detach().requires_grad_())
+            return torch.autograd.grad(function(*leaves), leaves.flat(), cotangent.to(inputs.x.dtype))
+
+        def call(
+            backend: str, placed: PerceptronInputs = placed, gradients: Callable[..., Sequence[Tensor]] = gradients
+        ) -> Sequence[Tensor]:
+            return gradients(partial(perceptron, backend=backend), placed)
+
+        exact = gradients(eager.perceptron, inputs.to(torch.float64))
+        yield name, call, exact, gradients(eager.perceptron, inputs)
+
+
 def _step(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
     generator = torch.Generator().manual_seed(_SEED)
     for shape in STEPS:
@@ -280,6 +332,8 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[_Check]]] = {
     "guided_step": _step,
     "mlp_value_and_grad": _forward,
     "mlp_value_and_grad_backward": _backward,
+    "perceptron": _outputs,
+    "perceptron_backward": _outputs_backward,
     "trajectory": _trajectory,
 }
 

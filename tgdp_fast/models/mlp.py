@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tgdp_fast._checks import check_integer
+from tgdp_fast.ops.perceptron import perceptron
 
 
 class TimeEmbedding(nn.Module):
@@ -37,12 +38,13 @@ class TimeEmbedding(nn.Module):
         self.hidden = nn.Linear(2 * num_frequencies, width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, half_log_snr: Tensor) -> Tensor:
-        """half_log_snr [B] -> bias [B, width]."""
+    def forward(self, half_log_snr: Tensor, bias: Tensor | None = None) -> Tensor:
+        """half_log_snr [B] -> bias [B, width], with the layer's own ``bias`` [width] added when given."""
         angles = half_log_snr.to(self.frequencies.dtype)[:, None] * self.frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=1)
-        result: Tensor = self.output(functional.silu(self.hidden(features)))
-        return result
+        hidden, output = self.hidden, self.output
+        last_bias = output.bias if bias is None else output.bias + bias
+        return perceptron(features, hidden.bias, [hidden.weight, output.weight], [last_bias])
 
 
 def encode_labels(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,12 +128,10 @@ class ScoreMLP(nn.Module):
         return result
 
     def forward(self, x: Tensor, half_log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
-        bias = self.time_embedding(half_log_snr)
+        first, *others = [layer for layer in (*self.layers, self.head) if isinstance(layer, nn.Linear)]
+        bias = self.time_embedding(half_log_snr, first.bias)
         label_bias = self.label_bias(labels)
         if label_bias is not None:
             bias = bias + label_bias
-        hidden = functional.silu(self.layers[0](x.flatten(1)) + bias)
-        for layer in self.layers[1:]:
-            hidden = functional.silu(layer(hidden))
-        result: Tensor = self.head(hidden)
-        return result.reshape(x.shape)
+        weights, biases = [first.weight, *(layer.weight for layer in others)], [layer.bias for layer in others]
+        return perceptron(x.flatten(1), bias, weights, biases).reshape(x.shape)

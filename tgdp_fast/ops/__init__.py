@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, use_backend
 from tgdp_fast.ops.guided_step import guided_epsilon, guided_step, limit_gradient
-from tgdp_fast.ops.mlp_value_and_grad import mlp_value, mlp_value_and_grad
+from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad
+from tgdp_fast.ops.perceptron import perceptron
 from tgdp_fast.ops.trajectory import TrajectoryNetwork, TrajectoryPlan, trajectory
 
 __all__ = [
@@ -15,8 +16,8 @@ __all__ = [
     "guided_epsilon",
     "guided_step",
     "limit_gradient",
-    "mlp_value",
     "mlp_value_and_grad",
+    "perceptron",
     "trajectory",
     "use_backend",
 ]

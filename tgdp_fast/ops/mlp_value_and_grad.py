@@ -20,10 +20,8 @@ grad log h.
 Two operators are registered, so that a faster implementation may provide either or both:
 
 ``mlp_value_and_grad``
-    ``function(x, first_bias, weights, biases, *, save_pre_activations, with_gradient, split) -> (f, g,
-    pre_activations)``;
-    pre_activations is (z_1, .., z_L), each [B, H_l] in the dtype of x, or () when not asked for; without with_gradient
-    g may be anything.
+    ``function(x, first_bias, weights, biases, *, save_pre_activations, split) -> (f, g, pre_activations)``;
+    pre_activations is (z_1, .., z_L), each [B, H_l] in the dtype of x, or () when not asked for.
 ``mlp_value_and_grad_backward``
     ``function(value_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, *, needs_grad, split)
     -> gradients``; see :func:`mlp_value_and_grad_backward_reference`.
@@ -43,18 +41,19 @@ from torch.nn import functional
 
 from tgdp_fast import _native
 from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops.perceptron import (
+    checked_call,
+    fake_gradients,
+    fake_pre_activations,
+    flat,
+    needs_autograd,
+    refuses_cpu,
+)
 
-__all__ = [
-    "mlp_value",
-    "mlp_value_and_grad",
-    "mlp_value_and_grad_backward_reference",
-    "mlp_value_and_grad_reference",
-    "mlp_value_reference",
-]
+__all__ = ["mlp_value_and_grad", "mlp_value_and_grad_backward_reference", "mlp_value_and_grad_reference"]
 
 _FORWARD = "mlp_value_and_grad"
 _BACKWARD = "mlp_value_and_grad_backward"
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def mlp_value_and_grad(
@@ -74,8 +73,9 @@ def mlp_value_and_grad(
     ``torch.compile(fullgraph=True)``.
 
     Precision: matrix products in the common dtype of the inputs, activations and their derivatives in float32
-    (float64 for float64 inputs) from the products' results; with float16 and bfloat16, f, g and everything
-    saved have that dtype. Under torch.autocast the inputs are cast to its dtype first, as for a linear layer.
+    (float64 for float64 inputs; for bfloat16 to 2^-12 of the sigmoid) from the products' results; with float16
+    and bfloat16, f, g and everything saved have that dtype. Under torch.autocast the inputs are cast to its
+    dtype first, as for a linear layer.
 
     Cost, with P = sum_l H_l H_{l-1} weights (H_0 = D) and S = sum_l H_l units: 4 B P FLOPs in products and
     about 20 B S pointwise for the value and gradient; the backward takes at most 10 B P more (2 tangent, 4
@@ -105,84 +105,15 @@ def mlp_value_and_grad(
     Source: the value and gradient of log h of TGDP, Theorem 3.1; derivative for Algorithm 4, consistency
         term.
     """
-    call = _prepared(x, first_bias, weights, biases)
+    call = checked_call(x, first_bias, weights, biases, outputs=1)
     name = _dispatch.requested_backend(backend)
     forward = _dispatch.resolve(_FORWARD, name, *call)
-    if _needs_autograd(call):
+    if needs_autograd(call):
         # Resolved here, for the backward may run in another thread, outside of a use_backend block.
         backward = _dispatch.resolve(_BACKWARD, name, *call)
-        inputs = (call[0], call[1], *call[2], *call[3])
-        return _MlpValueAndGrad.apply(forward.backend, backward.backend, len(call[3]), True, split, *inputs)
-    value, gradient, _ = forward.function(*call, save_pre_activations=False, with_gradient=True, split=split)
+        return _MlpValueAndGrad.apply(forward.backend, backward.backend, len(call[3]), split, *flat(call))
+    value, gradient, _ = forward.function(*call, save_pre_activations=False, split=split)
     return value, gradient
-
-
-def mlp_value(
-    x: Tensor,
-    first_bias: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """Value f(x) alone of the same perceptron, for losses that need no input gradient.
-
-    Differentiable in all inputs: once, in closed form, or, where the reference serves it, by PyTorch's autograd as
-    often as one likes. Precision and autocast as in :func:`mlp_value_and_grad`.
-
-    Cost: 2 B P FLOPs in products, and 2 B P to 4 B P in the backward.
-
-    Args, Raises:
-        as for :func:`mlp_value_and_grad`.
-
-    Returns:
-        f [B], in the dtype of x.
-    """
-    call = _prepared(x, first_bias, weights, biases)
-    name = _dispatch.requested_backend(backend)
-    forward = _dispatch.resolve(_FORWARD, name, *call)
-    if forward.backend == "reference":
-        return mlp_value_reference(*call)
-    if _needs_autograd(call):
-        backward = _dispatch.resolve(_BACKWARD, name, *call)
-        inputs = (call[0], call[1], *call[2], *call[3])
-        value: Tensor = _MlpValueAndGrad.apply(forward.backend, backward.backend, len(call[3]), False, False, *inputs)
-        return value
-    return forward.function(*call, save_pre_activations=False, with_gradient=False, split=False)[0]
-
-
-def mlp_value_reference(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """Plain PyTorch twin of :func:`mlp_value`, without checks, under ordinary autograd."""
-    return perceptron_reference(x, first_bias, weights, biases).squeeze(1)
-
-
-def perceptron_reference(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """All outputs [B, O] of a SiLU perceptron whose head is [O, H_L]."""
-    hidden = functional.silu(functional.linear(x, weights[0]) + first_bias)
-    for weight, bias in zip(weights[1:-1], biases[:-1], strict=True):
-        hidden = functional.silu(functional.linear(hidden, weight, bias))
-    return functional.linear(hidden, weights[-1], biases[-1])
-
-
-_Call = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
-
-
-def _prepared(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> _Call:
-    """The checked call, in the dtype of autocast where that is on."""
-    weights, biases = tuple(weights), tuple(biases)
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        x, first_bias = x.to(dtype), first_bias.to(dtype)
-        weights = tuple(weight.to(dtype) for weight in weights)
-        biases = tuple(bias.to(dtype) for bias in biases)
-    _check(x, first_bias, weights, biases)
-    return x, first_bias, weights, biases
-
-
-def _needs_autograd(call: _Call) -> bool:
-    x, first_bias, weights, biases = call
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, first_bias, *weights, *biases))
 
 
 def mlp_value_and_grad_reference(
@@ -288,7 +219,6 @@ def _forward_reference(
     biases: Sequence[Tensor],
     *,
     save_pre_activations: bool,
-    with_gradient: bool = True,
     split: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     depth = len(biases)
@@ -299,8 +229,6 @@ def _forward_reference(
         activation = functional.silu(pre_activations[-1])
     value = torch.addmm(biases[-1], activation, weights[depth].t()).squeeze(1)
     saved = tuple(pre_activations) if save_pre_activations else ()
-    if not with_gradient:
-        return value, x, saved
     gradient = weights[depth].expand(x.shape[0], -1)
     for z, weight in zip(reversed(pre_activations), reversed(weights[:depth]), strict=True):
         # silu'(z) * eta in one pass, in float32 inside for 16-bit tensors, as silu itself.
@@ -313,31 +241,29 @@ class _MlpValueAndGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: str, backward_backend: str, depth: int, with_gradient: bool, split: bool, *inputs: Tensor
-    ) -> tuple[Tensor, Tensor] | Tensor:
+        ctx: Any, backend: str, backward_backend: str, depth: int, split: bool, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         x, first_bias, weights, biases = inputs[0], inputs[1], inputs[2 : depth + 3], inputs[depth + 3 :]
-        forward = _dispatch.lookup(_FORWARD, backend).function
-        value, gradient, saved = forward(
-            x, first_bias, weights, biases, save_pre_activations=True, with_gradient=with_gradient, split=split
-        )
+        function = _dispatch.lookup(_FORWARD, backend).function
+        value, gradient, saved = function(x, first_bias, weights, biases, save_pre_activations=True, split=split)
         ctx.save_for_backward(x, first_bias, *weights, *saved)
         ctx.backend, ctx.depth, ctx.split = backward_backend, depth, split
         # So that a loss on the value alone skips the tangent pass.
         ctx.set_materialize_grads(False)
-        return (value, gradient) if with_gradient else value
+        return value, gradient
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, value_cotangent: Tensor | None, gradient_cotangent: Tensor | None = None) -> Any:
+    def backward(ctx: Any, value_cotangent: Tensor | None, gradient_cotangent: Tensor | None) -> Any:
         if value_cotangent is None and gradient_cotangent is None:
-            return (None,) * (5 + 2 * ctx.depth + 3)
+            return (None,) * (4 + 2 * ctx.depth + 3)
         x, first_bias, *rest = ctx.saved_tensors
         weights, saved = tuple(rest[: ctx.depth + 1]), tuple(rest[ctx.depth + 1 :])
         backward = _dispatch.lookup(_BACKWARD, ctx.backend).function
-        needs_grad = tuple(ctx.needs_input_grad[5:])
+        needs_grad = tuple(ctx.needs_input_grad[4:])
         cotangents = value_cotangent, gradient_cotangent
         gradients = backward(*cotangents, x, first_bias, weights, saved, needs_grad=needs_grad, split=ctx.split)
-        return (None, None, None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
 
 
 def _activation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -354,41 +280,6 @@ def _silu_curvature(z: Tensor, s: Tensor) -> Tensor:
     return s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
 
 
-def _check(x: Tensor, first_bias: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x must have shape [B, D], got {tuple(x.shape)}; flatten the sample dimensions first")
-    if x.dtype not in _FLOATING:
-        raise ValueError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}; convert it with .to()")
-    if len(weights) < 2:
-        raise ValueError(f"weights must hold at least W_1 and the head w, got {len(weights)} tensors")
-    if len(biases) != len(weights) - 1:
-        raise ValueError(
-            f"biases must hold {len(weights) - 1} tensors, b_2 .. b_L and c, for {len(weights)} weights, got "
-            f"{len(biases)}; b_1 belongs into first_bias"
-        )
-    names = ["x", "first_bias", *(f"weights[{i}]" for i in range(len(weights)))]
-    names += [f"biases[{i}]" for i in range(len(biases))]
-    for name, tensor in zip(names, (x, first_bias, *weights, *biases), strict=True):
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}; convert it with .to()")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}; move it with .to()")
-    width = x.shape[1]
-    for i, weight in enumerate(weights):
-        rows = "1" if i == len(weights) - 1 else f"H_{i + 1}"
-        if weight.ndim != 2 or weight.shape[1] != width or (i == len(weights) - 1 and weight.shape[0] != 1):
-            raise ValueError(f"weights[{i}] must have shape [{rows}, {width}], got {tuple(weight.shape)}")
-        width = weight.shape[0]
-        if i > 0 and biases[i - 1].shape != (width,):
-            raise ValueError(f"biases[{i - 1}] must have shape ({width},), got {tuple(biases[i - 1].shape)}")
-    first = weights[0].shape[0]
-    if first_bias.shape not in ((first,), (1, first), (x.shape[0], first)):
-        raise ValueError(
-            f"first_bias must have shape ({first},), (1, {first}) or ({x.shape[0]}, {first}), got "
-            f"{tuple(first_bias.shape)}"
-        )
-
-
 def _forward_cpu(
     x: Tensor,
     first_bias: Tensor,
@@ -396,11 +287,10 @@ def _forward_cpu(
     biases: tuple[Tensor, ...],
     *,
     save_pre_activations: bool,
-    with_gradient: bool,
     split: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     value, gradient, saved = torch.ops.tgdp_fast.mlp_value_and_grad(
-        x, first_bias, weights, biases, save_pre_activations, with_gradient, split
+        x, first_bias, weights, biases, save_pre_activations, split
     )
     return value, gradient, tuple(saved)
 
@@ -424,10 +314,6 @@ def _backward_cpu(
     return tuple(next(gradients) if needed else None for needed in needs_grad)
 
 
-def _refuses_cpu(x: Tensor, *_: Any) -> str | None:
-    return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
-
-
 if _native.CPU_MISSING is None:
 
     @torch.library.register_fake("tgdp_fast::mlp_value_and_grad")
@@ -437,11 +323,10 @@ if _native.CPU_MISSING is None:
         weights: list[Tensor],
         biases: list[Tensor],
         save_pre_activations: bool,
-        with_gradient: bool,
         split: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        saved = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights[:-1]] if save_pre_activations else []
-        return x.new_empty(x.shape[0]), x.new_empty((x.shape[0] if with_gradient else 0, x.shape[1])), saved
+        saved = fake_pre_activations(x, weights, save_pre_activations)
+        return x.new_empty(x.shape[0]), x.new_empty(x.shape), saved
 
     @torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward")
     def _(
@@ -454,11 +339,10 @@ if _native.CPU_MISSING is None:
         needs_grad: list[bool],
         split: bool,
     ) -> list[Tensor]:
-        shapes = [x.shape, first_bias.shape, *(w.shape for w in weights), *(w.shape[:1] for w in weights[1:])]
-        return [x.new_empty(shape) for shape, needed in zip(shapes, needs_grad, strict=True) if needed]
+        return fake_gradients(x, first_bias, weights, needs_grad)
 
-    _dispatch.register(_FORWARD, "cpu", _forward_cpu, _refuses_cpu)
-    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, _refuses_cpu)
+    _dispatch.register(_FORWARD, "cpu", _forward_cpu, refuses_cpu)
+    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, refuses_cpu)
 
 
 _dispatch.register(_FORWARD, "reference", _forward_reference)

@@ -25,7 +25,8 @@ from tgdp_fast import _native
 from tgdp_fast._checks import check_number
 from tgdp_fast.ops import _dispatch
 from tgdp_fast.ops.guided_step import guided_step_reference, limit_gradient
-from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference, perceptron_reference
+from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
+from tgdp_fast.ops.perceptron import perceptron_reference
 
 __all__ = ["Trajectory", "TrajectoryNetwork", "TrajectoryPlan", "trajectory", "trajectory_reference"]
 
