@@ -121,9 +121,13 @@ MlpBlock::MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool 
 
 namespace {
 
-// Calls body(first column, columns, panel) for all panels of a width, in the threads of the workers.
+// Multiplications that take about as long (10 us) as waking a thread and waiting for it pays for.
+constexpr int64_t kWorthAThread = int64_t{1} << 19;
+
+// Calls body(first column, columns, panel) for all panels of a width, in the threads of the workers; `work`: how many
+// multiplications a column takes.
 template <typename Body>
-void for_panels(const PackedMlp& mlp, const std::vector<Panel>& panels, int64_t width, Body body) {
+void for_panels(const PackedMlp& mlp, const std::vector<Panel>& panels, int64_t width, int64_t work, Body body) {
   const auto run = [&](int64_t begin, int64_t end, const Panel& panel) {
     for (int64_t column = begin * kPanel; column < std::min(end * kPanel, width); column += kPanel) {
       body(column, std::min(kPanel, width - column), panel);
@@ -134,7 +138,7 @@ void for_panels(const PackedMlp& mlp, const std::vector<Panel>& panels, int64_t 
     run(0, count, panels[0]);
     return;
   }
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, (kWorthAThread + work * kPanel - 1) / (work * kPanel), [&](int64_t begin, int64_t end) {
     run(begin, end, panels[static_cast<size_t>(at::get_thread_num())]);
     release_products(mlp.products());
   });
@@ -150,7 +154,7 @@ void layer_panels(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const Mlp
   const Operand& left = mlp.left(layer);
   PackedMatrix right;
   if (!few && left.ld != 0) right = transposed(mlp.products(), below, rows, depth, block.turned);
-  for_panels(mlp, block.panels, width, [&](int64_t column, int64_t columns, const Panel& panel) {
+  for_panels(mlp, block.panels, width, rows * depth, [&](int64_t column, int64_t columns, const Panel& panel) {
     const int64_t present = std::min(columns, out - column);
     if (few) {
       pointwise().few_inputs(input.few_x, kPadding, shape.inputs, mlp.first_columns() + column, width, rows, columns,
@@ -177,7 +181,7 @@ template <typename Body>
 void layer_gradient(const PackedMlp& mlp, const std::vector<Panel>& panels, const Operand& delta, int64_t rows,
                     int64_t layer, Body body) {
   const int64_t in = mlp.shape().in(layer), out = mlp.shape().out(layer);
-  for_panels(mlp, panels, padded(in), [&](int64_t column, int64_t columns, const Panel& panel) {
+  for_panels(mlp, panels, padded(in), rows * out, [&](int64_t column, int64_t columns, const Panel& panel) {
     if (mlp.tiny()) {
       std::fill_n(panel.z, rows * kPanel, 0.0f);  // the padding, which may lie beyond the last whole vector
       pointwise().combine_rows(mlp.weight(layer).from(column), out, std::min(columns, in - column), delta.f32, delta.ld,
