@@ -1,0 +1,32 @@
+"""Whether Triton kernels can run here. The kernels themselves are loaded by the operators on their first call."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+#: Triton runs kernels as Python on CPU tensors: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; run `pip install triton`"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "Triton kernels need a GPU and none is visible (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
+    return None
+
+
+#: None where kernels can run, else why not and what to do.
+MISSING = _missing()
+
+
+def refuses_device(tensor: Tensor) -> str | None:
+    """Why a kernel cannot take tensors that are where this one is, or None."""
+    if tensor.device.type == ("cpu" if INTERPRETED else "cuda"):
+        return None
+    runs_on = "CPU tensors, under TRITON_INTERPRET=1" if INTERPRETED else "tensors on a GPU"
+    return f"it takes {runs_on}, and the inputs are on {tensor.device.type}"
