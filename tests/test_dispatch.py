@@ -58,8 +58,9 @@ def test_explicit_choice_is_honoured_or_raises(toy):
         resolve(toy, "cpu", torch.zeros(3))
     assert (caught.value.operator, caught.value.backend) == ("toy", "cpu")
     with pytest.raises(BackendUnavailableError, match="no such implementation.*here: cpu, reference") as caught:
-        resolve(toy, "triton", torch.zeros(2))
+        resolve(toy, "cuda", torch.zeros(2))
     assert "no such implementation" in caught.value.reason
+    assert caught.value.backend == "cuda"
 
 
 def test_the_error_survives_pickling(toy):
