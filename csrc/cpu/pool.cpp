@@ -6,8 +6,10 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -19,7 +21,16 @@ namespace {
 
 constexpr size_t kPage = size_t{2} << 20;
 constexpr size_t kSmallest = kPage / 2;
-constexpr size_t kKept = size_t{512} << 20;
+
+// Bytes that may be kept: a sixteenth of the machine's memory, at least 512 MiB.
+size_t most_kept() {
+  constexpr size_t least = size_t{512} << 20;
+#if defined(__linux__)
+  const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+  if (pages > 0 && page > 0) return std::max(least, static_cast<size_t>(pages) / 16 * static_cast<size_t>(page));
+#endif
+  return least;
+}
 
 class Pool final : public c10::Allocator {
  public:
@@ -81,7 +92,7 @@ class Pool final : public c10::Allocator {
       pool.kept_.push_back({memory, size});
       pool.kept_bytes_ += size;
       // The oldest go first, this one too if it is too large.
-      while (pool.kept_bytes_ > kKept) {
+      while (pool.kept_bytes_ > pool.most_) {
         surplus.push_back(pool.kept_.front().memory);
         pool.kept_bytes_ -= pool.kept_.front().size;
         pool.kept_.erase(pool.kept_.begin());
@@ -93,6 +104,7 @@ class Pool final : public c10::Allocator {
   std::mutex mutex_;
   std::vector<Block> kept_;  // oldest first
   size_t kept_bytes_ = 0;
+  const size_t most_ = most_kept();
   std::unordered_map<void*, size_t> sizes_;
 };
 
