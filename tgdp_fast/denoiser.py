@@ -24,6 +24,15 @@ def per_sample(value: float | Tensor, x: Tensor) -> float | Tensor:
     return value.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(value, Tensor) else value
 
 
+def number_on(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on ``device``. A number that is on the host is not copied there but written by the device itself: a copy
+    could not be recorded in a CUDA graph.
+    """
+    if value.device == device or value.numel() != 1 or value.device.type != "cpu":
+        return value.to(device)
+    return torch.full(value.shape, value.item(), dtype=value.dtype, device=device)
+
+
 def alpha_sigma(schedule: NoiseSchedule, t: float | Tensor, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
     """alpha and sigma at ``t``: floats for a float, tensors that broadcast over ``x`` [B, ...] for a tensor [B]."""
     if isinstance(t, Tensor):
@@ -127,7 +136,7 @@ class Denoiser(nn.Module):
 
         Shapes: x [B, ...], labels None, [B] or [B, K]; returns [B, ...].
         """
-        times = self.network_time(t).to(x.device).expand(x.shape[0])
+        times = number_on(self.network_time(t), x.device).expand(x.shape[0])
         output = self.network(x, times) if labels is None else self.network(x, times, labels)
         return output if isinstance(output, Tensor) else output.sample
 

@@ -14,10 +14,11 @@ from torch.nn import functional
 
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
-from tgdp_fast.denoiser import per_sample
+from tgdp_fast.denoiser import number_on, per_sample
 from tgdp_fast.models.mlp import TimeEmbedding, encode_labels
 from tgdp_fast.ops import guided_epsilon, limit_gradient, mlp_value_and_grad, perceptron
 from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.streams import side_by_side
 
 STEMS = ("none", "ecg")
 
@@ -133,7 +134,7 @@ class GuidanceNetwork(nn.Module):
         """Bias of the first layer: [1, width] for a float t without labels, else [B, width]."""
         own = self.linear_layers()[0].bias
         times = torch.as_tensor(t, dtype=torch.float64, device=t.device if isinstance(t, Tensor) else "cpu")
-        half_log_snr = self.schedule.half_log_snr(times).to(device=own.device, dtype=own.dtype)
+        half_log_snr = number_on(self.schedule.half_log_snr(times), own.device).to(own.dtype)
         bias: Tensor = self.time_embedding(half_log_snr.reshape(-1), own)
         label_bias = self.label_bias(labels)
         return bias if label_bias is None else bias + label_bias
@@ -306,13 +307,16 @@ class GuidedDenoiser:
 
     def evaluate(self, x: Tensor, t: float, labels: Tensor | None = None) -> GuidedEvaluation:
         """Run the denoiser and, where the scale is not 0, the guidance network. x [B, ...]."""
-        epsilon = self.denoiser.epsilon(x, t, labels_for(self.denoiser, labels))
         scale = self.scale_at(t)
-        if scale == 0.0:
-            return GuidedEvaluation(epsilon, None, 0.0)
-        assert self.guidance is not None
+        guidance = self.guidance
+        if scale == 0.0 or guidance is None:
+            return GuidedEvaluation(self.denoiser.epsilon(x, t, labels_for(self.denoiser, labels)), None, 0.0)
         weight = scale * float(self.schedule.sigma(t))
-        _, gradient = self.guidance.log_ratio_and_grad(x, t, labels_for(self.guidance, labels))
+        epsilon, (_, gradient) = side_by_side(
+            x.device,
+            lambda: self.denoiser.epsilon(x, t, labels_for(self.denoiser, labels)),
+            lambda: guidance.log_ratio_and_grad(x, t, labels_for(guidance, labels)),
+        )
         if self.gradient_norm_limit is not None:
             gradient = limit_gradient(gradient, weight, self.gradient_norm_limit)
         return GuidedEvaluation(epsilon, gradient, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tqdm.auto import tqdm
 
 from tgdp_fast._checks import check_choice, check_device, check_integer, check_seed
 from tgdp_fast._progress import announce
+from tgdp_fast.captured import Replayed
 from tgdp_fast.checkpoint import save_array, signature_of, write_atomic
 from tgdp_fast.data.arrays import check_labels
 from tgdp_fast.denoiser import evaluation_mode
@@ -263,6 +266,9 @@ def _draw(plan: _Plan, start: int, stop: int, progress: bool) -> Tensor:
         if plan.callback is None:
             split = plan.precision == SPLIT
             fused = FusedRun.of(plan.guided, plan.table, plan.scales, dtype, plan.backend, split=split)
+        replayed = None
+        if plan.device.type == "cuda" and plan.callback is None and fused is None:
+            replayed = Replayed(partial(_evaluations, plan, after=None), "the sampling loop")
         for first in chunks:
             last = min(first + plan.batch_size, stop)
             if fused is not None:
@@ -270,7 +276,7 @@ def _draw(plan: _Plan, start: int, stop: int, progress: bool) -> Tensor:
                 bar.update(plan.table.nfe)
             else:
                 with autocast:
-                    samples = _run_table(plan, first, last, bar)
+                    samples = _run_table(plan, first, last, bar, replayed)
             result[first - start : last - start] = samples
     return result
 
@@ -291,29 +297,53 @@ def _run_fused(plan: _Plan, fused: FusedRun, start: int, stop: int) -> Tensor:
     return x
 
 
-def _run_table(plan: _Plan, start: int, stop: int, bar: Any) -> Tensor:
-    """All evaluations of one chunk. The hot loop: it must not wait for an accelerator."""
-    guided, table, device = plan.guided, plan.table, plan.device
+def _run_table(plan: _Plan, start: int, stop: int, bar: Any, replayed: Replayed | None) -> Tensor:
+    """All evaluations of one chunk, one by one or, if given, replayed."""
     x, indices, labels = _initial_state(plan, start, stop)
+    if replayed is not None:
+        x, finite = replayed(x, indices, labels)
+        bar.update(plan.table.nfe)
+    else:
+        steps = itertools.count()
+
+        def after(k: int, x: Tensor, x0: Tensor, finite: Tensor) -> None:
+            # On an accelerator asking would wait for it at every evaluation.
+            if plan.device.type == "cpu" and not finite:
+                raise SamplingDivergedError(k, float(plan.table.times[k]), plan.table)
+            if plan.table.ends_step[k]:
+                step = next(steps)
+                if plan.callback is not None:
+                    plan.callback(step, float(plan.table.times[k]), x, x0)
+            bar.update()
+
+        x, finite = _evaluations(plan, x, indices, labels, after=after)
+    if not finite.all():
+        first = int((~finite).int().argmax())
+        raise SamplingDivergedError(first, float(plan.table.times[first]), plan.table)
+    return x
+
+
+def _evaluations(
+    plan: _Plan,
+    x: Tensor,
+    indices: Tensor,
+    labels: Tensor | None,
+    *,
+    after: Callable[[int, Tensor, Tensor, Tensor], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """The hot loop: x at its end, and after which evaluations it was finite. It must not wait for an accelerator.
+
+    ``after(k, x, x0, finite)`` is called after each evaluation.
+    """
+    guided, table = plan.guided, plan.table
     history = x.new_zeros((table.history, *x.shape)) if table.history else None
     finite = []
-    step = 0
     for k in range(table.nfe):
-        t = float(table.times[k])
         x, history, x0 = advance(guided, table, k, x, history, plan.seed, indices, labels)
         finite.append(x.isfinite().all())
-        if device.type == "cpu" and not finite[-1]:  # On an accelerator asking would wait for it at every evaluation.
-            raise SamplingDivergedError(k, t, table)
-        if table.ends_step[k]:
-            if plan.callback is not None:
-                plan.callback(step, t, x, x0)
-            step += 1
-        bar.update()
-    verdict = torch.stack(finite)
-    if not verdict.all():
-        first = int((~verdict).int().argmax())
-        raise SamplingDivergedError(first, float(table.times[first]), table)
-    return x
+        if after is not None:
+            after(k, x, x0, finite[-1])
+    return x, torch.stack(finite)
 
 
 def advance(
