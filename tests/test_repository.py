@@ -25,6 +25,8 @@ LAYERS: dict[str, set[str] | None] = {
     "_checks": set(),
     "_native": set(),
     "_progress": set(),
+    "captured": set(),
+    "streams": set(),
     "kernels": set(),
     "schedule": {"_checks"},
     "noise": {"_checks", "_native"},
