@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -488,3 +489,30 @@ def test_speeds_are_relative_to_the_reference_in_fp32() -> None:
     assert [report.speed(r, rows) for r in rows] == pytest.approx([1.0, 2.0, 20.0, None])
     line = report.summary(rows, ("a/b",)).splitlines()[-1]
     assert [cell.strip() for cell in line.strip("|").split("|")] == ["`a/b`", "1.00x / 2.00x", "20.0x / failed"]
+
+
+def test_on_a_gpu_every_provider_comes_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    names = cases.Perceptron(1, 2, 8).providers(gpu)
+    assert names[:4] == ("peer", "peer+graph", "reference", "reference+graph")
+    assert not any("graph" in name for name in cases.FitStep(8, consistency=False).providers(gpu))
+    assert not any("graph" in name for name in cases.Perceptron(1, 2, 8).providers())
+    runner.Options(providers=("reference+graph",))
+    with pytest.raises(ValueError, match="--providers must be one of auto"):
+        runner.Options(providers=("graph",))
+
+
+def test_a_recording_that_gives_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    value = torch.zeros(3)
+    monkeypatch.setattr(runner.captured, "record", lambda function, inputs: (lambda: None, function()))
+    assert torch.equal(runner.recorded(lambda: [value])()[0], value)
+    monkeypatch.setattr(runner.captured, "record", lambda function, inputs: (lambda: None, (value + 1,)))
+    with pytest.raises(RuntimeError, match="something else"):
+        runner.recorded(lambda: [value])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast.benchmark.cases import PROVIDERS
+from tgdp_fast.benchmark.cases import GRAPH, PROVIDERS
 from tgdp_fast.benchmark.runner import KEYS, Row
 from tgdp_fast.experiments import figures
 from tgdp_fast.experiments.results import markdown_table
@@ -91,7 +91,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row], cases: Sequence[str] = SUMMARY) -> str:
     """Markdown: a line per case, a column per provider with its speeds in fp32 and bf16 relative to the reference."""
-    providers = [name for name in PROVIDERS if any(row["provider"] == name for row in rows)]
+    names = [name for provider in PROVIDERS for name in (provider, provider + GRAPH)]
+    providers = [name for name in names if any(row["provider"] == name for row in rows)]
     body = []
     for case in cases:
         found = {(row["provider"], row["dtype"]): row for row in rows if row["case"] == case}

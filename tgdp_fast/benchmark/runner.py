@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from tgdp_fast import captured
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast._info import environment
-from tgdp_fast.benchmark.cases import PROVIDERS, Call, Case, UnservedError
+from tgdp_fast.benchmark.cases import GRAPH, PROVIDERS, Call, Case, UnservedError
 from tgdp_fast.benchmark.floors import Floors, synchronise
 from tgdp_fast.ops import BackendUnavailableError
 
@@ -49,7 +51,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in self.providers:
-            check_choice("--providers", name, PROVIDERS)
+            check_choice("--providers", name.removesuffix(GRAPH), PROVIDERS)
         check_number("--seconds", self.seconds, 0.0, exclusive=True)
         check_integer("least_rounds", self.least_rounds, 1)
         check_integer("most_rounds", self.most_rounds, self.least_rounds)
@@ -80,13 +82,16 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
     torch._dynamo.reset()  # Its limit of versions of one function is for a program, not for a list of programs.
     entries: list[Entry] = []
     failed: list[Row] = []
-    chosen = [name for name in case.providers() if not options.providers or name in options.providers]
+    chosen = [name for name in case.providers(options.device) if not options.providers or name in options.providers]
     for precision in case.precisions:
         prepared = case.prepare(precision, options.device)
         for provider in chosen:
             try:
-                call = prepared.call(provider)
-                verdict = prepared.check(provider, call)
+                name = provider.removesuffix(GRAPH)
+                call = prepared.call(name)
+                verdict = prepared.check(name, call)
+                if provider != name:
+                    call = recorded(call)
             except BackendUnavailableError as error:
                 report(f"{case.name}: no {provider} in {precision}: {error.operator}: {error.reason}")
                 continue
@@ -107,8 +112,31 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
     if entries:
         interleave(entries, options)
     rows = [_timed_row(case, entry, floors) for entry in entries] + failed
-    order = {name: position for position, name in enumerate(case.providers())}
+    order = {name: position for position, name in enumerate(case.providers(options.device))}
     return sorted(rows, key=lambda row: (order[row["provider"]], case.precisions.index(row["dtype"])))
+
+
+def recorded(call: Call) -> Call:
+    """The call in a CUDA graph, checked once against what it gives as it is.
+
+    Raises:
+        RuntimeError: it cannot be recorded, or gives something else then.
+    """
+    current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(current)
+    with torch.cuda.stream(other):  # as recordings are to be warmed up
+        for _ in range(3):
+            plain = [output.clone() for output in call()]
+    current.wait_stream(other)
+    replay, outputs = captured.record(lambda: tuple(call()), [])
+
+    def replayed() -> Sequence[Tensor]:
+        replay()
+        return outputs
+
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(replayed(), plain, strict=True)):
+        raise RuntimeError("a replay gives something else than the call")
+    return replayed
 
 
 def interleave(

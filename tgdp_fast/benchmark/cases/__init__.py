@@ -2,7 +2,7 @@
 
 Providers: ``peer`` (the way public code does it), ``reference`` (this package in plain PyTorch), ``compile``
 (torch.compile of the reference), every backend of the case's operators that serves it, and ``auto`` where that mixes
-several of them.
+several of them. On a GPU each also ``+graph``: its call recorded in a CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
-from tgdp_fast.benchmark.cases.base import PROVIDERS, Call, Case, UnservedError
+from tgdp_fast.benchmark.cases.base import GRAPH, PROVIDERS, Call, Case, UnservedError
 from tgdp_fast.benchmark.cases.fit_step import FitStep
 from tgdp_fast.benchmark.cases.guided_step import GuidedStep
 from tgdp_fast.benchmark.cases.perceptron import Perceptron
 from tgdp_fast.benchmark.cases.sampling import Sampling, Trajectory
 
 __all__ = [
+    "GRAPH",
     "PROVIDERS",
     "Call",
     "Case",

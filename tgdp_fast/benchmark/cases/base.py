@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,8 @@ Call = Callable[[], Sequence[Tensor]]
 PLAIN_PROVIDERS = ("peer", "reference", "compile")
 BACKENDS = tuple(name for name in _dispatch.BACKENDS if name != "reference")
 PROVIDERS = (*PLAIN_PROVIDERS, *BACKENDS, "auto")
+#: Added to a provider's name: its call recorded in a CUDA graph and replayed.
+GRAPH = "+graph"
 
 #: The peer's chain of operations rounds each result to its own precision.
 PEER_ROUNDINGS = 16.0
@@ -69,6 +72,7 @@ class Case(ABC):
         memory: bytes it needs at most, about.
         operators: registered operators whose backends are providers.
         composite: whether it calls several operators, so that "auto" can mix backends.
+        recordable: whether one call can be recorded in a CUDA graph.
     """
 
     name: str
@@ -78,16 +82,20 @@ class Case(ABC):
     memory: float
     operators: tuple[str, ...]
     composite: bool = False
+    recordable: bool = True
 
-    def providers(self) -> tuple[str, ...]:
-        """Names of the providers that may serve it."""
+    def providers(self, device: torch.device | None = None) -> tuple[str, ...]:
+        """Names of the providers that may serve it on a device (default: the CPU), each before its recording."""
         report = _dispatch.backend_report()
         there = [
             backend
             for backend in BACKENDS
             if any(report[operator][backend] == "available" for operator in self.operators if operator in report)
         ]
-        return (*PLAIN_PROVIDERS, *there, *(["auto"] if self.composite else []))
+        names = (*PLAIN_PROVIDERS, *there, *(["auto"] if self.composite else []))
+        if device is None or device.type != "cuda" or not self.recordable:
+            return names
+        return tuple(itertools.chain.from_iterable((name, name + GRAPH) for name in names))
 
     @abstractmethod
     def work(self, precision: str) -> Work:

@@ -47,6 +47,7 @@ class FitStep(Case):
         self.memory = 400.0 * batch * width
         self.operators = ("mlp_value_and_grad", "perceptron")
         self.composite = True
+        self.recordable = False  # AdamW counts its steps on the host
 
     def work(self, precision: str) -> Work:
         perceptron = hidden_weights(self.INPUTS, self.width, self.DEPTH) + self.width

@@ -74,6 +74,7 @@ class Sampling(_SamplingCase):
 
     def __init__(self, num: int, width: int, *, quick: bool = False) -> None:
         super().__init__("sampling", num, width, quick)
+        self.recordable = False  # it asks at its end whether all is finite
 
     def prepare(self, precision: str, device: torch.device) -> Prepared:
         return _PreparedSampling(self, precision, device)
