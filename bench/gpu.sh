@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Builds, checks and times everything on the GPU of this machine, without network, in under nine minutes.
+#
+# usage: bench/gpu.sh [FOLDER]
+#
+# Needs a python3 with torch 2.9 or newer for CUDA, triton, numpy, safetensors, tqdm and pytest; nvcc for the CUDA
+# kernels, compute-sanitizer for their memory check. Writes FOLDER/<card>-<date>.json (default: bench/results), logs
+# beside it in FOLDER/logs, and prints the table last. A stage that fails does not stop the next; the exit code tells.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+folder=${1:-bench/results}
+mkdir -p "$folder/logs"
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD
+failed=()
+
+stage() {  # stage NAME SECONDS COMMAND...
+    local name=$1 limit=$2 start=$SECONDS log
+    shift 2
+    log="$folder/logs/${name// /-}.log"
+    echo "=== $name"
+    if timeout --signal=INT --kill-after=10 "$limit" "$@" > "$log" 2>&1; then
+        echo "=== $name: passed in $((SECONDS - start)) s"
+    else
+        echo "=== $name: FAILED ($?) after $((SECONDS - start)) s; the end of $log:"
+        tail -n 15 "$log"
+        failed+=("$name")
+    fi
+}
+
+"$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU here")' || exit 2
+card=$("$python" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
+result="$folder/$card-$(date +%Y-%m-%d).json"
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,memory.total --format=csv 2> /dev/null
+"$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+
+stage 'build' 150 env MAX_JOBS="$(nproc)" "$python" setup.py build_ext --inplace
+stage 'what is there' 30 "$python" -m tgdp_fast info
+for backend in triton cuda; do
+    stage "validate $backend" 100 "$python" -m tgdp_fast validate --backend "$backend" \
+        --json "$folder/logs/validate-$backend.json"
+done
+stage 'tests' 100 "$python" -m pytest -q tests/test_gpu.py
+if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck; do
+        stage "sanitizer $tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/gpu_small.py
+    done
+fi
+# Rows are saved case by case, so that what a limit cuts off costs the rest only.
+stage 'benchmark' $((500 - SECONDS > 60 ? 500 - SECONDS : 60)) "$python" -m tgdp_fast bench --device cuda --seconds 1 \
+    --only guided_step/1e6 guided_step/1e8 guided_step_noise 'mlp*batch256-input2-width512' \
+    'mlp*batch4096-input2-width512' 'mlp*batch65536-input2-width512' 'mlp*batch4096-input2-width128' \
+    trajectory fit_step 'mlp*batch256-input3904-width512' 'sampling/samples10000-width512' --json "$result"
+
+echo
+"$python" -m tgdp_fast bench-report "$result" --out "$folder/logs" > /dev/null 2>&1
+"$python" - "$result" <<'CODE'
+import json, sys
+from tgdp_fast.benchmark import report
+
+print(report.table(json.load(open(sys.argv[1]))["rows"]))
+CODE
+echo "$result, after $SECONDS s; failed: ${failed[*]:-nothing}"
+[ ${#failed[@]} -eq 0 ]

@@ -1,0 +1,58 @@
+"""Every operator once on small shapes on the GPU, for a memory checker: each backend that is there, odd sizes."""
+
+from __future__ import annotations
+
+import torch
+
+from tgdp_fast.benchmark.problems import perceptron_inputs, step_inputs
+from tgdp_fast.ops import BackendUnavailableError, guided_step, mlp_value_and_grad, perceptron
+
+
+def main() -> None:
+    device = torch.device("cuda")
+    for backend in ("cuda", "triton"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            served = []
+            for name, call in calls(device, dtype, backend):
+                try:
+                    call()
+                except BackendUnavailableError:
+                    continue
+                served.append(name)
+            torch.cuda.synchronize()
+            print(backend, dtype, "served", ", ".join(served) or "nothing")
+
+
+def calls(device: torch.device, dtype: torch.dtype, backend: str):
+    step = step_inputs((37, 13), 1, dtype, device)
+    inputs = perceptron_inputs(70, 5, (48, 33), dtype, device, bias_rows="per sample")
+    wide = perceptron_inputs(33, 2, (128, 128), dtype, device)
+
+    def derivative(function):
+        leaves = inputs.map(lambda tensor: tensor.detach().requires_grad_())
+        outputs = function(*leaves, backend=backend)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, leaves.flat(), [torch.ones_like(output) for output in outputs])
+
+    yield (
+        "guided_step",
+        lambda: guided_step(
+            *step,
+            matrix=[[0.9, 0.1, 0.2], [0.0, 0.0, 1.0]],
+            noise_scale=0.3,
+            guidance_weight=0.5,
+            alpha=0.8,
+            sigma=0.6,
+            clamp=(-1.0, 1.0),
+            seed=1,
+            evaluation=2,
+            backend=backend,
+        ),
+    )
+    yield "mlp_value_and_grad", lambda: mlp_value_and_grad(*wide, backend=backend)
+    yield "its derivative", lambda: derivative(mlp_value_and_grad)
+    yield "perceptron", lambda: derivative(perceptron)
+
+
+if __name__ == "__main__":
+    main()

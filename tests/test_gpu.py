@@ -1,0 +1,57 @@
+"""What can only be seen on a GPU: all of it is skipped elsewhere. ``bench/gpu.sh`` runs it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tgdp_fast import captured, sample
+from tgdp_fast.benchmark.cases.networks import guidance_network, source_denoiser
+from tgdp_fast.benchmark.validate import failures, validate
+from tgdp_fast.ops import backend_report
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+
+
+@pytest.fixture
+def filled_with_nan():
+    """New memory holds NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_operators_against_float64_with_poisoned_outputs(filled_with_nan, backend):
+    if all(states[backend] != "available" for states in backend_report().values()):
+        pytest.skip(f"no operator has the backend {backend} here")
+    assert failures(validate(backend)) == []
+
+
+def models(device: str, width: int = 128):
+    return source_denoiser(width, torch.device(device)), guidance_network(width, torch.device(device))
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "ddpm"])
+def test_samples_are_those_of_the_cpu(solver):
+    arguments = {"num": 300, "solver": solver, "steps": 25, "seed": 5}
+    on_cpu = sample(*models("cpu"), backend="reference", **arguments)
+    on_gpu = sample(*models("cuda"), **arguments).cpu()
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+
+
+def test_chunks_are_recorded_and_change_nothing(monkeypatch):
+    recordings = []
+    real = captured.record
+    monkeypatch.setattr(captured, "record", lambda *call: recordings.append(1) or real(*call))
+    networks = models("cuda")
+    parts = sample(*networks, num=500, batch_size=100, solver="ddpm", steps=10, seed=1, precision="bf16")
+    whole = sample(*networks, num=500, batch_size=500, solver="ddpm", steps=10, seed=1, precision="bf16")
+    assert recordings == [1]
+    torch.testing.assert_close(parts, whole, rtol=2e-2, atol=2e-2)
+
+
+def test_repeated_runs_are_bitwise_equal():
+    networks = models("cuda")
+    first, second = (sample(*networks, num=256, steps=5, seed=2) for _ in range(2))
+    assert torch.equal(first, second)
