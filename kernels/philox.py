@@ -1,8 +1,8 @@
 """Standard normal noise inside kernels: steps 2 to 5 of the specification in ``tgdp_fast/noise.py``.
 
-Reference twins ``tgdp_fast.noise.philox4x32`` and ``tgdp_fast.noise.normal``. Only integer and basic float32 arithmetic,
-no device library: words are equal bit for bit and normals agree to 1e-6 on every backend. The polynomials are those of
-``csrc/common/normal.h``.
+Reference twins ``tgdp_fast.noise.philox4x32`` and ``tgdp_fast.noise.normal``. Only integer and basic float32
+arithmetic, no device library: words are equal bit for bit and normals agree to 1e-6 on every backend. The polynomials
+are those of ``csrc/common/normal.h``.
 
 Device functions; shapes broadcast. Per Philox call about 60 integer instructions, per Box-Muller pair about 75 FLOPs.
 """

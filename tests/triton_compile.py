@@ -83,7 +83,7 @@ def compile_amd(compilation: Compilation, architecture: str = "gfx942") -> str:
     return assembly
 
 
-def _compile(compilation: Compilation, backend: str, architecture: int | str, warp_size: int):  # noqa: ANN202
+def _compile(compilation: Compilation, backend: str, architecture: int | str, warp_size: int):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ def refuses_device(tensor: Tensor) -> str | None:
     return f"it takes {runs_on}, and the inputs are on {tensor.device.type}"
 
 
+@overload
+def readable(tensor: Tensor) -> Tensor: ...
+@overload
+def readable(tensor: None) -> None: ...
 def readable(tensor: Tensor | None) -> Tensor | None:
     """The tensor as a kernel reads it: contiguous, and float32 where it is float64."""
     if tensor is None:

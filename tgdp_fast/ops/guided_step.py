@@ -314,7 +314,9 @@ def _refuses_cpu(x: Tensor, *_: Any, **__: Any) -> str | None:
     return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
 
 
-def _outputs(x: Tensor, epsilon: Tensor, gradient: Any, history: Any, matrix: list[float], *_: Any) -> Any:
+def _outputs(
+    x: Tensor, epsilon: Tensor, gradient: Any, history: Any, matrix: list[float], *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """x_next, history_next and x0, without values."""
     # (1 + H) (2 + H) entries lie between (1 + H)^2 and (2 + H)^2.
     slots = math.isqrt(len(matrix)) - 1
@@ -329,9 +331,7 @@ if _native.CPU_MISSING is None:
 _MOST_TRITON_SLOTS = 2
 
 
-def _refuses_triton(
-    x: Tensor, *_: Any, matrix: tuple[tuple[float, ...], ...] = ((0.0, 0.0),), **__: Any
-) -> str | None:
+def _refuses_triton(x: Tensor, *_: Any, matrix: tuple[tuple[float, ...], ...] = ((0.0, 0.0),), **__: Any) -> str | None:
     slots = len(matrix) - 1
     if slots > _MOST_TRITON_SLOTS:
         return f"it serves at most {_MOST_TRITON_SLOTS} history slots, not {slots}"
@@ -356,12 +356,12 @@ def _launch_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from tgdp_fast.kernels.guided_step import launch
 
-    outputs: tuple[Tensor, Tensor, Tensor] = _outputs(x, epsilon, gradient, history, matrix)
-    tensors = [_triton.readable(tensor) for tensor in (x, epsilon, gradient, history)]
+    readable = _triton.readable
+    outputs = _outputs(x, epsilon, gradient, history, matrix)
     with torch.cuda.device_of(x):
         launch(
-            *outputs, *tensors, matrix, noise_scale, guidance_weight, alpha, sigma, clamp, key_low, key_high,
-            _triton.readable(sample_index), evaluation,
+            *outputs, readable(x), readable(epsilon), readable(gradient), readable(history), matrix, noise_scale,
+            guidance_weight, alpha, sigma, clamp, key_low, key_high, readable(sample_index), evaluation,
         )  # fmt: skip
     return outputs
 
