@@ -10,6 +10,7 @@ Slow tests carry ``@pytest.mark.slow`` and are skipped unless asked for:
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports matplotlib: plots need no display
 
@@ -34,6 +35,15 @@ def quick_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     real = transfer.fit_density_ratio
     settings = Optimisation(steps=5, batch_size=16, ema_decay=0.5, warmup=1)
     monkeypatch.setattr(transfer, "fit_density_ratio", lambda *a, **k: real(*a, **{**k, "settings": settings}))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New tensors hold NaN, so that an element that is not written shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

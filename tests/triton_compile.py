@@ -31,9 +31,6 @@ def _why_not() -> str | None:
 
 
 needs_compiler = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed; run `pip install triton`"
-)
 
 
 @functools.cache
