@@ -62,6 +62,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        # Another test runs these in a process of its own: triton_interpreter.py.
+        left_out = [item for item in items if item.get_closest_marker("interpreted")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
     wanted = config.getoption("--run-slow")
     skip = pytest.mark.skip(reason="slow; run with --run-slow=all")
     for item in items:

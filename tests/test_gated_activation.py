@@ -67,18 +67,23 @@ def test_is_accurate_near_zero_and_far_away(backend):
 def test_slices_and_other_dtypes_of_the_bias(backend):
     x, bias = draw(3, 10, 33), draw(3, 10)
     expected = gated_activation(x, bias, backend=backend)
+
+    def same(got, expected):
+        # A kernel gives the same bits; PyTorch's functions differ at the ends of rows, by units in the last place.
+        torch.testing.assert_close(got, expected, rtol=0, atol=5e-7 if backend == "reference" else 0)
+
     buffer = torch.full((66, 3, 10), float("nan"))
     scattered = buffer[::2].permute(1, 2, 0).copy_(x)
     wide = torch.full((3, 20), float("nan"))
     wide[:, ::2] = bias
-    assert torch.equal(gated_activation(scattered, wide[:, ::2], backend=backend), expected)
-    assert torch.equal(gated_activation(x, bias.double(), backend=backend), expected)
+    same(gated_activation(scattered, wide[:, ::2], backend=backend), expected)
+    same(gated_activation(x, bias.double(), backend=backend), expected)
     np.testing.assert_allclose(
         gated_activation(x, bias.half(), backend=backend).numpy(), oracle(x, bias.half()), rtol=0, atol=1e-6
     )
     for sample in range(3):
         part = gated_activation(x[sample : sample + 1], bias[sample], backend=backend)
-        assert torch.equal(part[0], expected[sample])
+        same(part[0], expected[sample])
 
 
 def test_float64_and_gradients():

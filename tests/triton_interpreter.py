@@ -1,6 +1,7 @@
 """Running Triton kernels as Python on the CPU: whether a process must be told to before it loads a kernel.
 
-So tests of the numerics are skipped in an ordinary run, and one test runs them in a process of its own.
+So tests of the numerics carry a marker and are left out of an ordinary run (conftest.py), and one test of each file runs
+them in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ from tgdp_fast.ops import _triton
 
 ROOT = Path(__file__).resolve().parent.parent
 
-interpreted = pytest.mark.skipif(
-    not _triton.INTERPRETED, reason="runs in Triton's interpreter, in a process that another test starts"
-)
+interpreted = pytest.mark.interpreted
 compiled = pytest.mark.skipif(_triton.INTERPRETED, reason="runs in the interpreter already")
 
 
