@@ -14,12 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.philox import normal_elements, normal_groups
+from tgdp_fast.kernels.philox import normal_elements, normal_groups, normal_pairs
 
 #: The most history slots that the kernel has coefficients for.
 MOST_SLOTS = 2
-# Elements of a program: eight a thread, so that several loads of each thread are under way at once.
-_BLOCK = 1024
 _NUM_WARPS = 4
 
 
@@ -112,11 +110,12 @@ def guided_step_kernel(
     0: none.
     4: by groups of four elements, for samples of a multiple of four. The groups are the rows of the tile
        [block / 4, 4], so that one Philox call and two Box-Muller pairs serve all of a thread's row, without waste.
-    1: by elements, for samples of any size. Every element calls Philox for its own group and uses one half of a
-       Box-Muller pair: about 165 instructions an element for noise in place of 70 (compiled for sm_90). Rows that
-       follow the groups of such samples would start at any address, and read and write single elements in four times
-       as many memory transactions; small samples (two elements) would leave half of each row idle. All instructions
-       take about as long as the memory does for float32.
+    2: by pairs, for samples of an even size: a Philox call for each Box-Muller pair. Samples of two elements waste
+       nothing either, larger ones every second call.
+    1: by elements, for the others. Every element calls Philox and uses one half of a Box-Muller pair: about 165
+       instructions an element for noise in place of 70 by groups (compiled for sm_90), which take about as long as the
+       memory does for float32. Rows that follow the groups of such samples would start at any address, and read and
+       write single elements in four times as many memory transactions.
 
     Moves elements * (b (3 + 2 slots) + e + g) bytes for b, e and g bytes an element of x, epsilon and gradient, and
     computes about elements * (5 + (1 + slots) (3 + 2 slots)) FLOPs, 2 more and the noise with it.
@@ -166,18 +165,24 @@ def guided_step_kernel(
         k0 = key_low.to(tl.uint32, bitcast=True)
         k1 = key_high.to(tl.uint32, bitcast=True)
         c3 = evaluation.to(tl.uint32, bitcast=True)
+        # What makes its normals at once: rows, pairs or elements of the tile.
         if normals == 4:
-            groups = tl.arange(0, block // 4)
-            sample, position = locate(start // 4, groups, sample_size // 4, long)
-            if sample_index_pointer is not None:
-                sample = tl.load(sample_index_pointer + sample, mask=4 * groups < elements - start, other=0)
-            z0, z1, z2, z3 = normal_groups(position, sample, c3, k0, k1)
-            # [groups, 2, 2] with z0, z1 in the first row and z2, z3 in the second.
-            z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (block // 4, 4))
+            units = tl.arange(0, block // 4)
+        elif normals == 2:
+            units = 2 * tl.arange(0, block // 4)[:, None] + tl.arange(0, 2)[None, :]
         else:
-            sample, position = locate(start, lanes, sample_size, long)
-            if sample_index_pointer is not None:
-                sample = tl.load(sample_index_pointer + sample, mask=inside, other=0)
+            units = lanes
+        sample, position = locate(start // normals, units, sample_size // normals, long)
+        if sample_index_pointer is not None:
+            sample = tl.load(sample_index_pointer + sample, mask=normals * units < elements - start, other=0)
+        if normals == 4:
+            z0, z1, z2, z3 = normal_groups(position, sample, c3, k0, k1)
+            # [rows, 2, 2], with z0, z1 first and z2, z3 then.
+            z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (block // 4, 4))
+        elif normals == 2:
+            first, second = normal_pairs(position, sample, c3, k0, k1)
+            z = tl.reshape(tl.join(first, second), (block // 4, 4))
+        else:
             z = normal_elements(position, sample, c3, k0, k1)
         row += tl.cast(noise_scale, tl.float32) * z
     _store(x_next_pointer, offsets, row, inside)
@@ -211,8 +216,9 @@ def launch(
         return
     slots = len(history_next)
     sample_size = elements // len(x)
-    normals = 0 if noise_scale == 0.0 else 4 if sample_size % 4 == 0 else 1
-    guided_step_kernel[(triton.cdiv(elements, _BLOCK),)](
+    normals = _normals(sample_size) if noise_scale != 0.0 else 0
+    block = _block(normals)
+    guided_step_kernel[(triton.cdiv(elements, block),)](
         x_next,
         history_next,
         x0,
@@ -235,11 +241,24 @@ def launch(
         slots=slots,
         clamp=clamp is not None,
         normals=normals,
-        long=sample_size >= _BLOCK,
-        block=_BLOCK,
+        long=sample_size >= block,
+        block=block,
         num_warps=_NUM_WARPS,
         enable_fp_fusion=True,
     )
+
+
+def _normals(sample_size: int) -> int:
+    """How many normals are made at once."""
+    return 4 if sample_size % 4 == 0 else 2 if sample_size % 2 == 0 else 1
+
+
+def _block(normals: int) -> int:
+    """Elements of a program: eight a thread, so that several loads of each are under way at once.
+
+    Four where each element makes its own noise, or some of its registers would be spilled.
+    """
+    return 512 if normals == 1 else 1024
 
 
 def _coefficients(matrix: Sequence[float], slots: int) -> list[float]:
@@ -270,7 +289,8 @@ def _compilation(
     """For x, epsilon and gradient of these dtypes, and a batch of samples of a size."""
     x, epsilon, gradient = dtypes
     elements = shape[0] * shape[1]
-    normals = 0 if not noise else 4 if shape[1] % 4 == 0 else 1
+    normals = _normals(shape[1]) if noise else 0
+    block = _block(normals)
     pointers = {
         "x_next_pointer": x,
         "history_next_pointer": x,
@@ -282,7 +302,7 @@ def _compilation(
         "sample_index_pointer": "i64" if sample_index else None,
     }
     constants: dict[str, Any] = {name: None for name, dtype in pointers.items() if dtype is None}
-    constants |= {"slots": slots, "clamp": clamp, "normals": normals, "long": shape[1] >= _BLOCK, "block": _BLOCK}
+    constants |= {"slots": slots, "clamp": clamp, "normals": normals, "long": shape[1] >= block, "block": block}
     signature = {name: "constexpr" if dtype is None else f"*{dtype}" for name, dtype in pointers.items()}
     integers = {"elements": "i32" if elements < 1 << 31 else "i64", "sample_size": "i32"}
     integers |= dict.fromkeys(("key_low", "key_high", "evaluation"), "i32")
@@ -290,7 +310,7 @@ def _compilation(
         signature[name] = "constexpr" if name in constants else integers.get(name, "fp32")
     size = {"fp32": 4, "bf16": 2, "fp16": 2, None: 0}
     slots_moved = 2 * slots if constants.get("history_pointer", x) else slots
-    flops = 5 + (1 + slots) * (3 + 2 * slots) + 6 * clamp + (0 if not noise else 40 if normals == 4 else 80)
+    flops = 5 + (1 + slots) * (3 + 2 * slots) + 6 * clamp + (80 // min(normals, 2) if noise else 0)
     divisible = tuple(name for name, dtype in pointers.items() if dtype is not None)
     return Compilation(
         name=f"guided_step/{variant}",
@@ -301,7 +321,7 @@ def _compilation(
         num_stages=3,
         tensor_cores=False,
         problem=f"[{shape[0]}, {shape[1]}]",
-        programs=-(-elements // _BLOCK),
+        programs=-(-elements // block),
         bytes=float(elements * (size[x] * (3 + slots_moved) + size[epsilon] + size[gradient])),
         flops=float(elements * flops),
         divisible=divisible + (("elements",) if elements % 16 == 0 else ()),
@@ -322,4 +342,5 @@ def shipped() -> list[Compilation]:
         _compilation("third order, unguided", ("fp16", "fp16", None), 2, (1 << 20, 4096)),
         _compilation("ancestral, two elements", ("fp32", "fp32", "fp32"), 0, plane, sample_index=True, noise=True),
         _compilation("stochastic, odd size", ("fp32", "bf16", "fp32"), 2, (33, 12_001), clamp=True, noise=True),
+        _compilation("ancestral, one element", ("fp32", "fp32", "fp32"), 0, (10_000, 1), noise=True),
     ]

@@ -108,14 +108,23 @@ def normal_groups(group, sample, evaluation, k0, k1):
 
 
 @triton.jit
+def normal_pairs(pair, sample, evaluation, k0, k1):
+    """The two normals of elements 2 pair and 2 pair + 1 of each sample: a Philox call and a Box-Muller pair each.
+
+    pair, sample: int64; evaluation, k0, k1: uint32 scalars.
+    """
+    w0, w1, w2, w3 = philox4x32(
+        (pair >> 1).to(tl.uint32), sample.to(tl.uint32), (sample >> 32).to(tl.uint32), evaluation, k0, k1
+    )
+    odd = (pair & 1) != 0
+    return box_muller(tl.where(odd, w2, w0), tl.where(odd, w3, w1))
+
+
+@triton.jit
 def normal_elements(element, sample, evaluation, k0, k1):
     """The normal of one element of each sample: a Philox call and a Box-Muller pair each, of which one half is used.
 
     element, sample: int64; evaluation, k0, k1: uint32 scalars.
     """
-    w0, w1, w2, w3 = philox4x32(
-        (element >> 2).to(tl.uint32), sample.to(tl.uint32), (sample >> 32).to(tl.uint32), evaluation, k0, k1
-    )
-    second_pair = (element & 2) != 0
-    first, second = box_muller(tl.where(second_pair, w2, w0), tl.where(second_pair, w3, w1))
+    first, second = normal_pairs(element >> 1, sample, evaluation, k0, k1)
     return tl.where((element & 1) != 0, second, first)

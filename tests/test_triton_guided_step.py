@@ -120,10 +120,15 @@ def test_pairs_at_extreme_words():
 
 @interpreted
 @pytest.mark.parametrize(
-    "shape", [(2050, 1), (700, 2), (7, 3), (300, 4), (129, 12), (3, 1001), (5, 1023), (3, 1024), (3, 1025), (2, 4100)]
+    "shape",
+    [
+        *[(2050, 1), (7, 3), (5, 511), (3, 513), (3, 1001)],
+        *[(700, 2), (33, 6), (3, 1022), (3, 1026)],
+        *[(300, 4), (129, 12), (3, 1020), (3, 1024), (2, 4100)],
+    ],
 )
 def test_noise_is_the_noise_function(shape):
-    # Samples of one, two and many to a tile, by groups and by elements.
+    # Samples of one, two and many to a tile; by elements, by pairs and by groups.
     zeros = torch.zeros(shape)
     index = torch.arange(shape[0]) * 3 - (1 << 35)
     got = guided_step(
@@ -159,10 +164,10 @@ def test_positions_beyond_32_bits(start, size):
 
 
 @interpreted
-@pytest.mark.parametrize("normals", [4, 1])
+@pytest.mark.parametrize("normals", [4, 2, 1])
 def test_addresses_beyond_32_bits(monkeypatch, normals):
     # One program in the middle of three samples of over 2^31 elements; of each tensor only what it touches is there.
-    block, size = 1024, 3_000_000_004 if normals == 4 else 3_000_000_001
+    block, size = 1024, 3_000_000_000 + normals
     program = (size + 500) // block
     start, elements = program * block, 3 * size
     assert start < size < start + block
@@ -255,7 +260,7 @@ def test_gradient_is_not_read_without_weight():
 
 
 @interpreted
-@pytest.mark.parametrize("size", [3, 12, 1001, 1028])
+@pytest.mark.parametrize("size", [3, 6, 12, 1001, 1026, 1028])
 def test_results_do_not_depend_on_the_batch(size):
     x, epsilon, gradient, history = inputs(1, (13, size), torch.float32)
     keywords = COMMON | {"matrix": MATRICES[1], "clamp": (-1.0, 1.0), "backend": "triton"}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import os
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -70,7 +69,7 @@ class Binary:
 def compile_nvidia(compilation: Compilation, capability: int) -> Binary:
     """The kernel for a compute capability, without a GPU."""
     kernel = _compile(compilation, "cuda", capability, 32)
-    registers, spilled = _assembled(kernel.asm["ptx"], capability)
+    registers, spilled = _usage(kernel.asm["cubin"])
     return Binary(kernel.asm["ptx"], kernel.asm["ttgir"], kernel.metadata.shared, registers, spilled)
 
 
@@ -98,20 +97,16 @@ def _compile(compilation: Compilation, backend: str, architecture: int | str, wa
     return triton.compile(source, target=GPUTarget(backend, architecture, warp_size), options=options)
 
 
-def _assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers of a thread and spilled bytes, as the assembler that Triton calls reports them."""
-    from triton.backends.nvidia.compiler import get_ptxas
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, where spilled ones are; of the binary that a launch would load."""
+    from triton import knobs
 
-    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-    assert target
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", os.devnull]
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
-    assert registers, done.stderr
-    assert len(spilled) == 2, done.stderr
-    return int(registers[1]), sum(map(int, spilled))
+    usage = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
+    assert len(usage) == 1, done.stdout
+    return int(usage[0][0]), int(usage[0][1])

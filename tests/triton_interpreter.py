@@ -1,7 +1,7 @@
 """Running Triton kernels as Python on the CPU: whether a process must be told to before it loads a kernel.
 
-So tests of the numerics carry a marker and are left out of an ordinary run (conftest.py), and one test of each file runs
-them in a process of its own.
+So tests of the numerics carry a marker and are left out of an ordinary run (conftest.py), and one test of each file
+runs them in a process of its own.
 """
 
 from __future__ import annotations
