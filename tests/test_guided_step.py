@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from triton_interpreter import interpreted
 
 from tgdp_fast import _native, noise
 from tgdp_fast.ops import BackendUnavailableError, guided_step
@@ -31,7 +32,10 @@ COMMON = {
 
 
 needs_native = pytest.mark.skipif(_native.CPU_MISSING is not None, reason=str(_native.CPU_MISSING))
-each_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+each_backend = pytest.mark.parametrize(
+    "backend",
+    ["reference", pytest.param("cpu", marks=needs_native), pytest.param("triton", marks=interpreted)],
+)
 
 
 def oracle(x, epsilon, gradient, history, *, matrix, noise_scale, guidance_weight, alpha, sigma, clamp, z):

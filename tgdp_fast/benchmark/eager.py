@@ -74,6 +74,12 @@ def multistep(
     return [x_next, x0, x0]
 
 
+def gated_activation(x: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`tgdp_fast.ops.gated_activation` in the dtype of x throughout; x [B, 2 C, L], bias [2 C] or [B, 2 C]."""
+    first, second = (x if bias is None else x + bias.unsqueeze(-1)).chunk(2, dim=1)
+    return torch.tanh(first) * torch.sigmoid(second)
+
+
 def perceptron(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """Outputs [B, O] of the SiLU perceptron of :func:`tgdp_fast.ops.perceptron`; x [B, D]."""
     hidden = functional.silu(functional.linear(x, weights[0]) + first_bias)

@@ -23,6 +23,7 @@ from tgdp_fast.ops import (
     TrajectoryNetwork,
     TrajectoryPlan,
     _dispatch,
+    gated_activation,
     guided_step,
     mlp_value_and_grad,
     perceptron,
@@ -245,6 +246,48 @@ def _step(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
 
 
 @dataclass(frozen=True)
+class _GateShape:
+    """Shape of the output, rows of the bias, and how x lies in memory."""
+
+    shape: tuple[int, int, int]
+    bias: str = "no"
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)}, {self.bias} bias, {self.layout}"
+
+
+GATES = (
+    _GateShape((0, 2, 3), "shared"),
+    _GateShape((3, 2, 0), "shared"),
+    _GateShape((1, 1, 37)),
+    _GateShape((65, 3, 1), "per sample"),
+    _GateShape((2, 7, 129), "shared"),
+    _GateShape((3, 5, 33), "per sample", "strided"),
+    _GateShape((2, 3, 1000), "per sample", "misaligned"),
+    _GateShape((1, 5, 1025), "shared"),
+    _GateShape((2, 64, 61)),
+)
+
+
+def _gate(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    generator = torch.Generator().manual_seed(_SEED)
+    for shape in GATES:
+        batch, channels, length = shape.shape
+        # Up to where both functions are flat.
+        x = (4.0 * torch.randn(batch, 2 * channels, length, generator=generator)).to(device, dtype)
+        size = {"no": None, "shared": (2 * channels,), "per sample": (batch, 2 * channels)}[shape.bias]
+        bias = None if size is None else torch.randn(size, generator=generator).to(device, dtype)
+        placed = place(x, shape.layout)
+
+        def outputs(backend: str, placed: Tensor = placed, bias: Tensor | None = bias) -> Sequence[Tensor]:
+            return [gated_activation(placed, bias, backend=backend)]
+
+        exact = eager.gated_activation(x.double(), None if bias is None else bias.double())
+        yield str(shape), outputs, [exact], [eager.gated_activation(x, bias)]
+
+
+@dataclass(frozen=True)
 class _TrajectoryShape:
     """Samples, their size, the widths of both networks, and the solver."""
 
@@ -329,6 +372,7 @@ def _double(network: TrajectoryNetwork) -> TrajectoryNetwork:
 
 #: The checks of every registered operator.
 CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[_Check]]] = {
+    "gated_activation": _gate,
     "guided_step": _step,
     "mlp_value_and_grad": _forward,
     "mlp_value_and_grad_backward": _backward,

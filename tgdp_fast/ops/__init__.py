@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, use_backend
+from tgdp_fast.ops.gated_activation import gated_activation
 from tgdp_fast.ops.guided_step import guided_epsilon, guided_step, limit_gradient
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad
 from tgdp_fast.ops.perceptron import perceptron
@@ -13,6 +14,7 @@ __all__ = [
     "TrajectoryNetwork",
     "TrajectoryPlan",
     "backend_report",
+    "gated_activation",
     "guided_epsilon",
     "guided_step",
     "limit_gradient",

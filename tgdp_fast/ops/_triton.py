@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -20,13 +21,27 @@ def _missing() -> str | None:
     return None
 
 
+#: The device type of the tensors that kernels serve here.
+DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
+
 #: None where kernels can run, else why not and what to do.
 MISSING = _missing()
 
 
 def refuses_device(tensor: Tensor) -> str | None:
     """Why a kernel cannot take tensors that are where this one is, or None."""
-    if tensor.device.type == ("cpu" if INTERPRETED else "cuda"):
+    if tensor.device.type == DEVICE_TYPE:
         return None
     runs_on = "CPU tensors, under TRITON_INTERPRET=1" if INTERPRETED else "tensors on a GPU"
     return f"it takes {runs_on}, and the inputs are on {tensor.device.type}"
+
+
+@overload
+def readable(tensor: Tensor) -> Tensor: ...
+@overload
+def readable(tensor: None) -> None: ...
+def readable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as a kernel reads it: contiguous, and float32 where it is float64."""
+    if tensor is None:
+        return None
+    return (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()

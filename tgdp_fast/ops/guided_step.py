@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from tgdp_fast import _native, noise
 from tgdp_fast._checks import check_number
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import _dispatch, _triton
 
 __all__ = ["GuidedStepOutput", "guided_step", "guided_step_reference"]
 
@@ -87,8 +88,8 @@ def guided_step(
         sample_index: [B] int64 on the device of x, global index of each sample; default 0..B-1.
         evaluation: noise evaluation index in [0, 2^32), handed to the noise function as it is (the sampling
             loop counts k + 1 for the 0-based evaluation k, 0 being the initial draw).
-        backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32, bfloat16 and
-            float16 (a float64 epsilon, gradient or history is converted first).
+        backend: "auto", "reference", or a faster implementation by name; "cpu" and "triton" serve float32, bfloat16
+            and float16 (a float64 epsilon, gradient or history is converted first), "triton" up to two history slots.
 
     Returns:
         x_next [B, ...], history_next [H, B, ...] (None when H = 0) and x0 [B, ...], all contiguous, new, in
@@ -282,7 +283,8 @@ def _check_tensors(
         raise ValueError(f"sample_index must be on the device of x, {x.device}, got {sample_index.device}")
 
 
-def _guided_step_cpu(
+def _call_operator(
+    name: str,
     x: Tensor,
     epsilon: Tensor,
     gradient: Tensor | None,
@@ -298,9 +300,10 @@ def _guided_step_cpu(
     sample_index: Tensor | None,
     evaluation: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The step by the registered operator of this name."""
     entries = [entry for row in matrix for entry in row]
     key_low, key_high, evaluation = (0, 0, 0) if noise_scale == 0.0 else noise.key_words(seed, evaluation)
-    x_next, history_next, x0 = torch.ops.tgdp_fast.guided_step(
+    x_next, history_next, x0 = getattr(torch.ops.tgdp_fast, name)(
         x, epsilon, gradient, history, entries, noise_scale, guidance_weight, alpha, sigma, clamp,
         key_low, key_high, sample_index, evaluation,
     )  # fmt: skip
@@ -311,15 +314,68 @@ def _refuses_cpu(x: Tensor, *_: Any, **__: Any) -> str | None:
     return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
 
 
+def _outputs(
+    x: Tensor, epsilon: Tensor, gradient: Any, history: Any, matrix: list[float], *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_next, history_next and x0, without values."""
+    # (1 + H) (2 + H) entries lie between (1 + H)^2 and (2 + H)^2.
+    slots = math.isqrt(len(matrix)) - 1
+    return x.new_empty(x.shape), x.new_empty((slots, *x.shape)), x.new_empty(x.shape)
+
+
 if _native.CPU_MISSING is None:
+    torch.library.register_fake("tgdp_fast::guided_step", _outputs)
+    _dispatch.register("guided_step", "cpu", partial(_call_operator, "guided_step"), _refuses_cpu)
 
-    @torch.library.register_fake("tgdp_fast::guided_step")
-    def _(x: Tensor, epsilon: Tensor, gradient: Any, history: Any, matrix: list[float], *_: Any) -> tuple[Tensor, ...]:
-        # (1 + H) (2 + H) entries lie between (1 + H)^2 and (2 + H)^2.
-        slots = math.isqrt(len(matrix)) - 1
-        return x.new_empty(x.shape), x.new_empty((slots, *x.shape)), x.new_empty(x.shape)
 
-    _dispatch.register("guided_step", "cpu", _guided_step_cpu, _refuses_cpu)
+_MOST_TRITON_SLOTS = 2
+
+
+def _refuses_triton(x: Tensor, *_: Any, matrix: tuple[tuple[float, ...], ...] = ((0.0, 0.0),), **__: Any) -> str | None:
+    slots = len(matrix) - 1
+    if slots > _MOST_TRITON_SLOTS:
+        return f"it serves at most {_MOST_TRITON_SLOTS} history slots, not {slots}"
+    return _triton.refuses_device(x) or _refuses_cpu(x)
+
+
+def _launch_triton(
+    x: Tensor,
+    epsilon: Tensor,
+    gradient: Tensor | None,
+    history: Tensor | None,
+    matrix: list[float],
+    noise_scale: float,
+    guidance_weight: float,
+    alpha: float,
+    sigma: float,
+    clamp: list[float] | None,
+    key_low: int,
+    key_high: int,
+    sample_index: Tensor | None,
+    evaluation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from tgdp_fast.kernels.guided_step import launch
+
+    readable = _triton.readable
+    outputs = _outputs(x, epsilon, gradient, history, matrix)
+    with torch.cuda.device_of(x):
+        launch(
+            *outputs, readable(x), readable(epsilon), readable(gradient), readable(history), matrix, noise_scale,
+            guidance_weight, alpha, sigma, clamp, key_low, key_high, readable(sample_index), evaluation,
+        )  # fmt: skip
+    return outputs
+
+
+if _triton.MISSING is None:
+    torch.library.define(
+        "tgdp_fast::guided_step_triton",
+        "(Tensor x, Tensor epsilon, Tensor? gradient, Tensor? history, float[] matrix, float noise_scale, "
+        "float guidance_weight, float alpha, float sigma, float[]? clamp, SymInt key_low, SymInt key_high, "
+        "Tensor? sample_index, SymInt evaluation) -> (Tensor, Tensor, Tensor)",
+    )
+    torch.library.impl("tgdp_fast::guided_step_triton", _triton.DEVICE_TYPE, _launch_triton)
+    torch.library.register_fake("tgdp_fast::guided_step_triton", _outputs)
+    _dispatch.register("guided_step", "triton", partial(_call_operator, "guided_step_triton"), _refuses_triton)
 
 
 _dispatch.register("guided_step", "reference", guided_step_reference)

@@ -1,0 +1,119 @@
+"""Every Triton kernel that ships, compiled for every architecture without a GPU: it fits, and is what was meant."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from triton_compile import (
+    SHARED_MEMORY,
+    compile_amd,
+    compile_nvidia,
+    kernel_modules,
+    needs_compiler,
+    shipped,
+)
+
+pytestmark = needs_compiler
+
+
+def test_the_modules_are_found():
+    assert {"guided_step", "gated_activation"} <= set(kernel_modules())
+    assert "compilation" not in kernel_modules()
+
+
+def test_names_and_work_are_stated():
+    everything = [compilation for module in kernel_modules() for compilation in shipped(module)]
+    names = [compilation.name for compilation in everything]
+    assert len(set(names)) == len(names)
+    for compilation in everything:
+        assert compilation.programs > 0, compilation.name
+        assert compilation.bytes > 0, compilation.name
+        assert compilation.flops > 0, compilation.name
+
+
+def _check(compilation, capability):
+    binary = compile_nvidia(compilation, capability)
+    about = f"{compilation.name} on sm_{capability}"
+    assert f".target sm_{capability}" in binary.ptx, about
+    assert binary.shared <= SHARED_MEMORY[capability], about
+    assert binary.spilled == 0, about
+    assert 0 < binary.registers <= 255, about
+    assert binary.tensor_cores or not compilation.tensor_cores, about
+    assert binary.doubles == [], about
+
+
+def _check_amd(compilation):
+    assembly = compile_amd(compilation)
+    assert ".amdhsa_kernel" in assembly, compilation.name
+    assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly) == ["0"], compilation.name
+
+
+@pytest.mark.parametrize("module", kernel_modules())
+def test_first_of_each_module_compiles(module):
+    _check(shipped(module)[0], 90)
+    _check_amd(shipped(module)[0])
+
+
+@pytest.mark.slow(ci=True)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("module", kernel_modules())
+def test_all_compile_for_nvidia(module, capability):
+    for compilation in shipped(module):
+        _check(compilation, capability)
+
+
+@pytest.mark.slow(ci=True)
+@pytest.mark.parametrize("module", kernel_modules())
+def test_all_compile_for_amd(module):
+    for compilation in shipped(module):
+        _check_amd(compilation)
+
+
+def test_sizes_of_one_compile():
+    # A launch makes a constant of an integer argument that is 1.
+    by_name = {c.name: c for module in ("guided_step", "gated_activation") for c in shipped(module)}
+    for name, sizes in (
+        ("guided_step/ancestral, two elements", ("elements",)),
+        ("guided_step/multistep", ("elements",)),
+        ("gated_activation/odd", ("half", "tiles")),
+    ):
+        compilation = by_name[name]
+        ones = dict.fromkeys(sizes, 1)
+        changed = replace(
+            compilation,
+            signature=compilation.signature | dict.fromkeys(sizes, "constexpr"),
+            constants=compilation.constants | ones,
+            divisible=tuple(argument for argument in compilation.divisible if argument not in sizes),
+        )
+        _check(changed, 90)
+
+
+def test_what_is_read_from_a_binary_is_there():
+    # Each number against a kernel that is known to have it: shared memory, spills, float64 and matrix instructions.
+    from triton_compile_kernels import product, spilling, widened
+
+    binary = compile_nvidia(product(), 80)
+    assert binary.tensor_cores
+    assert binary.shared >= 2 * 64 * 64 * 2
+    assert binary.spilled == 0
+    assert compile_nvidia(spilling(), 80).spilled > 0
+    assert compile_nvidia(widened(), 80).doubles
+
+
+def test_noise_angle_is_rounded_before_it_is_used():
+    # tgdp_fast/noise.py, step 5: the compiler must keep the product with 2 pi apart from the sums that follow.
+    ancestral = next(c for c in shipped("guided_step") if c.name == "guided_step/ancestral")
+    binary = compile_nvidia(ancestral, 80)
+    assert binary.ptx.count("0f40C90FDB, 0f00000000;") == binary.ptx.count("0f40C90FDB") > 0
+
+
+def test_rows_of_four_are_moved_at_once():
+    # Sixteen bytes an access for float32, and no way through shared memory where dtypes are mixed.
+    for name, width in (("guided_step/ancestral", "v4.b32"), ("guided_step/multistep", "v2.b32")):
+        compilation = next(c for c in shipped("guided_step") if c.name == name)
+        binary = compile_nvidia(compilation, 80)
+        assert f"ld.global.{width}" in binary.ptx
+        assert "st.global.v4.b32" in binary.ptx
+        assert binary.shared == 0
