@@ -22,7 +22,12 @@ from torch import Tensor
 from tgdp_fast.noise import key_words
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("csrc/cuda/guided_step.cu", "csrc/cuda/emulation.cpp", "tests/emulation_faults.cu")
+SOURCES = (
+    "csrc/cuda/guided_step.cu",
+    "csrc/cuda/mlp_value_and_grad.cu",
+    "csrc/cuda/emulation.cpp",
+    "tests/emulation_faults.cu",
+)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORWARD, REVERSE, RANDOM = range(3)
 _GUARD = 64  # elements before and after an output
@@ -72,6 +77,27 @@ class GuidedStepCall(ctypes.Structure):
     ]
 
 
+class MlpValueAndGradCall(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("batch", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("layers", ctypes.c_int64),
+        ("widths", ctypes.POINTER(ctypes.c_int64)),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("first_bias", ctypes.c_void_p),
+        ("first_bias_stride", ctypes.c_int64),
+        ("weights", ctypes.POINTER(ctypes.c_void_p)),
+        ("weight_strides", ctypes.POINTER(ctypes.c_int64)),
+        ("biases", ctypes.POINTER(ctypes.c_void_p)),
+        ("value", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("keep", ctypes.POINTER(ctypes.c_void_p)),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The kernels, built once per session."""
@@ -90,7 +116,13 @@ def library() -> ctypes.CDLL:
     linked = f"{folder}/libkernels.so"
     subprocess.run(["g++", "-shared", *objects, "-o", linked], check=True)
     loaded = ctypes.CDLL(linked)
-    for name in ("tgdp_cuda_guided_step", "test_fault", "test_product"):
+    for name in (
+        "tgdp_cuda_guided_step",
+        "tgdp_cuda_mlp_value_and_grad",
+        "tgdp_cuda_mlp_scratch",
+        "test_fault",
+        "test_product",
+    ):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -103,6 +135,11 @@ def check(message: bytes | None) -> None:
 def choose(order: int = FORWARD, seed: int = 0, left_out: int = -1, *, forget: bool = False) -> None:
     """Order of threads and blocks, and the number of a barrier that is left out."""
     library().tgdp_emulation_choose(order, ctypes.c_uint64(seed), left_out, int(forget))
+
+
+def choose_device(multiprocessors: int = 2, shared_per_block: int = 227, shared_per_multiprocessor: int = 228) -> None:
+    """What launchers see of the device; shared memory in KiB."""
+    library().tgdp_emulation_device(multiprocessors, shared_per_block << 10, shared_per_multiprocessor << 10)
 
 
 def barriers() -> int:
@@ -177,3 +214,45 @@ def _elements(tensor: Tensor | None) -> Elements:
         return Elements(None, 0)
     assert tensor.is_contiguous()
     return Elements(tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def mlp_value_and_grad(
+    x: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    save_pre_activations: bool = False,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """As the forward's reference; matrices may be slices whose rows are in one piece."""
+    batch, inputs = x.shape
+    widths = [weight.shape[0] for weight in weights[:-1]]
+    bias = first_bias.unsqueeze(0) if first_bias.ndim == 1 else first_bias
+    outputs = [Output(shape, x.dtype) for shape in ((batch,), (batch, inputs))]
+    kept = [Output((batch, width), x.dtype) for width in widths] if save_pre_activations else []
+    for matrix in (x, bias, *weights):
+        assert matrix.stride(1) == 1 or matrix.shape[1] <= 1
+    call = MlpValueAndGradCall(
+        DTYPES[x.dtype], batch, inputs, len(widths), (ctypes.c_int64 * len(widths))(*widths),
+        x.data_ptr(), x.stride(0), bias.data_ptr(), 0 if bias.shape[0] == 1 else bias.stride(0),
+        _pointers(weights), (ctypes.c_int64 * len(weights))(*(weight.stride(0) for weight in weights)),
+        _pointers(biases),
+        *(output.values.data_ptr() for output in outputs),
+        _pointers([output.values for output in kept]) if kept else None, None,
+    )  # fmt: skip
+    size = scratch_bytes(call)
+    scratch = torch.full((size // 4,), torch.nan)
+    call.scratch = scratch.data_ptr() if size else None
+    check(library().tgdp_cuda_mlp_value_and_grad(ctypes.byref(call), None))
+    value, gradient = (output.finish() for output in outputs)
+    return value, gradient, tuple(output.finish() for output in kept)
+
+
+def scratch_bytes(call: MlpValueAndGradCall) -> int:
+    size = ctypes.c_int64()
+    check(library().tgdp_cuda_mlp_scratch(ctypes.byref(call), ctypes.byref(size)))
+    return size.value
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -11,6 +11,7 @@ import torch
 
 from tgdp_fast import noise
 from tgdp_fast.ops.guided_step import guided_step_reference
+from tgdp_fast.ops.mlp_value_and_grad import _forward_reference
 
 pytestmark = cuda.needs_compiler
 
@@ -22,6 +23,7 @@ ORDERS = ((cuda.FORWARD, 0), (cuda.REVERSE, 0), (cuda.RANDOM, 1), (cuda.RANDOM, 
 def _usual_order() -> Iterator[None]:
     yield
     cuda.choose()
+    cuda.choose_device()
 
 
 # emulation --------------------------------------------------------------------------------------------------
@@ -230,3 +232,150 @@ def test_guided_step_keeps_nan_and_refuses_too_many_slots() -> None:
     tensors, keywords = arguments((2, 3), FLOAT32, FLOAT32, 17)
     with pytest.raises(cuda.EmulationError, match="at most 16"):
         cuda.guided_step(*tensors, **keywords)
+
+
+# mlp_value_and_grad -----------------------------------------------------------------------------------------
+
+
+def network(inputs, widths, batch, dtype, *, rows_of_bias=None, stride=0, shift=0):
+    """Random (x, first_bias, weights, biases); matrices have `stride` columns more, which hold NaN, and start late."""
+    generator = torch.Generator().manual_seed(inputs + sum(widths) + batch)
+
+    def matrix(rows, columns, scale=1.0):
+        memory = torch.full((rows, columns + stride + shift), torch.nan, dtype=dtype)
+        part = memory[:, shift : shift + columns]
+        return part.copy_((scale * torch.randn(rows, columns, generator=generator)).to(dtype))
+
+    sizes = [inputs, *widths, 1]
+    weights = [matrix(rows, columns, columns**-0.5) for columns, rows in zip(sizes, sizes[1:], strict=False)]
+    biases = [0.3 * torch.randn(rows, generator=generator).to(dtype) for rows in sizes[2:]]
+    bias = (
+        torch.randn(sizes[1], generator=generator).to(dtype) if rows_of_bias is None else matrix(rows_of_bias, sizes[1])
+    )
+    return matrix(batch, inputs), bias, weights, biases
+
+
+def assert_mlp_agrees(call, *, save=False):
+    x, first_bias, weights, biases = call
+    results = cuda.mlp_value_and_grad(*call, save_pre_activations=save)
+    eager = _forward_reference(*call, save_pre_activations=save)
+    wide = (x.double(), first_bias.double(), [w.double() for w in weights], [b.double() for b in biases])
+    exact = _forward_reference(*wide, save_pre_activations=save)
+    flat = [(result[0], result[1], *result[2]) for result in (results, eager, exact)]
+    assert len({len(tensors) for tensors in flat}) == 1
+    for result, plain, truth in zip(*flat, strict=True):
+        assert result.dtype == x.dtype
+        assert result.shape == truth.shape
+        error, other = (float((tensor.double() - truth).abs().max()) for tensor in (result, plain))
+        # Eager may be exact by chance where there are few numbers: then a few roundings of the largest.
+        assert error <= 2 * other + 2 * torch.finfo(x.dtype).eps * float(truth.abs().max()), (error, other)
+    return results
+
+
+each_dtype = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("inputs", "widths", "batch"),
+    [
+        (1, (1,), 1),
+        (2, (16,), 3),
+        (5, (40, 24), 70),
+        (13, (130, 17, 150), 131),
+        (64, (128, 128, 128, 128), 65),
+        (203, (33,), 17),
+        (3, (8,) * 8, 40),
+        (2, (512, 512, 512, 512), 34),
+    ],
+)
+def test_mlp_agrees_with_its_twin(inputs, widths, batch, dtype) -> None:
+    assert_mlp_agrees(network(inputs, widths, batch, dtype))
+
+
+@each_dtype
+@pytest.mark.parametrize(("stride", "shift"), [(3, 1), (8, 0), (8, 8), (4, 4)])
+def test_mlp_takes_slices_biases_of_rows_and_keeps_pre_activations(stride, shift, dtype) -> None:
+    call = network(11, (35, 50), 37, dtype, rows_of_bias=37, stride=stride, shift=shift)
+    assert_mlp_agrees(call, save=True)
+    assert_mlp_agrees(network(11, (35, 50), 37, dtype, rows_of_bias=1, stride=stride, shift=shift), save=True)
+
+
+@each_dtype
+def test_mlp_on_every_device(dtype) -> None:
+    """More rows than blocks, slopes in shared and in global memory, many and few rows of a block."""
+    call = network(6, (200, 100), 200, dtype)
+    results = []
+    for device in ((1, 227, 228), (1, 99, 100), (3, 163, 164), (100, 99, 100)):
+        cuda.choose_device(*device)
+        results.append(assert_mlp_agrees(call, save=True))
+    for value, gradient, kept in results[1:]:
+        # A row does not depend on those beside it, and slopes are the same wherever they are kept.
+        for result, first in zip((value, gradient, *kept), (*results[0][:2], *results[0][2]), strict=True):
+            assert torch.equal(result, first)
+
+
+@each_dtype
+def test_mlp_does_not_depend_on_the_order_of_threads_and_blocks(dtype) -> None:
+    call = network(9, (70, 140), 100, dtype)
+    results = []
+    for order, seed in ORDERS:
+        cuda.choose(order, seed)
+        results.append(cuda.mlp_value_and_grad(*call)[:2])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@each_dtype
+def test_mlp_needs_every_barrier(dtype) -> None:
+    # Several rows of blocks for each block, and products that end in every stage.
+    call = network(40, (70, 140, 30), 160, dtype)
+    cuda.choose_device(1)
+    cuda.choose(forget=True)
+    cuda.mlp_value_and_grad(*call)
+    places = cuda.barriers()
+    assert places == 3
+    for left_out in range(places):
+        for order, seed in ORDERS:
+            cuda.choose(order, seed, left_out)
+            with pytest.raises(cuda.EmulationError, match="race|nothing has written|before a copy"):
+                cuda.mlp_value_and_grad(*call)
+
+
+@each_dtype
+def test_mlp_rows_do_not_mix(dtype) -> None:
+    call = network(3, (40, 20), 40, dtype)
+    value, gradient, _ = cuda.mlp_value_and_grad(*call)
+    call[0][7] = torch.nan
+    other_value, other_gradient, _ = cuda.mlp_value_and_grad(*call)
+    others = torch.arange(40) != 7
+    assert torch.equal(other_value[others], value[others])
+    assert torch.equal(other_gradient[others], gradient[others])
+    assert bool(other_value[7].isnan())
+    assert bool(other_gradient[7].isnan().all())
+
+
+def test_mlp_far_out_values_stay_finite() -> None:
+    for dtype in (FLOAT32, BFLOAT16):
+        x, bias, weights, biases = network(3, (20, 20), 5, dtype)
+        value, gradient, _ = cuda.mlp_value_and_grad(1e4 * x, bias, weights, biases)
+        assert bool(value.isfinite().all())
+        assert bool(gradient.isfinite().all())
+
+
+def test_mlp_refuses_what_does_not_fit() -> None:
+    with pytest.raises(cuda.EmulationError, match="1 to 8 hidden layers"):
+        cuda.mlp_value_and_grad(*network(2, (4,) * 9, 3, FLOAT32))
+    with pytest.raises(cuda.EmulationError, match="too wide for the shared memory"):
+        cuda.mlp_value_and_grad(*network(2, (4000,), 3, BFLOAT16))
+    value, gradient, _ = cuda.mlp_value_and_grad(*network(2, (4,), 0, FLOAT32))
+    assert value.shape == (0,)
+    assert gradient.shape == (0, 2)
+
+
+@each_dtype
+@pytest.mark.parametrize("widest", [128, 256, 512])
+@pytest.mark.parametrize("shared", [99, 163, 227])
+def test_mlp_widths_fit_on_every_architecture(shared, widest, dtype) -> None:
+    cuda.choose_device(4, shared, shared + 1)
+    assert_mlp_agrees(network(2, (widest, 16), 5, dtype))

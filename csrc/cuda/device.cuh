@@ -80,6 +80,29 @@ const char* launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t thre
 #endif
 }
 
+// What of the current device decides how a kernel is launched.
+struct Limits {
+  int multiprocessors, shared_per_block, shared_per_multiprocessor;
+};
+
+inline const char* device_limits(Limits& limits) {
+#if defined(TGDP_EMULATION)
+  const auto& settings = emulation::settings;
+  limits = {settings.multiprocessors, settings.shared_per_block, settings.shared_per_multiprocessor};
+  return nullptr;
+#else
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto ask = [&](cudaDeviceAttr attribute, int& answer) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&answer, attribute, device);
+  };
+  ask(cudaDevAttrMultiProcessorCount, limits.multiprocessors);
+  ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits.shared_per_block);
+  ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, limits.shared_per_multiprocessor);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#endif
+}
+
 // 16-bit elements as bits, so that no arithmetic happens in them by accident.
 struct Bf16 {
   using Storage = uint16_t;

@@ -18,6 +18,14 @@ void tgdp_emulation_choose(int order, uint64_t seed, int left_out, int forget) {
 // Barriers met since they were forgotten: places in the source.
 int tgdp_emulation_barriers() { return static_cast<int>(tgdp::emulation::settings.barriers.size()); }
 
+// Bytes of shared memory.
+void tgdp_emulation_device(int multiprocessors, int shared_per_block, int shared_per_multiprocessor) {
+  auto& settings = tgdp::emulation::settings;
+  settings.multiprocessors = multiprocessors;
+  settings.shared_per_block = shared_per_block;
+  settings.shared_per_multiprocessor = shared_per_multiprocessor;
+}
+
 }  // extern "C"
 
 #endif

@@ -86,7 +86,9 @@ struct Settings {
   Order order = Order::forward;  // of threads and of blocks
   uint64_t seed = 0;
   int left_out = -1;            // number of a barrier that is left out, in the order of `barriers`
-  std::vector<Place> barriers;  // those of the block met so far
+  std::vector<Place> barriers;  // those that were met so far
+  // Of the device: as sm_90 but for its size.
+  int multiprocessors = 2, shared_per_block = 227 << 10, shared_per_multiprocessor = 228 << 10;
 };
 inline Settings settings;
 
