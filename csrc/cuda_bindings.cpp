@@ -1,4 +1,6 @@
 // The CUDA kernels as implementations of the operators that bindings.cpp defines. Needs a torch that was built with CUDA.
+#include <Python.h>
+
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -98,4 +100,11 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
 TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {
   library.impl("guided_step", &guided_step);
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
+}
+
+// The operators register themselves when the library is loaded; this only makes it a Python module.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1,      nullptr,
+                                   nullptr,               nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
 }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tgdp_fast import _native, noise
 from tgdp_fast._checks import check_number
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import _cuda, _dispatch
 
 __all__ = ["GuidedStepOutput", "guided_step", "guided_step_reference"]
 
@@ -323,3 +323,13 @@ if _native.CPU_MISSING is None:
 
 
 _dispatch.register("guided_step", "reference", guided_step_reference)
+
+
+def _refuses_cuda(x: Tensor, *_: Any, matrix: Sequence[Any], **__: Any) -> str | None:
+    if len(matrix) > 17:
+        return "it serves at most 16 history slots"
+    return _refuses_cpu(x) or _cuda.refuses_device(x)
+
+
+# The same operator on tensors of another device.
+_dispatch.register("guided_step", "cuda", _guided_step_cpu, _refuses_cuda, missing=_native.CUDA_MISSING)
