@@ -1,68 +1,75 @@
 """Build of the native extensions. Metadata and tool settings are in pyproject.toml.
 
-The CPU extension is built against the torch that is installed (``pip install --no-build-isolation``), when there is
-one and a C++ compiler. Nothing here makes an installation fail: without the extension the package runs its PyTorch
-references, and ``tgdp-fast info`` says what is missing.
+Extensions are built against the torch that is installed (``pip install --no-build-isolation``): the CPU extension when
+there is one and a C++ compiler, the CUDA extension when that torch has CUDA and a toolkit of the same major version is
+there, whether or not a GPU is. Nothing here makes an installation fail: without an extension the package runs what is
+left, and ``tgdp-fast info`` says what is missing.
 
 Environment variables:
     TGDP_BUILD_CPU=0        do not build the CPU extension
     TGDP_REQUIRE_CPU=1      fail if it cannot be built
     TGDP_PORTABLE=1         without code for the instruction sets of x86-64, as on other processors
     TGDP_SANITIZE=1         build it with the address and undefined-behaviour sanitizers
+    TGDP_BUILD_CUDA=0       do not build the CUDA extension
+    TGDP_REQUIRE_CUDA=1     fail if it cannot be built
+    TORCH_CUDA_ARCH_LIST    its architectures; default 8.0;8.6;9.0a;10.0, as far as the toolkit knows them
+    CUDA_HOME               the toolkit; default that of nvcc on PATH
+    MAX_JOBS                compilers at a time
 """
 
 import glob
 import os
+import re
 import shutil
+import subprocess
 import sys
 
 from setuptools import setup
 
-REQUIRED = os.environ.get("TGDP_REQUIRE_CPU") == "1"
 SANITIZE = os.environ.get("TGDP_SANITIZE") == "1"
+ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0")
 
 
-def skip(reason: str) -> dict:
-    """No extension, with the reason on standard error; an error if it is required."""
-    message = f"tgdp_fast: the CPU extension is not built: {reason}"
-    if REQUIRED:
+def skip(kind: str, reason: str) -> None:
+    """Say on standard error why the extension of this kind is not built; fail if it is required."""
+    message = f"tgdp_fast: the {kind} extension is not built: {reason}"
+    if os.environ.get(f"TGDP_REQUIRE_{kind}") == "1":
         raise SystemExit(message)
     print(message, file=sys.stderr)
-    return {}
 
 
-def cpu_extension() -> dict:
-    """Arguments of setup() that build tgdp_fast/_cpu, or none."""
-    if os.environ.get("TGDP_BUILD_CPU", "1") == "0":
-        return skip("TGDP_BUILD_CPU=0")
+def kind_of(extension: object) -> str:
+    """CPU or CUDA."""
+    return extension.name.rpartition("_")[2].upper()
+
+
+def obstacle(kind: str) -> str | None:
+    """Why no extension of this kind can be built here, as far as all of them need the same, or None."""
+    if os.environ.get(f"TGDP_BUILD_{kind}", "1") == "0":
+        return f"TGDP_BUILD_{kind}=0"
     if sys.platform != "linux":
-        return skip(f"it is built on Linux only, and this is {sys.platform}")
+        return f"it is built on Linux only, and this is {sys.platform}"
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
-        return skip(f"no C++ compiler ({compiler}, g++) on PATH")
+        return f"no C++ compiler ({compiler}, g++) on PATH"
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:
-        return skip(f"torch cannot be imported here ({error}); install it first and use --no-build-isolation")
+        return f"torch cannot be imported here ({error}); install it first and use --no-build-isolation"
+    return None
 
-    class Build(BuildExtension):
-        """A build that reports what went wrong and leaves the rest of the installation alone."""
 
-        def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                skip(f"the compiler failed: {error}")
+def headers() -> list[str]:
+    """What every source may include."""
+    return sorted(path for ending in ("h", "inc", "cuh") for path in glob.glob(f"csrc/**/*.{ending}", recursive=True))
 
-        def copy_extensions_to_source(self) -> None:
-            """For editable installs, where a failed build has nothing to copy."""
-            built = [e for e in self.extensions if os.path.isfile(self.get_ext_fullpath(e.name))]
-            self.extensions = [e for e in self.extensions if e in built or self._is_built(e)]
-            super().copy_extensions_to_source()
 
-        def _is_built(self, extension: object) -> bool:
-            filename = self.get_ext_filename(self.get_ext_fullname(extension.name))
-            return os.path.isfile(os.path.join(self.build_lib, filename))
+def cpu_extension() -> object | None:
+    """The extension tgdp_fast/_cpu, or None."""
+    reason = obstacle("CPU")
+    if reason is not None:
+        return skip("CPU", reason)
+    from torch.utils.cpp_extension import CppExtension
 
     flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
@@ -75,11 +82,84 @@ def cpu_extension() -> dict:
         flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         link += ["-fsanitize=address,undefined"]
     sources = ["csrc/bindings.cpp", "csrc/module.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-    headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inc", recursive=True))
-    extension = CppExtension(
-        "tgdp_fast._cpu", sources, depends=headers, extra_compile_args={"cxx": flags}, extra_link_args=link
+    return CppExtension(
+        "tgdp_fast._cpu", sources, depends=headers(), extra_compile_args={"cxx": flags}, extra_link_args=link
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-setup(**cpu_extension())
+def cuda_extension() -> object | None:
+    """The extension tgdp_fast/_cuda, or None."""
+    reason = obstacle("CUDA")
+    if reason is not None:
+        return skip("CUDA", reason)
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if torch.version.cuda is None:
+        return skip("CUDA", f"torch {torch.__version__} was built without CUDA")
+    nvcc = os.path.join(CUDA_HOME or "", "bin", "nvcc")
+    if not os.access(nvcc, os.X_OK):
+        return skip("CUDA", "no CUDA toolkit: neither nvcc on PATH nor CUDA_HOME")
+    release = re.search(r"release (\d+)", ask(nvcc, "--version"))
+    if release is None or release[1] != torch.version.cuda.partition(".")[0]:
+        found = "an unknown version" if release is None else release[1]
+        return skip("CUDA", f"torch was built with CUDA {torch.version.cuda} and the toolkit ({nvcc}) is {found}")
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        known = set(re.findall(r"compute_(\d+)", ask(nvcc, "--list-gpu-arch")))
+        wanted = [name for name in ARCHITECTURES if name.replace(".", "").rstrip("a") in known]
+        if not wanted:
+            return skip("CUDA", f"the toolkit ({nvcc}) knows none of the architectures {', '.join(ARCHITECTURES)}")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(wanted)
+    sources = ["csrc/cuda_bindings.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))]
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden"], "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]}
+    return CUDAExtension("tgdp_fast._cuda", sources, depends=headers(), extra_compile_args=flags)
+
+
+def ask(*command: str) -> str:
+    """What a program prints; nothing if it fails."""
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def arguments() -> dict:
+    """Arguments of setup() for what can be built."""
+    extensions = [extension for extension in (cpu_extension(), cuda_extension()) if extension is not None]
+    if not extensions:
+        return {}
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        """A build that reports what went wrong and leaves the rest of the installation alone."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                # Something that is checked before any extension: CUDA's checks must not cost the others.
+                cuda = [extension for extension in self.extensions if kind_of(extension) == "CUDA"]
+                others = [extension for extension in self.extensions if extension not in cuda]
+                for extension in cuda or others:
+                    skip(kind_of(extension), f"the compiler failed: {error}")
+                if cuda and others:
+                    self.extensions = others
+                    self.run()
+
+        def build_extension(self, extension: object) -> None:
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                skip(kind_of(extension), f"the compiler failed: {error}")
+
+        def copy_extensions_to_source(self) -> None:
+            """For editable installs, where a failed build has nothing to copy."""
+            built = [e for e in self.extensions if os.path.isfile(self.get_ext_fullpath(e.name))]
+            self.extensions = [e for e in self.extensions if e in built or self._is_built(e)]
+            super().copy_extensions_to_source()
+
+        def _is_built(self, extension: object) -> bool:
+            filename = self.get_ext_filename(self.get_ext_fullname(extension.name))
+            return os.path.isfile(os.path.join(self.build_lib, filename))
+
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+
+
+setup(**arguments())

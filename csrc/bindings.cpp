@@ -14,23 +14,13 @@
 #include "cpu/mlp_forward.h"
 #include "cpu/pool.h"
 #include "cpu/trajectory.h"
+#include "operators.h"
 
 namespace {
 
 using at::Tensor;
-
-tgdp::Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return tgdp::Dtype::f32;
-    case at::kBFloat16:
-      return tgdp::Dtype::bf16;
-    case at::kHalf:
-      return tgdp::Dtype::f16;
-    default:
-      TORCH_CHECK_VALUE(false, "tgdp_fast: tensors must be float32, bfloat16 or float16, got ", tensor.scalar_type());
-  }
-}
+using tgdp::dtype_of;
+using tgdp::noise_coordinates;
 
 // A 2-D tensor whose rows lie in one piece; anything else is copied into `hold`, which keeps the copy alive.
 tgdp::Rows rows_of(const Tensor& tensor, std::vector<Tensor>& hold) {
@@ -43,33 +33,14 @@ tgdp::Rows rows_of(const Tensor& tensor, std::vector<Tensor>& hold) {
 
 tgdp::MlpCall mlp_call(const Tensor& x, const Tensor& first_bias, at::TensorList weights, at::TensorList biases,
                        std::vector<Tensor>& hold) {
-  TORCH_CHECK_VALUE(weights.size() >= 2 && biases.size() + 1 == weights.size(),
-                    "tgdp_fast: weights must be L + 1 matrices and biases L vectors, L >= 1");
   tgdp::MlpCall call;
+  call.shape.widths = tgdp::checked_widths(x, first_bias, weights, biases);
   call.batch = x.size(0);
   call.shape.inputs = x.size(1);
-  int64_t width = x.size(1);
-  for (size_t l = 0; l < weights.size(); ++l) {
-    const Tensor& weight = weights[l];
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == width && weight.size(0) > 0,
-                      "tgdp_fast: weights[", l, "] must have ", width, " columns");
-    width = weight.size(0);
-    TORCH_CHECK_VALUE(l == 0 || (biases[l - 1].dim() == 1 && biases[l - 1].size(0) == width),
-                      "tgdp_fast: biases[", l, "] must have ", width, " entries");
-    if (l + 1 < weights.size()) call.shape.widths.push_back(width);
-    call.weights.push_back(rows_of(weight, hold));
-    if (l > 0) call.biases.push_back(rows_of(biases[l - 1].unsqueeze(0), hold));
-  }
-  call.shape.outputs = width;
+  call.shape.outputs = weights.back().size(0);
+  for (const Tensor& weight : weights) call.weights.push_back(rows_of(weight, hold));
+  for (const Tensor& bias : biases) call.biases.push_back(rows_of(bias.unsqueeze(0), hold));
   const Tensor bias = first_bias.dim() == 1 ? first_bias.unsqueeze(0) : first_bias;
-  TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(1) == call.shape.widths[0] &&
-                        (bias.size(0) == 1 || bias.size(0) == call.batch),
-                    "tgdp_fast: first_bias must be [H_1], [1, H_1] or [B, H_1]");
-  for (const Tensor& tensor : {x, bias}) {
-    TORCH_CHECK_VALUE(tensor.scalar_type() == weights[0].scalar_type(), "tgdp_fast: all dtypes must be equal");
-  }
-  for (const Tensor& tensor : weights) TORCH_CHECK_VALUE(tensor.scalar_type() == x.scalar_type(), "tgdp_fast: dtypes");
-  for (const Tensor& tensor : biases) TORCH_CHECK_VALUE(tensor.scalar_type() == x.scalar_type(), "tgdp_fast: dtypes");
   call.x = rows_of(x, hold);
   call.first_bias = rows_of(bias, hold);
   if (bias.size(0) == 1) call.first_bias.stride = 0;
@@ -253,39 +224,10 @@ std::tuple<Tensor, Tensor> trajectory(
   return {result, diverged};
 }
 
-// The tensor in one piece and in a dtype that kernels read; kept alive by `hold` where that is a copy.
-tgdp::Elements elements_of(const Tensor& tensor, std::vector<Tensor>& hold) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), "tgdp_fast: expected a CPU tensor");
-  const auto type = tensor.scalar_type();
-  const bool known = type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
-  hold.push_back((known ? tensor : tensor.to(at::kFloat)).contiguous());
-  return {hold.back().const_data_ptr(), dtype_of(hold.back())};
-}
-
-uint32_t word_of(int64_t value) {
-  TORCH_CHECK_VALUE(value >= 0 && value <= 0xffffffff, "tgdp_fast: words of keys and evaluations have 32 bits");
-  return static_cast<uint32_t>(value);
-}
-
-// Without samples, those are 0, 1, 2, ..; `hold` keeps them alive.
-tgdp::NoiseCoordinates noise_coordinates(int64_t sample_size, const std::optional<Tensor>& samples, int64_t batch,
-                                         int64_t key_low, int64_t key_high, int64_t evaluation, Tensor& hold) {
-  TORCH_CHECK_VALUE(sample_size >= 0 && sample_size <= int64_t{4} << 32, "tgdp_fast: at most 2^34 elements per sample");
-  tgdp::NoiseCoordinates noise{sample_size, nullptr, word_of(key_low), word_of(key_high), word_of(evaluation)};
-  if (samples) {
-    TORCH_CHECK_VALUE(samples->scalar_type() == at::kLong && samples->dim() == 1 && samples->size(0) == batch &&
-                          samples->device().is_cpu(),
-                      "tgdp_fast: samples must be a 1-D int64 CPU tensor, one number per sample");
-    hold = samples->contiguous();
-    noise.samples = hold.const_data_ptr<int64_t>();
-  }
-  return noise;
-}
-
 Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, int64_t count, int64_t key_low,
                     int64_t key_high, int64_t evaluation) {
   Tensor hold;
-  const auto noise = noise_coordinates(num_elements, samples, samples.numel(), key_low, key_high, evaluation, hold);
+  const auto noise = noise_coordinates(at::kCPU, num_elements, samples, samples.numel(), key_low, key_high, evaluation, hold);
   TORCH_CHECK_VALUE(first >= 0 && count >= 0 && first + count <= samples.numel() * num_elements,
                     "tgdp_fast: elements outside of the samples");
   Tensor out = tgdp::empty_output({count}, samples.options().dtype(at::kFloat));
@@ -300,62 +242,9 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& x, const Tensor& ep
                                                std::optional<at::ArrayRef<double>> clamp, int64_t key_low,
                                                int64_t key_high, const std::optional<Tensor>& sample_index,
                                                int64_t evaluation) {
-  tgdp::GuidedStepCall call;
-  while ((1 + call.slots) * (2 + call.slots) < static_cast<int64_t>(matrix.size())) ++call.slots;
-  const int64_t slots = call.slots, columns = 2 + slots;
-  TORCH_CHECK_VALUE((1 + slots) * columns == static_cast<int64_t>(matrix.size()) && x.dim() >= 1,
-                    "tgdp_fast: matrix must have (1 + H) (2 + H) entries and x a batch dimension");
-  TORCH_CHECK_VALUE(epsilon.sizes() == x.sizes() && (!gradient || gradient->sizes() == x.sizes()),
-                    "tgdp_fast: epsilon and gradient must have the shape of x");
-  auto history_sizes = x.sizes().vec();
-  history_sizes.insert(history_sizes.begin(), slots);
-  TORCH_CHECK_VALUE(!history || history->sizes() == history_sizes, "tgdp_fast: history must have shape [H, *x.shape]");
-  Tensor x_next = tgdp::empty_output(x.sizes(), x.options());
-  Tensor history_next = tgdp::empty_output(history_sizes, x.options());
-  Tensor x0 = tgdp::empty_output(x.sizes(), x.options());
-  call.elements = x.numel();
-  if (call.elements == 0) return {x_next, history_next, x0};
-
-  std::vector<Tensor> hold;
-  hold.reserve(4);
-  const std::vector<float> coefficients(matrix.begin(), matrix.end());
-  std::vector<tgdp::Elements> slot_elements(slots);
-  call.matrix = coefficients.data();
-  call.x = elements_of(x, hold);
-  TORCH_CHECK_VALUE(x.scalar_type() == hold.back().scalar_type(), "tgdp_fast: no kernel for x in ", x.scalar_type());
-  call.epsilon = elements_of(epsilon, hold);
-  if (gradient && guidance_weight != 0.0) call.gradient = elements_of(*gradient, hold);
-  if (history && slots > 0) {
-    const tgdp::Elements all = elements_of(*history, hold);
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      bool used = false;
-      for (int64_t row = 0; row <= slots; ++row) used |= coefficients[row * columns + 1 + slot] != 0.0f;
-      if (!used) continue;
-      slot_elements[slot] = all;
-      slot_elements[slot].data = static_cast<const char*>(all.data) + slot * call.elements * size_of(all.dtype);
-    }
-  }
-  call.history = slot_elements.data();
-  call.guidance.weight = static_cast<float>(guidance_weight);
-  call.guidance.alpha = static_cast<float>(alpha);
-  call.guidance.sigma = static_cast<float>(sigma);
-  if (clamp) {
-    TORCH_CHECK_VALUE(clamp->size() == 2, "tgdp_fast: clamp must be two numbers");
-    call.clamp = true;
-    call.guidance.lowest = static_cast<float>((*clamp)[0]);
-    call.guidance.highest = static_cast<float>((*clamp)[1]);
-  }
-  Tensor samples;
-  call.noise_scale = static_cast<float>(noise_scale);
-  if (call.noise_scale != 0.0f) {
-    const int64_t batch = x.size(0);
-    call.noise = noise_coordinates(call.elements / batch, sample_index, batch, key_low, key_high, evaluation, samples);
-  }
-  call.x_next = x_next.mutable_data_ptr();
-  call.history_next = history_next.mutable_data_ptr();
-  call.x0 = x0.mutable_data_ptr();
-  tgdp::guided_step(call);
-  return {x_next, history_next, x0};
+  return tgdp::guided_step_operator(x, epsilon, gradient, history, matrix, noise_scale, guidance_weight, alpha, sigma,
+                                    clamp, key_low, key_high, sample_index, evaluation, &tgdp::empty_output,
+                                    [](const tgdp::GuidedStepCall& call) { tgdp::guided_step(call); });
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, reg
 def _clean(monkeypatch):
     monkeypatch.delenv("TGDP_BACKEND", raising=False)
     monkeypatch.setattr(_dispatch, "_registry", {k: dict(v) for k, v in _dispatch._registry.items()})
+    monkeypatch.setattr(_dispatch, "_missing", dict(_dispatch._missing))
     monkeypatch.setattr(_dispatch, "_logged", set())
 
 
@@ -61,6 +62,13 @@ def test_explicit_choice_is_honoured_or_raises(toy):
         resolve(toy, "cuda", torch.zeros(2))
     assert "no such implementation" in caught.value.reason
     assert caught.value.backend == "cuda"
+
+
+def test_an_operator_may_say_why_it_has_no_implementation(toy):
+    register(toy, "triton", lambda x: x, missing="the moon is not full")
+    assert backend_report()[toy]["triton"] == "the moon is not full"
+    with pytest.raises(BackendUnavailableError, match="the moon is not full"):
+        resolve(toy, "triton", torch.zeros(2))
 
 
 def test_the_error_survives_pickling(toy):

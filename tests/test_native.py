@@ -6,10 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
-from native import ROOT, needs_extension
+from native import ROOT, needs_extension, run_with
+
+from tgdp_fast import _native
+from tgdp_fast.ops import backend_report
 
 SAMPLE = """
 import torch
@@ -99,3 +103,43 @@ def test_no_compiler_and_switched_off(bare: Path) -> None:
         if sys.platform == "linux":
             assert f"tgdp_fast: the CPU extension is not built: {reason}" in done.stderr
         assert not list((bare / "tgdp_fast").glob("_cpu*.so"))
+
+
+def shown_by(code: str) -> str:
+    return run_with("import torch\n" + code)
+
+
+def test_the_reason_for_no_cuda_extension_names_torch() -> None:
+    shown = shown_by("torch.version.cuda = None\nfrom tgdp_fast import _native\nprint(_native.CUDA_MISSING)")
+    assert "needs a torch that was built with CUDA" in shown
+
+
+def test_the_reason_for_no_cuda_extension_names_what_to_do(bare: Path) -> None:
+    code = "import torch\ntorch.version.cuda = '13.0'\nfrom tgdp_fast import _native\n"
+    shown = run(bare, code + "print(_native.CUDA_MISSING)")
+    assert "the CUDA extension needs the CPU extension, which defines its operators: the CPU extension is not" in shown
+    # As if the CPU extension were there.
+    code += "_native.CPU_MISSING = None\nprint(_native._load_cuda())"
+    assert "no CUDA toolkit; install CUDA 13.0" in run(
+        bare, code, PATH=os.path.dirname(shutil.which("c++") or ""), CUDA_HOME=""
+    )
+    assert "the CUDA extension is not built; run `pip install" in run(bare, code, CUDA_HOME="somewhere")
+    (bare / "tgdp_fast" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no library at all")
+    assert "the CUDA extension was built for another torch or system" in run(bare, code)
+
+
+def test_cuda_operators_give_the_reason() -> None:
+    report = backend_report()
+    for operator in ("guided_step", "mlp_value_and_grad"):
+        assert report[operator]["cuda"] == (_native.CUDA_MISSING or "available")
+    assert "no derivative" in report["mlp_value_and_grad_backward"]["cuda"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
+def test_the_cuda_extension_is_optional_unless_required(bare: Path) -> None:
+    off = build(bare, TGDP_BUILD_CPU="0", TGDP_BUILD_CUDA="0")
+    assert off.returncode == 0, off.stderr
+    assert "tgdp_fast: the CUDA extension is not built: TGDP_BUILD_CUDA=0" in off.stderr
+    required = build(bare, TGDP_BUILD_CPU="0", TGDP_BUILD_CUDA="0", TGDP_REQUIRE_CUDA="1")
+    assert required.returncode != 0
+    assert "the CUDA extension is not built: TGDP_BUILD_CUDA=0" in required.stderr

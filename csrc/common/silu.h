@@ -27,7 +27,15 @@ TGDP_FUNCTION float limit(float y, float low, float high) {
 
 TGDP_FUNCTION float reciprocal(float y) { return 1.0f / y; }
 
-TGDP_FUNCTION float rough_reciprocal(float y) { return 1.0f / y; }
+TGDP_FUNCTION float rough_reciprocal(float y) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(y));
+  return result;
+#else
+  return 1.0f / y;
+#endif
+}
 
 // exp(y) to 1 unit in the last place for -87 <= y <= 88, limited to that range outside, NaN too.
 template <typename F>

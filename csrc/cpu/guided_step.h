@@ -8,43 +8,12 @@
 
 #include <cstdint>
 
-#include "../common/solver_step.h"
-#include "dtype.h"
+#include "../common/guided_step_call.h"
 
 namespace tgdp {
 
 // With noise and history, about half of a level-1 cache of 32 KiB.
 constexpr int64_t kStepBlock = 256;
-
-// Elements in one piece of memory; null: not read.
-struct Elements {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::f32;
-};
-
-// Coordinates of noise for samples of one size; see tgdp_fast/noise.py.
-struct NoiseCoordinates {
-  int64_t sample_size = 1;
-  const int64_t* samples = nullptr;  // null: 0, 1, 2, ..
-  uint32_t key_low = 0, key_high = 0, evaluation = 0;
-};
-
-struct GuidedStepCall {
-  int64_t elements = 0;
-  int64_t slots = 0;  // of the history
-  Elements x, epsilon, gradient;
-  const Elements* history = nullptr;  // one per slot
-  const float* matrix = nullptr;      // [1 + slots, 2 + slots]
-  Guidance guidance;
-  bool clamp = false;
-  float noise_scale = 0.0f;
-  NoiseCoordinates noise;
-  // Outputs in the dtype of x; the history's slots follow one another.
-  void* x_next = nullptr;
-  void* history_next = nullptr;
-  void* x0 = nullptr;
-  bool past_cache = false;  // write around the caches: for outputs that they could not keep
-};
 
 // For N elements of b bytes, e and g bytes per element of epsilon and gradient, H slots: N (b (3 + 2 H) + e + g) bytes
 // from and to memory, less what a zero coefficient spares; N (5 + (1 + H) (3 + 2 H)) FLOPs at most, and for noise about

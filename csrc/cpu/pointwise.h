@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "../common/dtype.h"
 
 namespace tgdp {
 

@@ -98,6 +98,8 @@ class Implementation:
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
+#: Why an operator has no implementation of a backend that could have one.
+_missing: dict[tuple[str, str], str] = {}
 
 
 def register(
@@ -105,8 +107,12 @@ def register(
     backend: str,
     function: Callable[..., Any],
     refuses: Callable[..., str | None] | None = None,
+    *,
+    missing: str | None = None,
 ) -> None:
     """Add an implementation; ``refuses`` gets the call that ``resolve`` gets and must not read tensor values.
+
+    With a reason in ``missing``, nothing is added, and the reason is what a request for the backend is answered.
 
     Raises:
         ValueError: unknown backend, or the operator already has an implementation of it.
@@ -115,7 +121,10 @@ def register(
     implementations = _registry.setdefault(operator, {})
     if backend in implementations:
         raise ValueError(f"operator {operator!r} already has a {backend!r} implementation; register each once")
-    implementations[backend] = Implementation(operator, backend, function, refuses)
+    if missing is None:
+        implementations[backend] = Implementation(operator, backend, function, refuses)
+    else:
+        _missing[operator, backend] = missing
 
 
 def requested_backend(backend: str = "auto") -> str:
@@ -159,7 +168,7 @@ def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Impleme
     name = requested_backend(backend)
     device = next((argument.device.type for argument in call if isinstance(argument, Tensor)), "cpu")
     if name != "auto":
-        reason = _refusal(implementations.get(name), name, device, call, keywords)
+        reason = _refusal(operator, implementations.get(name), name, device, call, keywords)
         if reason is not None:
             raise BackendUnavailableError(operator, name, reason, tuple(b for b in BACKENDS if b in implementations))
         return implementations[name]
@@ -167,7 +176,7 @@ def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Impleme
         implementation = implementations.get(candidate)
         if implementation is None:
             continue
-        reason = _refusal(implementation, candidate, device, call, keywords)
+        reason = _refusal(operator, implementation, candidate, device, call, keywords)
         if reason is None:
             return implementation
         _log_once(operator, candidate, reason)
@@ -200,16 +209,17 @@ def use_backend(name: str) -> Iterator[None]:
 def backend_report() -> dict[str, dict[str, str]]:
     """For every operator and backend: "available", or the reason why it is not."""
     return {
-        operator: {b: "available" if b in implementations else _why_missing(b) for b in BACKENDS}
+        operator: {b: "available" if b in implementations else _why_missing(operator, b) for b in BACKENDS}
         for operator, implementations in sorted(_registry.items())
     }
 
 
-def _why_missing(backend: str) -> str:
-    return _MISSING.get(backend) or _NOT_INSTALLED
+def _why_missing(operator: str, backend: str) -> str:
+    return _missing.get((operator, backend)) or _MISSING.get(backend) or _NOT_INSTALLED
 
 
 def _refusal(
+    operator: str,
     implementation: Implementation | None,
     backend: str,
     device: str,
@@ -217,7 +227,7 @@ def _refusal(
     keywords: dict[str, Any],
 ) -> str | None:
     if implementation is None:
-        return _why_missing(backend)
+        return _why_missing(operator, backend)
     required = _REQUIRED_DEVICE.get(backend, device)
     if device != required:
         return f"it takes {required} tensors and the inputs are on {device}"

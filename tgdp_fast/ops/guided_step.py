@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tgdp_fast import _native, noise
 from tgdp_fast._checks import check_number
-from tgdp_fast.ops import _dispatch, _triton
+from tgdp_fast.ops import _cuda, _dispatch, _triton
 
 __all__ = ["GuidedStepOutput", "guided_step", "guided_step_reference"]
 
@@ -379,3 +379,15 @@ if _triton.MISSING is None:
 
 
 _dispatch.register("guided_step", "reference", guided_step_reference)
+
+
+def _refuses_cuda(x: Tensor, *_: Any, matrix: Sequence[Any], **__: Any) -> str | None:
+    if len(matrix) > 17:
+        return "it serves at most 16 history slots"
+    return _refuses_cpu(x) or _cuda.refuses_device(x)
+
+
+# The same operator on tensors of another device.
+_dispatch.register(
+    "guided_step", "cuda", partial(_call_operator, "guided_step"), _refuses_cuda, missing=_native.CUDA_MISSING
+)

@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import _cuda, _dispatch
 from tgdp_fast.ops.perceptron import (
     checked_call,
     fake_gradients,
@@ -347,3 +347,14 @@ if _native.CPU_MISSING is None:
 
 _dispatch.register(_FORWARD, "reference", _forward_reference)
 _dispatch.register(_BACKWARD, "reference", mlp_value_and_grad_backward_reference)
+
+
+def _refuses_cuda(x: Tensor, _: Tensor, weights: Sequence[Tensor], __: Sequence[Tensor]) -> str | None:
+    if len(weights) > 9 or any(weight.shape[0] > 512 for weight in weights):
+        return "it serves at most 8 hidden layers, at most 512 wide"
+    return refuses_cpu(x) or _cuda.refuses_device(x)
+
+
+# The same operator on tensors of another device; there is no kernel of its derivative.
+_dispatch.register(_FORWARD, "cuda", _forward_cpu, _refuses_cuda, missing=_native.CUDA_MISSING)
+_dispatch.register(_BACKWARD, "cuda", _backward_cpu, missing="the CUDA kernels have no derivative of this operator")

@@ -1,0 +1,31 @@
+// What tests choose and learn of the emulation; part of no build but theirs.
+#include "emulation.h"
+
+#if defined(TGDP_EMULATION)
+
+extern "C" {
+
+// order: 0 forward, 1 reverse, 2 random by `seed`. left_out: the barrier to leave out, -1 for none; `forget` numbers
+// barriers anew.
+void tgdp_emulation_choose(int order, uint64_t seed, int left_out, int forget) {
+  auto& settings = tgdp::emulation::settings;
+  settings.order = static_cast<tgdp::emulation::Order>(order);
+  settings.seed = seed;
+  settings.left_out = left_out;
+  if (forget != 0) settings.barriers.clear();
+}
+
+// Barriers met since they were forgotten: places in the source.
+int tgdp_emulation_barriers() { return static_cast<int>(tgdp::emulation::settings.barriers.size()); }
+
+// Bytes of shared memory.
+void tgdp_emulation_device(int multiprocessors, int shared_per_block, int shared_per_multiprocessor) {
+  auto& settings = tgdp::emulation::settings;
+  settings.multiprocessors = multiprocessors;
+  settings.shared_per_block = shared_per_block;
+  settings.shared_per_multiprocessor = shared_per_multiprocessor;
+}
+
+}  // extern "C"
+
+#endif

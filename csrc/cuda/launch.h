@@ -1,0 +1,40 @@
+// The CUDA kernels as the host sees them: plain data in, null or an error message out, which is good until the thread's
+// next call. Memory is the device's, `stream` a cudaStream_t; nothing waits for the device. Host arrays that a call
+// points to are read before the function returns.
+#pragma once
+
+#include "../common/guided_step_call.h"
+
+namespace tgdp {
+
+struct MlpValueAndGradCall {
+  Dtype dtype = Dtype::f32;  // of all tensors
+  int64_t batch = 0, inputs = 0, layers = 0;
+  const int64_t* widths = nullptr;          // [layers]
+  const void* x = nullptr;                  // [batch, inputs]
+  int64_t x_stride = 0;                     // elements between rows, as all strides
+  const void* first_bias = nullptr;         // [batch, H_1], or one row with stride 0
+  int64_t first_bias_stride = 0;
+  const void* const* weights = nullptr;     // [layers + 1] of W_1 .. W_L, head
+  const int64_t* weight_strides = nullptr;  // [layers + 1]
+  const void* const* biases = nullptr;      // [layers] of b_2 .. b_L, head
+  void* value = nullptr;                    // [batch]
+  void* gradient = nullptr;                 // [batch, inputs]
+  void* const* keep = nullptr;              // [layers] of z_l [batch, H_l], or null
+  void* scratch = nullptr;                  // as many bytes as asked for
+};
+
+}  // namespace tgdp
+
+extern "C" {
+
+// Reference twin tgdp_fast.ops.guided_step.guided_step_reference. At most 16 slots.
+const char* tgdp_cuda_guided_step(const tgdp::GuidedStepCall* call, void* stream);
+
+// Reference twin tgdp_fast.ops.mlp_value_and_grad.mlp_value_and_grad_reference. At most 8 layers, as wide as shared memory
+// allows: 512 on every device from sm_80 on.
+const char* tgdp_cuda_mlp_value_and_grad(const tgdp::MlpValueAndGradCall* call, void* stream);
+
+// Bytes of scratch memory that the call needs on the current device; its pointers are not read.
+const char* tgdp_cuda_mlp_scratch(const tgdp::MlpValueAndGradCall* call, int64_t* bytes);
+}

@@ -1,0 +1,299 @@
+// Products of a block of rows in shared memory with a matrix that is streamed from global memory tile by tile.
+//
+// A block of 256 threads computes panels of kPanel columns. Tiles arrive by asynchronous copies two steps ahead, with one
+// barrier a step. What happens to a finished panel is up to the caller.
+#pragma once
+
+#include "../common/portable.h"
+#include "device.cuh"
+#include "tensor_core.cuh"
+
+namespace tgdp::cuda {
+
+constexpr int kProductThreads = 256;
+constexpr int kPanel = 128;
+constexpr int kStages = 3;
+
+// A matrix in global memory; its rows are in one piece.
+struct Matrix {
+  const void* data;
+  int64_t stride;  // elements between rows; 0 repeats one row
+};
+
+TGDP_FUNCTION int rounded_up(int value, int step) { return (value + step - 1) / step * step; }
+
+// The part of a panel that a thread holds: `kRows` rows, products of 16-bit elements on tensor cores. Eight warps stand two
+// by four, 32 columns each.
+template <typename Element_, int kRows_>
+class TensorCoreTile {
+ public:
+  using Element = Element_;
+  using Storage = uint16_t;
+  static constexpr int kRows = kRows_;
+  static constexpr int kDepth = 32;   // of a tile
+  static constexpr int kPadding = 8;  // 16 bytes, so that eight rows lie in different banks
+  static constexpr int kAdjacent = 2;  // columns that a thread holds together
+  static constexpr int kRowTiles = kRows / 32;
+  static constexpr int kHeldRows = 2 * kRowTiles;
+  static constexpr int kHeld = 8 * kRowTiles;  // times kAdjacent values
+  static constexpr int kColumnWarps = 4;
+  static constexpr int kLanesOfRow = 4;  // lanes of a warp that hold parts of the same row: neighbours
+  static_assert(kRows % 32 == 0);
+
+  TGDP_DEVICE TensorCoreTile() { clear(); }
+
+  TGDP_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums_[i][n][e] = 0.0f;
+      }
+    }
+  }
+
+  // Adds left times the tile: left [kRows, kDepth] with row stride `pitch`; the tile is [kPanel, kDepth], or with
+  // kTransposed [kDepth, kPanel], with kPadding elements after each row.
+  template <bool kTransposed>
+  TGDP_DEVICE void multiply(Shared<uint16_t> left, int pitch, Shared<uint16_t> tile) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8, row = lane % 8;
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t a[kRowTiles][4], b[2][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        load_matrices<false>(a[i], left + ((first_row() + 16 * i + lane % 16) * pitch + k + lane / 16 * 8));
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        // Columns 0 to 7 and 8 to 15 of 16, each with both halves of the depth.
+        const int column = first_column() + 16 * n + matrix / 2 * 8, depth = k + matrix % 2 * 8;
+        if constexpr (kTransposed) {
+          load_matrices<true>(b[n], tile + ((depth + row) * (kPanel + kPadding) + column));
+        } else {
+          load_matrices<false>(b[n], tile + ((column + row) * (kDepth + kPadding) + depth));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const uint32_t pair[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
+          mma_m16n8k16<Element>(sums_[i][n], a[i], pair);
+        }
+      }
+    }
+  }
+
+  // body(row, column, number of the row among those held, number among all held, values of kAdjacent columns)
+  template <typename Body>
+  TGDP_DEVICE void each(const Body& body) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float values[2] = {sums_[i][n][2 * half], sums_[i][n][2 * half + 1]};
+          body(first_row() + 16 * i + 8 * half + lane / 4, first_column() + 8 * n + lane % 4 * 2, 2 * i + half,
+               (2 * i + half) * 4 + n, values);
+        }
+      }
+    }
+  }
+
+  // The row of a number among those held.
+  static TGDP_DEVICE int row_of(int held) {
+    return first_row() + 16 * (held / 2) + 8 * (held % 2) + static_cast<int>(threadIdx.x) % 32 / 4;
+  }
+  static TGDP_DEVICE int column_warp() { return static_cast<int>(threadIdx.x) / 32 % 4; }
+
+  static TGDP_DEVICE uint32_t pack(const float (&values)[2]) { return Element::pack(values[0], values[1]); }
+  static TGDP_DEVICE void store(Shared<uint16_t> to, const float (&values)[2]) { *shared_as<uint32_t>(to) = pack(values); }
+
+ private:
+  static TGDP_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / 128 * (kRows / 2); }
+  static TGDP_DEVICE int first_column() { return column_warp() * 32; }
+
+  float sums_[kRowTiles][4][4];
+};
+
+// The same in float32 with plain fused multiply-adds: every warp takes kRows / 8 rows, every lane four columns of them.
+template <int kRows_>
+class FloatTile {
+ public:
+  using Element = F32;
+  using Storage = float;
+  static constexpr int kRows = kRows_;
+  static constexpr int kDepth = 16;
+  static constexpr int kPadding = 4;
+  static constexpr int kAdjacent = 1;
+  static constexpr int kHeldRows = kRows / 8;
+  static constexpr int kHeld = 4 * kHeldRows;
+  static constexpr int kColumnWarps = 1;
+  static constexpr int kLanesOfRow = 32;
+  static_assert(kRows % 8 == 0);
+
+  TGDP_DEVICE FloatTile() { clear(); }
+
+  TGDP_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kHeldRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums_[i][j] = 0.0f;
+    }
+  }
+
+  template <bool kTransposed>
+  TGDP_DEVICE void multiply(Shared<float> left, int pitch, Shared<float> tile) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 4) {
+      float right[4][4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int column = lane + 32 * j;
+        if constexpr (kTransposed) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) right[j][e] = tile[(k + e) * (kPanel + kPadding) + column];
+        } else {
+          const float4 part = *shared_as<float4>(tile + (column * (kDepth + kPadding) + k));
+          right[j][0] = part.x;
+          right[j][1] = part.y;
+          right[j][2] = part.z;
+          right[j][3] = part.w;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kHeldRows; ++i) {
+        const float4 part = *shared_as<float4>(left + (row_of(i) * pitch + k));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          sums_[i][j] += part.x * right[j][0];
+          sums_[i][j] += part.y * right[j][1];
+          sums_[i][j] += part.z * right[j][2];
+          sums_[i][j] += part.w * right[j][3];
+        }
+      }
+    }
+  }
+
+  template <typename Body>
+  TGDP_DEVICE void each(const Body& body) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int i = 0; i < kHeldRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float values[1] = {sums_[i][j]};
+        body(row_of(i), lane + 32 * j, i, 4 * i + j, values);
+      }
+    }
+  }
+
+  static TGDP_DEVICE int row_of(int held) { return static_cast<int>(threadIdx.x) / 32 * kHeldRows + held; }
+  static TGDP_DEVICE int column_warp() { return 0; }
+  static TGDP_DEVICE void store(Shared<float> to, const float (&values)[1]) { *to = values[0]; }
+
+ private:
+  float sums_[kHeldRows][4];
+};
+
+// Elements of a stage: a tile of either orientation.
+template <typename Tile>
+constexpr int kStageElements = kPanel * (Tile::kDepth + Tile::kPadding) > Tile::kDepth * (kPanel + Tile::kPadding)
+                                   ? kPanel * (Tile::kDepth + Tile::kPadding)
+                                   : Tile::kDepth * (kPanel + Tile::kPadding);
+
+// Copies rows [row, row + kTileRows) and columns [column, column + kTileColumns) of a matrix [rows, columns] with kPadding
+// elements after each row; zeros outside of the matrix. The caller commits the copies.
+template <typename Tile, int kTileRows, int kTileColumns>
+TGDP_DEVICE void load_tile(Shared<typename Tile::Storage> to, const Matrix& from, int64_t row, int64_t column,
+                           int64_t rows, int64_t columns) {
+  using Storage = typename Tile::Storage;
+  constexpr int kPart = 16 / sizeof(Storage);  // elements of a copy
+  constexpr int kParts = kTileColumns / kPart;
+  const auto* data = static_cast<const Storage*>(from.data);
+  const bool whole = reinterpret_cast<uintptr_t>(data) % 16 == 0 && from.stride % kPart == 0;
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kParts; i += kProductThreads) {
+    const int tile_row = i / kParts, tile_column = i % kParts * kPart;
+    const int64_t left = row + tile_row < rows ? columns - (column + tile_column) : 0;
+    const int count = left < 0 ? 0 : left < kPart ? static_cast<int>(left) : kPart;
+    const Storage* source = data + (row + tile_row) * from.stride + column + tile_column;
+    const Shared<Storage> target = to + (tile_row * (kTileColumns + Tile::kPadding) + tile_column);
+    if (whole) {
+      copy_async(target, count > 0 ? source : data, count * static_cast<int>(sizeof(Storage)));
+    } else {
+      Storage elements[kPart];
+#pragma unroll
+      for (int e = 0; e < kPart; ++e) elements[e] = e < count ? source[e] : Storage{0};
+      uint4 part;
+      memcpy(&part, elements, sizeof(part));
+      *shared_as<uint4>(target) = part;
+    }
+  }
+}
+
+// result [kRows, columns] = left [kRows, depth] times the transpose of weight [columns, depth], or with kTransposed times
+// weight [depth, columns]; panel by panel: finish(first column, number of the panel, tile).
+//
+// left(step) gives what multiply() takes as left factor of a step, load_left(k, stage) loads what it needs for the k-th
+// part of the depth. Afterwards all threads have left the product.
+template <typename Tile, bool kTransposed, typename LoadLeft, typename Left, typename Finish>
+TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<typename Tile::Storage> stages,
+                         const LoadLeft& load_left, const Left& left, const Finish& finish) {
+  // Without any depth, one part of zeros.
+  const int parts = depth > 0 ? (depth + Tile::kDepth - 1) / Tile::kDepth : 1;
+  const int steps = (columns + kPanel - 1) / kPanel * parts;
+  int load_panel = 0, load_part = 0;
+  const auto load = [&](int stage) {
+    if (load_panel * kPanel < columns) {
+      const Shared<typename Tile::Storage> to = stages + stage * kStageElements<Tile>;
+      const int column = load_panel * kPanel, k = load_part * Tile::kDepth;
+      if constexpr (kTransposed) {
+        load_tile<Tile, Tile::kDepth, kPanel>(to, weight, k, column, depth, columns);
+      } else {
+        load_tile<Tile, kPanel, Tile::kDepth>(to, weight, column, k, columns, depth);
+      }
+      load_left(k, stage);
+      if (++load_part == parts) {
+        load_part = 0;
+        ++load_panel;
+      }
+    }
+    // Empty groups too, so that a step always waits for the same number.
+    commit_copies();
+  };
+  for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
+  Tile tile;
+  int panel = 0, part = 0, stage = 0;
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    // Everybody's copies for this step are there, and nobody reads the stage of the last step any more.
+    __syncthreads();
+    load(stage == 0 ? kStages - 1 : stage - 1);
+    const auto factor = left(part * Tile::kDepth, stage);
+    tile.template multiply<kTransposed>(factor.data, factor.pitch, stages + stage * kStageElements<Tile>);
+    if (++stage == kStages) stage = 0;
+    if (++part == parts) {
+      finish(panel * kPanel, panel, tile);
+      tile.clear();
+      part = 0;
+      ++panel;
+    }
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+}
+
+// A left factor in shared memory.
+template <typename Storage>
+struct LeftFactor {
+  Shared<Storage> data;
+  int pitch;
+};
+
+}  // namespace tgdp::cuda

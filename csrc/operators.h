@@ -1,0 +1,156 @@
+// What the bindings of all devices share: checks of tensors, and the arguments of kernels from them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/guided_step_call.h"
+
+namespace tgdp {
+
+using at::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      TORCH_CHECK_VALUE(false, "tgdp_fast: tensors must be float32, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+// The tensor in one piece and in a dtype that kernels read; kept alive by `hold` where that is a copy.
+inline Elements elements_of(const Tensor& tensor, at::Device device, std::vector<Tensor>& hold) {
+  TORCH_CHECK_VALUE(tensor.device() == device, "tgdp_fast: expected a tensor on ", device);
+  const auto type = tensor.scalar_type();
+  const bool known = type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+  hold.push_back((known ? tensor : tensor.to(at::kFloat)).contiguous());
+  return {hold.back().const_data_ptr(), dtype_of(hold.back())};
+}
+
+inline uint32_t word_of(int64_t value) {
+  TORCH_CHECK_VALUE(value >= 0 && value <= 0xffffffff, "tgdp_fast: words of keys and evaluations have 32 bits");
+  return static_cast<uint32_t>(value);
+}
+
+// Without samples, those are 0, 1, 2, ..; `hold` keeps them alive.
+inline NoiseCoordinates noise_coordinates(at::Device device, int64_t sample_size, const std::optional<Tensor>& samples,
+                                          int64_t batch, int64_t key_low, int64_t key_high, int64_t evaluation,
+                                          Tensor& hold) {
+  TORCH_CHECK_VALUE(sample_size >= 0 && sample_size <= int64_t{4} << 32, "tgdp_fast: at most 2^34 elements per sample");
+  NoiseCoordinates noise{sample_size, nullptr, word_of(key_low), word_of(key_high), word_of(evaluation)};
+  if (samples) {
+    TORCH_CHECK_VALUE(samples->scalar_type() == at::kLong && samples->dim() == 1 && samples->size(0) == batch &&
+                          samples->device() == device,
+                      "tgdp_fast: samples must be a 1-D int64 tensor, one number per sample, on ", device);
+    hold = samples->contiguous();
+    noise.samples = hold.const_data_ptr<int64_t>();
+  }
+  return noise;
+}
+
+// Widths of the hidden layers of a perceptron, after checking its tensors: L + 1 weights, the last the head, and L biases.
+inline std::vector<int64_t> checked_widths(const Tensor& x, const Tensor& first_bias, at::TensorList weights,
+                                           at::TensorList biases) {
+  TORCH_CHECK_VALUE(weights.size() >= 2 && biases.size() + 1 == weights.size(),
+                    "tgdp_fast: weights must be L + 1 matrices and biases L vectors, L >= 1");
+  TORCH_CHECK_VALUE(x.dim() == 2, "tgdp_fast: x must be [B, D]");
+  std::vector<int64_t> widths;
+  int64_t width = x.size(1);
+  const auto check = [&x](const Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.scalar_type() == x.scalar_type() && tensor.device() == x.device(),
+                      "tgdp_fast: all dtypes and devices must be equal");
+  };
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor& weight = weights[l];
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == width && weight.size(0) > 0,
+                      "tgdp_fast: weights[", l, "] must have ", width, " columns");
+    width = weight.size(0);
+    TORCH_CHECK_VALUE(l == 0 || (biases[l - 1].dim() == 1 && biases[l - 1].size(0) == width),
+                      "tgdp_fast: biases[", l, "] must have ", width, " entries");
+    if (l + 1 < weights.size()) widths.push_back(width);
+    check(weight);
+    if (l > 0) check(biases[l - 1]);
+  }
+  const int64_t rows = first_bias.dim() == 2 ? first_bias.size(0) : 1;
+  TORCH_CHECK_VALUE((first_bias.dim() == 1 || first_bias.dim() == 2) && first_bias.size(-1) == widths[0] &&
+                        (rows == 1 || rows == x.size(0)),
+                    "tgdp_fast: first_bias must be [H_1], [1, H_1] or [B, H_1]");
+  check(first_bias);
+  return widths;
+}
+
+// The operator guided_step: allocate(sizes, options) gives memory of outputs, run(call) starts the kernel.
+template <typename Allocate, typename Run>
+std::tuple<Tensor, Tensor, Tensor> guided_step_operator(
+    const Tensor& x, const Tensor& epsilon, const std::optional<Tensor>& gradient, const std::optional<Tensor>& history,
+    at::ArrayRef<double> matrix, double noise_scale, double guidance_weight, double alpha, double sigma,
+    std::optional<at::ArrayRef<double>> clamp, int64_t key_low, int64_t key_high,
+    const std::optional<Tensor>& sample_index, int64_t evaluation, const Allocate& allocate, const Run& run) {
+  GuidedStepCall call;
+  while ((1 + call.slots) * (2 + call.slots) < static_cast<int64_t>(matrix.size())) ++call.slots;
+  const int64_t slots = call.slots, columns = 2 + slots;
+  TORCH_CHECK_VALUE((1 + slots) * columns == static_cast<int64_t>(matrix.size()) && x.dim() >= 1,
+                    "tgdp_fast: matrix must have (1 + H) (2 + H) entries and x a batch dimension");
+  TORCH_CHECK_VALUE(epsilon.sizes() == x.sizes() && (!gradient || gradient->sizes() == x.sizes()),
+                    "tgdp_fast: epsilon and gradient must have the shape of x");
+  auto history_sizes = x.sizes().vec();
+  history_sizes.insert(history_sizes.begin(), slots);
+  TORCH_CHECK_VALUE(!history || history->sizes() == history_sizes, "tgdp_fast: history must have shape [H, *x.shape]");
+  Tensor x_next = allocate(x.sizes(), x.options());
+  Tensor history_next = allocate(history_sizes, x.options());
+  Tensor x0 = allocate(x.sizes(), x.options());
+  call.elements = x.numel();
+  if (call.elements == 0) return {x_next, history_next, x0};
+
+  std::vector<Tensor> hold;
+  hold.reserve(4);
+  const std::vector<float> coefficients(matrix.begin(), matrix.end());
+  std::vector<Elements> slot_elements(slots);
+  call.matrix = coefficients.data();
+  call.x = elements_of(x, x.device(), hold);
+  TORCH_CHECK_VALUE(x.scalar_type() == hold.back().scalar_type(), "tgdp_fast: no kernel for x in ", x.scalar_type());
+  call.epsilon = elements_of(epsilon, x.device(), hold);
+  if (gradient && guidance_weight != 0.0) call.gradient = elements_of(*gradient, x.device(), hold);
+  if (history && slots > 0) {
+    const Elements all = elements_of(*history, x.device(), hold);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      bool used = false;
+      for (int64_t row = 0; row <= slots; ++row) used |= coefficients[row * columns + 1 + slot] != 0.0f;
+      if (!used) continue;
+      slot_elements[slot] = all;
+      slot_elements[slot].data = static_cast<const char*>(all.data) + slot * call.elements * size_of(all.dtype);
+    }
+  }
+  call.history = slot_elements.data();
+  call.guidance.weight = static_cast<float>(guidance_weight);
+  call.guidance.alpha = static_cast<float>(alpha);
+  call.guidance.sigma = static_cast<float>(sigma);
+  if (clamp) {
+    TORCH_CHECK_VALUE(clamp->size() == 2, "tgdp_fast: clamp must be two numbers");
+    call.clamp = true;
+    call.guidance.lowest = static_cast<float>((*clamp)[0]);
+    call.guidance.highest = static_cast<float>((*clamp)[1]);
+  }
+  Tensor samples;
+  call.noise_scale = static_cast<float>(noise_scale);
+  if (call.noise_scale != 0.0f) {
+    const int64_t batch = x.size(0);
+    call.noise = noise_coordinates(x.device(), call.elements / batch, sample_index, batch, key_low, key_high, evaluation,
+                                   samples);
+  }
+  call.x_next = x_next.mutable_data_ptr();
+  call.history_next = history_next.mutable_data_ptr();
+  call.x0 = x0.mutable_data_ptr();
+  run(call);
+  return {x_next, history_next, x0};
+}
+
+}  // namespace tgdp

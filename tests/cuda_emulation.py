@@ -1,0 +1,258 @@
+"""The CUDA kernels on the CPU: builds their sources with g++ under csrc/cuda/emulation.h and calls them by ctypes.
+
+Functions mirror the reference twins, on CPU tensors. Outputs are filled with NaN before and surrounded by numbers that
+must survive.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tgdp_fast.noise import key_words
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (
+    "csrc/cuda/guided_step.cu",
+    "csrc/cuda/mlp_value_and_grad.cu",
+    "csrc/cuda/emulation.cpp",
+    "tests/emulation_faults.cu",
+)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FORWARD, REVERSE, RANDOM = range(3)
+_GUARD = 64  # elements before and after an output
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+
+
+class EmulationError(RuntimeError):
+    """What the emulation or a launcher reported."""
+
+
+class Elements(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int)]
+
+
+class Guidance(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("weight", "alpha", "sigma", "lowest", "highest")]
+
+
+class NoiseCoordinates(ctypes.Structure):
+    _fields_ = [
+        ("sample_size", ctypes.c_int64),
+        ("samples", ctypes.c_void_p),
+        ("key_low", ctypes.c_uint32),
+        ("key_high", ctypes.c_uint32),
+        ("evaluation", ctypes.c_uint32),
+    ]
+
+
+class GuidedStepCall(ctypes.Structure):
+    _fields_ = [
+        ("elements", ctypes.c_int64),
+        ("slots", ctypes.c_int64),
+        ("x", Elements),
+        ("epsilon", Elements),
+        ("gradient", Elements),
+        ("history", ctypes.POINTER(Elements)),
+        ("matrix", ctypes.POINTER(ctypes.c_float)),
+        ("guidance", Guidance),
+        ("clamp", ctypes.c_bool),
+        ("noise_scale", ctypes.c_float),
+        ("noise", NoiseCoordinates),
+        ("x_next", ctypes.c_void_p),
+        ("history_next", ctypes.c_void_p),
+        ("x0", ctypes.c_void_p),
+        ("past_cache", ctypes.c_bool),
+    ]
+
+
+class MlpValueAndGradCall(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("batch", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("layers", ctypes.c_int64),
+        ("widths", ctypes.POINTER(ctypes.c_int64)),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("first_bias", ctypes.c_void_p),
+        ("first_bias_stride", ctypes.c_int64),
+        ("weights", ctypes.POINTER(ctypes.c_void_p)),
+        ("weight_strides", ctypes.POINTER(ctypes.c_int64)),
+        ("biases", ctypes.POINTER(ctypes.c_void_p)),
+        ("value", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+        ("keep", ctypes.POINTER(ctypes.c_void_p)),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels, built once per session."""
+    folder = tempfile.mkdtemp(prefix="tgdp_emulation_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    objects, running = [], []
+    for source in SOURCES:
+        target = f"{folder}/{Path(source).stem}.o"
+        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-DTGDP_EMULATION", "-Wall", "-Wextra"]
+        command += ["-Werror", "-Wno-unknown-pragmas", "-x", "c++", "-c", str(ROOT / source), "-o", target]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        objects.append(target)
+    for process in running:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    linked = f"{folder}/libkernels.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", linked], check=True)
+    loaded = ctypes.CDLL(linked)
+    for name in (
+        "tgdp_cuda_guided_step",
+        "tgdp_cuda_mlp_value_and_grad",
+        "tgdp_cuda_mlp_scratch",
+        "test_fault",
+        "test_product",
+    ):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded
+
+
+def check(message: bytes | None) -> None:
+    if message is not None:
+        raise EmulationError(message.decode())
+
+
+def choose(order: int = FORWARD, seed: int = 0, left_out: int = -1, *, forget: bool = False) -> None:
+    """Order of threads and blocks, and the number of a barrier that is left out."""
+    library().tgdp_emulation_choose(order, ctypes.c_uint64(seed), left_out, int(forget))
+
+
+def choose_device(multiprocessors: int = 2, shared_per_block: int = 227, shared_per_multiprocessor: int = 228) -> None:
+    """What launchers see of the device; shared memory in KiB."""
+    library().tgdp_emulation_device(multiprocessors, shared_per_block << 10, shared_per_multiprocessor << 10)
+
+
+def barriers() -> int:
+    """Places of barriers that were met since they were forgotten."""
+    return int(library().tgdp_emulation_barriers())
+
+
+class Output:
+    """Memory of an output within a larger piece; `shift` elements more to make it misaligned."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, shift: int = 0) -> None:
+        count = int(torch.Size(shape).numel())
+        self.memory = torch.full((count + 2 * _GUARD + shift,), 77.0, dtype=dtype)
+        self.begin, self.end = _GUARD + shift, _GUARD + shift + count
+        self.values = self.memory[self.begin : self.end].view(shape)
+        self.values.fill_(torch.nan)
+
+    def finish(self) -> Tensor:
+        around = torch.cat([self.memory[: self.begin], self.memory[self.end :]])
+        assert bool((around == 77.0).all()), "written outside of the output"
+        return self.values
+
+
+def shifted(tensor: Tensor, shift: int) -> Tensor:
+    """The same values, contiguous, `shift` elements past an aligned address, with NaN around them."""
+    memory = torch.full((tensor.numel() + 32 + shift,), torch.nan, dtype=tensor.dtype)
+    part = memory[16 + shift : 16 + shift + tensor.numel()].view(tensor.shape)
+    return part.copy_(tensor)
+
+
+def guided_step(
+    x: Tensor,
+    epsilon: Tensor,
+    gradient: Tensor | None = None,
+    history: Tensor | None = None,
+    *,
+    matrix: Sequence[Sequence[float]],
+    noise_scale: float = 0.0,
+    guidance_weight: float = 0.0,
+    alpha: float = 1.0,
+    sigma: float = 0.0,
+    clamp: tuple[float, float] | None = None,
+    seed: int = 0,
+    sample_index: Tensor | None = None,
+    evaluation: int = 0,
+    shift: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As guided_step_reference; all tensors contiguous."""
+    slots = len(matrix) - 1
+    outputs = [Output(shape, x.dtype, shift) for shape in (x.shape, (slots, *x.shape), x.shape)]
+    elements = (Elements * max(slots, 1))()
+    for slot in range(slots):
+        elements[slot] = _elements(None if history is None else history[slot])
+    entries = [entry for row in matrix for entry in row]
+    limits = (0.0, 0.0) if clamp is None else clamp
+    key_low, key_high, evaluation = key_words(seed, evaluation)
+    size = max(x[:1].numel(), 1) if x.shape[0] else 1
+    samples = None if sample_index is None else sample_index.data_ptr()
+    call = GuidedStepCall(
+        x.numel(), slots, _elements(x), _elements(epsilon), _elements(gradient), elements,
+        (ctypes.c_float * len(entries))(*entries), Guidance(guidance_weight, alpha, sigma, *limits),
+        clamp is not None, noise_scale, NoiseCoordinates(size, samples, key_low, key_high, evaluation),
+        *(output.values.data_ptr() for output in outputs), False,
+    )  # fmt: skip
+    check(library().tgdp_cuda_guided_step(ctypes.byref(call), None))
+    x_next, history_next, x0 = (output.finish() for output in outputs)
+    return x_next, history_next if slots else None, x0
+
+
+def _elements(tensor: Tensor | None) -> Elements:
+    if tensor is None:
+        return Elements(None, 0)
+    assert tensor.is_contiguous()
+    return Elements(tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def mlp_value_and_grad(
+    x: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    save_pre_activations: bool = False,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """As the forward's reference; matrices may be slices whose rows are in one piece."""
+    batch, inputs = x.shape
+    widths = [weight.shape[0] for weight in weights[:-1]]
+    bias = first_bias.unsqueeze(0) if first_bias.ndim == 1 else first_bias
+    outputs = [Output(shape, x.dtype) for shape in ((batch,), (batch, inputs))]
+    kept = [Output((batch, width), x.dtype) for width in widths] if save_pre_activations else []
+    for matrix in (x, bias, *weights):
+        assert matrix.stride(1) == 1 or matrix.shape[1] <= 1
+    call = MlpValueAndGradCall(
+        DTYPES[x.dtype], batch, inputs, len(widths), (ctypes.c_int64 * len(widths))(*widths),
+        x.data_ptr(), x.stride(0), bias.data_ptr(), 0 if bias.shape[0] == 1 else bias.stride(0),
+        _pointers(weights), (ctypes.c_int64 * len(weights))(*(weight.stride(0) for weight in weights)),
+        _pointers(biases),
+        *(output.values.data_ptr() for output in outputs),
+        _pointers([output.values for output in kept]) if kept else None, None,
+    )  # fmt: skip
+    size = scratch_bytes(call)
+    scratch = torch.full((size // 4,), torch.nan)
+    call.scratch = scratch.data_ptr() if size else None
+    check(library().tgdp_cuda_mlp_value_and_grad(ctypes.byref(call), None))
+    value, gradient = (output.finish() for output in outputs)
+    return value, gradient, tuple(output.finish() for output in kept)
+
+
+def scratch_bytes(call: MlpValueAndGradCall) -> int:
+    size = ctypes.c_int64()
+    check(library().tgdp_cuda_mlp_scratch(ctypes.byref(call), ctypes.byref(size)))
+    return size.value
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

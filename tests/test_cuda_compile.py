@@ -1,0 +1,79 @@
+"""Every CUDA source compiles for the shipped architectures without spills, within the limits of a block."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
+SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+# Instructions of tensor cores must appear in these.
+TENSOR_CORES = {"mlp_value_and_grad.cu"}
+# The most static shared memory; what kernels ask for at launch is checked against the device by the launchers.
+STATIC_SHARED = 48 * 1024
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH or in CUDA_HOME")
+each_source = pytest.mark.parametrize("source", SOURCES)
+
+
+@functools.cache
+def supported() -> set[str]:
+    shown = subprocess.run([str(NVCC), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return set(shown.split())
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, or the one that comes with Triton."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        beside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(beside) if os.access(beside, os.X_OK) else None
+    return found
+
+
+def check(source: str, architecture: str, folder: Path) -> None:
+    if f"sm_{architecture.rstrip('a')}" not in supported():
+        pytest.skip(f"this nvcc has no sm_{architecture}")
+    cubin = folder / "kernels.cubin"
+    command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-Werror"]
+    command += ["all-warnings", str(ROOT / "csrc" / "cuda" / source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert registers
+    assert max(registers) <= 255
+    assert spills
+    assert set(spills) == {("0", "0")}
+    assert all(int(number) <= STATIC_SHARED for number in re.findall(r"(\d+) bytes smem", done.stderr))
+    if source in TENSOR_CORES and (tool := disassembler()) is not None:
+        shown = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        for instruction in ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDSM", "LDGSTS"):
+            assert instruction in shown.stdout
+
+
+def test_there_are_sources() -> None:
+    assert "guided_step.cu" in SOURCES
+    assert set(SOURCES) >= TENSOR_CORES
+
+
+@each_source
+def test_compiles_for_one_architecture(source: str, tmp_path: Path) -> None:
+    check(source, "90a", tmp_path)
+
+
+@pytest.mark.slow(ci=True)
+@pytest.mark.parametrize("architecture", ["80", "86", "100"])
+@each_source
+def test_compiles_for_the_other_architectures(source: str, architecture: str, tmp_path: Path) -> None:
+    check(source, architecture, tmp_path)
