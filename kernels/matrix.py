@@ -6,6 +6,10 @@ offsets. Nothing here uses atomics: a result depends on the shapes alone and rep
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -270,14 +274,14 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 
 
-def layer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, left_factors: int = 1) -> Tile:
-    """Tile for a product [rows, depth] [depth, columns] with a pointwise end; ``left_factors`` share a right one.
+def layer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowded: bool = False) -> Tile:
+    """Tile for a product [rows, depth] [depth, columns]; ``crowded`` if its pointwise end takes many registers.
 
     The same for every card: few rows take narrow tiles, so that many programs share the weights; many rows the
     largest tile whose slices, in ``num_stages`` copies, leave room in 99 KB of shared memory.
     """
     if dtype == torch.float32:
-        wide = 64 if left_factors == 1 else 32
+        wide = 32 if crowded else 64
         if rows <= 16:
             return Tile(16, power_of_two(columns, 16, 32), power_of_two(depth, 16, 64), 4, 3)
         return Tile(64, power_of_two(columns, 16, wide), power_of_two(depth, 16, 32), 4, 3)
@@ -285,16 +289,14 @@ def layer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, left_
         return Tile(16, power_of_two(columns, 16, 32), power_of_two(depth, 16, 128), 4, 3)
     if rows * columns < 128 * 128 * 128 or columns <= 32:
         return Tile(64, power_of_two(columns, 16, 64), power_of_two(depth, 16, 64), 4, 3)
-    wide = 128 if left_factors == 1 else 64
+    wide = 64 if crowded else 128
     return Tile(128, power_of_two(columns, 16, wide), power_of_two(depth, 16, 32), 8, 4)
 
 
 def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Tile:
     """Tile for a gradient [rows, columns] of a weight, a product whose depth is the batch."""
     if dtype == torch.float32:
-        return Tile(
-            power_of_two(rows, 16, 64), power_of_two(columns, 16, 64), power_of_two(batch, 16, 32), 4, 3
-        )
+        return Tile(power_of_two(rows, 16, 64), power_of_two(columns, 16, 64), 16, 4, 3)
     if min(rows, columns) <= 64 or batch <= 256:
         return Tile(
             power_of_two(rows, 16, 64), power_of_two(columns, 16, 64), power_of_two(batch, 16, 64), 4, 3
@@ -311,11 +313,76 @@ def batch_parts(batch: int, tiles: int) -> int:
     return max(min(triton.cdiv(_ENOUGH_PROGRAMS, max(tiles, 1)), triton.cdiv(batch, _LEAST_SHARE)), 1)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile | None = None, **keywords: Any) -> None:
-    """Launch, unless there is nothing to do."""
-    if min(grid) > 0:
-        options = {} if tile is None else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        kernel[grid](*arguments, **keywords, **options)
+#: Where launches are noted instead of run, by :func:`recorded`.
+_recording: list[Compilation] | None = None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, flops: float, tile: Tile | None = None, **constants: Any
+) -> None:
+    """Launch, unless there is nothing to do. ``flops`` is for the record."""
+    options = {} if tile is None else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if _recording is not None:
+        _recording.append(_compilation(kernel, grid, arguments, constants, flops, options))
+    elif min(grid) > 0:
+        kernel[grid](*arguments, **constants, **options)
+
+
+def recorded(calls: dict[str, Callable[[], object]]) -> list[Compilation]:
+    """What the calls, on tensors without data, would launch: each specialisation once, named "kernel/call/number"."""
+    global _recording
+    found: dict[str, Compilation] = {}
+    for name, call in calls.items():
+        _recording = []
+        try:
+            call()
+            for i, item in enumerate(_recording):
+                key = str((item.name, item.signature, item.constants, item.divisible))
+                found.setdefault(key, replace(item, name=f"{item.name}/{name}/{i}"))
+        finally:
+            _recording = None
+    return list(found.values())
+
+
+def _compilation(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    flops: float,
+    options: dict[str, int],
+) -> Compilation:
+    """One launch, specialised as Triton does it: ones are constants, and multiples of 16 are known to be such."""
+    names = list(inspect.signature(kernel.fn).parameters)
+    signature, fixed, divisible = {}, dict(constants), []
+    tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}
+    for name, argument in zip(names, arguments, strict=False):
+        if isinstance(argument, Tensor):
+            signature[name] = "*" + TYPES[argument.dtype]
+            divisible.append(name)
+        elif argument == 1:
+            signature[name] = "constexpr"
+            fixed[name] = 1
+        else:
+            signature[name] = "i32" if argument < 2**31 else "i64"
+            divisible += [name] * (argument % 16 == 0)
+    signature |= dict.fromkeys(constants, "constexpr")
+    first = arguments[0]
+    shape = " x ".join(str(list(tensor.shape)) for tensor in arguments[:2])
+    return Compilation(
+        name=kernel.__name__.removesuffix("_kernel"),
+        kernel=kernel,
+        signature={name: signature[name] for name in names},
+        constants=fixed,
+        num_warps=options.get("num_warps", 4),
+        num_stages=options.get("num_stages", 3),
+        tensor_cores="PRECISION" in constants and first.dtype != torch.float32,
+        problem=f"{TYPES[first.dtype]} {shape}",
+        programs=math.prod(grid),
+        bytes=float(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())),
+        flops=float(flops),
+        divisible=tuple(divisible),
+    )
 
 
 def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -332,6 +399,7 @@ def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
         rows,
         columns,
         *source.stride(),
+        flops=rows * columns,
         ROWS=down,
         COLUMNS=across,
     )
@@ -369,6 +437,7 @@ def weight_gradient(
         *left.stride(),
         *right.stride(),
         *second_right.stride(),
+        flops=2 * batch * rows * columns * (1 if second is None else 2),
         tile=tile,
         PAIR=second is not None,
         ROWS=tile.rows,

@@ -18,7 +18,8 @@ cotangents share a reading of each weight, and a product over the batch per weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from tgdp_fast.kernels.compilation import Compilation
 from tgdp_fast.kernels.matrix import (
+    TYPES,
     accumulate,
     accumulate_pair,
     block_of,
@@ -37,6 +39,7 @@ from tgdp_fast.kernels.matrix import (
     multiply_add,
     narrow,
     precision_of,
+    recorded,
     sigmoid,
     silu_curvature,
     silu_slope,
@@ -47,16 +50,17 @@ from tgdp_fast.kernels.perceptron import (
     add_bias,
     as_rows,
     bias_strides,
-    first_layer,
     fits_one_launch,
     four,
     fused_tile,
+    fused_up,
     layer_down,
     layer_up,
-    next_layer,
     perceptron_backward,
-    store_block,
-    whole_weight,
+    unpack_high,
+    unpack_low,
+    weight_quarter,
+    without_data,
 )
 
 
@@ -306,20 +310,24 @@ def joint_down_kernel(
 
 
 @triton.jit
-def fused_layer_up(z, pre_activation, units, row, row_mask, column, KEEP: tl.constexpr, DTYPE: tl.constexpr):  # noqa: N803
-    """silu(z) and silu'(z) in DTYPE; z itself is stored if KEEP."""
-    if KEEP:
-        store_block(pre_activation, z, units, row, row_mask, column)
-    s = sigmoid(z)
-    return narrow(z * s, DTYPE), narrow(silu_slope(z, s), DTYPE)
+def fused_half_down(low, high, slope, weight, units, depth, column, low_row, PRECISION: tl.constexpr):  # noqa: N803
+    """slope * (delta weight) for half the columns of weight [units, depth]; low and high are the halves of delta."""
+    eta = tl.zeros([low.shape[0], column.shape[0]], tl.float32)
+    eta = multiply_add(low, weight_quarter(weight, units, depth, low_row, column), eta, PRECISION)
+    high_row = low_row + low_row.shape[0]
+    eta = multiply_add(high, weight_quarter(weight, units, depth, high_row, column), eta, PRECISION)
+    return narrow(slope.to(tl.float32) * eta, low.dtype)
 
 
 @triton.jit
-def fused_layer_down(delta, slope, weight, units, depth, column, PRECISION: tl.constexpr):  # noqa: N803
-    """slope * (delta weight) in the dtype of slope, weight [units, depth]."""
-    tile = whole_weight(weight, units, depth, column)
-    eta = multiply_add(delta, tile, tl.zeros([delta.shape[0], column.shape[0]], tl.float32), PRECISION)
-    return narrow(slope.to(tl.float32) * eta, slope.dtype)
+def fused_layer_down(low, high, slopes, weight, units, depth, column, PRECISION: tl.constexpr):  # noqa: N803
+    """Both halves of delta of the layer below a contiguous weight [units, depth]."""
+    slope_low, slope_high = unpack_low(slopes, low.dtype), unpack_high(slopes, low.dtype)
+    next_low = fused_half_down(low, high, slope_low, weight, units, depth, column, column, PRECISION)
+    next_high = fused_half_down(
+        low, high, slope_high, weight, units, depth, column + column.shape[0], column, PRECISION
+    )
+    return next_low, next_high
 
 
 @triton.jit
@@ -354,7 +362,7 @@ def fused_value_and_grad_kernel(
     LAYERS: tl.constexpr,  # noqa: N803
     SHARED_BIAS: tl.constexpr,  # noqa: N803
     KEEP: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
+    HALF: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     DEPTH: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
@@ -369,13 +377,26 @@ def fused_value_and_grad_kernel(
     dtype: tl.constexpr = gradient.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < batch
-    column = tl.arange(0, WIDTH)
-    z = first_layer(
+    column = tl.arange(0, HALF)
+    low, high, slopes_1, slopes_2, slopes_3, slopes_4 = fused_up(
         x,
-        weight_1,
         first_bias,
+        weight_1,
+        weight_2,
+        weight_3,
+        weight_4,
+        bias_2,
+        bias_3,
+        bias_4,
+        pre_activation_1,
+        pre_activation_2,
+        pre_activation_3,
+        pre_activation_4,
         inputs,
         units_1,
+        units_2,
+        units_3,
+        units_4,
         x_row_stride,
         x_column_stride,
         bias_row_stride,
@@ -383,42 +404,31 @@ def fused_value_and_grad_kernel(
         row,
         row_mask,
         column,
+        LAYERS,
         SHARED_BIAS,
+        KEEP,
         DEPTH,
         PRECISION,
     )
-    activation, slope_1 = fused_layer_up(z, pre_activation_1, units_1, row, row_mask, column, KEEP, dtype)
-    slope, last_units = slope_1, units_1
-    if LAYERS > 1:
-        z = next_layer(activation, weight_2, bias_2, units_2, units_1, column, PRECISION)
-        activation, slope_2 = fused_layer_up(z, pre_activation_2, units_2, row, row_mask, column, KEEP, dtype)
-        slope, last_units = slope_2, units_2
-    if LAYERS > 2:
-        z = next_layer(activation, weight_3, bias_3, units_3, units_2, column, PRECISION)
-        activation, slope_3 = fused_layer_up(z, pre_activation_3, units_3, row, row_mask, column, KEEP, dtype)
-        slope, last_units = slope_3, units_3
+    w_low = tl.load(head + column, mask=column < units_4, other=0.0).to(tl.float32)[None, :]
+    w_high = tl.load(head + HALF + column, mask=HALF + column < units_4, other=0.0).to(tl.float32)[None, :]
+    total = tl.sum(low.to(tl.float32) * w_low + high.to(tl.float32) * w_high, 1)
+    tl.store(value + row, narrow(total + tl.load(head_bias).to(tl.float32), dtype), mask=row_mask)
+    low = narrow(unpack_low(slopes_4, dtype).to(tl.float32) * w_low, dtype)
+    high = narrow(unpack_high(slopes_4, dtype).to(tl.float32) * w_high, dtype)
     if LAYERS > 3:
-        z = next_layer(activation, weight_4, bias_4, units_4, units_3, column, PRECISION)
-        activation, slope_4 = fused_layer_up(z, pre_activation_4, units_4, row, row_mask, column, KEEP, dtype)
-        slope, last_units = slope_4, units_4
-    w = tl.load(head + column, mask=column < last_units, other=0.0).to(tl.float32)[None, :]
-    total = tl.sum(activation.to(tl.float32) * w, 1) + tl.load(head_bias).to(tl.float32)
-    tl.store(value + row, narrow(total, dtype), mask=row_mask)
-    delta = narrow(slope.to(tl.float32) * w, dtype)
-    if LAYERS > 3:
-        delta = fused_layer_down(delta, slope_3, weight_4, units_4, units_3, column, PRECISION)
+        low, high = fused_layer_down(low, high, slopes_3, weight_4, units_4, units_3, column, PRECISION)
     if LAYERS > 2:
-        delta = fused_layer_down(delta, slope_2, weight_3, units_3, units_2, column, PRECISION)
+        low, high = fused_layer_down(low, high, slopes_2, weight_3, units_3, units_2, column, PRECISION)
     if LAYERS > 1:
-        delta = fused_layer_down(delta, slope_1, weight_2, units_2, units_1, column, PRECISION)
+        low, high = fused_layer_down(low, high, slopes_1, weight_2, units_2, units_1, column, PRECISION)
     for start in range(0, inputs, DEPTH):
         below = start + tl.arange(0, DEPTH)
-        below_mask = below < inputs
-        mask = (column < units_1)[:, None] & below_mask[None, :]
-        tile = tl.load(weight_1 + column[:, None] * inputs + below[None, :], mask=mask, other=0.0)
-        result = multiply_add(delta, tile, tl.zeros([ROWS, DEPTH], tl.float32), PRECISION)
-        offsets = row[:, None] * inputs + below[None, :]
-        tl.store(gradient + offsets, narrow(result, dtype), mask=row_mask[:, None] & below_mask[None, :])
+        result = tl.zeros([ROWS, DEPTH], tl.float32)
+        result = multiply_add(low, weight_quarter(weight_1, units_1, inputs, column, below), result, PRECISION)
+        result = multiply_add(high, weight_quarter(weight_1, units_1, inputs, column + HALF, below), result, PRECISION)
+        mask = row_mask[:, None] & (below < inputs)[None, :]
+        tl.store(gradient + row[:, None] * inputs + below[None, :], narrow(result, dtype), mask=mask)
 
 
 def value_and_grad(
@@ -480,6 +490,7 @@ def _last_layer(
         *weight.stride(),
         *bias_strides(bias),
         head.stride(1),
+        flops=2 * batch * units * depth,
         tile=tile,
         SHARED_BIAS=bias.shape[0] == 1,
         KEEP=keep,
@@ -517,11 +528,12 @@ def _fused_value_and_grad(
         *(widths[min(i, len(widths) - 1)] for i in range(MOST_FUSED_LAYERS)),
         *x.stride(),
         *bias_strides(bias),
+        flops=4 * batch * sum(weight.numel() for weight in weights),
         tile=tile,
         LAYERS=len(widths),
         SHARED_BIAS=bias.shape[0] == 1,
         KEEP=keep,
-        WIDTH=tile.columns,
+        HALF=tile.columns,
         ROWS=tile.rows,
         DEPTH=tile.depth,
         PRECISION="ieee",
@@ -603,7 +615,7 @@ def _tangent_up(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """silu(z), or z itself where that is not needed; u = silu'(z) v; v = below weight^T."""
     (batch, depth), units = below.shape, weight.shape[0]
-    tile = layer_tile(batch, units, depth, below.dtype)
+    tile = layer_tile(batch, units, depth, below.dtype, crowded=below.dtype != torch.float32)
     activation = torch.empty_like(z) if activate else z
     tangent, product = torch.empty_like(z), torch.empty_like(z)
     launch(
@@ -620,6 +632,7 @@ def _tangent_up(
         depth,
         *below.stride(),
         *weight.stride(),
+        flops=2 * batch * units * depth,
         tile=tile,
         ACTIVATE=activate,
         ROWS=tile.rows,
@@ -635,7 +648,7 @@ def _tangent_last(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """zbar and delta of the last hidden layer [B, H], and sums over blocks of rows for its bias and for the head."""
     (batch, depth), units = below.shape, weight.shape[0]
-    tile = layer_tile(batch, units, depth, below.dtype)
+    tile = layer_tile(batch, units, depth, below.dtype, crowded=below.dtype != torch.float32)
     zbar, delta = torch.empty_like(z), torch.empty_like(z)
     bias_sums, head_sums = z.new_empty(2, triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
     launch(
@@ -657,6 +670,7 @@ def _tangent_last(
         *weight.stride(),
         head.stride(1),
         0 if value_cotangent is None else value_cotangent.stride(0),
+        flops=2 * batch * units * depth,
         tile=tile,
         VALUE=value_cotangent is not None,
         ROWS=tile.rows,
@@ -672,7 +686,7 @@ def _joint_down(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """zbar and delta [B, H] of the layer below ``weight``, and zbar added over blocks of rows."""
     (batch, depth), units = zbar_above.shape, weight.shape[1]
-    tile = layer_tile(batch, units, depth, z.dtype, left_factors=2)
+    tile = layer_tile(batch, units, depth, z.dtype, crowded=True)
     zbar, delta = torch.empty_like(z), torch.empty_like(z)
     sums = z.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
     launch(
@@ -690,6 +704,7 @@ def _joint_down(
         units,
         depth,
         *weight.stride(),
+        flops=4 * batch * units * depth,
         tile=tile,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -697,3 +712,26 @@ def _joint_down(
         PRECISION=precision,
     )
     return zbar, delta, sums
+
+
+def shipped() -> list[Compilation]:
+    """Guidance networks of two inputs and of the ECG's 3904, four layers of 128 and of 512, and their derivative."""
+    calls: dict[str, Callable[[], object]] = {}
+    for dtype, name in TYPES.items():
+        for inputs, width, batch in ((2, 128, 256), (2, 128, 65536), (2, 512, 16), (2, 512, 65536), (3904, 512, 256)):
+            network = without_data(batch, (inputs, *[width] * 4), 1, dtype)
+            calls[f"mlp-{name}-{inputs}-{width}-{batch}"] = partial(value_and_grad, *network, keep=False, split=False)
+        x, first_bias, weights, biases = without_data(65536, (2, 512, 512, 512, 512), 1, dtype)
+        kept = [x.new_empty(len(x), 512) for _ in biases]
+        calls[f"mlp-{name}-backward"] = partial(
+            value_and_grad_backward,
+            x.new_empty(len(x)),
+            x,
+            x,
+            first_bias,
+            weights,
+            kept,
+            needs_grad=[True] * (2 * len(kept) + 3),
+            split=False,
+        )
+    return recorded(calls)

@@ -15,7 +15,8 @@ Two ways, both with bias, activation and its derivative at the end of the produc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from tgdp_fast.kernels.compilation import Compilation
 from tgdp_fast.kernels.matrix import (
+    TYPES,
     Tile,
     accumulate,
     block_of,
@@ -35,6 +37,7 @@ from tgdp_fast.kernels.matrix import (
     multiply_add,
     narrow,
     power_of_two,
+    recorded,
     sigmoid,
     silu_slope,
     weight_gradient,
@@ -180,18 +183,64 @@ def layer_down_kernel(
     if FINISH:
         if tl.program_id(0) % tl.maximum(tl.cdiv(units, COLUMNS), 1) == 0:
             total = tl.zeros([ROWS], tl.float32) + tl.load(value_bias).to(tl.float32)
-            value_parts += row
+            sources = value_parts + row
             for _ in range(parts):
-                total += tl.load(value_parts, mask=row_mask, other=0.0)
-                value_parts += batch
+                total += tl.load(sources, mask=row_mask, other=0.0)
+                sources += batch
             tl.store(value + row, narrow(total, value.dtype.element_ty), mask=row_mask)
 
 
 @triton.jit
-def first_layer(
+def pack(low, high):
+    """Two blocks of 16-bit numbers as one of 32 bits: a register would hold one of 16 bits only."""
+    low_bits = low.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return low_bits | (high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+
+
+@triton.jit
+def unpack_low(pair, DTYPE: tl.constexpr):  # noqa: N803
+    """The first of two packed blocks."""
+    return (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def unpack_high(pair, DTYPE: tl.constexpr):  # noqa: N803
+    """The second of two packed blocks."""
+    return (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def weight_quarter(weight, units, depth, row, column):
+    """weight[row, column] of a contiguous [units, depth], zero beyond."""
+    mask = (row < units)[:, None] & (column < depth)[None, :]
+    return tl.load(weight + row[:, None] * depth + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def finish_half(
+    z,
+    pre_activation,
+    units,
+    row,
+    row_mask,
+    column,
+    KEEP: tl.constexpr,  # noqa: N803
+    DTYPE: tl.constexpr,  # noqa: N803
+):
+    """silu(z) and silu'(z) of half a layer in DTYPE; z [batch, units] itself is stored if KEEP."""
+    if KEEP:
+        mask = row_mask[:, None] & (column < units)[None, :]
+        tl.store(pre_activation + row[:, None] * units + column[None, :], narrow(z, DTYPE), mask=mask)
+    s = sigmoid(z)
+    return narrow(z * s, DTYPE), narrow(silu_slope(z, s), DTYPE)
+
+
+@triton.jit
+def fused_first_half(
     x,
     weight,
     bias,
+    pre_activation,
     inputs,
     units,
     x_row_stride,
@@ -202,10 +251,12 @@ def first_layer(
     row_mask,
     column,
     SHARED_BIAS: tl.constexpr,  # noqa: N803
+    KEEP: tl.constexpr,  # noqa: N803
     DEPTH: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """z_1 [rows, WIDTH] of a block of rows, zero beyond the layer's units; weight [units, inputs] is contiguous."""
+    """silu(z_1) and silu'(z_1) of half the first layer; weight [units, inputs] is contiguous."""
+    wide_column = column.to(tl.int64)
     column_mask = column < units
     z = accumulate(
         tl.zeros([row.shape[0], column.shape[0]], tl.float32),
@@ -217,37 +268,167 @@ def first_layer(
         inputs,
         row,
         row_mask,
-        column.to(tl.int64),
+        wide_column,
         column_mask,
         inputs,
         DEPTH,
         PRECISION,
     )
-    return add_bias(z, bias, bias_row_stride, bias_column_stride, row, row_mask, column, column_mask, SHARED_BIAS)
+    z = add_bias(z, bias, bias_row_stride, bias_column_stride, row, row_mask, wide_column, column_mask, SHARED_BIAS)
+    return finish_half(z, pre_activation, units, row, row_mask, column, KEEP, x.dtype.element_ty)
 
 
 @triton.jit
-def whole_weight(weight, units, depth, column):
-    """weight [units, depth], contiguous, as one tile that is zero beyond."""
-    mask = (column < units)[:, None] & (column < depth)[None, :]
-    return tl.load(weight + column[:, None] * depth + column[None, :], mask=mask, other=0.0)
+def fused_half_up(
+    low,
+    high,
+    weight,
+    bias,
+    pre_activation,
+    units,
+    depth,
+    row,
+    row_mask,
+    column,
+    low_column,
+    KEEP: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """silu(z) and silu'(z) of half a layer, on top of both halves of the layer below."""
+    z = tl.zeros([low.shape[0], column.shape[0]], tl.float32)
+    z = multiply_add(low, tl.trans(weight_quarter(weight, units, depth, column, low_column)), z, PRECISION)
+    high_column = low_column + low_column.shape[0]
+    z = multiply_add(high, tl.trans(weight_quarter(weight, units, depth, column, high_column)), z, PRECISION)
+    z += tl.load(bias + column, mask=column < units, other=0.0).to(tl.float32)[None, :]
+    return finish_half(z, pre_activation, units, row, row_mask, column, KEEP, low.dtype)
 
 
 @triton.jit
-def next_layer(activation, weight, bias, units, depth, column, PRECISION: tl.constexpr):  # noqa: N803
-    """z [rows, WIDTH] of a layer on top of ``activation``, zero beyond its units."""
-    tile = whole_weight(weight, units, depth, column)
-    z = multiply_add(
-        activation, tl.trans(tile), tl.zeros([activation.shape[0], column.shape[0]], tl.float32), PRECISION
+def fused_layer_up(
+    low,
+    high,
+    weight,
+    bias,
+    pre_activation,
+    units,
+    depth,
+    row,
+    row_mask,
+    column,
+    KEEP: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """Both halves of silu(z), and silu'(z) packed; column: those of the low half. weight [units, depth], contiguous."""
+    next_low, slope_low = fused_half_up(
+        low, high, weight, bias, pre_activation, units, depth, row, row_mask, column, column, KEEP, PRECISION
     )
-    return z + tl.load(bias + column, mask=column < units, other=0.0).to(tl.float32)[None, :]
+    next_high, slope_high = fused_half_up(
+        low,
+        high,
+        weight,
+        bias,
+        pre_activation,
+        units,
+        depth,
+        row,
+        row_mask,
+        column + column.shape[0],
+        column,
+        KEEP,
+        PRECISION,
+    )
+    return next_low, next_high, pack(slope_low, slope_high)
 
 
 @triton.jit
-def store_block(target, block, units, row, row_mask, column):
-    """Store what exists of a block to target [batch, units], contiguous."""
-    mask = row_mask[:, None] & (column < units)[None, :]
-    tl.store(target + row[:, None] * units + column[None, :], narrow(block, target.dtype.element_ty), mask=mask)
+def fused_up(
+    x,
+    first_bias,
+    weight_1,
+    weight_2,
+    weight_3,
+    weight_4,
+    bias_2,
+    bias_3,
+    bias_4,
+    pre_activation_1,
+    pre_activation_2,
+    pre_activation_3,
+    pre_activation_4,
+    inputs,
+    units_1,
+    units_2,
+    units_3,
+    units_4,
+    x_row_stride,
+    x_column_stride,
+    bias_row_stride,
+    bias_column_stride,
+    row,
+    row_mask,
+    column,
+    LAYERS: tl.constexpr,  # noqa: N803
+    SHARED_BIAS: tl.constexpr,  # noqa: N803
+    KEEP: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """Both halves of the last activation, and the packed slopes of four layers, those beyond LAYERS repeated."""
+    low, slope_low = fused_first_half(
+        x,
+        weight_1,
+        first_bias,
+        pre_activation_1,
+        inputs,
+        units_1,
+        x_row_stride,
+        x_column_stride,
+        bias_row_stride,
+        bias_column_stride,
+        row,
+        row_mask,
+        column,
+        SHARED_BIAS,
+        KEEP,
+        DEPTH,
+        PRECISION,
+    )
+    high, slope_high = fused_first_half(
+        x,
+        weight_1,
+        first_bias,
+        pre_activation_1,
+        inputs,
+        units_1,
+        x_row_stride,
+        x_column_stride,
+        bias_row_stride,
+        bias_column_stride,
+        row,
+        row_mask,
+        column + column.shape[0],
+        SHARED_BIAS,
+        KEEP,
+        DEPTH,
+        PRECISION,
+    )
+    slopes_1 = pack(slope_low, slope_high)
+    slopes_2 = slopes_1
+    if LAYERS > 1:
+        low, high, slopes_2 = fused_layer_up(
+            low, high, weight_2, bias_2, pre_activation_2, units_2, units_1, row, row_mask, column, KEEP, PRECISION
+        )
+    slopes_3 = slopes_2
+    if LAYERS > 2:
+        low, high, slopes_3 = fused_layer_up(
+            low, high, weight_3, bias_3, pre_activation_3, units_3, units_2, row, row_mask, column, KEEP, PRECISION
+        )
+    slopes_4 = slopes_3
+    if LAYERS > 3:
+        low, high, slopes_4 = fused_layer_up(
+            low, high, weight_4, bias_4, pre_activation_4, units_4, units_3, row, row_mask, column, KEEP, PRECISION
+        )
+    return low, high, slopes_1, slopes_2, slopes_3, slopes_4
 
 
 @triton.jit
@@ -282,7 +463,7 @@ def fused_outputs_kernel(
     LAYERS: tl.constexpr,  # noqa: N803
     SHARED_BIAS: tl.constexpr,  # noqa: N803
     KEEP: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
+    HALF: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     DEPTH: tl.constexpr,  # noqa: N803
     OUTPUTS: tl.constexpr,  # noqa: N803
@@ -294,16 +475,28 @@ def fused_outputs_kernel(
     ``perceptron``'s ``_forward_reference``. 2 B P FLOPs for P weights and about 10 B S pointwise for S hidden units;
     bytes: x and the output, and with KEEP the pre-activations, once; the weights once per block from the level-2 cache.
     """
-    dtype: tl.constexpr = output.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < batch
-    column = tl.arange(0, WIDTH)
-    z = first_layer(
+    column = tl.arange(0, HALF)
+    low, high, _, _, _, _ = fused_up(
         x,
-        weight_1,
         first_bias,
+        weight_1,
+        weight_2,
+        weight_3,
+        weight_4,
+        bias_2,
+        bias_3,
+        bias_4,
+        pre_activation_1,
+        pre_activation_2,
+        pre_activation_3,
+        pre_activation_4,
         inputs,
         units_1,
+        units_2,
+        units_3,
+        units_4,
         x_row_stride,
         x_column_stride,
         bias_row_stride,
@@ -311,41 +504,23 @@ def fused_outputs_kernel(
         row,
         row_mask,
         column,
+        LAYERS,
         SHARED_BIAS,
+        KEEP,
         DEPTH,
         PRECISION,
     )
-    if KEEP:
-        store_block(pre_activation_1, z, units_1, row, row_mask, column)
-    activation = narrow(z * sigmoid(z), dtype)
-    last_units = units_1
-    if LAYERS > 1:
-        z = next_layer(activation, weight_2, bias_2, units_2, units_1, column, PRECISION)
-        if KEEP:
-            store_block(pre_activation_2, z, units_2, row, row_mask, column)
-        activation = narrow(z * sigmoid(z), dtype)
-        last_units = units_2
-    if LAYERS > 2:
-        z = next_layer(activation, weight_3, bias_3, units_3, units_2, column, PRECISION)
-        if KEEP:
-            store_block(pre_activation_3, z, units_3, row, row_mask, column)
-        activation = narrow(z * sigmoid(z), dtype)
-        last_units = units_3
-    if LAYERS > 3:
-        z = next_layer(activation, weight_4, bias_4, units_4, units_3, column, PRECISION)
-        if KEEP:
-            store_block(pre_activation_4, z, units_4, row, row_mask, column)
-        activation = narrow(z * sigmoid(z), dtype)
-        last_units = units_4
     for start in range(0, outputs, OUTPUTS):
         out = start + tl.arange(0, OUTPUTS)
+        result = tl.zeros([ROWS, OUTPUTS], tl.float32)
+        result = multiply_add(low, tl.trans(weight_quarter(head, outputs, units_4, out, column)), result, PRECISION)
+        result = multiply_add(
+            high, tl.trans(weight_quarter(head, outputs, units_4, out, column + HALF)), result, PRECISION
+        )
         out_mask = out < outputs
-        mask = (column < last_units)[:, None] & out_mask[None, :]
-        tile = tl.load(head + out.to(tl.int64)[None, :] * last_units + column[:, None], mask=mask, other=0.0)
-        result = multiply_add(activation, tile, tl.zeros([ROWS, OUTPUTS], tl.float32), PRECISION)
         result += tl.load(head_bias + out, mask=out_mask, other=0.0).to(tl.float32)[None, :]
         offsets = row[:, None] * outputs + out[None, :]
-        tl.store(output + offsets, narrow(result, dtype), mask=row_mask[:, None] & out_mask[None, :])
+        tl.store(output + offsets, narrow(result, output.dtype.element_ty), mask=row_mask[:, None] & out_mask[None, :])
 
 
 #: Limits of the kernels that take a block of rows through all layers.
@@ -365,11 +540,11 @@ def fits_one_launch(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 
 def fused_tile(batch: int, width: int, inputs: int) -> Tile:
-    """Rows of a block, padded width, and slices of the first layer's product."""
-    columns = power_of_two(width, 16, MOST_FUSED_UNITS)
+    """Rows of a block, half the padded width, and slices of the first layer's product."""
+    columns = power_of_two(width, 32, MOST_FUSED_UNITS) // 2
     depth = power_of_two(inputs, 16, 32)
     # Few rows give every multiprocessor a block of its own; many share a reading of the weights.
-    return Tile(16, columns, depth, 4, 2) if batch <= 2048 else Tile(64, columns, depth, 8, 2)
+    return Tile(16, columns, depth, 4, 2) if batch <= 2048 else Tile(64, columns, depth, 4, 2)
 
 
 def four(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -404,6 +579,7 @@ def layer_up(
         *below.stride(),
         *weight.stride(),
         *bias_strides(bias),
+        flops=2 * batch * units * depth,
         tile=tile,
         SHARED_BIAS=bias.shape[0] == 1,
         KEEP=keep,
@@ -431,7 +607,8 @@ def layer_down(
     Without pre_activation (z) the product alone. ``value`` is (parts [P, B], bias [1], result [B]) to be finished.
     """
     (batch, depth), units = above.shape, weight.shape[1]
-    tile = layer_tile(batch, units, depth, above.dtype)
+    crowded = pre_activation is not None and above.dtype != torch.float32
+    tile = layer_tile(batch, units, depth, above.dtype, crowded=crowded)
     output = above.new_empty(batch, units)
     activation = above.new_empty(batch, units) if activate else None
     sums = above.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32) if with_sum else None
@@ -454,6 +631,7 @@ def layer_down(
         0 if value is None else len(parts),
         *above.stride(),
         *weight.stride(),
+        flops=2 * batch * units * depth,
         tile=tile,
         SLOPE=pre_activation is not None,
         ACTIVATE=activate,
@@ -516,11 +694,12 @@ def _fused_outputs(
         outputs,
         *x.stride(),
         *bias_strides(bias),
+        flops=2 * batch * sum(weight.numel() for weight in weights),
         tile=tile,
         LAYERS=len(widths),
         SHARED_BIAS=bias.shape[0] == 1,
         KEEP=keep,
-        WIDTH=tile.columns,
+        HALF=tile.columns,
         ROWS=tile.rows,
         DEPTH=tile.depth,
         OUTPUTS=power_of_two(outputs, 16, 64),
@@ -582,3 +761,32 @@ def perceptron_backward(
         if layer > 0:
             found[depth + 2 + layer] = bias_grads.get(layer)
     return [gradient for gradient, needed in zip(found, needs_grad, strict=True) if needed and gradient is not None]
+
+
+def without_data(
+    batch: int, sizes: Sequence[int], outputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Arguments of a perceptron of ``sizes`` (inputs and hidden layers) with a shared first bias, for a record."""
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    weights = [empty(m, n) for n, m in zip(sizes, (*sizes[1:], outputs), strict=True)]
+    return empty(batch, sizes[0]), empty(1, sizes[1]), weights, [empty(m) for m in (*sizes[2:], outputs)]
+
+
+def shipped() -> list[Compilation]:
+    """Score networks of the two-dimensional experiment, four layers of 128 and of 512, and their derivative."""
+    calls: dict[str, Callable[[], object]] = {}
+    for dtype, name in TYPES.items():
+        for width in (128, 512):
+            for batch in (16, 65536):
+                network = without_data(batch, (2, *[width] * 4), 2, dtype)
+                keep = batch > 16
+                calls[f"perceptron-{name}-{width}-{batch}"] = partial(perceptron, *network, keep=keep)
+        x, first_bias, weights, biases = network
+        kept = [x.new_empty(batch, width) for _ in biases]
+        calls[f"perceptron-{name}-backward"] = partial(
+            perceptron_backward, x, x, first_bias, weights, kept, needs_grad=[True] * (2 * len(kept) + 3)
+        )
+    return recorded(calls)
