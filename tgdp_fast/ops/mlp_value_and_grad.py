@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _cuda, _dispatch
+from tgdp_fast.ops import _cuda, _dispatch, _triton
 from tgdp_fast.ops.perceptron import (
     checked_call,
     fake_gradients,
@@ -48,6 +48,7 @@ from tgdp_fast.ops.perceptron import (
     flat,
     needs_autograd,
     refuses_cpu,
+    refuses_triton,
 )
 
 __all__ = ["mlp_value_and_grad", "mlp_value_and_grad_backward_reference", "mlp_value_and_grad_reference"]
@@ -314,9 +315,85 @@ def _backward_cpu(
     return tuple(next(gradients) if needed else None for needed in needs_grad)
 
 
-if _native.CPU_MISSING is None:
+def _forward_triton(
+    x: Tensor,
+    first_bias: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...],
+    *,
+    save_pre_activations: bool,
+    split: bool = False,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    value, gradient, saved = torch.ops.tgdp_fast.mlp_value_and_grad_triton(
+        x, first_bias, weights, biases, save_pre_activations, split
+    )
+    return value, gradient, tuple(saved)
 
-    @torch.library.register_fake("tgdp_fast::mlp_value_and_grad")
+
+def _backward_triton(
+    value_cotangent: Tensor | None,
+    gradient_cotangent: Tensor | None,
+    x: Tensor,
+    first_bias: Tensor,
+    weights: tuple[Tensor, ...],
+    pre_activations: tuple[Tensor, ...],
+    *,
+    needs_grad: tuple[bool, ...],
+    split: bool = False,
+) -> tuple[Tensor | None, ...]:
+    gradients = iter(
+        torch.ops.tgdp_fast.mlp_value_and_grad_backward_triton(
+            value_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad, split
+        )
+    )
+    return tuple(next(gradients) if needed else None for needed in needs_grad)
+
+
+def _fake_forward(
+    x: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    save_pre_activations: bool,
+    split: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    saved = fake_pre_activations(x, weights, save_pre_activations)
+    return x.new_empty(x.shape[0]), x.new_empty(x.shape), saved
+
+
+def _fake_backward(
+    value_cotangent: Tensor | None,
+    gradient_cotangent: Tensor | None,
+    x: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    pre_activations: list[Tensor],
+    needs_grad: list[bool],
+    split: bool,
+) -> list[Tensor]:
+    return fake_gradients(x, first_bias, weights, needs_grad)
+
+
+if _native.CPU_MISSING is None:
+    torch.library.register_fake("tgdp_fast::mlp_value_and_grad", _fake_forward)
+    torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward", _fake_backward)
+    _dispatch.register(_FORWARD, "cpu", _forward_cpu, refuses_cpu)
+    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, refuses_cpu)
+
+
+if _triton.MISSING is None:
+    torch.library.define(
+        "tgdp_fast::mlp_value_and_grad_triton",
+        "(Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] biases, bool save_pre_activations, bool split)"
+        " -> (Tensor, Tensor, Tensor[])",
+    )
+    torch.library.define(
+        "tgdp_fast::mlp_value_and_grad_backward_triton",
+        "(Tensor? value_cotangent, Tensor? gradient_cotangent, Tensor x, Tensor first_bias, Tensor[] weights,"
+        " Tensor[] pre_activations, bool[] needs_grad, bool split) -> Tensor[]",
+    )
+
+    @torch.library.impl("tgdp_fast::mlp_value_and_grad_triton", "default")
     def _(
         x: Tensor,
         first_bias: Tensor,
@@ -325,10 +402,12 @@ if _native.CPU_MISSING is None:
         save_pre_activations: bool,
         split: bool,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        saved = fake_pre_activations(x, weights, save_pre_activations)
-        return x.new_empty(x.shape[0]), x.new_empty(x.shape), saved
+        from tgdp_fast.kernels import mlp_value_and_grad as kernels
 
-    @torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward")
+        with torch.cuda.device_of(x):
+            return kernels.value_and_grad(x, first_bias, weights, biases, keep=save_pre_activations, split=split)
+
+    @torch.library.impl("tgdp_fast::mlp_value_and_grad_backward_triton", "default")
     def _(
         value_cotangent: Tensor | None,
         gradient_cotangent: Tensor | None,
@@ -339,10 +418,18 @@ if _native.CPU_MISSING is None:
         needs_grad: list[bool],
         split: bool,
     ) -> list[Tensor]:
-        return fake_gradients(x, first_bias, weights, needs_grad)
+        from tgdp_fast.kernels import mlp_value_and_grad as kernels
 
-    _dispatch.register(_FORWARD, "cpu", _forward_cpu, refuses_cpu)
-    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, refuses_cpu)
+        cotangents = value_cotangent, gradient_cotangent
+        with torch.cuda.device_of(x):
+            return kernels.value_and_grad_backward(
+                *cotangents, x, first_bias, weights, pre_activations, needs_grad=needs_grad, split=split
+            )
+
+    torch.library.register_fake("tgdp_fast::mlp_value_and_grad_triton", _fake_forward)
+    torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward_triton", _fake_backward)
+    _dispatch.register(_FORWARD, "triton", _forward_triton, refuses_triton)
+    _dispatch.register(_BACKWARD, "triton", _backward_triton, refuses_triton)
 
 
 _dispatch.register(_FORWARD, "reference", _forward_reference)

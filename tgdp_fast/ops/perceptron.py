@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import _dispatch, _triton
 
 __all__ = ["perceptron", "perceptron_backward_reference", "perceptron_reference"]
 
@@ -250,6 +250,11 @@ def refuses_cpu(x: Tensor, *_: Any) -> str | None:
     return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
 
 
+def refuses_triton(x: Tensor, *_: Any) -> str | None:
+    """Why the Triton kernels cannot take a call."""
+    return refuses_cpu(x) or _triton.refuses_device(x)
+
+
 def _forward_cpu(
     x: Tensor,
     first_bias: Tensor,
@@ -277,6 +282,35 @@ def _backward_cpu(
     return tuple(next(gradients) if needed else None for needed in needs_grad)
 
 
+def _forward_triton(
+    x: Tensor,
+    first_bias: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...],
+    *,
+    save_pre_activations: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    output, saved = torch.ops.tgdp_fast.perceptron_triton(x, first_bias, weights, biases, save_pre_activations)
+    return output, tuple(saved)
+
+
+def _backward_triton(
+    output_cotangent: Tensor,
+    x: Tensor,
+    first_bias: Tensor,
+    weights: tuple[Tensor, ...],
+    pre_activations: tuple[Tensor, ...],
+    *,
+    needs_grad: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    gradients = iter(
+        torch.ops.tgdp_fast.perceptron_backward_triton(
+            output_cotangent, x, first_bias, weights, pre_activations, needs_grad
+        )
+    )
+    return tuple(next(gradients) if needed else None for needed in needs_grad)
+
+
 def fake_pre_activations(x: Tensor, weights: list[Tensor], wanted: bool) -> list[Tensor]:
     """What a forward operator keeps, without values."""
     return [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights[:-1]] if wanted else []
@@ -288,16 +322,53 @@ def fake_gradients(x: Tensor, first_bias: Tensor, weights: list[Tensor], needs_g
     return [x.new_empty(shape) for shape, needed in zip(shapes, needs_grad, strict=True) if needed]
 
 
-if _native.CPU_MISSING is None:
+def _fake_forward(
+    x: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], save_pre_activations: bool
+) -> tuple[Tensor, list[Tensor]]:
+    output = x.new_empty((x.shape[0], weights[-1].shape[0]))
+    return output, fake_pre_activations(x, weights, save_pre_activations)
 
-    @torch.library.register_fake("tgdp_fast::perceptron")
+
+def _fake_backward(
+    output_cotangent: Tensor,
+    x: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    pre_activations: list[Tensor],
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    return fake_gradients(x, first_bias, weights, needs_grad)
+
+
+if _native.CPU_MISSING is None:
+    torch.library.register_fake("tgdp_fast::perceptron", _fake_forward)
+    torch.library.register_fake("tgdp_fast::perceptron_backward", _fake_backward)
+    _dispatch.register(_FORWARD, "cpu", _forward_cpu, refuses_cpu)
+    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, refuses_cpu)
+
+
+if _triton.MISSING is None:
+    torch.library.define(
+        "tgdp_fast::perceptron_triton",
+        "(Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] biases, bool save_pre_activations)"
+        " -> (Tensor, Tensor[])",
+    )
+    torch.library.define(
+        "tgdp_fast::perceptron_backward_triton",
+        "(Tensor output_cotangent, Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] pre_activations,"
+        " bool[] needs_grad) -> Tensor[]",
+    )
+
+    @torch.library.impl("tgdp_fast::perceptron_triton", "default")
     def _(
         x: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], save_pre_activations: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        output = x.new_empty((x.shape[0], weights[-1].shape[0]))
-        return output, fake_pre_activations(x, weights, save_pre_activations)
+        from tgdp_fast.kernels import perceptron as kernels
 
-    @torch.library.register_fake("tgdp_fast::perceptron_backward")
+        with torch.cuda.device_of(x):
+            return kernels.perceptron(x, first_bias, weights, biases, keep=save_pre_activations)
+
+    @torch.library.impl("tgdp_fast::perceptron_backward_triton", "default")
     def _(
         output_cotangent: Tensor,
         x: Tensor,
@@ -306,10 +377,17 @@ if _native.CPU_MISSING is None:
         pre_activations: list[Tensor],
         needs_grad: list[bool],
     ) -> list[Tensor]:
-        return fake_gradients(x, first_bias, weights, needs_grad)
+        from tgdp_fast.kernels import perceptron as kernels
 
-    _dispatch.register(_FORWARD, "cpu", _forward_cpu, refuses_cpu)
-    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, refuses_cpu)
+        with torch.cuda.device_of(x):
+            return kernels.perceptron_backward(
+                output_cotangent, x, first_bias, weights, pre_activations, needs_grad=needs_grad
+            )
+
+    torch.library.register_fake("tgdp_fast::perceptron_triton", _fake_forward)
+    torch.library.register_fake("tgdp_fast::perceptron_backward_triton", _fake_backward)
+    _dispatch.register(_FORWARD, "triton", _forward_triton, refuses_triton)
+    _dispatch.register(_BACKWARD, "triton", _backward_triton, refuses_triton)
 
 
 _dispatch.register(_FORWARD, "reference", _forward_reference)
