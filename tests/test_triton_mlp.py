@@ -15,7 +15,7 @@ from tgdp_fast.ops.mlp_value_and_grad import _forward_reference, mlp_value_and_g
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 
 OPERATORS = ("mlp_value_and_grad", "mlp_value_and_grad_backward", "perceptron", "perceptron_backward")
-# Layer by layer and, up to 128 units, in one launch; ends of blocks in the middle, one row, no row, few inputs and more.
+# Layer by layer and, up to 128 units, in one launch; blocks that end in the middle; one row, none; few inputs and more.
 SHAPES = [((1, 1), 1), ((5, 33), 3), ((21, 33, 50), 0), ((8, 130, 7, 64), 37), ((2, 128, 128, 128, 128), 65)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
