@@ -102,8 +102,7 @@ def guided_step_kernel(
     Every tensor is contiguous and float32, bfloat16 or float16 each; x_next, x0 and x have ``elements`` elements,
     epsilon and gradient too, both histories slots * elements. Without gradient, history or sample_index the pointer is
     None: no guidance, zeros, samples 0, 1, ... Coefficients are those of ``slots`` history slots. The key and the
-    evaluation are the bits of unsigned 32-bit words. ``long``: samples (in groups of four where normals = 4) are no
-    shorter than a program's part.
+    evaluation are the bits of unsigned 32-bit words. ``long``: a sample has no fewer elements than a program.
 
     ``normals`` is how noise is made:
 

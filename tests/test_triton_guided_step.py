@@ -284,6 +284,9 @@ def test_refusals():
         guided_step(x, epsilon, matrix=MATRICES[0], backend="triton")
     with pytest.raises(BackendUnavailableError, match="at most 2 history slots, not 3"):
         guided_step(x.float(), epsilon, matrix=np.zeros((4, 5)), backend="triton")
+    large = torch.zeros(1).expand(1, (1 << 34) + 1)
+    with pytest.raises(ValueError, match=r"at most 2\^34 elements"):
+        guided_step(large, large, matrix=MATRICES[0], noise_scale=1.0, backend="triton")
     with pytest.raises(BackendUnavailableError, match="the inputs are on meta"):
         guided_step(x.float().to("meta"), epsilon.to("meta"), matrix=MATRICES[0], backend="triton")
 

@@ -356,6 +356,11 @@ def _launch_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from tgdp_fast.kernels.guided_step import launch
 
+    if noise_scale != 0.0 and x.numel() > (4 << 32) * x.shape[0]:
+        raise ValueError(
+            "samples with noise must have at most 2^34 elements (a 32-bit counter numbers groups of four), got "
+            f"x of shape {tuple(x.shape)}"
+        )
     readable = _triton.readable
     outputs = _outputs(x, epsilon, gradient, history, matrix)
     with torch.cuda.device_of(x):
