@@ -325,7 +325,8 @@ def launch(
     if _recording is not None:
         _recording.append(_compilation(kernel, grid, arguments, constants, flops, options))
     elif min(grid) > 0:
-        kernel[grid](*arguments, **constants, **options)
+        # Triton's default for fused multiply-adds depends on its version.
+        kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
 
 
 def recorded(calls: dict[str, Callable[[], object]]) -> list[Compilation]:
