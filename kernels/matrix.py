@@ -286,7 +286,9 @@ def layer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowd
         wide = 32 if crowded else 64
         if rows <= 16:
             return Tile(16, power_of_two(columns, 16, 32), power_of_two(depth, 16, 64), 4, 3)
-        return Tile(64, power_of_two(columns, 16, wide), power_of_two(depth, 16, 32), 4, 3)
+        # Below about two million results more programs are worth more than larger tiles.
+        few = rows * columns < 128 * 128 * 128
+        return Tile(32 if few else 128, power_of_two(columns, 16, wide), 16, 4 if few else 8, 3)
     if rows <= 16:
         return Tile(16, power_of_two(columns, 16, 32), power_of_two(depth, 16, 128), 4, 3)
     if rows * columns < 128 * 128 * 128 or columns <= 32:
@@ -401,6 +403,7 @@ def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
         columns,
         *source.stride(),
         flops=rows * columns,
+        tile=Tile(down, across, 1, 8, 3),
         ROWS=down,
         COLUMNS=across,
     )

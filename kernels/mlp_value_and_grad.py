@@ -9,8 +9,9 @@ Formulas and twins: ``tgdp_fast/ops/mlp_value_and_grad.py``. As in ``kernels/per
   the tensor cores are the limit (a whole network in one program, with 64 rows and four layers of 512, would
   need 256 KB for slopes and 512 KB per weight: more than a multiprocessor has).
 - In one launch, for at most four hidden layers of at most 128 units in 16 bits: slopes silu'(z) of all layers stay in
-  registers (64 rows, 4 x 128 units: 64 KB of 256), weights come from the level-2 cache, twice per block of rows, and
-  memory sees x, f and g alone: b B (2 D + 1) bytes instead of about 5 b B S for S hidden units.
+  registers (32 rows, 4 x 128 units: 32 KB of 256; with 64 rows the rest of a block no longer fits and spills), weights
+  come from the level-2 cache, twice per block of rows, and memory sees x, f and g alone: b B (2 D + 1) bytes instead of
+  about 5 b B S for S hidden units.
 
 The derivative goes layer by layer: a tangent pass up, which also recomputes activations, one pass down in which both
 cotangents share a reading of each weight, and a product over the batch per weight.
