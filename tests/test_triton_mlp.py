@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from native import run_with
@@ -11,6 +13,8 @@ from triton_interpreter import compiled, interpreted, run_interpreted
 from tgdp_fast.ops import BackendUnavailableError, mlp_value_and_grad, perceptron
 from tgdp_fast.ops._dispatch import lookup
 from tgdp_fast.ops.mlp_value_and_grad import _forward_reference, mlp_value_and_grad_backward_reference
+from tgdp_fast.ops.perceptron import _forward_reference as outputs_reference
+from tgdp_fast.ops.perceptron import perceptron_backward_reference
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 
@@ -22,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @compiled
 def test_in_the_interpreter():
-    assert run_interpreted("test_triton_mlp.py") == len(SHAPES) * len(DTYPES) * 2 + len(DTYPES) * 3 + 3
+    assert run_interpreted("test_triton_mlp.py") == len(SHAPES) * len(DTYPES) * (2 + 3 + 1) + 13
 
 
 @compiled
@@ -59,24 +63,78 @@ def test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, per_sample
     )
 
 
+def joint_derivatives(sizes, batch, dtype, cotangents, per_sample):
+    """Of the kernels, of eager and of float64."""
+    call = network(sizes, batch, dtype, per_sample)
+    generator = torch.Generator().manual_seed(1)
+    fb = torch.randn(batch, generator=generator).to(dtype) if cotangents != "gradient" else None
+    gb = torch.randn(batch, sizes[0], generator=generator).to(dtype) if cotangents != "value" else None
+    x, first_bias, weights, _ = call
+    kept = _forward_reference(*call, save_pre_activations=True)[2]
+    arguments, needs = (fb, gb, x, first_bias, weights, kept), (True,) * (2 * len(weights) + 1)
+    got = run("mlp_value_and_grad_backward", *arguments, needs_grad=needs)
+    eager = mlp_value_and_grad_backward_reference(*arguments, needs_grad=needs)
+    x, first_bias, weights, biases = double(*call)
+    kept = _forward_reference(x, first_bias, weights, biases, save_pre_activations=True)[2]
+    pair = [None if cotangent is None else cotangent.double() for cotangent in (fb, gb)]
+    return got, eager, mlp_value_and_grad_backward_reference(*pair, x, first_bias, weights, kept, needs_grad=needs)
+
+
 @interpreted
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("cotangents", ["value", "gradient", "both"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_joint_derivative(dtype, cotangents):
-    x, first_bias, weights, biases = call = network((5, 40, 33), 37, dtype)
-    generator = torch.Generator().manual_seed(1)
-    fb = torch.randn(37, generator=generator).to(dtype) if cotangents != "gradient" else None
-    gb = torch.randn(x.shape, generator=generator).to(dtype) if cotangents != "value" else None
-    kept = _forward_reference(*call, save_pre_activations=True)[2]
-    needs = (True,) * 7
-    got = run("mlp_value_and_grad_backward", fb, gb, x, first_bias, weights, kept, needs_grad=needs)
-    eager = mlp_value_and_grad_backward_reference(fb, gb, x, first_bias, weights, kept, needs_grad=needs)
-    x, first_bias, weights, biases = double(*call)
-    kept = _forward_reference(x, first_bias, weights, biases, save_pre_activations=True)[2]
-    pair = [None if cotangent is None else cotangent.double() for cotangent in (fb, gb)]
-    exact = mlp_value_and_grad_backward_reference(*pair, x, first_bias, weights, kept, needs_grad=needs)
-    check(got, eager, exact, dtype, 40)
+@pytest.mark.parametrize(("sizes", "batch"), SHAPES)
+def test_joint_derivative(sizes, batch, dtype, cotangents):
+    per_sample = cotangents != "gradient"
+    check(*joint_derivatives(sizes, batch, dtype, cotangents, per_sample), dtype, max(*sizes, batch))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_in_one_launch(dtype):
+    # From 2049 on a program takes more of them.
+    call = network((2, 20, 33), 2070, dtype)
+    got = run("mlp_value_and_grad", *call, save_pre_activations=False)[:2]
+    eager = _forward_reference(*call, save_pre_activations=False)[:2]
+    check(got, eager, _forward_reference(*double(*call), save_pre_activations=False)[:2], dtype, 33)
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_that_is_divided_among_programs(dtype):
+    # The gradients of the weights are sums of float32 parts, the last of them shorter.
+    from tgdp_fast.kernels.matrix import batch_parts
+
+    assert batch_parts(1100, 1) == 3
+    check(*joint_derivatives((3, 16), 1100, dtype, "both", per_sample=False), dtype, 1100)
+    first, again = (joint_derivatives((3, 16), 1100, dtype, "both", per_sample=True)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "batch"), SHAPES)
+def test_all_outputs_and_their_derivative(sizes, batch, dtype):
+    # One, few, and more than a slice of them.
+    for outputs, per_sample in ((1, True), (3, False), (70, True)):
+        call = network(sizes, batch, dtype, per_sample, outputs=outputs)
+        cotangent = torch.randn(batch, outputs, generator=torch.Generator().manual_seed(1)).to(dtype)
+        needs = (True,) * (2 * len(sizes) + 1)
+        results = []
+        for forward, backward, convert in (
+            (partial(run, "perceptron"), partial(run, "perceptron_backward"), lambda *tensors: tensors),
+            (outputs_reference, perceptron_backward_reference, lambda *tensors: tensors),
+            (outputs_reference, perceptron_backward_reference, double),
+        ):
+            x, first_bias, weights, biases = convert(*call)
+            output, kept = forward(x, first_bias, weights, biases, save_pre_activations=True)
+            gradients = backward(*convert(cotangent), x, first_bias, weights, kept, needs_grad=needs)
+            results.append((output, *kept, *gradients))
+        check(*results, dtype, max(*sizes, batch, outputs))
 
 
 @interpreted
@@ -113,3 +171,72 @@ def test_refuses_what_it_cannot_serve():
     for operator in (mlp_value_and_grad, perceptron):
         with pytest.raises(BackendUnavailableError, match="not float64"):
             operator(*call, backend="triton")
+
+
+@interpreted
+def test_operators_are_registered_as_they_behave():
+    x, first_bias, weights, biases = call = network((5, 20, 12), 9)
+    operators = torch.ops.tgdp_fast
+    torch.library.opcheck(operators.mlp_value_and_grad_triton.default, (*call, True, False))
+    torch.library.opcheck(operators.perceptron_triton.default, (*call, True))
+    kept = list(_forward_reference(*call, save_pre_activations=True)[2])
+    saved = (x, first_bias, weights, kept)
+    needs = [True, False, True, True, False, True, True]
+    for cotangents in ((x[:, 0].clone(), x.clone()), (x[:, 0].clone(), None), (None, x.clone())):
+        torch.library.opcheck(operators.mlp_value_and_grad_backward_triton.default, (*cotangents, *saved, needs, False))
+    torch.library.opcheck(operators.perceptron_backward_triton.default, (x[:, :1].clone(), *saved, needs))
+
+
+@interpreted
+def test_compiles_and_differentiates_as_the_reference():
+    def loss(backend, x, first_bias, *parameters):
+        weights, biases = parameters[:3], parameters[3:]
+        value, gradient = mlp_value_and_grad(x, first_bias, weights, biases, backend=backend)
+        outputs = perceptron(x, first_bias, weights, biases, backend=backend)
+        return (gradient**2).mean() + value.exp().mean() + (outputs**2).mean()
+
+    x, first_bias, weights, biases = network((3, 40, 50), 60)
+    leaves = [tensor.requires_grad_() for tensor in (x, first_bias, *weights, *biases)]
+    expected = torch.autograd.grad(loss("reference", *leaves), leaves)
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        got = torch.autograd.grad(function("triton", *leaves), leaves)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    with torch.inference_mode():
+        torch.testing.assert_close(loss("triton", *leaves), loss("reference", *leaves), rtol=2e-5, atol=2e-6)
+
+
+@interpreted
+def test_rows_beyond_two_to_the_31_elements():
+    # Pages that nobody writes take no memory.
+    stride = 2**30 + 64
+    try:
+        base = torch.empty(2 * stride + 12)
+    except RuntimeError:
+        pytest.skip("not enough address space")
+    for width in (16, 130):
+        call = network((12, width), 3)
+        x = base.as_strided((3, 12), (stride, 1))
+        x.copy_(call[0])
+        for dtype in (torch.float32, torch.bfloat16):
+            lower = [[t.to(dtype) for t in item] if isinstance(item, list) else item.to(dtype) for item in call]
+            far = x if dtype == torch.float32 else base.view(dtype).as_strided((3, 12), (stride, 1)).copy_(lower[0])
+            got = mlp_value_and_grad(far, *lower[1:], backend="triton")
+            near = mlp_value_and_grad(*lower, backend="triton")
+            assert all(torch.equal(a, b) for a, b in zip(got, near, strict=True))
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_depends_on_no_other_row(dtype):
+    for sizes in ((2, 64, 64), (10, 130, 64)):
+        x, first_bias, weights, biases = network(sizes, 70, dtype)
+        whole = mlp_value_and_grad(x, first_bias, weights, biases, backend="triton")
+        x[7], x[65] = float("nan"), float("inf")
+        spoiled = mlp_value_and_grad(x, first_bias, weights, biases, backend="triton")
+        others = [i for i in range(70) if i not in (7, 65)]
+        for a, b in zip(whole, spoiled, strict=True):
+            assert torch.equal(a[others], b[others])
+            assert not b[[7, 65]].isfinite().any()
