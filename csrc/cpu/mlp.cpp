@@ -138,7 +138,8 @@ void for_panels(const PackedMlp& mlp, const std::vector<Panel>& panels, int64_t 
     run(0, count, panels[0]);
     return;
   }
-  at::parallel_for(0, count, (kWorthAThread + work * kPanel - 1) / (work * kPanel), [&](int64_t begin, int64_t end) {
+  const int64_t least = kWorthAThread / std::max<int64_t>(work * kPanel, 1);
+  at::parallel_for(0, count, std::max<int64_t>(least, 1), [&](int64_t begin, int64_t end) {
     run(begin, end, panels[static_cast<size_t>(at::get_thread_num())]);
     release_products(mlp.products());
   });
