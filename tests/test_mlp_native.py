@@ -8,18 +8,29 @@ from native import CAPABILITIES, needs_extension, run_with
 from torch import Tensor
 
 from tgdp_fast.ops import BackendUnavailableError, mlp_value_and_grad, perceptron, use_backend
-from tgdp_fast.ops.mlp_value_and_grad import (
-    _backward_cpu,
-    _forward_cpu,
-    _forward_reference,
-    mlp_value_and_grad_backward_reference,
-)
-from tgdp_fast.ops.perceptron import _backward_cpu as outputs_backward_cpu
-from tgdp_fast.ops.perceptron import _forward_cpu as outputs_cpu
+from tgdp_fast.ops._dispatch import lookup
+from tgdp_fast.ops.mlp_value_and_grad import _forward_reference, mlp_value_and_grad_backward_reference
 from tgdp_fast.ops.perceptron import _forward_reference as outputs_reference
 from tgdp_fast.ops.perceptron import perceptron_backward_reference
 
 pytestmark = needs_extension
+
+
+def _forward_cpu(*call, **keywords):
+    return lookup("mlp_value_and_grad", "cpu").function(*call, **keywords)
+
+
+def _backward_cpu(*call, **keywords):
+    return lookup("mlp_value_and_grad_backward", "cpu").function(*call, **keywords)
+
+
+def outputs_cpu(*call, **keywords):
+    return lookup("perceptron", "cpu").function(*call, **keywords)
+
+
+def outputs_backward_cpu(*call, **keywords):
+    return lookup("perceptron_backward", "cpu").function(*call, **keywords)
+
 
 # D, H_1, .., H_L and the batch: one hidden layer, one input, odd widths, no row, one row, few inputs and many, blocks
 # that end in the middle, batches that pack their weights (over 128) and that do not.

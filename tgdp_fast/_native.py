@@ -27,6 +27,11 @@ def _load(kind: str) -> str | None:
             return f"the {kind} extension is built on Linux only, and this is {sys.platform}"
         if shutil.which("c++") is None and shutil.which("g++") is None:
             return f"the {kind} extension is not built: no C++ compiler on PATH; install g++ and ninja and {_ADVICE}"
+        if kind == "CUDA" and shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+            return (
+                f"the CUDA extension is not built: no CUDA toolkit; install CUDA {torch.version.cuda}, set CUDA_HOME "
+                f"to it and {_ADVICE}"
+            )
         return f"the {kind} extension is not built; {_ADVICE}, with --verbose to see why it fails"
     try:
         torch.ops.load_library(str(found[0]))
@@ -41,18 +46,7 @@ def _load_cuda() -> str | None:
         return f"the CUDA extension needs a torch that was built with CUDA, and {torch.__version__} was not"
     if CPU_MISSING is not None:
         return f"the CUDA extension needs the CPU extension, which defines its operators: {CPU_MISSING}"
-    reason = _load("CUDA")
-    if (
-        reason is not None
-        and "is not built;" in reason
-        and shutil.which("nvcc") is None
-        and not os.environ.get("CUDA_HOME")
-    ):
-        return (
-            f"the CUDA extension is not built: no CUDA toolkit; install CUDA {torch.version.cuda}, set CUDA_HOME to it "
-            f"and {_ADVICE}"
-        )
-    return reason
+    return _load("CUDA")
 
 
 #: None where the CPU extension is loaded, else why not and what to do.

@@ -472,7 +472,12 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "bench", bench)
     command.add_argument("--quick", action="store_true", help="few and small cases, few rounds")
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases: part of a name, or a pattern")
-    command.add_argument("--providers", nargs="+", default=[], help="peer, reference, compile, auto, a backend (all)")
+    command.add_argument(
+        "--providers",
+        nargs="+",
+        default=[],
+        help="peer, reference, compile, auto, a backend; on a GPU also with +graph (all)",
+    )
     command.add_argument("--seconds", type=float, help="time for the rounds of one case (10; quick: 1)")
     command.add_argument("--threads", type=int, help="threads of torch")
     command.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")

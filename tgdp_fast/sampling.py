@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import math
 import os
@@ -304,16 +303,14 @@ def _run_table(plan: _Plan, start: int, stop: int, bar: Any, replayed: Replayed 
         x, finite = replayed(x, indices, labels)
         bar.update(plan.table.nfe)
     else:
-        steps = itertools.count()
 
         def after(k: int, x: Tensor, x0: Tensor, finite: Tensor) -> None:
             # On an accelerator asking would wait for it at every evaluation.
             if plan.device.type == "cpu" and not finite:
                 raise SamplingDivergedError(k, float(plan.table.times[k]), plan.table)
-            if plan.table.ends_step[k]:
-                step = next(steps)
-                if plan.callback is not None:
-                    plan.callback(step, float(plan.table.times[k]), x, x0)
+            if plan.table.ends_step[k] and plan.callback is not None:
+                step = int(plan.table.ends_step[:k].sum())
+                plan.callback(step, float(plan.table.times[k]), x, x0)
             bar.update()
 
         x, finite = _evaluations(plan, x, indices, labels, after=after)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tgdp_fast import captured
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast._info import environment
+from tgdp_fast.benchmark.accuracy import Verdict
 from tgdp_fast.benchmark.cases import GRAPH, PROVIDERS, Call, Case, UnservedError
 from tgdp_fast.benchmark.floors import Floors, synchronise
 from tgdp_fast.ops import BackendUnavailableError
@@ -85,11 +86,14 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
     chosen = [name for name in case.providers(options.device) if not options.providers or name in options.providers]
     for precision in case.precisions:
         prepared = case.prepare(precision, options.device)
+        checked: dict[str, tuple[Call, Verdict]] = {}  # each once, also where its recording follows
         for provider in chosen:
             try:
                 name = provider.removesuffix(GRAPH)
-                call = prepared.call(name)
-                verdict = prepared.check(name, call)
+                if name not in checked:
+                    call = prepared.call(name)
+                    checked[name] = call, prepared.check(name, call)
+                call, verdict = checked[name]
                 if provider != name:
                     call = recorded(call)
             except BackendUnavailableError as error:

@@ -36,6 +36,7 @@ __all__ = [
     "Implementation",
     "backend_report",
     "lookup",
+    "refuses_float64",
     "register",
     "requested_backend",
     "resolve",
@@ -232,6 +233,11 @@ def _refusal(
     if device != required:
         return f"it takes {required} tensors and the inputs are on {device}"
     return None if implementation.refuses is None else implementation.refuses(*call, **keywords)
+
+
+def refuses_float64(x: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why kernels without float64 cannot take a call, or None: a ``refuses``, or part of one."""
+    return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
 
 
 def _log_once(operator: str, backend: str, reason: str) -> None:

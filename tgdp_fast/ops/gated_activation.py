@@ -77,12 +77,10 @@ def _check(x: Tensor, bias: Tensor | None) -> None:
 
 
 def _refuses_triton(x: Tensor, bias: Tensor | None) -> str | None:
-    if x.dtype == torch.float64:
-        return "it serves float32, bfloat16 and float16, not float64"
     wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wanted or torch._C._are_functorch_transforms_active():
         return "it computes no gradients, and somebody may ask for one; use torch.no_grad() where nobody does"
-    return _triton.refuses_device(x)
+    return _dispatch.refuses_float64(x) or _triton.refuses_device(x)
 
 
 def _output(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -310,10 +310,6 @@ def _call_operator(
     return x_next, history_next if len(matrix) > 1 else None, x0
 
 
-def _refuses_cpu(x: Tensor, *_: Any, **__: Any) -> str | None:
-    return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
-
-
 def _outputs(
     x: Tensor, epsilon: Tensor, gradient: Any, history: Any, matrix: list[float], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,7 +321,7 @@ def _outputs(
 
 if _native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::guided_step", _outputs)
-    _dispatch.register("guided_step", "cpu", partial(_call_operator, "guided_step"), _refuses_cpu)
+    _dispatch.register("guided_step", "cpu", partial(_call_operator, "guided_step"), _dispatch.refuses_float64)
 
 
 _MOST_TRITON_SLOTS = 2
@@ -335,7 +331,7 @@ def _refuses_triton(x: Tensor, *_: Any, matrix: tuple[tuple[float, ...], ...] = 
     slots = len(matrix) - 1
     if slots > _MOST_TRITON_SLOTS:
         return f"it serves at most {_MOST_TRITON_SLOTS} history slots, not {slots}"
-    return _triton.refuses_device(x) or _refuses_cpu(x)
+    return _triton.refuses_device(x) or _dispatch.refuses_float64(x)
 
 
 def _launch_triton(
@@ -383,16 +379,16 @@ if _triton.MISSING is None:
     _dispatch.register("guided_step", "triton", partial(_call_operator, "guided_step_triton"), _refuses_triton)
 
 
-_dispatch.register("guided_step", "reference", guided_step_reference)
-
-
 def _refuses_cuda(x: Tensor, *_: Any, matrix: Sequence[Any], **__: Any) -> str | None:
     if len(matrix) > 17:
         return "it serves at most 16 history slots"
-    return _refuses_cpu(x) or _cuda.refuses_device(x)
+    return _dispatch.refuses_float64(x) or _cuda.refuses_device(x)
 
 
 # The same operator on tensors of another device.
 _dispatch.register(
     "guided_step", "cuda", partial(_call_operator, "guided_step"), _refuses_cuda, missing=_native.CUDA_MISSING
 )
+
+
+_dispatch.register("guided_step", "reference", guided_step_reference)

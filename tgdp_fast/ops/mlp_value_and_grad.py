@@ -32,6 +32,7 @@ Two operators are registered, so that a faster implementation may provide either
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ from tgdp_fast.ops.perceptron import (
     fake_pre_activations,
     flat,
     needs_autograd,
-    refuses_cpu,
     refuses_triton,
+    where_needed,
 )
 
 __all__ = ["mlp_value_and_grad", "mlp_value_and_grad_backward_reference", "mlp_value_and_grad_reference"]
@@ -281,72 +282,18 @@ def _silu_curvature(z: Tensor, s: Tensor) -> Tensor:
     return s * (1.0 - s) * (2.0 + z * (1.0 - 2.0 * s))
 
 
-def _forward_cpu(
-    x: Tensor,
-    first_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor, ...],
-    *,
-    save_pre_activations: bool,
-    split: bool = False,
+def _call_forward(
+    operator: str, *call: Any, save_pre_activations: bool, split: bool = False
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    value, gradient, saved = torch.ops.tgdp_fast.mlp_value_and_grad(
-        x, first_bias, weights, biases, save_pre_activations, split
-    )
+    """The implementation by the registered operator of this name."""
+    value, gradient, saved = getattr(torch.ops.tgdp_fast, operator)(*call, save_pre_activations, split)
     return value, gradient, tuple(saved)
 
 
-def _backward_cpu(
-    value_cotangent: Tensor | None,
-    gradient_cotangent: Tensor | None,
-    x: Tensor,
-    first_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    pre_activations: tuple[Tensor, ...],
-    *,
-    needs_grad: tuple[bool, ...],
-    split: bool = False,
+def _call_backward(
+    operator: str, *call: Any, needs_grad: tuple[bool, ...], split: bool = False
 ) -> tuple[Tensor | None, ...]:
-    gradients = iter(
-        torch.ops.tgdp_fast.mlp_value_and_grad_backward(
-            value_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad, split
-        )
-    )
-    return tuple(next(gradients) if needed else None for needed in needs_grad)
-
-
-def _forward_triton(
-    x: Tensor,
-    first_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor, ...],
-    *,
-    save_pre_activations: bool,
-    split: bool = False,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    value, gradient, saved = torch.ops.tgdp_fast.mlp_value_and_grad_triton(
-        x, first_bias, weights, biases, save_pre_activations, split
-    )
-    return value, gradient, tuple(saved)
-
-
-def _backward_triton(
-    value_cotangent: Tensor | None,
-    gradient_cotangent: Tensor | None,
-    x: Tensor,
-    first_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    pre_activations: tuple[Tensor, ...],
-    *,
-    needs_grad: tuple[bool, ...],
-    split: bool = False,
-) -> tuple[Tensor | None, ...]:
-    gradients = iter(
-        torch.ops.tgdp_fast.mlp_value_and_grad_backward_triton(
-            value_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad, split
-        )
-    )
-    return tuple(next(gradients) if needed else None for needed in needs_grad)
+    return where_needed(getattr(torch.ops.tgdp_fast, operator)(*call, needs_grad, split), needs_grad)
 
 
 def _fake_forward(
@@ -377,8 +324,8 @@ def _fake_backward(
 if _native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::mlp_value_and_grad", _fake_forward)
     torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward", _fake_backward)
-    _dispatch.register(_FORWARD, "cpu", _forward_cpu, refuses_cpu)
-    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, refuses_cpu)
+    _dispatch.register(_FORWARD, "cpu", partial(_call_forward, _FORWARD), _dispatch.refuses_float64)
+    _dispatch.register(_BACKWARD, "cpu", partial(_call_backward, _BACKWARD), _dispatch.refuses_float64)
 
 
 if _triton.MISSING is None:
@@ -428,20 +375,27 @@ if _triton.MISSING is None:
 
     torch.library.register_fake("tgdp_fast::mlp_value_and_grad_triton", _fake_forward)
     torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward_triton", _fake_backward)
-    _dispatch.register(_FORWARD, "triton", _forward_triton, refuses_triton)
-    _dispatch.register(_BACKWARD, "triton", _backward_triton, refuses_triton)
-
-
-_dispatch.register(_FORWARD, "reference", _forward_reference)
-_dispatch.register(_BACKWARD, "reference", mlp_value_and_grad_backward_reference)
+    _dispatch.register(_FORWARD, "triton", partial(_call_forward, "mlp_value_and_grad_triton"), refuses_triton)
+    _dispatch.register(
+        _BACKWARD, "triton", partial(_call_backward, "mlp_value_and_grad_backward_triton"), refuses_triton
+    )
 
 
 def _refuses_cuda(x: Tensor, _: Tensor, weights: Sequence[Tensor], __: Sequence[Tensor]) -> str | None:
     if len(weights) > 9 or any(weight.shape[0] > 512 for weight in weights):
         return "it serves at most 8 hidden layers, at most 512 wide"
-    return refuses_cpu(x) or _cuda.refuses_device(x)
+    return _dispatch.refuses_float64(x) or _cuda.refuses_device(x)
 
 
 # The same operator on tensors of another device; there is no kernel of its derivative.
-_dispatch.register(_FORWARD, "cuda", _forward_cpu, _refuses_cuda, missing=_native.CUDA_MISSING)
-_dispatch.register(_BACKWARD, "cuda", _backward_cpu, missing="the CUDA kernels have no derivative of this operator")
+_dispatch.register(_FORWARD, "cuda", partial(_call_forward, _FORWARD), _refuses_cuda, missing=_native.CUDA_MISSING)
+_dispatch.register(
+    _BACKWARD,
+    "cuda",
+    partial(_call_backward, _BACKWARD),
+    missing="the CUDA kernels have no derivative of this operator",
+)
+
+
+_dispatch.register(_FORWARD, "reference", _forward_reference)
+_dispatch.register(_BACKWARD, "reference", mlp_value_and_grad_backward_reference)

@@ -17,6 +17,7 @@ Two operators are registered, so that a faster implementation may provide either
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -245,70 +246,25 @@ def _name(index: int, num_weights: int) -> str:
     return f"weights[{index - 1}]" if index <= num_weights else f"biases[{index - 1 - num_weights}]"
 
 
-def refuses_cpu(x: Tensor, *_: Any) -> str | None:
-    """Why the CPU kernels cannot take a call."""
-    return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
-
-
 def refuses_triton(x: Tensor, *_: Any) -> str | None:
     """Why the Triton kernels cannot take a call."""
-    return refuses_cpu(x) or _triton.refuses_device(x)
+    return _dispatch.refuses_float64(x) or _triton.refuses_device(x)
 
 
-def _forward_cpu(
-    x: Tensor,
-    first_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor, ...],
-    *,
-    save_pre_activations: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    output, saved = torch.ops.tgdp_fast.perceptron(x, first_bias, weights, biases, save_pre_activations)
+def _call_forward(operator: str, *call: Any, save_pre_activations: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The implementation by the registered operator of this name."""
+    output, saved = getattr(torch.ops.tgdp_fast, operator)(*call, save_pre_activations)
     return output, tuple(saved)
 
 
-def _backward_cpu(
-    output_cotangent: Tensor,
-    x: Tensor,
-    first_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    pre_activations: tuple[Tensor, ...],
-    *,
-    needs_grad: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    gradients = iter(
-        torch.ops.tgdp_fast.perceptron_backward(output_cotangent, x, first_bias, weights, pre_activations, needs_grad)
-    )
-    return tuple(next(gradients) if needed else None for needed in needs_grad)
+def _call_backward(operator: str, *call: Any, needs_grad: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return where_needed(getattr(torch.ops.tgdp_fast, operator)(*call, needs_grad), needs_grad)
 
 
-def _forward_triton(
-    x: Tensor,
-    first_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor, ...],
-    *,
-    save_pre_activations: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    output, saved = torch.ops.tgdp_fast.perceptron_triton(x, first_bias, weights, biases, save_pre_activations)
-    return output, tuple(saved)
-
-
-def _backward_triton(
-    output_cotangent: Tensor,
-    x: Tensor,
-    first_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    pre_activations: tuple[Tensor, ...],
-    *,
-    needs_grad: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    gradients = iter(
-        torch.ops.tgdp_fast.perceptron_backward_triton(
-            output_cotangent, x, first_bias, weights, pre_activations, needs_grad
-        )
-    )
-    return tuple(next(gradients) if needed else None for needed in needs_grad)
+def where_needed(gradients: list[Tensor], needs_grad: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients that a backward operator returns at their places, None at the others."""
+    remaining = iter(gradients)
+    return tuple(next(remaining) if needed else None for needed in needs_grad)
 
 
 def fake_pre_activations(x: Tensor, weights: list[Tensor], wanted: bool) -> list[Tensor]:
@@ -343,8 +299,8 @@ def _fake_backward(
 if _native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::perceptron", _fake_forward)
     torch.library.register_fake("tgdp_fast::perceptron_backward", _fake_backward)
-    _dispatch.register(_FORWARD, "cpu", _forward_cpu, refuses_cpu)
-    _dispatch.register(_BACKWARD, "cpu", _backward_cpu, refuses_cpu)
+    _dispatch.register(_FORWARD, "cpu", partial(_call_forward, "perceptron"), _dispatch.refuses_float64)
+    _dispatch.register(_BACKWARD, "cpu", partial(_call_backward, "perceptron_backward"), _dispatch.refuses_float64)
 
 
 if _triton.MISSING is None:
@@ -386,8 +342,8 @@ if _triton.MISSING is None:
 
     torch.library.register_fake("tgdp_fast::perceptron_triton", _fake_forward)
     torch.library.register_fake("tgdp_fast::perceptron_backward_triton", _fake_backward)
-    _dispatch.register(_FORWARD, "triton", _forward_triton, refuses_triton)
-    _dispatch.register(_BACKWARD, "triton", _backward_triton, refuses_triton)
+    _dispatch.register(_FORWARD, "triton", partial(_call_forward, "perceptron_triton"), refuses_triton)
+    _dispatch.register(_BACKWARD, "triton", partial(_call_backward, "perceptron_backward_triton"), refuses_triton)
 
 
 _dispatch.register(_FORWARD, "reference", _forward_reference)

@@ -287,9 +287,8 @@ def _trajectory_cpu(
 
 def _refuses_cpu(x: Tensor, score: TrajectoryNetwork, guidance: TrajectoryNetwork | None) -> str | None:
     networks = [score] if guidance is None else [score, guidance]
-    if x.dtype == torch.float64 or any(network.weights[0].dtype == torch.float64 for network in networks):
-        return "it serves float32, bfloat16 and float16, not float64"
-    return None
+    reasons = map(_dispatch.refuses_float64, (x, *(network.weights[0] for network in networks)))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 if _native.CPU_MISSING is None:
