@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-from triton_compile import compile_nvidia, kernel_modules, shipped  # noqa: E402
-
+from tgdp_fast.benchmark.binaries import compile_nvidia, kernel_modules, shipped  # noqa: E402
 from tgdp_fast.checkpoint import write_atomic  # noqa: E402
 from tgdp_fast.experiments.results import markdown_table  # noqa: E402
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 from native import ROOT
-from triton_compile import kernel_modules, shipped
+
+from tgdp_fast.benchmark.binaries import kernel_modules, shipped
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 sys.path.append(str(ROOT / "bench"))

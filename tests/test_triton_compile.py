@@ -6,16 +6,10 @@ import re
 from dataclasses import replace
 
 import pytest
-from triton_compile import (
-    SHARED_MEMORY,
-    compile_amd,
-    compile_nvidia,
-    kernel_modules,
-    needs_compiler,
-    shipped,
-)
 
-pytestmark = needs_compiler
+from tgdp_fast.benchmark.binaries import SHARED_MEMORY, compile_amd, compile_nvidia, kernel_modules, shipped, why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 def test_the_modules_are_found():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -10,37 +10,33 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-import pytest
-
+from tgdp_fast import kernels
 from tgdp_fast.kernels.compilation import Compilation
 from tgdp_fast.ops import _triton
 
-ROOT = Path(__file__).resolve().parent.parent
 #: Shared memory that a program may use, in bytes, by compute capability (CUDA C++ Programming Guide).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 #: Matrix instructions of the generations, in PTX.
 MATRIX_INSTRUCTION = re.compile(r"^\s*(?:@%p\d+\s+)?(?:mma|wgmma\.mma_async|tcgen05\.mma)\b", re.MULTILINE)
 
 
-def _why_not() -> str | None:
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return "TRITON_INTERPRET is set, so that there is nothing to compile" if _triton.INTERPRETED else None
 
 
-needs_compiler = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
-
-
-@functools.cache
 def kernel_modules() -> tuple[str, ...]:
-    """Names of the modules in kernels/ that ship compilations."""
-    paths = sorted((ROOT / "kernels").glob("*.py"))
+    """Names of the modules of kernels that ship compilations."""
+    paths = sorted(path for folder in kernels.__path__ for path in Path(folder).glob("*.py"))
     return tuple(path.stem for path in paths if re.search(r"^def shipped\(", path.read_text(), re.MULTILINE))
 
 
 def shipped(module: str) -> list[Compilation]:
-    """What a module of kernels/ ships."""
+    """What a module of kernels ships."""
     loaded: ModuleType = importlib.import_module(f"tgdp_fast.kernels.{module}")
     compilations: list[Compilation] = loaded.shipped()
     return compilations
@@ -79,7 +75,7 @@ def compile_amd(compilation: Compilation, architecture: str = "gfx942") -> str:
     return assembly
 
 
-def _compile(compilation: Compilation, backend: str, architecture: int | str, warp_size: int):
+def _compile(compilation: Compilation, backend: str, architecture: int | str, warp_size: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
