@@ -147,6 +147,12 @@ def barriers() -> int:
     return int(library().tgdp_emulation_barriers())
 
 
+def bank_conflicts() -> int:
+    """Matrices loaded for tensor cores whose rows share banks of shared memory, since the last answer."""
+    library().tgdp_emulation_bank_conflicts.restype = ctypes.c_int64
+    return int(library().tgdp_emulation_bank_conflicts())
+
+
 class Output:
     """Memory of an output within a larger piece; `shift` elements more to make it misaligned."""
 

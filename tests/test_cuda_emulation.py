@@ -342,6 +342,15 @@ def test_mlp_needs_every_barrier(dtype) -> None:
                 cuda.mlp_value_and_grad(*call)
 
 
+@pytest.mark.parametrize("batch", [20, 60, 90])
+def test_mlp_loads_fragments_without_bank_conflicts(batch) -> None:
+    """Blocks of 32, 64 and 96 rows."""
+    cuda.choose_device(1)
+    cuda.bank_conflicts()
+    assert_mlp_agrees(network(40, (70, 140, 30), batch, BFLOAT16))
+    assert cuda.bank_conflicts() == 0
+
+
 @each_dtype
 def test_mlp_rows_do_not_mix(dtype) -> None:
     call = network(3, (40, 20), 40, dtype)

@@ -18,6 +18,9 @@ void tgdp_emulation_choose(int order, uint64_t seed, int left_out, int forget) {
 // Barriers met since they were forgotten: places in the source.
 int tgdp_emulation_barriers() { return static_cast<int>(tgdp::emulation::settings.barriers.size()); }
 
+// Matrices loaded for tensor cores whose rows share banks, since the last answer.
+int64_t tgdp_emulation_bank_conflicts() { return std::exchange(tgdp::emulation::settings.bank_conflicts, int64_t{0}); }
+
 // Bytes of shared memory.
 void tgdp_emulation_device(int multiprocessors, int shared_per_block, int shared_per_multiprocessor) {
   auto& settings = tgdp::emulation::settings;

@@ -87,6 +87,7 @@ struct Settings {
   uint64_t seed = 0;
   int left_out = -1;            // number of a barrier that is left out, in the order of `barriers`
   std::vector<Place> barriers;  // those that were met so far
+  int64_t bank_conflicts = 0;   // of matrices loaded for tensor cores
   // Of the device: as sm_90 but for its size.
   int multiprocessors = 2, shared_per_block = 227 << 10, shared_per_multiprocessor = 228 << 10;
 };

@@ -62,6 +62,12 @@ void load_matrices(uint32_t (&words)[4], Shared<uint16_t> row, TGDP_PLACE) {
   for (int i = 0; i < 8; ++i) operand.elements[i] = row[i];
   Block::active->meet("load_matrices", {file, line}, operand, [](Operand** lanes, const emulation::Warp& warp) {
     if (warp.size != 32) throw emulation::Error("matrices are loaded by a whole warp");
+    // The rows of a matrix come at once where they lie in different banks: 16-byte parts of 128 bytes.
+    for (int m = 0; m < 4; ++m) {
+      uint32_t parts = 0;
+      for (int r = 0; r < 8; ++r) parts |= 1u << lanes[8 * m + r]->row.offset() / 16 % 8;
+      if (parts != 0xffu) ++emulation::settings.bank_conflicts;
+    }
     for (int lane = 0; lane < 32; ++lane) {
       for (int m = 0; m < 4; ++m) {
         uint32_t word = 0;

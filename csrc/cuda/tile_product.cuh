@@ -22,6 +22,30 @@ struct Matrix {
 
 TGDP_FUNCTION int rounded_up(int value, int step) { return (value + step - 1) / step * step; }
 
+// Where the elements of a tile lie whose rows have kColumns: with padding after each row, so that rows start in different
+// banks,
+template <int kColumns, int kPadding>
+struct PaddedTile {
+  static constexpr int kPitch = kColumns + kPadding;
+  static TGDP_FUNCTION int at(int row, int column) { return row * kPitch + column; }
+};
+
+// or without, the 16-byte pieces of eight rows in changed places: then pieces of one column, and those of one row, are in
+// different banks.
+template <typename Storage, int kColumns>
+struct SwizzledTile {
+  static constexpr int kPitch = kColumns;
+  static constexpr int kPiece = 16 / sizeof(Storage);
+  static constexpr int kPieces = kColumns / kPiece;
+  // Rows that fill all banks together.
+  static constexpr int kRowsOfBanks = kPieces < 8 ? 8 / kPieces : 1;
+  static_assert(kPieces >= 4 && (kPieces & (kPieces - 1)) == 0);
+  static TGDP_FUNCTION int at(int row, int column) {
+    constexpr int kTurns = 8 / kRowsOfBanks;
+    return row * kColumns + ((column / kPiece) ^ (row / kRowsOfBanks % kTurns)) * kPiece + column % kPiece;
+  }
+};
+
 // The part of a panel that a thread holds: `kRows` rows, products of 16-bit elements on tensor cores. Eight warps stand two
 // by four, 32 columns each.
 template <typename Element_, int kRows_>
@@ -31,7 +55,9 @@ class TensorCoreTile {
   using Storage = uint16_t;
   static constexpr int kRows = kRows_;
   static constexpr int kDepth = 32;   // of a tile
-  static constexpr int kPadding = 8;  // 16 bytes, so that eight rows lie in different banks
+  static constexpr int kPadding = 8;  // of left factors: 16 bytes, so that eight rows lie in different banks
+  template <int kColumns>
+  using Layout = SwizzledTile<uint16_t, kColumns>;  // of tiles
   static constexpr int kAdjacent = 2;  // columns that a thread holds together
   static constexpr int kRowTiles = kRows / 32;
   static constexpr int kHeldRows = 2 * kRowTiles;
@@ -54,7 +80,7 @@ class TensorCoreTile {
   }
 
   // Adds left times the tile: left [kRows, kDepth] with row stride `pitch`; the tile is [kPanel, kDepth], or with
-  // kTransposed [kDepth, kPanel], with kPadding elements after each row.
+  // kTransposed [kDepth, kPanel], in its Layout.
   template <bool kTransposed>
   TGDP_DEVICE void multiply(Shared<uint16_t> left, int pitch, Shared<uint16_t> tile) {
     const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8, row = lane % 8;
@@ -70,9 +96,9 @@ class TensorCoreTile {
         // Columns 0 to 7 and 8 to 15 of 16, each with both halves of the depth.
         const int column = first_column() + 16 * n + matrix / 2 * 8, depth = k + matrix % 2 * 8;
         if constexpr (kTransposed) {
-          load_matrices<true>(b[n], tile + ((depth + row) * (kPanel + kPadding) + column));
+          load_matrices<true>(b[n], tile + Layout<kPanel>::at(depth + row, column));
         } else {
-          load_matrices<false>(b[n], tile + ((column + row) * (kDepth + kPadding) + depth));
+          load_matrices<false>(b[n], tile + Layout<kDepth>::at(column + row, depth));
         }
       }
 #pragma unroll
@@ -129,6 +155,8 @@ class FloatTile {
   static constexpr int kRows = kRows_;
   static constexpr int kDepth = 16;
   static constexpr int kPadding = 4;
+  template <int kColumns>
+  using Layout = PaddedTile<kColumns, kPadding>;
   static constexpr int kAdjacent = 1;
   static constexpr int kHeldRows = kRows / 8;
   static constexpr int kHeld = 4 * kHeldRows;
@@ -157,9 +185,9 @@ class FloatTile {
         const int column = lane + 32 * j;
         if constexpr (kTransposed) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) right[j][e] = tile[(k + e) * (kPanel + kPadding) + column];
+          for (int e = 0; e < 4; ++e) right[j][e] = tile[Layout<kPanel>::at(k + e, column)];
         } else {
-          const float4 part = *shared_as<float4>(tile + (column * (kDepth + kPadding) + k));
+          const float4 part = *shared_as<float4>(tile + Layout<kDepth>::at(column, k));
           right[j][0] = part.x;
           right[j][1] = part.y;
           right[j][2] = part.z;
@@ -203,13 +231,14 @@ class FloatTile {
 
 // Elements of a stage: a tile of either orientation.
 template <typename Tile>
-constexpr int kStageElements = kPanel * (Tile::kDepth + Tile::kPadding) > Tile::kDepth * (kPanel + Tile::kPadding)
-                                   ? kPanel * (Tile::kDepth + Tile::kPadding)
-                                   : Tile::kDepth * (kPanel + Tile::kPadding);
+constexpr int kStageElements =
+    kPanel * Tile::template Layout<Tile::kDepth>::kPitch > Tile::kDepth * Tile::template Layout<kPanel>::kPitch
+        ? kPanel * Tile::template Layout<Tile::kDepth>::kPitch
+        : Tile::kDepth * Tile::template Layout<kPanel>::kPitch;
 
-// Copies rows [row, row + kTileRows) and columns [column, column + kTileColumns) of a matrix [rows, columns] with kPadding
-// elements after each row; zeros outside of the matrix. The caller commits the copies.
-template <typename Tile, int kTileRows, int kTileColumns>
+// Copies rows [row, row + kTileRows) and columns [column, column + kTileColumns) of a matrix [rows, columns] to where
+// Layout has them; zeros outside of the matrix. The caller commits the copies.
+template <typename Tile, typename Layout, int kTileRows, int kTileColumns>
 TGDP_DEVICE void load_tile(Shared<typename Tile::Storage> to, const Matrix& from, int64_t row, int64_t column,
                            int64_t rows, int64_t columns) {
   using Storage = typename Tile::Storage;
@@ -223,7 +252,7 @@ TGDP_DEVICE void load_tile(Shared<typename Tile::Storage> to, const Matrix& from
     const int64_t left = row + tile_row < rows ? columns - (column + tile_column) : 0;
     const int count = left < 0 ? 0 : left < kPart ? static_cast<int>(left) : kPart;
     const Storage* source = data + (row + tile_row) * from.stride + column + tile_column;
-    const Shared<Storage> target = to + (tile_row * (kTileColumns + Tile::kPadding) + tile_column);
+    const Shared<Storage> target = to + Layout::at(tile_row, tile_column);
     if (whole) {
       copy_async(target, count > 0 ? source : data, count * static_cast<int>(sizeof(Storage)));
     } else {
@@ -254,9 +283,10 @@ TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<ty
       const Shared<typename Tile::Storage> to = stages + stage * kStageElements<Tile>;
       const int column = load_panel * kPanel, k = load_part * Tile::kDepth;
       if constexpr (kTransposed) {
-        load_tile<Tile, Tile::kDepth, kPanel>(to, weight, k, column, depth, columns);
+        load_tile<Tile, typename Tile::template Layout<kPanel>, Tile::kDepth, kPanel>(to, weight, k, column, depth, columns);
       } else {
-        load_tile<Tile, kPanel, Tile::kDepth>(to, weight, column, k, columns, depth);
+        load_tile<Tile, typename Tile::template Layout<Tile::kDepth>, kPanel, Tile::kDepth>(to, weight, column, k, columns,
+                                                                                            depth);
       }
       load_left(k, stage);
       if (++load_part == parts) {

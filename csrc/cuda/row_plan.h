@@ -1,0 +1,73 @@
+// How kernels of perceptron_layers.cuh cut a batch into blocks of rows, and which tile they take.
+#pragma once
+
+#include "perceptron_layers.cuh"
+
+namespace tgdp::cuda {
+
+// blocks 0: it does not fit.
+struct RowPlan {
+  int pitch = 0;
+  int64_t blocks = 0;
+  size_t shared_bytes = 0, scratch_bytes = 0;
+  int64_t cost = 0;  // time, in a unit of its own
+};
+
+// What of a kernel decides its plan.
+struct RowDemand {
+  int64_t batch = 0;
+  int widest = 0;       // of what its activations hold
+  int slope_layers = 0;  // layers of the network that is differentiated
+  size_t own_bytes = 0, least_next = 0;
+};
+
+template <typename Tile>
+RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
+  // What the system takes of a multiprocessor's memory for every block.
+  constexpr size_t kReserved = 1024;
+  RowPlan plan;
+  plan.pitch = pitch_for<Tile>(demand.widest);
+  const auto bytes = [&](bool with_slopes) {
+    return layers_layout<Tile>(demand.own_bytes, demand.least_next, demand.slope_layers, plan.pitch, with_slopes).bytes;
+  };
+  const auto of_multiprocessor = static_cast<size_t>(limits.shared_per_multiprocessor);
+  plan.shared_bytes = bytes(true);
+  size_t resident = of_multiprocessor / (plan.shared_bytes + kReserved);
+  const bool slopes_in_shared = resident >= kResident<Tile>;
+  if (!slopes_in_shared) {
+    plan.shared_bytes = bytes(false);
+    resident = of_multiprocessor / (plan.shared_bytes + kReserved);
+  }
+  if (plan.shared_bytes > static_cast<size_t>(limits.shared_per_block)) return plan;
+  const int64_t at_once = limits.multiprocessors * static_cast<int64_t>(resident < kResident<Tile> ? 1 : kResident<Tile>);
+  const int64_t needed = (demand.batch + Tile::kRows - 1) / Tile::kRows;
+  plan.blocks = needed < at_once ? needed : at_once;
+  if (!slopes_in_shared) {
+    plan.scratch_bytes = plan.blocks * slope_words<Tile>(demand.slope_layers, plan.pitch) * sizeof(uint32_t);
+  }
+  // A block takes as long as its products, and as the weights to come: about that of kRowsOfWeights more rows. Blocks
+  // share a multiprocessor's time.
+  constexpr int64_t kRowsOfWeights = 48;
+  const int64_t waves = (needed + at_once - 1) / at_once;
+  const int64_t sharing = (plan.blocks + limits.multiprocessors - 1) / limits.multiprocessors;
+  plan.cost = waves * sharing * (Tile::kRows + kRowsOfWeights);
+  return plan;
+}
+
+// Calls body(tile, plan) with the cheapest tile that fits, null otherwise; demand(tile) is a RowDemand. False when none fits.
+template <typename... Tiles, typename Demand, typename Body>
+bool with_cheapest(const Limits& limits, const Demand& demand, const Body& body) {
+  const RowPlan plans[] = {plan_rows<Tiles>(demand(static_cast<Tiles*>(nullptr)), limits)...};
+  int best = -1, index = 0;
+  for (int i = 0; i < static_cast<int>(sizeof...(Tiles)); ++i) {
+    if (plans[i].blocks > 0 && (best < 0 || plans[i].cost < plans[best].cost)) best = i;
+  }
+  const auto consider = [&](auto* tile) {
+    if (index == best) body(tile, plans[index]);
+    ++index;
+  };
+  (consider(static_cast<Tiles*>(nullptr)), ...);
+  return best >= 0;
+}
+
+}  // namespace tgdp::cuda
