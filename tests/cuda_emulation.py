@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.noise import key_words
+from tgdp_fast.ops import TrajectoryNetwork, TrajectoryPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "csrc/cuda/guided_step.cu",
     "csrc/cuda/mlp_value_and_grad.cu",
+    "csrc/cuda/trajectory.cu",
     "csrc/cuda/emulation.cpp",
     "tests/emulation_faults.cu",
 )
@@ -98,6 +100,44 @@ class MlpValueAndGradCall(ctypes.Structure):
     ]
 
 
+class TrajectoryNetworkCall(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.c_int64),
+        ("widths", ctypes.POINTER(ctypes.c_int64)),
+        ("weights", ctypes.POINTER(ctypes.c_void_p)),
+        ("weight_strides", ctypes.POINTER(ctypes.c_int64)),
+        ("biases", ctypes.POINTER(ctypes.c_void_p)),
+        ("evaluation_bias", ctypes.c_void_p),
+        ("evaluation_bias_stride", ctypes.c_int64),
+        ("sample_bias", ctypes.c_void_p),
+        ("sample_bias_stride", ctypes.c_int64),
+    ]
+
+
+class TrajectoryKernelCall(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("batch", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("slots", ctypes.c_int64),
+        ("evaluations", ctypes.c_int64),
+        ("score", TrajectoryNetworkCall),
+        ("guidance", TrajectoryNetworkCall),
+        ("x", ctypes.c_void_p),
+        ("sample_index", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("clamp", ctypes.c_bool),
+        ("lowest", ctypes.c_float),
+        ("highest", ctypes.c_float),
+        ("gradient_norm_limit", ctypes.c_float),
+        ("key_low", ctypes.c_uint32),
+        ("key_high", ctypes.c_uint32),
+        ("out", ctypes.c_void_p),
+        ("first_failure", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The kernels, built once per session."""
@@ -120,6 +160,8 @@ def library() -> ctypes.CDLL:
         "tgdp_cuda_guided_step",
         "tgdp_cuda_mlp_value_and_grad",
         "tgdp_cuda_mlp_scratch",
+        "tgdp_cuda_trajectory",
+        "tgdp_cuda_trajectory_scratch",
         "test_fault",
         "test_product",
     ):
@@ -258,6 +300,48 @@ def scratch_bytes(call: MlpValueAndGradCall) -> int:
     size = ctypes.c_int64()
     check(library().tgdp_cuda_mlp_scratch(ctypes.byref(call), ctypes.byref(size)))
     return size.value
+
+
+def trajectory(
+    x: Tensor,
+    score: TrajectoryNetwork,
+    guidance: TrajectoryNetwork | None,
+    plan: TrajectoryPlan,
+    seed: int = 0,
+    sample_index: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """As trajectory_reference, for x and biases in float32; matrices may be slices whose rows are in one piece."""
+    batch, size = x.shape
+    indices = torch.arange(batch) if sample_index is None else sample_index
+    out, table = Output((batch, size), torch.float32), plan.table().float()
+    diverged = torch.full((1,), 2**31 - 1, dtype=torch.int32)
+    key_low, key_high, _ = key_words(seed, 0)
+    lowest, highest = (0.0, 0.0) if plan.clamp is None else plan.clamp
+    call = TrajectoryKernelCall(
+        DTYPES[score.weights[0].dtype], batch, size, plan.history, len(plan.matrix), _network(score), _network(guidance),
+        x.data_ptr(), indices.data_ptr(), table.data_ptr(), plan.clamp is not None, lowest, highest,
+        plan.gradient_norm_limit or 0.0, key_low, key_high, out.values.data_ptr(), diverged.data_ptr(), None,
+    )  # fmt: skip
+    needed = ctypes.c_int64()
+    check(library().tgdp_cuda_trajectory_scratch(ctypes.byref(call), ctypes.byref(needed)))
+    scratch = torch.full((needed.value // 4,), torch.nan)
+    call.scratch = scratch.data_ptr() if needed.value else None
+    check(library().tgdp_cuda_trajectory(ctypes.byref(call), None))
+    return out.finish(), -1 if int(diverged) == 2**31 - 1 else int(diverged)
+
+
+def _network(network: TrajectoryNetwork | None) -> TrajectoryNetworkCall:
+    if network is None:
+        return TrajectoryNetworkCall()
+    widths = [weight.shape[0] for weight in network.weights[:-1]]
+    rows, labels = network.evaluation_bias, network.sample_bias
+    assert rows.stride(1) == 1 or rows.shape[1] == 1
+    return TrajectoryNetworkCall(
+        len(widths), (ctypes.c_int64 * len(widths))(*widths), _pointers(network.weights),
+        (ctypes.c_int64 * len(network.weights))(*(weight.stride(0) for weight in network.weights)),
+        _pointers(network.biases), rows.data_ptr(), rows.stride(0),
+        None if labels is None else labels.data_ptr(), 0 if labels is None else labels.stride(0),
+    )  # fmt: skip
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
 SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 # Instructions of tensor cores must appear in these.
-TENSOR_CORES = {"mlp_value_and_grad.cu"}
+TENSOR_CORES = {"mlp_value_and_grad.cu", "trajectory.cu"}
 # The most static shared memory; what kernels ask for at launch is checked against the device by the launchers.
 STATIC_SHARED = 48 * 1024
 

@@ -10,10 +10,8 @@
 #pragma once
 
 #include "../common/guided_step_call.h"
-#include "../common/normal.h"
-#include "../common/philox.h"
 #include "../common/solver_step.h"
-#include "device.cuh"
+#include "noise.cuh"
 
 namespace tgdp::cuda {
 
@@ -135,16 +133,6 @@ TGDP_DEVICE void store_elements(void* to, Dtype dtype, int64_t first, int count,
     using Known = decltype(element);
     store_chunk<Known>(static_cast<typename Known::Storage*>(to) + first, count, from);
   });
-}
-
-// The noise of one group of four elements.
-TGDP_DEVICE void normal_group(int64_t sample, int64_t group, uint32_t key_low, uint32_t key_high, uint32_t evaluation,
-                              float (&z)[4]) {
-  const auto index = static_cast<uint64_t>(sample);
-  uint64_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(index), c2 = index >> 32, c3 = evaluation;
-  philox4x32<ScalarWords>(c0, c1, c2, c3, key_low, key_high);
-  box_muller(static_cast<uint32_t>(c0), static_cast<uint32_t>(c1), z[0], z[1]);
-  box_muller(static_cast<uint32_t>(c2), static_cast<uint32_t>(c3), z[2], z[3]);
 }
 
 // The noise of a chunk that starts at `element` of a sample, a multiple of four.

@@ -24,6 +24,35 @@ struct MlpValueAndGradCall {
   void* scratch = nullptr;                  // as many bytes as asked for
 };
 
+// A SiLU perceptron of a trajectory, weights and biases as in MlpValueAndGradCall.
+struct TrajectoryNetworkCall {
+  int64_t layers = 0;  // 0: there is none
+  const int64_t* widths = nullptr;
+  const void* const* weights = nullptr;
+  const int64_t* weight_strides = nullptr;
+  const void* const* biases = nullptr;
+  const float* evaluation_bias = nullptr;  // [evaluations, H_1]
+  int64_t evaluation_bias_stride = 0;
+  const float* sample_bias = nullptr;  // [batch, H_1], or null
+  int64_t sample_bias_stride = 0;
+};
+
+struct TrajectoryKernelCall {
+  Dtype dtype = Dtype::f32;  // of weights and biases
+  int64_t batch = 0, size = 0, slots = 0, evaluations = 0;
+  TrajectoryNetworkCall score, guidance;
+  const float* x = nullptr;               // [batch, size]
+  const int64_t* sample_index = nullptr;  // [batch]
+  const float* table = nullptr;           // [evaluations, 6 + (1 + slots) (2 + slots)]; see trajectory.cuh
+  bool clamp = false;
+  float lowest = 0.0f, highest = 0.0f;
+  float gradient_norm_limit = 0.0f;  // 0: none
+  uint32_t key_low = 0, key_high = 0;
+  float* out = nullptr;          // [batch, size]
+  int* first_failure = nullptr;  // of the device: the least of its value and the first evaluation that diverged
+  void* scratch = nullptr;       // as many bytes as asked for
+};
+
 }  // namespace tgdp
 
 extern "C" {
@@ -37,4 +66,12 @@ const char* tgdp_cuda_mlp_value_and_grad(const tgdp::MlpValueAndGradCall* call, 
 
 // Bytes of scratch memory that the call needs on the current device; its pointers are not read.
 const char* tgdp_cuda_mlp_scratch(const tgdp::MlpValueAndGradCall* call, int64_t* bytes);
+
+// Reference twin tgdp_fast.ops.trajectory.trajectory_reference. At most 4 slots and 8 layers; state and layers in shared
+// memory.
+const char* tgdp_cuda_trajectory(const tgdp::TrajectoryKernelCall* call, void* stream);
+
+// Bytes of scratch memory that the call needs on the current device, or why it cannot be served; its pointers are not read
+// but those to widths.
+const char* tgdp_cuda_trajectory_scratch(const tgdp::TrajectoryKernelCall* call, int64_t* bytes);
 }

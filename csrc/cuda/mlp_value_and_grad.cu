@@ -46,28 +46,16 @@ const char* with_tile(const MlpValueAndGradCall& call, const Body& body) {
     if (call.widths[layer] > demand.widest) demand.widest = static_cast<int>(call.widths[layer]);
   }
   if (call.inputs > kMost) return "mlp_value_and_grad: at most 2^30 inputs";
-  Limits limits{};
-  if (const char* error = device_limits(limits)) return error;
   const auto with_own = [&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     RowDemand result = demand;
+    result.resident = kMlpResident<Tile>;
     result.own_bytes = kMlpOwnBytes<Tile>;
     result.least_next = kPartsOfXBytes<Tile>;
     return result;
   };
-  const char* error = nullptr;
-  const auto keep_error = [&](auto* tile, const RowPlan& plan) { error = body(tile, plan); };
-  bool fits = false;
-  if (call.dtype == Dtype::bf16) {
-    fits = with_cheapest<TensorCoreTile<Bf16, 32>, TensorCoreTile<Bf16, 64>, TensorCoreTile<Bf16, 96>>(limits, with_own,
-                                                                                                      keep_error);
-  } else if (call.dtype == Dtype::f16) {
-    fits = with_cheapest<TensorCoreTile<F16, 32>, TensorCoreTile<F16, 64>, TensorCoreTile<F16, 96>>(limits, with_own,
-                                                                                                   keep_error);
-  } else {
-    fits = with_cheapest<FloatTile<16>, FloatTile<32>>(limits, with_own, keep_error);
-  }
-  return fits ? error : "mlp_value_and_grad: the layers are too wide for the shared memory of this device";
+  return with_cheapest(call.dtype, "mlp_value_and_grad: the layers are too wide for the shared memory of this device", with_own,
+                       body);
 }
 
 }  // namespace

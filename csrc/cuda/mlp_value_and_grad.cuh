@@ -49,6 +49,10 @@ TGDP_DEVICE void store_row(typename Tile::Storage* row, int column, int columns,
   }
 }
 
+// Blocks that a multiprocessor has registers for.
+template <typename Tile>
+constexpr int kMlpResident = sizeof(typename Tile::Storage) == 2 && Tile::kRows > 64 ? 1 : 2;
+
 // What a block keeps in shared memory: parts of f of its rows. Parts of x are where the second layer's activations will be.
 template <typename Tile>
 constexpr size_t kMlpOwnBytes = Tile::kColumnWarps * Tile::kRows * sizeof(float);
@@ -159,7 +163,7 @@ class MlpBlock {
 };
 
 template <typename Tile>
-__global__ void __launch_bounds__(kProductThreads, kResident<Tile>)
+__global__ void __launch_bounds__(kProductThreads, kMlpResident<Tile>)
     mlp_value_and_grad_kernel(const __grid_constant__ MlpArguments call) {
   const LayersLayout layout = layers_layout<Tile>(kMlpOwnBytes<Tile>, kPartsOfXBytes<Tile>, call.network.layers, call.pitch,
                                                   call.scratch == nullptr);

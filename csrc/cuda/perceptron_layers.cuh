@@ -13,9 +13,6 @@
 namespace tgdp::cuda {
 
 constexpr int kMostLayers = 8;
-// Blocks that a multiprocessor has registers for.
-template <typename Tile>
-constexpr int kResident = sizeof(typename Tile::Storage) == 2 && Tile::kRows > 64 ? 1 : 2;
 
 // Strides in elements of the dtype of the tile.
 struct Network {

@@ -19,6 +19,7 @@ struct RowDemand {
   int widest = 0;       // of what its activations hold
   int slope_layers = 0;  // layers of the network that is differentiated
   size_t own_bytes = 0, least_next = 0;
+  int resident = 1;  // blocks that a multiprocessor has registers for
 };
 
 template <typename Tile>
@@ -33,14 +34,15 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   const auto of_multiprocessor = static_cast<size_t>(limits.shared_per_multiprocessor);
   plan.shared_bytes = bytes(true);
   size_t resident = of_multiprocessor / (plan.shared_bytes + kReserved);
-  const bool slopes_in_shared = resident >= kResident<Tile>;
+  const auto wanted = static_cast<size_t>(demand.resident);
+  const bool slopes_in_shared = resident >= wanted;
   if (!slopes_in_shared) {
     plan.shared_bytes = bytes(false);
     resident = of_multiprocessor / (plan.shared_bytes + kReserved);
   }
   if (plan.shared_bytes > static_cast<size_t>(limits.shared_per_block)) return plan;
-  const int64_t at_once = limits.multiprocessors * static_cast<int64_t>(resident < kResident<Tile> ? 1 : kResident<Tile>);
-  const int64_t needed = (demand.batch + Tile::kRows - 1) / Tile::kRows;
+  const int64_t at_once = limits.multiprocessors * static_cast<int64_t>(resident < wanted ? 1 : wanted);
+  const int64_t needed = demand.batch > 0 ? (demand.batch + Tile::kRows - 1) / Tile::kRows : 1;
   plan.blocks = needed < at_once ? needed : at_once;
   if (!slopes_in_shared) {
     plan.scratch_bytes = plan.blocks * slope_words<Tile>(demand.slope_layers, plan.pitch) * sizeof(uint32_t);
@@ -54,9 +56,8 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   return plan;
 }
 
-// Calls body(tile, plan) with the cheapest tile that fits, null otherwise; demand(tile) is a RowDemand. False when none fits.
 template <typename... Tiles, typename Demand, typename Body>
-bool with_cheapest(const Limits& limits, const Demand& demand, const Body& body) {
+bool with_cheapest_of(const Limits& limits, const Demand& demand, const Body& body) {
   const RowPlan plans[] = {plan_rows<Tiles>(demand(static_cast<Tiles*>(nullptr)), limits)...};
   int best = -1, index = 0;
   for (int i = 0; i < static_cast<int>(sizeof...(Tiles)); ++i) {
@@ -68,6 +69,29 @@ bool with_cheapest(const Limits& limits, const Demand& demand, const Body& body)
   };
   (consider(static_cast<Tiles*>(nullptr)), ...);
   return best >= 0;
+}
+
+// Calls body(tile, plan) with the cheapest tile of the dtype that fits on the current device; demand(tile) is a RowDemand.
+// What body answers, or `too_wide` where none fits.
+template <typename Demand, typename Body>
+const char* with_cheapest(Dtype dtype, const char* too_wide, const Demand& demand, const Body& body) {
+  Limits limits{};
+  if (const char* error = device_limits(limits)) return error;
+  const char* error = nullptr;
+  const auto keep_error = [&](auto* tile, const RowPlan& plan) { error = body(tile, plan); };
+  bool fits = false;
+  if (dtype == Dtype::bf16) {
+    using Element = Bf16;
+    fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96>>(
+        limits, demand, keep_error);
+  } else if (dtype == Dtype::f16) {
+    using Element = F16;
+    fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96>>(
+        limits, demand, keep_error);
+  } else {
+    fits = with_cheapest_of<FloatTile<16>, FloatTile<32>>(limits, demand, keep_error);
+  }
+  return fits ? error : too_wide;
 }
 
 }  // namespace tgdp::cuda
