@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tgdp_fast.benchmark.problems import perceptron_inputs, step_inputs
-from tgdp_fast.ops import BackendUnavailableError, guided_step, mlp_value_and_grad, perceptron
+from tgdp_fast.benchmark.problems import perceptron_inputs, step_inputs, trajectory_inputs
+from tgdp_fast.ops import BackendUnavailableError, guided_step, mlp_value_and_grad, perceptron, trajectory
 
 
 def main() -> None:
@@ -51,6 +51,8 @@ def calls(device: torch.device, dtype: torch.dtype, backend: str):
     )
     yield "mlp_value_and_grad", lambda: mlp_value_and_grad(*wide, backend=backend)
     yield "its derivative", lambda: derivative(mlp_value_and_grad)
+    samples = trajectory_inputs((70, 5), (48, 33), (40, 20, 30), dtype, device, sample_bias=True, limits=True)
+    yield "trajectory", lambda: trajectory(*samples, seed=1, backend=backend)
     yield "perceptron", lambda: derivative(perceptron)
 
 

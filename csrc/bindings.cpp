@@ -159,9 +159,7 @@ tgdp::TrajectoryNetwork trajectory_network(const Tensor& x, at::TensorList weigh
   network.weights = call.weights;
   network.biases = call.biases;
   const auto check = [&](const Tensor& bias, int64_t rows) {
-    TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(0) == rows && bias.size(1) == call.shape.widths[0] &&
-                          bias.scalar_type() == at::kFloat,
-                      "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1]");
+    tgdp::check_first_bias(x, bias, rows, call.shape.widths[0]);
   };
   check(evaluation_bias, evaluation_bias.size(0));
   network.evaluation_bias = rows_of(evaluation_bias, hold);
@@ -178,14 +176,9 @@ std::tuple<Tensor, Tensor> trajectory(
     const Tensor& guidance_evaluation_bias, const std::optional<Tensor>& guidance_sample_bias, const Tensor& table,
     int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
     int64_t seed, const Tensor& sample_index, bool split) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(1) > 0, "tgdp_fast: x must be float32 [B, D]");
-  TORCH_CHECK_VALUE(sample_index.dim() == 1 && sample_index.size(0) == x.size(0) &&
-                        sample_index.scalar_type() == at::kLong,
-                    "tgdp_fast: sample_index must be int64 [B]");
+  tgdp::check_trajectory(x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history,
+                         clamp, sample_index);
   const int64_t entries = (1 + history) * (2 + history);
-  TORCH_CHECK_VALUE(history >= 0 && table.dim() == 2 && table.size(1) == 6 + entries &&
-                        table.scalar_type() == at::kDouble,
-                    "tgdp_fast: table must be float64 [T, 6 + (1 + H) (2 + H)]");
   std::vector<Tensor> hold;
   const Tensor state = x.contiguous(), indices = sample_index.contiguous(), numbers = table.contiguous();
   tgdp::TrajectoryCall call;
@@ -201,20 +194,13 @@ std::tuple<Tensor, Tensor> trajectory(
                                        guidance_sample_bias, hold);
     TORCH_CHECK_VALUE(call.guidance->shape.outputs == 1, "tgdp_fast: the guidance network must have one output");
   }
-  for (const Tensor* bias : {&score_evaluation_bias, &guidance_evaluation_bias}) {
-    TORCH_CHECK_VALUE(bias->size(0) == table.size(0) || (bias != &score_evaluation_bias && !call.guidance),
-                      "tgdp_fast: biases of evaluations must have as many rows as the table");
-  }
   const double* row = numbers.const_data_ptr<double>();
   for (int64_t k = 0; k < table.size(0); ++k, row += 6 + entries) {
     const auto number = [row](int i) { return static_cast<float>(row[i]); };
     call.evaluations.push_back({number(0), number(1), number(2), number(3), number(4), number(5),
                                 std::vector<float>(row + 6, row + 6 + entries)});
   }
-  if (clamp.has_value()) {
-    TORCH_CHECK_VALUE(clamp->size() == 2, "tgdp_fast: clamp must have two numbers");
-    call.clamp.emplace(static_cast<float>((*clamp)[0]), static_cast<float>((*clamp)[1]));
-  }
+  if (clamp.has_value()) call.clamp.emplace(static_cast<float>((*clamp)[0]), static_cast<float>((*clamp)[1]));
   if (gradient_norm_limit.has_value()) call.gradient_norm_limit = static_cast<float>(*gradient_norm_limit);
   call.seed = static_cast<uint64_t>(seed);
   call.split = split;

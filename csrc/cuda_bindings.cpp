@@ -6,6 +6,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <limits>
+#include <list>
+#include <string>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -34,52 +37,67 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& x, const Tensor& ep
                                     });
 }
 
-// The rows of a matrix in one piece; a copy is kept alive by `hold`. Memory that is freed later is not used again before
-// this stream has come so far.
-const Tensor& in_rows(const Tensor& matrix, std::vector<Tensor>& hold) {
-  hold.push_back(matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous());
-  return hold.back();
-}
+// Pointers to the weights and biases of a perceptron with inputs and first bias like those given, rows in one piece. Copies
+// stay alive with it; memory that is freed later is not used again before this stream has come so far.
+class HeldNetwork {
+ public:
+  HeldNetwork() = default;
+  HeldNetwork(const HeldNetwork&) = delete;
+
+  void hold(const Tensor& x, const Tensor& first_bias, at::TensorList weight_list, at::TensorList bias_list) {
+    widths = tgdp::checked_widths(x, first_bias, weight_list, bias_list);
+    for (const Tensor& weight : weight_list) {
+      const Tensor& matrix = in_rows(weight);
+      weights.push_back(matrix.const_data_ptr());
+      strides.push_back(matrix.stride(0));
+    }
+    for (const Tensor& entries : bias_list) {
+      held_.push_back(entries.contiguous());
+      biases.push_back(held_.back().const_data_ptr());
+    }
+  }
+
+  const Tensor& in_rows(const Tensor& matrix) {
+    held_.push_back(matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous());
+    return held_.back();
+  }
+
+  int64_t layers() const { return static_cast<int64_t>(widths.size()); }
+
+  std::vector<int64_t> widths, strides;
+  std::vector<const void*> weights, biases;
+
+ private:
+  std::list<Tensor> held_;  // nothing in it may move
+};
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor& x, const Tensor& first_bias,
                                                                    at::TensorList weights, at::TensorList biases,
                                                                    bool save_pre_activations, bool /*split*/) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const std::vector<int64_t> widths = tgdp::checked_widths(x, first_bias, weights, biases);
+  HeldNetwork network;
+  network.hold(x, first_bias, weights, biases);
   TORCH_CHECK_VALUE(weights.back().size(0) == 1, "tgdp_fast: the last of weights must have one row");
-  std::vector<Tensor> hold;
-  hold.reserve(2 * weights.size() + 2);
   tgdp::MlpValueAndGradCall call;
   call.dtype = tgdp::dtype_of(x);
   call.batch = x.size(0);
   call.inputs = x.size(1);
-  call.layers = static_cast<int64_t>(widths.size());
-  call.widths = widths.data();
-  const Tensor& rows = in_rows(x, hold);
+  call.layers = network.layers();
+  call.widths = network.widths.data();
+  const Tensor& rows = network.in_rows(x);
   call.x = rows.const_data_ptr();
   call.x_stride = rows.stride(0);
-  const Tensor& bias = in_rows(first_bias.dim() == 1 ? first_bias.unsqueeze(0) : first_bias, hold);
+  const Tensor& bias = network.in_rows(first_bias.dim() == 1 ? first_bias.unsqueeze(0) : first_bias);
   call.first_bias = bias.const_data_ptr();
   call.first_bias_stride = bias.size(0) == 1 ? 0 : bias.stride(0);
-  std::vector<const void*> weight_data, bias_data;
-  std::vector<int64_t> weight_strides;
-  for (const Tensor& weight : weights) {
-    const Tensor& matrix = in_rows(weight, hold);
-    weight_data.push_back(matrix.const_data_ptr());
-    weight_strides.push_back(matrix.stride(0));
-  }
-  for (const Tensor& entries : biases) {
-    hold.push_back(entries.contiguous());
-    bias_data.push_back(hold.back().const_data_ptr());
-  }
-  call.weights = weight_data.data();
-  call.weight_strides = weight_strides.data();
-  call.biases = bias_data.data();
+  call.weights = network.weights.data();
+  call.weight_strides = network.strides.data();
+  call.biases = network.biases.data();
   Tensor value = at::empty({call.batch}, x.options());
   Tensor gradient = at::empty({call.batch, call.inputs}, x.options());
   std::vector<Tensor> kept;
   std::vector<void*> kept_data;
-  for (int64_t width : widths) {
+  for (int64_t width : network.widths) {
     if (!save_pre_activations) break;
     kept.push_back(at::empty({call.batch, width}, x.options()));
     kept_data.push_back(kept.back().mutable_data_ptr());
@@ -95,11 +113,113 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
   return {value, gradient, kept};
 }
 
+tgdp::TrajectoryNetworkCall trajectory_network(HeldNetwork& network, const Tensor& x, at::TensorList weights,
+                                               at::TensorList biases, const Tensor& evaluation_bias,
+                                               const std::optional<Tensor>& sample_bias) {
+  // As inputs of the weights' dtype, on their device.
+  const auto options = x.options().dtype(weights[0].scalar_type());
+  network.hold(at::empty({0, x.size(1)}, options), at::empty({1, weights[0].size(0)}, options), weights, biases);
+  tgdp::TrajectoryNetworkCall call;
+  call.layers = network.layers();
+  call.widths = network.widths.data();
+  call.weights = network.weights.data();
+  call.weight_strides = network.strides.data();
+  call.biases = network.biases.data();
+  tgdp::check_first_bias(x, evaluation_bias, evaluation_bias.size(0), network.widths[0]);
+  const Tensor& of_evaluations = network.in_rows(evaluation_bias);
+  call.evaluation_bias = of_evaluations.const_data_ptr<float>();
+  call.evaluation_bias_stride = of_evaluations.stride(0);
+  if (sample_bias) {
+    tgdp::check_first_bias(x, *sample_bias, x.size(0), network.widths[0]);
+    const Tensor& of_samples = network.in_rows(*sample_bias);
+    call.sample_bias = of_samples.const_data_ptr<float>();
+    call.sample_bias_stride = of_samples.stride(0);
+  }
+  return call;
+}
+
+std::tuple<Tensor, Tensor> trajectory(
+    const Tensor& x, at::TensorList score_weights, at::TensorList score_biases, const Tensor& score_evaluation_bias,
+    const std::optional<Tensor>& score_sample_bias, at::TensorList guidance_weights, at::TensorList guidance_biases,
+    const Tensor& guidance_evaluation_bias, const std::optional<Tensor>& guidance_sample_bias, const Tensor& table,
+    int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
+    int64_t seed, const Tensor& sample_index, bool /*split*/) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  tgdp::check_trajectory(x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history,
+                         clamp, sample_index);
+  HeldNetwork score, guidance;
+  const Tensor state = x.contiguous(), indices = sample_index.contiguous();
+  const Tensor numbers = table.to(at::kFloat).contiguous().to(x.device());
+  tgdp::TrajectoryKernelCall call;
+  call.dtype = tgdp::dtype_of(score_weights[0]);
+  call.batch = x.size(0);
+  call.size = x.size(1);
+  call.slots = history;
+  call.evaluations = table.size(0);
+  call.score = trajectory_network(score, x, score_weights, score_biases, score_evaluation_bias, score_sample_bias);
+  TORCH_CHECK_VALUE(score_weights.back().size(0) == call.size, "tgdp_fast: the score network must have D outputs");
+  if (!guidance_weights.empty()) {
+    call.guidance = trajectory_network(guidance, x, guidance_weights, guidance_biases, guidance_evaluation_bias,
+                                       guidance_sample_bias);
+    TORCH_CHECK_VALUE(guidance_weights.back().size(0) == 1, "tgdp_fast: the guidance network must have one output");
+    TORCH_CHECK_VALUE(tgdp::dtype_of(guidance_weights[0]) == call.dtype, "tgdp_fast: both networks must have one dtype");
+  }
+  call.x = state.const_data_ptr<float>();
+  call.sample_index = indices.const_data_ptr<int64_t>();
+  call.table = numbers.const_data_ptr<float>();
+  if (clamp) {
+    call.clamp = true;
+    call.lowest = static_cast<float>((*clamp)[0]);
+    call.highest = static_cast<float>((*clamp)[1]);
+  }
+  call.gradient_norm_limit = static_cast<float>(gradient_norm_limit.value_or(0.0));
+  call.key_low = static_cast<uint32_t>(static_cast<uint64_t>(seed));
+  call.key_high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  Tensor result = at::empty(x.sizes(), x.options());
+  constexpr int kNone = std::numeric_limits<int>::max();
+  Tensor first_failure = at::empty({}, x.options().dtype(at::kInt)).fill_(kNone);
+  call.out = result.mutable_data_ptr<float>();
+  call.first_failure = first_failure.mutable_data_ptr<int>();
+  int64_t scratch_bytes = 0;
+  check(tgdp_cuda_trajectory_scratch(&call, &scratch_bytes));
+  const Tensor scratch = at::empty({scratch_bytes}, x.options().dtype(at::kByte));
+  call.scratch = scratch.mutable_data_ptr();
+  check(tgdp_cuda_trajectory(&call, c10::cuda::getCurrentCUDAStream().stream()));
+  Tensor diverged = first_failure.to(at::kLong);
+  diverged.masked_fill_(diverged.eq(kNone), -1);
+  return {result, diverged};
+}
+
+// Why the kernel cannot take networks of these widths on a device, or nothing.
+std::string trajectory_refusal(int64_t device, at::ScalarType dtype, int64_t size, int64_t history,
+                               at::IntArrayRef score_widths, at::IntArrayRef guidance_widths) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  tgdp::TrajectoryKernelCall call;
+  call.dtype = dtype == at::kBFloat16 ? tgdp::Dtype::bf16 : dtype == at::kHalf ? tgdp::Dtype::f16 : tgdp::Dtype::f32;
+  call.size = size;
+  call.slots = history;
+  call.score.layers = static_cast<int64_t>(score_widths.size());
+  call.score.widths = score_widths.data();
+  call.guidance.layers = static_cast<int64_t>(guidance_widths.size());
+  call.guidance.widths = guidance_widths.data();
+  int64_t bytes = 0;
+  const char* reason = tgdp_cuda_trajectory_scratch(&call, &bytes);
+  return reason == nullptr ? "" : reason;
+}
+
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
+  library.def(
+      "cuda_trajectory_refusal(int device, ScalarType dtype, int size, int history, int[] score_widths, "
+      "int[] guidance_widths) -> str",
+      &trajectory_refusal);
+}
 
 TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {
   library.impl("guided_step", &guided_step);
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
+  library.impl("trajectory", &trajectory);
 }
 
 // The operators register themselves when the library is loaded; this only makes it a Python module.

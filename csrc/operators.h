@@ -87,6 +87,30 @@ inline std::vector<int64_t> checked_widths(const Tensor& x, const Tensor& first_
   return widths;
 }
 
+// The tensors of the operator trajectory but for its networks; table [T, 6 + (1 + history) (2 + history)].
+inline void check_trajectory(const Tensor& x, const Tensor& score_evaluation_bias, const Tensor& guidance_evaluation_bias,
+                             bool guided, const Tensor& table, int64_t history,
+                             const std::optional<std::vector<double>>& clamp, const Tensor& sample_index) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(1) > 0, "tgdp_fast: x must be float32 [B, D]");
+  TORCH_CHECK_VALUE(sample_index.dim() == 1 && sample_index.size(0) == x.size(0) &&
+                        sample_index.scalar_type() == at::kLong && sample_index.device() == x.device(),
+                    "tgdp_fast: sample_index must be int64 [B] on the device of x");
+  TORCH_CHECK_VALUE(history >= 0 && table.dim() == 2 && table.size(1) == 6 + (1 + history) * (2 + history) &&
+                        table.scalar_type() == at::kDouble && table.device().is_cpu(),
+                    "tgdp_fast: table must be float64 [T, 6 + (1 + H) (2 + H)] on the CPU");
+  TORCH_CHECK_VALUE(score_evaluation_bias.size(0) == table.size(0) &&
+                        (!guided || guidance_evaluation_bias.size(0) == table.size(0)),
+                    "tgdp_fast: biases of evaluations must have as many rows as the table");
+  TORCH_CHECK_VALUE(!clamp || clamp->size() == 2, "tgdp_fast: clamp must have two numbers");
+}
+
+// The first biases of a trajectory's network, [T, H_1] and [B, H_1].
+inline void check_first_bias(const Tensor& x, const Tensor& bias, int64_t rows, int64_t width) {
+  TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(0) == rows && bias.size(1) == width && bias.scalar_type() == at::kFloat &&
+                        bias.device() == x.device(),
+                    "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1] on the device of x");
+}
+
 // The operator guided_step: allocate(sizes, options) gives memory of outputs, run(call) starts the kernel.
 template <typename Allocate, typename Run>
 std::tuple<Tensor, Tensor, Tensor> guided_step_operator(

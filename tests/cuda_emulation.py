@@ -318,9 +318,10 @@ def trajectory(
     key_low, key_high, _ = key_words(seed, 0)
     lowest, highest = (0.0, 0.0) if plan.clamp is None else plan.clamp
     call = TrajectoryKernelCall(
-        DTYPES[score.weights[0].dtype], batch, size, plan.history, len(plan.matrix), _network(score), _network(guidance),
-        x.data_ptr(), indices.data_ptr(), table.data_ptr(), plan.clamp is not None, lowest, highest,
-        plan.gradient_norm_limit or 0.0, key_low, key_high, out.values.data_ptr(), diverged.data_ptr(), None,
+        DTYPES[score.weights[0].dtype], batch, size, plan.history, len(plan.matrix),
+        _network(score), _network(guidance),
+        x.data_ptr(), indices.data_ptr(), table.data_ptr(),
+        plan.clamp is not None, lowest, highest, plan.gradient_norm_limit or 0.0, key_low, key_high, out.values.data_ptr(), diverged.data_ptr(), None,
     )  # fmt: skip
     needed = ctypes.c_int64()
     check(library().tgdp_cuda_trajectory_scratch(ctypes.byref(call), ctypes.byref(needed)))

@@ -84,7 +84,7 @@ class FusedRun:
             guided.gradient_norm_limit,
         )
         try:
-            chosen = resolve("trajectory", backend, score.evaluation_bias, score, other).backend
+            chosen = resolve("trajectory", backend, score.evaluation_bias, score, other, plan).backend
         except BackendUnavailableError:
             return None
         return None if chosen == "reference" else cls(guided, score, other, plan, split, chosen)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tgdp_fast.ops import TrajectoryNetwork, TrajectoryPlan
+from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.solvers import solver_table
 
 
 class PerceptronInputs(NamedTuple):
@@ -87,3 +93,64 @@ def step_inputs(
 
     x, epsilon, gradient = draw(*shape), draw(*shape), draw(*shape)
     return StepInputs(x, epsilon, gradient, draw(slots, *shape) if slots else None)
+
+
+class TrajectoryInputs(NamedTuple):
+    """Arguments of ``trajectory``."""
+
+    x: Tensor
+    score: TrajectoryNetwork
+    guidance: TrajectoryNetwork | None
+    plan: TrajectoryPlan
+
+
+def trajectory_inputs(
+    shape: tuple[int, int],
+    widths: Sequence[int],
+    guidance_widths: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    solver: str = "dpmpp_2m",
+    sample_bias: bool = False,
+    limits: bool = False,
+    seed: int = 0,
+) -> TrajectoryInputs:
+    """Three steps of a solver, on samples of ``shape`` [B, D].
+
+    Args:
+        shape, widths: of the samples and of the score network, which predicts v.
+        guidance_widths: none: there is no guidance network.
+        dtype: of the networks' weights.
+        device: of all tensors.
+        solver: its name.
+        sample_bias: whether first biases have a part per sample.
+        limits: whether x0 and the gradient's norm are limited.
+        seed: of the random numbers.
+    """
+    table = solver_table(solver, NoiseSchedule.vp_linear(), 3)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int, scale: float) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(device)
+
+    def network(hidden: Sequence[int], outputs: int) -> TrajectoryNetwork:
+        sizes = (shape[1], *hidden, outputs)
+        weights = [draw(m, n, scale=n**-0.5).to(dtype) for n, m in itertools.pairwise(sizes)]
+        biases = [draw(m, scale=0.3).to(dtype) for m in sizes[2:]]
+        labels = draw(shape[0], sizes[1], scale=0.3) if sample_bias else None
+        return TrajectoryNetwork(weights, biases, draw(table.nfe, sizes[1], scale=0.3), labels)
+
+    plan = TrajectoryPlan(
+        table.matrix,
+        table.noise_scale,
+        0.5 * table.sigma if guidance_widths else np.zeros(table.nfe),
+        table.alpha,
+        table.sigma,
+        table.sigma,  # a v-prediction
+        table.alpha,
+        (-2.0, 2.0) if limits else None,
+        0.2 if limits else None,
+    )
+    score, guidance = network(widths, shape[1]), network(guidance_widths, 1) if guidance_widths else None
+    return TrajectoryInputs(draw(*shape, scale=1.0), score, guidance, plan)

@@ -15,13 +15,12 @@ from torch import Tensor
 from tgdp_fast._checks import check_choice
 from tgdp_fast.benchmark import eager
 from tgdp_fast.benchmark.accuracy import PRECISIONS, Error, error_of, within
-from tgdp_fast.benchmark.problems import PerceptronInputs, StepInputs, perceptron_inputs, step_inputs
+from tgdp_fast.benchmark.problems import PerceptronInputs, StepInputs, perceptron_inputs, step_inputs, trajectory_inputs
 from tgdp_fast.experiments.results import markdown_table
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import (
     BackendUnavailableError,
     TrajectoryNetwork,
-    TrajectoryPlan,
     _dispatch,
     gated_activation,
     guided_step,
@@ -30,8 +29,6 @@ from tgdp_fast.ops import (
     trajectory,
 )
 from tgdp_fast.ops.trajectory import trajectory_reference
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import solver_table
 
 Row = dict[str, Any]
 
@@ -317,35 +314,18 @@ TRAJECTORIES = (
 
 def _trajectory(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
     """States are float32 whatever the networks' dtype; the results are rounded to it, so that one limit serves all."""
-    schedule = NoiseSchedule.vp_linear()
     for shape in TRAJECTORIES:
-        table = solver_table(shape.solver, schedule, 3)
-        count = table.nfe
-        generator = torch.Generator().manual_seed(_SEED)
-
-        def draw(*size: int, scale: float, generator: torch.Generator = generator) -> Tensor:
-            return (scale * torch.randn(size, generator=generator)).to(device)
-
-        networks = []
-        for widths, last in ((shape.score, shape.size), (shape.guidance, 1)):
-            sizes = (shape.size, *widths, last)
-            weights = [draw(m, n, scale=n**-0.5).to(dtype) for n, m in itertools.pairwise(sizes)]
-            biases = [draw(m, scale=0.3).to(dtype) for m in sizes[2:]]
-            sample_bias = draw(shape.batch, sizes[1], scale=0.3) if shape.sample_bias else None
-            networks.append(TrajectoryNetwork(weights, biases, draw(count, sizes[1], scale=0.3), sample_bias))
-        score, guidance = networks[0], networks[1] if shape.guidance else None
-        plan = TrajectoryPlan(
-            table.matrix,
-            table.noise_scale,
-            0.5 * table.sigma,
-            table.alpha,
-            table.sigma,
-            table.sigma,  # a v-prediction
-            table.alpha,
-            (-2.0, 2.0) if shape.limits else None,
-            0.2 if shape.limits else None,
+        x, score, guidance, plan = trajectory_inputs(
+            (shape.batch, shape.size),
+            shape.score,
+            shape.guidance,
+            dtype,
+            device,
+            solver=shape.solver,
+            sample_bias=shape.sample_bias,
+            limits=shape.limits,
+            seed=_SEED,
         )
-        x = draw(shape.batch, shape.size, scale=1.0)
         sample_index = torch.arange(shape.batch, device=device) * 3 + 2**33
 
         def outputs(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tgdp_fast import _native
 from tgdp_fast._checks import check_number
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import _cuda, _dispatch
 from tgdp_fast.ops.guided_step import guided_step_reference, limit_gradient
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
 from tgdp_fast.ops.perceptron import perceptron_reference
@@ -134,7 +134,9 @@ def trajectory(
         seed: 0 <= seed < 2**64.
         sample_index: [B] int64; default 0..B-1.
         split: see :func:`tgdp_fast.ops.mlp_value_and_grad`.
-        backend: "auto", "reference", or a faster implementation by name.
+        backend: "auto", "reference", or a faster implementation by name. "cuda" takes at most 4 history slots, 8 hidden
+            layers, both networks in one dtype, and widths up to what shared memory holds: 512 in 16 bit from compute
+            capability 8.0 on.
 
     Returns:
         A :class:`Trajectory`. Where it diverged, x holds nothing of use.
@@ -148,7 +150,7 @@ def trajectory(
     _check(x, score, guidance, plan, sample_index)
     if sample_index is None:
         sample_index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
-    implementation = _dispatch.resolve("trajectory", backend, x, score, guidance)
+    implementation = _dispatch.resolve("trajectory", backend, x, score, guidance, plan)
     with torch.no_grad():
         return Trajectory(*implementation.function(x, score, guidance, plan, seed, sample_index, split))
 
@@ -252,7 +254,7 @@ def _check(
                 )
 
 
-def _trajectory_cpu(
+def _trajectory_native(
     x: Tensor,
     score: TrajectoryNetwork,
     guidance: TrajectoryNetwork | None,
@@ -285,10 +287,29 @@ def _trajectory_cpu(
     return result, int(diverged)
 
 
-def _refuses_cpu(x: Tensor, score: TrajectoryNetwork, guidance: TrajectoryNetwork | None) -> str | None:
+def _refuses_cpu(
+    x: Tensor, score: TrajectoryNetwork, guidance: TrajectoryNetwork | None, _: TrajectoryPlan
+) -> str | None:
     networks = [score] if guidance is None else [score, guidance]
     reasons = map(_dispatch.refuses_float64, (x, *(network.weights[0] for network in networks)))
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _refuses_cuda(
+    x: Tensor, score: TrajectoryNetwork, guidance: TrajectoryNetwork | None, plan: TrajectoryPlan
+) -> str | None:
+    reason = _refuses_cpu(x, score, guidance, plan) or _cuda.refuses_device(x)
+    if reason is not None:
+        return reason
+    dtype = score.weights[0].dtype
+    if guidance is not None and guidance.weights[0].dtype != dtype:
+        return f"it takes both networks in one dtype, not {dtype} and {guidance.weights[0].dtype}"
+    networks = (score.weights, () if guidance is None else guidance.weights)
+    widths = [[weight.shape[0] for weight in weights[:-1]] for weights in networks]
+    size = score.weights[0].shape[1]
+    # The answer depends on the device's shared memory, which the launcher knows to use.
+    answer: str = torch.ops.tgdp_fast.cuda_trajectory_refusal(x.get_device(), dtype, size, plan.history, *widths)
+    return answer or None
 
 
 if _native.CPU_MISSING is None:
@@ -297,6 +318,7 @@ if _native.CPU_MISSING is None:
     def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((), dtype=torch.int64)
 
-    _dispatch.register("trajectory", "cpu", _trajectory_cpu, _refuses_cpu)
+    _dispatch.register("trajectory", "cpu", _trajectory_native, _refuses_cpu)
 
+_dispatch.register("trajectory", "cuda", _trajectory_native, _refuses_cuda, missing=_native.CUDA_MISSING)
 _dispatch.register("trajectory", "reference", trajectory_reference)
