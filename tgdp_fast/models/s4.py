@@ -291,11 +291,12 @@ def two_sided_convolution(u: Tensor, taps: Tensor) -> Tensor:
     Returns:
         [B, H, L].
     """
+    if u.shape[0] == 0:  # Some libraries cannot transform nothing.
+        return u.clone()
     length = u.shape[-1]
-    # Circular with 2 L points: negative lags stand at the end.
-    circular = functional.pad(taps, (0, 1)).roll(1 - length, dims=-1)
-    spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(circular)
-    return torch.fft.irfft(spectrum, n=2 * length)[..., :length]
+    # Output t stands at index t + L - 1; circular convolution of 2 L points wraps around onto others only.
+    spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(taps, n=2 * length)
+    return torch.fft.irfft(spectrum, n=2 * length)[..., length - 1 : 2 * length - 1]
 
 
 def two_sided_convolution_direct(u: Tensor, taps: Tensor) -> Tensor:
