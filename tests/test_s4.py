@@ -110,7 +110,7 @@ def test_pair_kernel_is_the_recurrence(size):
     kernel = general_kernel(*size)
     # float64 roundings (1e-16) times the condition of I - Abar^l_max, at most 1 / (0.1 * 1e-3) for a single step, and
     # of the inverses of I - dt A / 2.
-    assert relative(kernel().detach(), recurrence(kernel)) < 1e-10
+    assert relative(kernel().detach(), recurrence(kernel)) < 1e-11
 
 
 @pytest.mark.parametrize("size", [(2, 4, 2), (3, 2, 3), (2, 8, 10), (2, 6, 33)])
@@ -127,9 +127,9 @@ def test_initial_kernels_are_the_recurrence_up_to_the_rounding_of_stored_values(
     kernel = NPLRKernel(4, 64, length)
     exact = recurrence(kernel)
     # Nodes, poles and numerators of the sums are rounded to float32 (6e-8); near a pole their difference z - dt w is up
-    # to |w| / Re(w) = 5,000 times smaller than they are, so single terms are off by up to 3e-4, all together by less.
-    assert relative(kernel(torch.float64).detach(), exact) < 3e-5
-    assert relative(kernel().detach(), kernel(torch.float64).detach()) < 3e-5
+    # to |w| / Re(w) = 5,000 times smaller than they are, so single terms are off by up to 3e-4, the sums by 2e-6.
+    assert relative(kernel(torch.float64).detach(), exact) < 1e-5
+    assert relative(kernel().detach(), kernel(torch.float64).detach()) < 1e-5
     assert kernel().dtype == torch.float32
     assert torch.equal(kernel(torch.float64), copy.deepcopy(kernel).double()())
 
@@ -334,10 +334,11 @@ def test_autocast_leaves_the_convolution_in_float32():
     layer = S4Layer(16, 8, 100)
     u = torch.randn(2, 16, 100)
     with torch.no_grad():
-        exact = layer(u)
+        exact = layer.eval()(u)
         with torch.autocast("cpu", torch.bfloat16):
             found = layer(u)
             from_16_bits = layer(u.to(torch.bfloat16))
+            assert torch.equal(layer.kernel.kernel(), layer.kernel(100))
     # Inputs and weights of one product, and its result, rounded to 8 bits.
     assert relative(found.float(), exact) < 3 * 2**-9
     assert relative(from_16_bits.float(), exact) < 4 * 2**-9
