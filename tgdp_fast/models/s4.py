@@ -47,7 +47,7 @@ def hippo_legs(d_state: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Of each conjugate pair the pole with the positive imaginary part, in increasing order; eigenvectors with the phase
     that makes P positive, so that they are the same on each machine.
 
-    Source: Gu et al. 2022, Theorem 1 and appendix B.
+    Source: Gu et al. 2022, Theorem 1 and appendix C.1.
     """
     n = np.arange(d_state, dtype=np.float64)
     p, b = np.sqrt(n + 0.5), np.sqrt(2 * n + 1)

@@ -7,7 +7,7 @@
     prediction = conv1x1(relu(conv1x1(skip / sqrt(number of blocks))))
 
 Sources: Alcaraz & Strodthoff, "Diffusion-based Conditional ECG Generation with Structured State Space Models",
-Computers in Biology and Medicine 163, 2023, arXiv 2301.08227 (section 2); the residual network of Kong et al.,
+Computers in Biology and Medicine 163, 2023, arXiv 2301.08227; the residual network of Kong et al.,
 "DiffWave", ICLR 2021, arXiv 2009.09761 (section 3); S4 in :mod:`tgdp_fast.models.s4`. Names of parameters and buffers
 are those of the released checkpoints.
 """
@@ -74,7 +74,7 @@ def _named_conv(convolution: nn.Module) -> nn.Sequential:
 def diffusion_step_features(step: Tensor, dim: int) -> Tensor:
     """sin(step * f_i), then cos(step * f_i), with f_i = 10^(-4 i / (dim/2 - 1)): from 1 down to 1e-4 radians per step.
 
-    DiffWave (section 3.2) prints the exponents with the other sign; its code and that of SSSD-ECG, on which checkpoints
+    DiffWave (section 3.1) prints the exponents with the other sign; its code and that of SSSD-ECG, on which checkpoints
     were trained, have this one. Computed in float64; that code's own float32 departs from it by up to 1e-5 at step 200.
 
     Shapes: step [B], integer or fractional; returns float64 [B, dim].
