@@ -5,7 +5,7 @@ from tgdp_fast.checkpoint import CheckpointError
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.density_ratio import TransferDiagnostics, fit_density_ratio
 from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser
-from tgdp_fast.models import ScoreMLP
+from tgdp_fast.models import SSSDECG, ScoreMLP
 from tgdp_fast.ops._dispatch import BackendUnavailableError, use_backend
 from tgdp_fast.sampling import SamplingDivergedError, sample, sample_to_file
 from tgdp_fast.schedule import NoiseSchedule
@@ -17,6 +17,7 @@ from tgdp_fast.transfer_model import TransferModel
 __all__ = [
     "SOLVERS",
     "SPACINGS",
+    "SSSDECG",
     "BackendUnavailableError",
     "CheckpointError",
     "Denoiser",

@@ -156,6 +156,44 @@ def checkpoint_kind(path: str | os.PathLike[str]) -> str:
     return str(_read_header(path)[1]["kind"])
 
 
+def read_state_dict(path: str | os.PathLike[str], entry: str = "model_state_dict") -> dict[str, Tensor]:
+    """The state dict in a file that is no checkpoint of this library: a safetensors file, or one of ``torch.save``.
+
+    Args:
+        path: the file; its content, not its name, tells which of the two it is.
+        entry: where a file of ``torch.save`` keeps the state dict, unless it is one itself.
+
+    Returns:
+        Tensors on the CPU in their stored dtypes.
+
+    Raises:
+        CheckpointError: no such file, damaged, or with anything but tensors in the state dict. Nothing but tensors and
+            plain containers is unpickled, and no code from the file is run.
+    """
+    file = Path(path)
+    if not file.is_file():
+        state = "is a folder; Denoiser.load reads checkpoint folders" if file.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {state}; expected a file of torch.save or safetensors")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True) if _looks_pickled(file) else load_file(file)
+    except Exception as error:  # Damaged files raise errors of many types, from several libraries.
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path} is damaged, truncated, or holds something else than tensors ({type(error).__name__}: {reason}); "
+            "expected a file of torch.save or safetensors with a state dict"
+        ) from None
+    tensors = content.get(entry, content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path} must hold a state dict, alone or as {entry!r}, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{path} must hold a state dict, alone or as {entry!r}: the entry {name!r} is of type "
+                f"{type(tensor).__name__}, expected torch.Tensor"
+            )
+    return dict(tensors)
+
+
 def load_state_dict_checked(module: nn.Module, tensors: Mapping[str, Tensor], where: str | os.PathLike[str]) -> None:
     """Copy ``tensors`` into ``module`` if every name and shape agrees; otherwise leave the module untouched.
 

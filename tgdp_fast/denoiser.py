@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked, save_checkpoint
-from tgdp_fast.models import ARCHITECTURES, ScoreMLP
+from tgdp_fast.models import ARCHITECTURES, SSSDECG, ScoreMLP
 from tgdp_fast.schedule import NoiseSchedule
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "score")
@@ -159,7 +159,7 @@ class Denoiser(nn.Module):
         architecture = next((name for name, cls in ARCHITECTURES.items() if isinstance(self.network, cls)), None)
         return {
             "architecture": architecture,
-            "network": self.network.to_config() if isinstance(self.network, ScoreMLP) else None,
+            "network": self.network.to_config() if isinstance(self.network, ScoreMLP | SSSDECG) else None,
             "schedule": self.schedule.to_config(),
             "prediction": self.prediction,
             "time_input": self.time_input,

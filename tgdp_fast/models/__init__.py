@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tgdp_fast.models.mlp import ScoreMLP, TimeEmbedding, encode_labels
+from tgdp_fast.models.sssd_ecg import SSSDECG
 
 #: Architecture name in a checkpoint's config.json -> class.
-ARCHITECTURES: dict[str, type[ScoreMLP]] = {"score_mlp": ScoreMLP}
+ARCHITECTURES: dict[str, type[ScoreMLP] | type[SSSDECG]] = {"score_mlp": ScoreMLP, "sssd_ecg": SSSDECG}
 
-__all__ = ["ARCHITECTURES", "ScoreMLP", "TimeEmbedding", "encode_labels"]
+__all__ = ["ARCHITECTURES", "SSSDECG", "ScoreMLP", "TimeEmbedding", "encode_labels"]

@@ -1,0 +1,370 @@
+"""SSSD-ECG: the structured state space diffusion model of electrocardiograms, loaded from the released checkpoints.
+
+    x = relu(conv1x1(signal))
+    each block:  h = S4Block_1(conv3(x + fc_t(step embedding))) + fc_label(label embedding)
+                 h = S4Block_2(h);   o = tanh(first half of h) * sigmoid(second half)
+                 x = (x + res_conv(o)) / sqrt 2;   skip = skip + skip_conv(o)
+    prediction = conv1x1(relu(conv1x1(skip / sqrt(number of blocks))))
+
+Sources: Alcaraz & Strodthoff, "Diffusion-based Conditional ECG Generation with Structured State Space Models",
+Computers in Biology and Medicine 163, 2023, arXiv 2301.08227; the residual network of Kong et al.,
+"DiffWave", ICLR 2021, arXiv 2009.09761 (section 3); S4 in :mod:`tgdp_fast.models.s4`. Names of parameters and buffers
+are those of the released checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tgdp_fast._checks import check_choice, check_integer
+from tgdp_fast.checkpoint import CheckpointError, load_state_dict_checked, read_state_dict
+from tgdp_fast.models.mlp import encode_labels
+from tgdp_fast.models.s4 import CAUCHY, S4Block
+from tgdp_fast.ops import gated_activation
+
+_BLOCKS = "residual_layer.residual_blocks."
+
+
+class WeightNormConv1d(nn.Module):
+    """Convolution over time with the weight g v / ||v||, the norm taken over each output channel; zero padding.
+
+    The weight is computed from ``weight_g`` and ``weight_v`` at each use: there is no other copy that could be stale.
+    The first weight is the usual one of a convolution, as it is, in effect, in the released training code.
+
+    Shapes: weight_g [out, 1, 1], weight_v [out, in, kernel_size], bias [out]; [B, in, L] -> [B, out, L].
+
+    Source: Salimans & Kingma, "Weight Normalization", NeurIPS 2016, arXiv 1602.07868.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1) -> None:
+        super().__init__()
+        initial = nn.Conv1d(in_channels, out_channels, kernel_size)
+        assert initial.bias is not None
+        self.padding = kernel_size // 2
+        self.bias = initial.bias
+        self.weight_g = nn.Parameter(_norm(initial.weight.detach()))
+        self.weight_v = initial.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The normalised weight [out, in, kernel_size]."""
+        return self.weight_g * self.weight_v / _norm(self.weight_v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv1d(x, self.weight, self.bias, padding=self.padding)
+
+
+def _norm(weight: Tensor) -> Tensor:
+    return weight.square().sum(dim=(1, 2), keepdim=True).sqrt()
+
+
+def _named_conv(convolution: nn.Module) -> nn.Sequential:
+    """The convolution under the name that it has in checkpoints: ``conv`` of a module of its own."""
+    return nn.Sequential(OrderedDict(conv=convolution))
+
+
+def diffusion_step_features(step: Tensor, dim: int) -> Tensor:
+    """sin(step * f_i), then cos(step * f_i), with f_i = 10^(-4 i / (dim/2 - 1)): from 1 down to 1e-4 radians per step.
+
+    DiffWave (section 3.1) prints the exponents with the other sign; its code and that of SSSD-ECG, on which checkpoints
+    were trained, have this one. Computed in float64; that code's own float32 departs from it by up to 1e-5 at step 200.
+
+    Shapes: step [B], integer or fractional; returns float64 [B, dim].
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=step.device) * (-4.0 / (half - 1))
+    angles = step.to(torch.float64)[:, None] * torch.pow(10.0, exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """One residual block; see the module's text.
+
+    Shapes: ``forward(x [B, res_channels, L], step_embedding [B, step_dim], label_embedding [B, label_dim] or None)``
+    gives the next x and this block's part of the skip sum [B, skip_channels, L].
+    """
+
+    def __init__(
+        self,
+        res_channels: int,
+        skip_channels: int,
+        step_dim: int,
+        label_dim: int | None,
+        l_max: int,
+        d_state: int,
+        cauchy: str,
+    ) -> None:
+        super().__init__()
+        self.fc_t = nn.Linear(step_dim, res_channels)
+        self.S41 = S4Block(2 * res_channels, d_state, l_max, cauchy)
+        self.conv_layer = _named_conv(WeightNormConv1d(res_channels, 2 * res_channels, kernel_size=3))
+        self.S42 = S4Block(2 * res_channels, d_state, l_max, cauchy)
+        self.res_conv = WeightNormConv1d(res_channels, res_channels)
+        self.skip_conv = WeightNormConv1d(res_channels, skip_channels)
+        self.fc_label = None if label_dim is None else nn.Linear(label_dim, 2 * res_channels)
+
+    def forward(self, x: Tensor, step_embedding: Tensor, label_embedding: Tensor | None) -> tuple[Tensor, Tensor]:
+        # The convolution's zero padding does not see the embedding, so at both ends it acts differently.
+        h = self.S41(self.conv_layer(x + self.fc_t(step_embedding)[:, :, None]))
+        if self.fc_label is not None:
+            h = h + self.fc_label(label_embedding)[:, :, None]
+        gated = gated_activation(self.S42(h))
+        return (x + self.res_conv(gated)) * math.sqrt(0.5), self.skip_conv(gated)
+
+
+class ResidualGroup(nn.Module):
+    """The residual blocks and what they share: the embedding of the diffusion step, and the skip sum."""
+
+    def __init__(
+        self,
+        res_channels: int,
+        skip_channels: int,
+        num_res_layers: int,
+        step_dims: tuple[int, int, int],
+        label_dim: int | None,
+        l_max: int,
+        d_state: int,
+        cauchy: str,
+    ) -> None:
+        super().__init__()
+        self.skip_channels = skip_channels
+        self.fc_t1 = nn.Linear(step_dims[0], step_dims[1])
+        self.fc_t2 = nn.Linear(step_dims[1], step_dims[2])
+        self.residual_blocks = nn.ModuleList(
+            ResidualBlock(res_channels, skip_channels, step_dims[2], label_dim, l_max, d_state, cauchy)
+            for _ in range(num_res_layers)
+        )
+
+    def embed_step(self, step: Tensor) -> Tensor:
+        """Diffusion step [B] -> embedding [B, step_dims[2]]."""
+        features = diffusion_step_features(step, self.fc_t1.in_features).to(self.fc_t1.weight.dtype)
+        embedding: Tensor = functional.silu(self.fc_t2(functional.silu(self.fc_t1(features))))
+        return embedding
+
+    def forward(self, x: Tensor, step: Tensor, label_embedding: Tensor | None) -> Tensor:
+        step_embedding = self.embed_step(step)
+        # x and the sum keep the precision of x, also where autocast computes their terms in 16 bits.
+        skip = x.new_zeros((x.shape[0], self.skip_channels, x.shape[2]))
+        for block in self.residual_blocks:
+            x, term = block(x, step_embedding, label_embedding)
+            skip = skip + term
+        return skip * math.sqrt(1.0 / len(self.residual_blocks))
+
+
+class SSSDECG(nn.Module):
+    """The SSSD-ECG network. The defaults are the paper's: PTB-XL, 8 leads at 100 Hz for 10 s, 71 statements.
+
+    Wrapped as ``Denoiser(network, NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200)))`` it is the paper's model: it
+    takes the index of the diffusion step, 0 .. 199, and predicts epsilon.
+
+    Args:
+        in_channels, out_channels: channels (leads) of the signal and of the prediction.
+        res_channels, skip_channels: width of the residual stream and of the skip sum. S4 works on 2 res_channels.
+        num_res_layers: number of residual blocks, with two S4 layers each.
+        step_dims: widths of the diffusion step's features (even, at least 4), of the hidden layer and of the embedding.
+        num_classes: number of label classes; 0 for an unconditional network.
+        label_dim: width of the label embedding.
+        l_max: number of taps of the S4 kernels, the longest signal.
+        d_state: state size of S4, even.
+        cauchy: "pair" or "half", which function the S4 kernels are; see :class:`tgdp_fast.models.s4.NPLRKernel`.
+
+    Shapes: ``forward(x [B, in_channels, L], time [B], labels=None) -> [B, out_channels, L]``, in the dtype of x, for
+    any L in 1 .. l_max (see :class:`tgdp_fast.models.s4.S4Layer`). time is the diffusion step, of any real dtype.
+    labels are class indices [B] or rows [B, num_classes], soft or multi-hot: the weights of a sum of class embeddings.
+
+    Parameters and x are float32, or both float64 (``.double()``), which serves as the reference for everything faster.
+    For products in 16 bits use torch.autocast. S4 kernels are computed anew in training and kept in eval mode without
+    gradients: see :class:`tgdp_fast.models.s4.S4Kernel`.
+
+    Raises:
+        ValueError: an argument out of range; x of another shape; labels missing, unexpected or of another shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 8,
+        out_channels: int = 8,
+        res_channels: int = 256,
+        skip_channels: int = 256,
+        num_res_layers: int = 36,
+        step_dims: tuple[int, int, int] | list[int] = (128, 512, 512),
+        num_classes: int = 71,
+        label_dim: int = 128,
+        l_max: int = 1000,
+        d_state: int = 64,
+        cauchy: str = "pair",
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_integer("in_channels", in_channels, 1)
+        self.out_channels = check_integer("out_channels", out_channels, 1)
+        self.res_channels = check_integer("res_channels", res_channels, 1)
+        self.skip_channels = check_integer("skip_channels", skip_channels, 1)
+        self.num_res_layers = check_integer("num_res_layers", num_res_layers, 1)
+        self.step_dims = _check_step_dims(step_dims)
+        self.num_classes = check_integer("num_classes", num_classes, 0)
+        self.label_dim = check_integer("label_dim", label_dim, 1)
+        self.l_max = check_integer("l_max", l_max, 1)
+        self.d_state = check_integer("d_state", d_state, 2)
+        self.cauchy = check_choice("cauchy", cauchy, CAUCHY)
+
+        self.init_conv = nn.Sequential(_named_conv(WeightNormConv1d(in_channels, res_channels)), nn.ReLU())
+        self.embedding = nn.Embedding(num_classes, label_dim) if num_classes else None
+        self.residual_layer = ResidualGroup(
+            res_channels,
+            skip_channels,
+            num_res_layers,
+            self.step_dims,
+            label_dim if num_classes else None,
+            l_max,
+            d_state,
+            cauchy,
+        )
+        last = nn.Conv1d(skip_channels, out_channels, 1)
+        assert last.bias is not None
+        nn.init.zeros_(last.weight)  # Start from the prediction zero, as DiffWave does.
+        nn.init.zeros_(last.bias)
+        self.final_conv = nn.Sequential(
+            _named_conv(WeightNormConv1d(skip_channels, skip_channels)), nn.ReLU(), _named_conv(last)
+        )
+
+    @property
+    def event_shape(self) -> tuple[int, int]:
+        """Shape of one sample of full length: (in_channels, l_max)."""
+        return self.in_channels, self.l_max
+
+    def to_config(self) -> dict[str, Any]:
+        """Constructor arguments, JSON-able."""
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "res_channels": self.res_channels,
+            "skip_channels": self.skip_channels,
+            "num_res_layers": self.num_res_layers,
+            "step_dims": list(self.step_dims),
+            "num_classes": self.num_classes,
+            "label_dim": self.label_dim,
+            "l_max": self.l_max,
+            "d_state": self.d_state,
+            "cauchy": self.cauchy,
+        }
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str], *, cauchy: str, config: Mapping[str, Any] | None = None
+    ) -> SSSDECG:
+        """The network of a file as the SSSD-ECG training code writes it, or of the same tensors as a safetensors file.
+
+        Sizes are read off the tensors. (Checkpoint folders of this package are read by ``Denoiser.load``.)
+
+        Args:
+            path: a file of ``torch.save`` with the state dict, alone or as the entry "model_state_dict", or a
+                ``.safetensors`` file with it. Nothing but tensors is unpickled (``weights_only=True``).
+            cauchy: which kernels the checkpoint was trained on; the file does not tell, and the wrong ones change the
+                prediction by a third. "pair" if training had the CUDA extension or PyKeOps; "half" if its log says
+                "Falling back on slow Cauchy kernel", as it does with the SSSD-ECG repository left as it is.
+            config: constructor arguments that the file must agree with, such as ``{"num_res_layers": 36}``: without, a
+                file that lacks whole blocks at its end passes for a smaller network.
+
+        Returns:
+            The network in float32 (the default dtype), on the CPU, in eval mode.
+
+        Raises:
+            CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape; the message
+                names the first ones, with the shapes expected and found.
+            ValueError: an unknown ``cauchy``; an unknown key or a bad value in ``config``.
+        """
+        check_choice("cauchy", cauchy, CAUCHY)
+        tensors = read_state_dict(path)
+        sizes = config_from_state_dict(tensors, path)
+        for name in config or {}:
+            check_choice("config's keys", name, sizes)
+        network = cls(**{**sizes, **(config or {})}, cauchy=cauchy)
+        load_state_dict_checked(network, tensors, path)
+        return network.eval()
+
+    def embed_labels(self, labels: Tensor | None) -> Tensor | None:
+        """Labels -> embedding [B, label_dim], or None for an unconditional network.
+
+        Raises:
+            ValueError: labels for an unconditional network, or none for a conditional one.
+        """
+        if self.embedding is None:
+            if labels is not None:
+                raise ValueError("labels were given, but this network is unconditional; build it with num_classes > 0")
+            return None
+        if labels is None:
+            raise ValueError(f"labels are required: this network is conditional on {self.num_classes} classes")
+        weight = self.embedding.weight
+        return encode_labels(labels, self.num_classes, weight.dtype) @ weight
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+        if x.ndim != 3 or x.shape[1] != self.in_channels or not 1 <= x.shape[2] <= self.l_max:
+            raise ValueError(
+                f"x must have shape [B, {self.in_channels}, L] with L in 1..{self.l_max}, got {tuple(x.shape)}"
+            )
+        label_embedding = self.embed_labels(labels)
+        h = self.init_conv(x).to(x.dtype)
+        h = self.residual_layer(h, time, label_embedding)
+        return self.final_conv(h).to(x.dtype)
+
+
+def _check_step_dims(step_dims: tuple[int, int, int] | list[int]) -> tuple[int, int, int]:
+    if not isinstance(step_dims, tuple | list) or len(step_dims) != 3:
+        raise ValueError(f"step_dims must be three integers (features, hidden, embedding), got {step_dims!r}")
+    features, hidden, embedding = step_dims
+    if check_integer("step_dims[0]", features, 4) % 2:
+        raise ValueError(f"step_dims[0] must be even (a sine and a cosine for each frequency), got {features}")
+    return int(features), check_integer("step_dims[1]", hidden, 1), check_integer("step_dims[2]", embedding, 1)
+
+
+def config_from_state_dict(tensors: Mapping[str, Tensor], where: str | os.PathLike[str]) -> dict[str, Any]:
+    """Constructor arguments of :class:`SSSDECG`, all but ``cauchy``, as the shapes of a state dict tell them.
+
+    Raises:
+        CheckpointError: a tensor that tells a size is missing, or has another number of dimensions.
+    """
+
+    def shape(name: str, expected: str) -> torch.Size:
+        found = tensors[name].shape if name in tensors else None
+        if found is None or len(found) != expected.count(",") + 1 or 0 in found:
+            came = "is missing" if found is None else f"has shape {list(found)}"
+            raise CheckpointError(f"{where} is no checkpoint of SSSDECG: {name} {came}, expected [{expected}]")
+        return found
+
+    first = shape("init_conv.0.conv.weight_v", "res_channels, in_channels, 1")
+    last = shape("final_conv.2.conv.weight", "out_channels, skip_channels, 1")
+    hidden = shape("residual_layer.fc_t1.weight", "hidden, features")
+    output = shape("residual_layer.fc_t2.weight", "embedding, hidden")
+    kernel = f"{_BLOCKS}0.S41.s4_layer.kernel.kernel."
+    c = shape(f"{kernel}C", "2, 2 res_channels, d_state / 2, 2")
+    shape(f"{kernel}omega", "l_max // 2 + 1, 2")
+    labels = shape("embedding.weight", "num_classes, label_dim") if "embedding.weight" in tensors else (0, 1)
+    indices = {name[len(_BLOCKS) :].split(".")[0] for name in tensors if name.startswith(_BLOCKS)}
+    return {
+        "in_channels": first[1],
+        "out_channels": last[0],
+        "res_channels": first[0],
+        "skip_channels": last[1],
+        # A gap shows as missing tensors of the blocks in it.
+        "num_res_layers": len(indices),
+        "step_dims": (hidden[1], hidden[0], output[0]),
+        "num_classes": labels[0],
+        "label_dim": labels[1],
+        "l_max": _length_of_nodes(tensors[f"{kernel}omega"]),
+        "d_state": 2 * c[2],
+    }
+
+
+def _length_of_nodes(omega: Tensor) -> int:
+    """The length L with these L // 2 + 1 nodes [.., 2]: of the two possible ones, the even one ends at -1."""
+    odd = 2 * omega.shape[0] - 1
+    ends_at_minus_one = abs(float(omega[-1, 1])) < 0.5 * math.sin(math.pi / odd) and float(omega[-1, 0]) < 0
+    return odd - 1 if ends_at_minus_one else odd
