@@ -30,7 +30,7 @@ TGDP_FUNCTION int pitch_for(int widest) {
 // Words of slopes of one block.
 template <typename Tile>
 TGDP_FUNCTION size_t slope_words(int layers, int pitch) {
-  const int panels = (pitch - Tile::kPadding + kPanel - 1) / kPanel;
+  const int panels = (pitch - Tile::kPadding + Tile::kPanel - 1) / Tile::kPanel;
   return static_cast<size_t>(layers > 1 ? layers - 1 : 0) * panels * Tile::kHeld * kProductThreads;
 }
 
@@ -86,7 +86,7 @@ class Layers {
 
   // scratch: slopes of a block after those of another; null: they are in shared memory.
   TGDP_DEVICE Layers(const LayersLayout& layout, int layers, int pitch, uint32_t* scratch)
-      : pitch_(pitch), panels_((pitch - Tile::kPadding + kPanel - 1) / kPanel) {
+      : pitch_(pitch), panels_((pitch - Tile::kPadding + Tile::kPanel - 1) / Tile::kPanel) {
     const size_t activations = static_cast<size_t>(Tile::kRows) * pitch;
     current_ = shared_array<Storage>(layout.current, activations);
     next_ = shared_array<Storage>(layout.next, activations);

@@ -52,7 +52,7 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   constexpr int64_t kRowsOfWeights = 48;
   const int64_t waves = (needed + at_once - 1) / at_once;
   const int64_t sharing = (plan.blocks + limits.multiprocessors - 1) / limits.multiprocessors;
-  plan.cost = waves * sharing * (Tile::kRows + kRowsOfWeights);
+  plan.cost = waves * sharing * (Tile::kRows + kRowsOfWeights) * rounded_up(demand.widest, Tile::kPanel);
   return plan;
 }
 
@@ -82,11 +82,11 @@ const char* with_cheapest(Dtype dtype, const char* too_wide, const Demand& deman
   bool fits = false;
   if (dtype == Dtype::bf16) {
     using Element = Bf16;
-    fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96>>(
+    fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96, 256>>(
         limits, demand, keep_error);
   } else if (dtype == Dtype::f16) {
     using Element = F16;
-    fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96>>(
+    fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96, 256>>(
         limits, demand, keep_error);
   } else {
     fits = with_cheapest_of<FloatTile<16>, FloatTile<32>>(limits, demand, keep_error);

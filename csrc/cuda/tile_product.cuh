@@ -1,6 +1,6 @@
 // Products of a block of rows in shared memory with a matrix that is streamed from global memory tile by tile.
 //
-// A block of 256 threads computes panels of kPanel columns. Tiles arrive by asynchronous copies two steps ahead, with one
+// A block of 256 threads computes panels of Tile::kPanel columns. Tiles arrive by asynchronous copies two steps ahead, with one
 // barrier a step. What happens to a finished panel is up to the caller.
 #pragma once
 
@@ -11,7 +11,6 @@
 namespace tgdp::cuda {
 
 constexpr int kProductThreads = 256;
-constexpr int kPanel = 128;
 constexpr int kStages = 3;
 
 // A matrix in global memory; its rows are in one piece.
@@ -39,7 +38,7 @@ struct SwizzledTile {
   static constexpr int kPieces = kColumns / kPiece;
   // Rows that fill all banks together.
   static constexpr int kRowsOfBanks = kPieces < 8 ? 8 / kPieces : 1;
-  static_assert(kPieces >= 4 && (kPieces & (kPieces - 1)) == 0);
+  static_assert(kPieces >= 2 && (kPieces & (kPieces - 1)) == 0);
   static TGDP_FUNCTION int at(int row, int column) {
     constexpr int kTurns = 8 / kRowsOfBanks;
     return row * kColumns + ((column / kPiece) ^ (row / kRowsOfBanks % kTurns)) * kPiece + column % kPiece;
@@ -47,24 +46,27 @@ struct SwizzledTile {
 };
 
 // The part of a panel that a thread holds: `kRows` rows, products of 16-bit elements on tensor cores. Eight warps stand two
-// by four, 32 columns each.
-template <typename Element_, int kRows_>
+// by four. The wider the panel, the fewer bytes of shared memory for a product: a warp reads (kRows / 2 + kPanel / 4) kDepth
+// elements for kRows kPanel kDepth / 8 products.
+template <typename Element_, int kRows_, int kPanel_ = 128>
 class TensorCoreTile {
  public:
   using Element = Element_;
   using Storage = uint16_t;
   static constexpr int kRows = kRows_;
-  static constexpr int kDepth = 32;   // of a tile
+  static constexpr int kPanel = kPanel_;
+  static constexpr int kDepth = 4096 / kPanel;  // of a tile, 8 KB
   static constexpr int kPadding = 8;  // of left factors: 16 bytes, so that eight rows lie in different banks
   template <int kColumns>
   using Layout = SwizzledTile<uint16_t, kColumns>;  // of tiles
   static constexpr int kAdjacent = 2;  // columns that a thread holds together
   static constexpr int kRowTiles = kRows / 32;
   static constexpr int kHeldRows = 2 * kRowTiles;
-  static constexpr int kHeld = 8 * kRowTiles;  // times kAdjacent values
+  static constexpr int kColumnTiles = kPanel / 32;  // of eight columns, of a warp
+  static constexpr int kHeld = 2 * kColumnTiles * kRowTiles;  // times kAdjacent values
   static constexpr int kColumnWarps = 4;
   static constexpr int kLanesOfRow = 4;  // lanes of a warp that hold parts of the same row: neighbours
-  static_assert(kRows % 32 == 0);
+  static_assert(kRows % 32 == 0 && kPanel % 64 == 0);
 
   TGDP_DEVICE TensorCoreTile() { clear(); }
 
@@ -72,7 +74,7 @@ class TensorCoreTile {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
+      for (int n = 0; n < kColumnTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums_[i][n][e] = 0.0f;
       }
@@ -86,13 +88,13 @@ class TensorCoreTile {
     const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8, row = lane % 8;
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      uint32_t a[kRowTiles][4], b[2][4];
+      uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         load_matrices<false>(a[i], left + ((first_row() + 16 * i + lane % 16) * pitch + k + lane / 16 * 8));
       }
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < kColumnTiles / 2; ++n) {
         // Columns 0 to 7 and 8 to 15 of 16, each with both halves of the depth.
         const int column = first_column() + 16 * n + matrix / 2 * 8, depth = k + matrix % 2 * 8;
         if constexpr (kTransposed) {
@@ -104,7 +106,7 @@ class TensorCoreTile {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < kColumnTiles; ++n) {
           const uint32_t pair[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
           mma_m16n8k16<Element>(sums_[i][n], a[i], pair);
         }
@@ -121,10 +123,10 @@ class TensorCoreTile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < kColumnTiles; ++n) {
           const float values[2] = {sums_[i][n][2 * half], sums_[i][n][2 * half + 1]};
           body(first_row() + 16 * i + 8 * half + lane / 4, first_column() + 8 * n + lane % 4 * 2, 2 * i + half,
-               (2 * i + half) * 4 + n, values);
+               (2 * i + half) * kColumnTiles + n, values);
         }
       }
     }
@@ -135,15 +137,16 @@ class TensorCoreTile {
     return first_row() + 16 * (held / 2) + 8 * (held % 2) + static_cast<int>(threadIdx.x) % 32 / 4;
   }
   static TGDP_DEVICE int column_warp() { return static_cast<int>(threadIdx.x) / 32 % 4; }
+  // The first column of the warp.
+  static TGDP_DEVICE int first_column() { return column_warp() * (kPanel / 4); }
 
   static TGDP_DEVICE uint32_t pack(const float (&values)[2]) { return Element::pack(values[0], values[1]); }
   static TGDP_DEVICE void store(Shared<uint16_t> to, const float (&values)[2]) { *shared_as<uint32_t>(to) = pack(values); }
 
  private:
   static TGDP_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / 128 * (kRows / 2); }
-  static TGDP_DEVICE int first_column() { return column_warp() * 32; }
 
-  float sums_[kRowTiles][4][4];
+  float sums_[kRowTiles][kColumnTiles][4];
 };
 
 // The same in float32 with plain fused multiply-adds: every warp takes kRows / 8 rows, every lane four columns of them.
@@ -153,6 +156,7 @@ class FloatTile {
   using Element = F32;
   using Storage = float;
   static constexpr int kRows = kRows_;
+  static constexpr int kPanel = 128;
   static constexpr int kDepth = 16;
   static constexpr int kPadding = 4;
   template <int kColumns>
@@ -223,6 +227,7 @@ class FloatTile {
 
   static TGDP_DEVICE int row_of(int held) { return static_cast<int>(threadIdx.x) / 32 * kHeldRows + held; }
   static TGDP_DEVICE int column_warp() { return 0; }
+  static TGDP_DEVICE int first_column() { return 0; }
   static TGDP_DEVICE void store(Shared<float> to, const float (&values)[1]) { *to = values[0]; }
 
  private:
@@ -232,9 +237,9 @@ class FloatTile {
 // Elements of a stage: a tile of either orientation.
 template <typename Tile>
 constexpr int kStageElements =
-    kPanel * Tile::template Layout<Tile::kDepth>::kPitch > Tile::kDepth * Tile::template Layout<kPanel>::kPitch
-        ? kPanel * Tile::template Layout<Tile::kDepth>::kPitch
-        : Tile::kDepth * Tile::template Layout<kPanel>::kPitch;
+    Tile::kPanel * Tile::template Layout<Tile::kDepth>::kPitch > Tile::kDepth * Tile::template Layout<Tile::kPanel>::kPitch
+        ? Tile::kPanel * Tile::template Layout<Tile::kDepth>::kPitch
+        : Tile::kDepth * Tile::template Layout<Tile::kPanel>::kPitch;
 
 // Copies rows [row, row + kTileRows) and columns [column, column + kTileColumns) of a matrix [rows, columns] to where
 // Layout has them; zeros outside of the matrix. The caller commits the copies.
@@ -276,16 +281,16 @@ TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<ty
                          const LoadLeft& load_left, const Left& left, const Finish& finish) {
   // Without any depth, one part of zeros.
   const int parts = depth > 0 ? (depth + Tile::kDepth - 1) / Tile::kDepth : 1;
-  const int steps = (columns + kPanel - 1) / kPanel * parts;
+  const int steps = (columns + Tile::kPanel - 1) / Tile::kPanel * parts;
   int load_panel = 0, load_part = 0;
   const auto load = [&](int stage) {
-    if (load_panel * kPanel < columns) {
+    if (load_panel * Tile::kPanel < columns) {
       const Shared<typename Tile::Storage> to = stages + stage * kStageElements<Tile>;
-      const int column = load_panel * kPanel, k = load_part * Tile::kDepth;
+      const int column = load_panel * Tile::kPanel, k = load_part * Tile::kDepth;
       if constexpr (kTransposed) {
-        load_tile<Tile, typename Tile::template Layout<kPanel>, Tile::kDepth, kPanel>(to, weight, k, column, depth, columns);
+        load_tile<Tile, typename Tile::template Layout<Tile::kPanel>, Tile::kDepth, Tile::kPanel>(to, weight, k, column, depth, columns);
       } else {
-        load_tile<Tile, typename Tile::template Layout<Tile::kDepth>, kPanel, Tile::kDepth>(to, weight, column, k, columns,
+        load_tile<Tile, typename Tile::template Layout<Tile::kDepth>, Tile::kPanel, Tile::kDepth>(to, weight, column, k, columns,
                                                                                             depth);
       }
       load_left(k, stage);
@@ -306,10 +311,13 @@ TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<ty
     __syncthreads();
     load(stage == 0 ? kStages - 1 : stage - 1);
     const auto factor = left(part * Tile::kDepth, stage);
-    tile.template multiply<kTransposed>(factor.data, factor.pitch, stages + stage * kStageElements<Tile>);
+    // Not for columns that are not there: narrow outputs.
+    if (panel * Tile::kPanel + Tile::first_column() < columns) {
+      tile.template multiply<kTransposed>(factor.data, factor.pitch, stages + stage * kStageElements<Tile>);
+    }
     if (++stage == kStages) stage = 0;
     if (++part == parts) {
-      finish(panel * kPanel, panel, tile);
+      finish(panel * Tile::kPanel, panel, tile);
       tile.clear();
       part = 0;
       ++panel;
