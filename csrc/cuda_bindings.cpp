@@ -105,9 +105,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
   call.value = value.mutable_data_ptr();
   call.gradient = gradient.mutable_data_ptr();
   call.keep = save_pre_activations ? kept_data.data() : nullptr;
-  int64_t scratch_bytes = 0;
-  check(tgdp_cuda_mlp_scratch(&call, &scratch_bytes));
-  const Tensor scratch = at::empty({scratch_bytes}, x.options().dtype(at::kByte));
+  tgdp::LaunchPlan plan;
+  check(tgdp_cuda_mlp_plan(&call, &plan));
+  const Tensor scratch = at::empty({plan.scratch_bytes}, x.options().dtype(at::kByte));
   call.scratch = scratch.mutable_data_ptr();
   check(tgdp_cuda_mlp_value_and_grad(&call, c10::cuda::getCurrentCUDAStream().stream()));
   return {value, gradient, kept};
@@ -180,9 +180,9 @@ std::tuple<Tensor, Tensor> trajectory(
   Tensor first_failure = at::empty({}, x.options().dtype(at::kInt)).fill_(kNone);
   call.out = result.mutable_data_ptr<float>();
   call.first_failure = first_failure.mutable_data_ptr<int>();
-  int64_t scratch_bytes = 0;
-  check(tgdp_cuda_trajectory_scratch(&call, &scratch_bytes));
-  const Tensor scratch = at::empty({scratch_bytes}, x.options().dtype(at::kByte));
+  tgdp::LaunchPlan plan;
+  check(tgdp_cuda_trajectory_plan(&call, &plan));
+  const Tensor scratch = at::empty({plan.scratch_bytes}, x.options().dtype(at::kByte));
   call.scratch = scratch.mutable_data_ptr();
   check(tgdp_cuda_trajectory(&call, c10::cuda::getCurrentCUDAStream().stream()));
   Tensor diverged = first_failure.to(at::kLong);
@@ -202,8 +202,8 @@ std::string trajectory_refusal(int64_t device, at::ScalarType dtype, int64_t siz
   call.score.widths = score_widths.data();
   call.guidance.layers = static_cast<int64_t>(guidance_widths.size());
   call.guidance.widths = guidance_widths.data();
-  int64_t bytes = 0;
-  const char* reason = tgdp_cuda_trajectory_scratch(&call, &bytes);
+  tgdp::LaunchPlan plan;
+  const char* reason = tgdp_cuda_trajectory_plan(&call, &plan);
   return reason == nullptr ? "" : reason;
 }
 

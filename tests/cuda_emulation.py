@@ -100,6 +100,12 @@ class MlpValueAndGradCall(ctypes.Structure):
     ]
 
 
+class LaunchPlan(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("blocks", "rows", "panel", "depth", "shared_bytes", "scratch_bytes")
+    ]
+
+
 class TrajectoryNetworkCall(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.c_int64),
@@ -159,9 +165,9 @@ def library() -> ctypes.CDLL:
     for name in (
         "tgdp_cuda_guided_step",
         "tgdp_cuda_mlp_value_and_grad",
-        "tgdp_cuda_mlp_scratch",
+        "tgdp_cuda_mlp_plan",
         "tgdp_cuda_trajectory",
-        "tgdp_cuda_trajectory_scratch",
+        "tgdp_cuda_trajectory_plan",
         "test_fault",
         "test_product",
     ):
@@ -288,18 +294,23 @@ def mlp_value_and_grad(
         *(output.values.data_ptr() for output in outputs),
         _pointers([output.values for output in kept]) if kept else None, None,
     )  # fmt: skip
-    size = scratch_bytes(call)
-    scratch = torch.full((size // 4,), torch.nan)
-    call.scratch = scratch.data_ptr() if size else None
+    scratch = scratch_for(plan_of(call))
+    call.scratch = scratch.data_ptr()
     check(library().tgdp_cuda_mlp_value_and_grad(ctypes.byref(call), None))
     value, gradient = (output.finish() for output in outputs)
     return value, gradient, tuple(output.finish() for output in kept)
 
 
-def scratch_bytes(call: MlpValueAndGradCall) -> int:
-    size = ctypes.c_int64()
-    check(library().tgdp_cuda_mlp_scratch(ctypes.byref(call), ctypes.byref(size)))
-    return size.value
+def plan_of(call: MlpValueAndGradCall | TrajectoryKernelCall) -> LaunchPlan:
+    """How a call is cut into blocks on the chosen device; its tensors are not read."""
+    ask = "tgdp_cuda_mlp_plan" if isinstance(call, MlpValueAndGradCall) else "tgdp_cuda_trajectory_plan"
+    plan = LaunchPlan()
+    check(getattr(library(), ask)(ctypes.byref(call), ctypes.byref(plan)))
+    return plan
+
+
+def scratch_for(plan: LaunchPlan) -> Tensor:
+    return torch.full((plan.scratch_bytes // 4,), torch.nan)
 
 
 def trajectory(
@@ -321,12 +332,11 @@ def trajectory(
         DTYPES[score.weights[0].dtype], batch, size, plan.history, len(plan.matrix),
         _network(score), _network(guidance),
         x.data_ptr(), indices.data_ptr(), table.data_ptr(),
-        plan.clamp is not None, lowest, highest, plan.gradient_norm_limit or 0.0, key_low, key_high, out.values.data_ptr(), diverged.data_ptr(), None,
+        plan.clamp is not None, lowest, highest, plan.gradient_norm_limit or 0.0, key_low, key_high,
+        out.values.data_ptr(), diverged.data_ptr(), None,
     )  # fmt: skip
-    needed = ctypes.c_int64()
-    check(library().tgdp_cuda_trajectory_scratch(ctypes.byref(call), ctypes.byref(needed)))
-    scratch = torch.full((needed.value // 4,), torch.nan)
-    call.scratch = scratch.data_ptr() if needed.value else None
+    scratch = scratch_for(plan_of(call))
+    call.scratch = scratch.data_ptr()
     check(library().tgdp_cuda_trajectory(ctypes.byref(call), None))
     return out.finish(), -1 if int(diverged) == 2**31 - 1 else int(diverged)
 

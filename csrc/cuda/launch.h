@@ -53,6 +53,14 @@ struct TrajectoryKernelCall {
   void* scratch = nullptr;       // as many bytes as asked for
 };
 
+// How a call is cut into blocks on a device.
+struct LaunchPlan {
+  int64_t blocks = 0, rows = 0;          // rows of a batch per block
+  int64_t panel = 0, depth = 0;          // columns of results, and of factors, that a block handles at a time
+  int64_t shared_bytes = 0;              // of a block
+  int64_t scratch_bytes = 0;             // in all
+};
+
 }  // namespace tgdp
 
 extern "C" {
@@ -64,14 +72,13 @@ const char* tgdp_cuda_guided_step(const tgdp::GuidedStepCall* call, void* stream
 // allows: 512 on every device from sm_80 on.
 const char* tgdp_cuda_mlp_value_and_grad(const tgdp::MlpValueAndGradCall* call, void* stream);
 
-// Bytes of scratch memory that the call needs on the current device; its pointers are not read.
-const char* tgdp_cuda_mlp_scratch(const tgdp::MlpValueAndGradCall* call, int64_t* bytes);
+// The plan on the current device, or why the call cannot be served; of its pointers, only the one to widths is read.
+const char* tgdp_cuda_mlp_plan(const tgdp::MlpValueAndGradCall* call, tgdp::LaunchPlan* plan);
 
 // Reference twin tgdp_fast.ops.trajectory.trajectory_reference. At most 4 slots and 8 layers; state and layers in shared
 // memory.
 const char* tgdp_cuda_trajectory(const tgdp::TrajectoryKernelCall* call, void* stream);
 
-// Bytes of scratch memory that the call needs on the current device, or why it cannot be served; its pointers are not read
-// but those to widths.
-const char* tgdp_cuda_trajectory_scratch(const tgdp::TrajectoryKernelCall* call, int64_t* bytes);
+// As tgdp_cuda_mlp_plan.
+const char* tgdp_cuda_trajectory_plan(const tgdp::TrajectoryKernelCall* call, tgdp::LaunchPlan* plan);
 }

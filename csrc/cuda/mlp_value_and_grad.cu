@@ -30,7 +30,7 @@ const char* run(const MlpValueAndGradCall& call, const RowPlan& plan, void* stre
   arguments.gradient = call.gradient;
   arguments.scratch = plan.scratch_bytes > 0 ? static_cast<uint32_t*>(call.scratch) : nullptr;
   return launch(&mlp_value_and_grad_kernel<Tile>, static_cast<uint32_t>(plan.blocks), kProductThreads,
-                plan.shared_bytes, stream, arguments);
+                static_cast<size_t>(plan.shared_bytes), stream, arguments);
 }
 
 // Calls body(tile, plan) with the tile to use.
@@ -70,11 +70,9 @@ const char* tgdp_cuda_mlp_value_and_grad(const tgdp::MlpValueAndGradCall* call, 
   });
 }
 
-const char* tgdp_cuda_mlp_scratch(const tgdp::MlpValueAndGradCall* call, int64_t* bytes) {
-  *bytes = 0;
-  if (call->batch == 0) return nullptr;
-  return tgdp::cuda::with_tile(*call, [&](auto*, const tgdp::cuda::RowPlan& plan) -> const char* {
-    *bytes = static_cast<int64_t>(plan.scratch_bytes);
+const char* tgdp_cuda_mlp_plan(const tgdp::MlpValueAndGradCall* call, tgdp::LaunchPlan* plan) {
+  return tgdp::cuda::with_tile(*call, [&](auto*, const tgdp::cuda::RowPlan& chosen) -> const char* {
+    *plan = chosen;
     return nullptr;
   });
 }

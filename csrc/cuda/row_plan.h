@@ -1,15 +1,14 @@
 // How kernels of perceptron_layers.cuh cut a batch into blocks of rows, and which tile they take.
 #pragma once
 
+#include "launch.h"
 #include "perceptron_layers.cuh"
 
 namespace tgdp::cuda {
 
 // blocks 0: it does not fit.
-struct RowPlan {
+struct RowPlan : LaunchPlan {
   int pitch = 0;
-  int64_t blocks = 0;
-  size_t shared_bytes = 0, scratch_bytes = 0;
   int64_t cost = 0;  // time, in a unit of its own
 };
 
@@ -25,27 +24,31 @@ struct RowDemand {
 template <typename Tile>
 RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   // What the system takes of a multiprocessor's memory for every block.
-  constexpr size_t kReserved = 1024;
+  constexpr int64_t kReserved = 1024;
   RowPlan plan;
   plan.pitch = pitch_for<Tile>(demand.widest);
+  plan.rows = Tile::kRows;
+  plan.panel = Tile::kPanel;
+  plan.depth = Tile::kDepth;
   const auto bytes = [&](bool with_slopes) {
-    return layers_layout<Tile>(demand.own_bytes, demand.least_next, demand.slope_layers, plan.pitch, with_slopes).bytes;
+    const LayersLayout layout =
+        layers_layout<Tile>(demand.own_bytes, demand.least_next, demand.slope_layers, plan.pitch, with_slopes);
+    return static_cast<int64_t>(layout.bytes);
   };
-  const auto of_multiprocessor = static_cast<size_t>(limits.shared_per_multiprocessor);
   plan.shared_bytes = bytes(true);
-  size_t resident = of_multiprocessor / (plan.shared_bytes + kReserved);
-  const auto wanted = static_cast<size_t>(demand.resident);
-  const bool slopes_in_shared = resident >= wanted;
+  int64_t resident = limits.shared_per_multiprocessor / (plan.shared_bytes + kReserved);
+  const bool slopes_in_shared = resident >= demand.resident;
   if (!slopes_in_shared) {
     plan.shared_bytes = bytes(false);
-    resident = of_multiprocessor / (plan.shared_bytes + kReserved);
+    resident = limits.shared_per_multiprocessor / (plan.shared_bytes + kReserved);
   }
-  if (plan.shared_bytes > static_cast<size_t>(limits.shared_per_block)) return plan;
-  const int64_t at_once = limits.multiprocessors * static_cast<int64_t>(resident < wanted ? 1 : wanted);
+  if (plan.shared_bytes > limits.shared_per_block) return plan;
+  const int64_t at_once = int64_t{limits.multiprocessors} * (resident < demand.resident ? 1 : demand.resident);
   const int64_t needed = demand.batch > 0 ? (demand.batch + Tile::kRows - 1) / Tile::kRows : 1;
   plan.blocks = needed < at_once ? needed : at_once;
   if (!slopes_in_shared) {
-    plan.scratch_bytes = plan.blocks * slope_words<Tile>(demand.slope_layers, plan.pitch) * sizeof(uint32_t);
+    const size_t words = slope_words<Tile>(demand.slope_layers, plan.pitch);
+    plan.scratch_bytes = plan.blocks * static_cast<int64_t>(words * sizeof(uint32_t));
   }
   // A block takes as long as its products, and as the weights to come: about that of kRowsOfWeights more rows. Blocks
   // share a multiprocessor's time.

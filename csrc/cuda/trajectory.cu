@@ -48,7 +48,7 @@ const char* run(const TrajectoryKernelCall& call, const RowPlan& plan, void* str
   arguments.out = call.out;
   arguments.first_failure = call.first_failure;
   arguments.scratch = plan.scratch_bytes > 0 ? static_cast<uint32_t*>(call.scratch) : nullptr;
-  return launch(&trajectory_kernel<Tile>, static_cast<uint32_t>(plan.blocks), kProductThreads, plan.shared_bytes, stream,
+  return launch(&trajectory_kernel<Tile>, static_cast<uint32_t>(plan.blocks), kProductThreads, static_cast<size_t>(plan.shared_bytes), stream,
                 arguments);
 }
 
@@ -93,10 +93,9 @@ const char* tgdp_cuda_trajectory(const tgdp::TrajectoryKernelCall* call, void* s
   });
 }
 
-const char* tgdp_cuda_trajectory_scratch(const tgdp::TrajectoryKernelCall* call, int64_t* bytes) {
-  *bytes = 0;
-  return tgdp::cuda::with_tile(*call, [&](auto*, const tgdp::cuda::RowPlan& plan) -> const char* {
-    *bytes = static_cast<int64_t>(plan.scratch_bytes);
+const char* tgdp_cuda_trajectory_plan(const tgdp::TrajectoryKernelCall* call, tgdp::LaunchPlan* plan) {
+  return tgdp::cuda::with_tile(*call, [&](auto*, const tgdp::cuda::RowPlan& chosen) -> const char* {
+    *plan = chosen;
     return nullptr;
   });
 }
