@@ -4,12 +4,14 @@
 
 Registers, spills and shared memory are the compiler's. Blocks per multiprocessor follow from them. Bytes and FLOPs are
 what the launch must move and compute at least. floor = max(bytes / bandwidth, FLOPs / rate); predicted = floor, longer
-by what the last, partly filled, wave of blocks wastes, plus a launch. Nothing here is measured.
+by what the last, partly filled, wave of blocks wastes, plus a launch. The fused CUDA kernels are predicted step by step
+(block_seconds in the script). Nothing here is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import re
 import shutil
@@ -20,7 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import cuda_emulation  # noqa: E402
+import torch  # noqa: E402
 
 from tgdp_fast.benchmark.binaries import compile_nvidia, kernel_modules, shipped  # noqa: E402
 from tgdp_fast.checkpoint import write_atomic  # noqa: E402
@@ -38,7 +43,9 @@ _ENTRY = re.compile(
 class Card:
     """A GPU by its data sheet; rates without sparsity, bf16 products with float32 sums.
 
-    Per multiprocessor: shared memory in bytes, threads, blocks; 65,536 registers everywhere.
+    Per multiprocessor: shared memory in bytes, threads, blocks; 65,536 registers everywhere. clock in Hz; l2 the
+    bandwidth of the level-2 cache; mma the part of the tensor cores' rate that ``mma.sync`` reaches: on Hopper the full
+    rate needs ``wgmma`` (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", 2024: 0.62).
     """
 
     name: str
@@ -49,13 +56,16 @@ class Card:
     shared: int
     threads: int
     blocks: int
+    clock: float
+    l2: float
+    mma: float
 
 
 CARDS = {
-    80: Card("A100 80GB SXM", 2.04e12, 19.5e12, 312e12, 108, 164 << 10, 2048, 32),
-    86: Card("RTX 3090", 0.936e12, 35.6e12, 71e12, 82, 100 << 10, 1536, 16),
-    90: Card("H100 SXM", 3.35e12, 67e12, 989e12, 132, 228 << 10, 2048, 32),
-    100: Card("B200", 8.0e12, 75e12, 2250e12, 148, 228 << 10, 2048, 32),
+    80: Card("A100 80GB SXM", 2.04e12, 19.5e12, 312e12, 108, 164 << 10, 2048, 32, 1.41e9, 4.0e12, 1.0),
+    86: Card("RTX 3090", 0.936e12, 35.6e12, 71e12, 82, 100 << 10, 1536, 16, 1.70e9, 2.0e12, 1.0),
+    90: Card("H100 SXM", 3.35e12, 67e12, 989e12, 132, 228 << 10, 2048, 32, 1.83e9, 5.5e12, 0.62),
+    100: Card("B200", 8.0e12, 75e12, 2250e12, 148, 228 << 10, 2048, 32, 1.85e9, 8.0e12, 0.5),
 }
 
 
@@ -74,20 +84,21 @@ def predicted(card: Card, programs: int, resident: int, moved: float, flops: flo
     return floor, floor * waste + _LAUNCH
 
 
-def triton_table(capability: int) -> tuple[str, list[tuple[int, int, int]]]:
-    """The table of an architecture, and (registers, spilled, shared) of every kernel."""
-    card, body, sizes = CARDS[capability], [], []
+def triton_table(capability: int) -> tuple[str, list[tuple[int, int, int]], dict[str, float]]:
+    """The table of an architecture, (registers, spilled, shared) of every kernel, and predicted seconds by name."""
+    card, body, sizes, times = CARDS[capability], [], [], {}
     for module in kernel_modules():
         for item in shipped(module):
             binary = compile_nvidia(item, capability)
             sizes.append((binary.registers, binary.spilled, binary.shared))
             resident = blocks_per_multiprocessor(card, binary.registers, binary.shared, item.num_warps)
             floor, seconds = predicted(card, item.programs, resident, item.bytes, item.flops, binary.tensor_cores)
+            times[item.name] = seconds
             numbers = (binary.registers, binary.spilled, f"{binary.shared / 1024:.0f}", resident * item.num_warps)
             work = (f"{item.bytes / 1e6:.3g}", f"{item.flops / 1e9:.3g}", f"{floor * 1e6:.3g}", f"{seconds * 1e6:.3g}")
             body.append([f"`{item.name}`", item.problem, *map(str, numbers), *work])
     header = ["kernel", "problem", "registers", "spilled B", "shared KiB", "warps / SM", "MB", "GFLOP"]
-    return markdown_table([*header, "floor us", "predicted us"], body), sizes
+    return markdown_table([*header, "floor us", "predicted us"], body), sizes, times
 
 
 def cuda_rows(capability: int) -> list[list[str]]:
@@ -110,17 +121,185 @@ def cuda_rows(capability: int) -> list[list[str]]:
     return rows
 
 
+# fused CUDA kernels: one block computes all layers of its rows ------------------------------------------------------
+
+#: Cycles of a step beside its work: barrier, wait for copies, addresses.
+_STEP = 40
+#: Cycles of a multiprocessor per element: bias, SiLU and slope on the way up; slopes on the way down.
+_ACTIVATION, _SLOPE = 18 / 128, 5 / 128
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One product of a network for a block of rows: columns of its results, depth, and cycles per element after it."""
+
+    columns: int
+    depth: int
+    after: float = 0.0
+
+
+def score_passes(size: int, widths: tuple[int, ...]) -> list[Pass]:
+    """The score network's: its layers and the head."""
+    sizes = (size, *widths)
+    return [Pass(b, a, _ACTIVATION) for a, b in zip(sizes, widths, strict=False)] + [Pass(size, widths[-1])]
+
+
+def guidance_passes(size: int, widths: tuple[int, ...]) -> list[Pass]:
+    """The guidance network's: its layers, forward and back."""
+    up = score_passes(size, widths)[:-1]
+    return up + [Pass(p.depth, p.columns, _SLOPE) for p in reversed(up)]
+
+
+def block_seconds(card: Card, plan: cuda_emulation.LaunchPlan, passes: list[Pass], element_bytes: int) -> float:
+    """Time of one block for all passes, the multiprocessor to itself.
+
+    A step multiplies [rows, depth] by [depth, panel]. It takes the longest of: its products, at the rate of mma.sync or
+    of float32; shared memory, 128 bytes a cycle, for what eight warps, two by four, read and for the tile that arrives;
+    the tile's way from the level-2 cache, 64 bytes a cycle, or the block's share of that cache's bandwidth.
+    """
+    rows, panel, depth = plan.rows, plan.panel, plan.depth
+    rate = card.bf16 * card.mma if element_bytes == 2 else card.fp32
+    per_cycle = rate / 2 / card.multiprocessors / card.clock
+    tile = panel * depth * element_bytes
+    if element_bytes == 2:
+        read = (4 * rows * depth + 2 * panel * depth) * element_bytes
+    else:
+        # A row of factors is the same for all lanes; every warp reads the whole tile.
+        read = (rows * depth + 8 * panel * depth) * element_bytes
+    busy = min(plan.blocks, card.multiprocessors)
+    step = max(rows * panel * depth / per_cycle, (read + tile) / 128, tile / 64, tile * busy / (card.l2 / card.clock))
+    cycles = 0.0
+    for one in passes:
+        panels = math.ceil(one.columns / panel)
+        cycles += panels * math.ceil(one.depth / depth) * (step + _STEP) + panels * rows * panel * one.after
+    return cycles / card.clock
+
+
+def fused_seconds(
+    card: Card, plan: cuda_emulation.LaunchPlan, batch: int, passes: list[Pass], element_bytes: int
+) -> float:
+    """Time of a launch: blocks share a multiprocessor, and waves of them follow one another."""
+    sharing = math.ceil(plan.blocks / card.multiprocessors)
+    waves = math.ceil(math.ceil(batch / plan.rows) / plan.blocks)
+    return waves * sharing * block_seconds(card, plan, passes, element_bytes) + _LAUNCH
+
+
+def _device(card: Card) -> None:
+    cuda_emulation.choose_device(card.multiprocessors, (card.shared >> 10) - 1, card.shared >> 10)
+
+
+def _integers(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def fused_mlp(card: Card, size: int, widths: tuple[int, ...], batch: int, dtype: torch.dtype) -> tuple:
+    """(plan, seconds, FLOPs) of mlp_value_and_grad."""
+    _device(card)
+    call = cuda_emulation.MlpValueAndGradCall()
+    call.dtype, call.batch, call.inputs = cuda_emulation.DTYPES[dtype], batch, size
+    call.layers, call.widths = len(widths), _integers(widths)
+    plan = cuda_emulation.plan_of(call)
+    passes = guidance_passes(size, widths)
+    flops = 2.0 * batch * sum(one.columns * one.depth for one in passes)
+    return plan, fused_seconds(card, plan, batch, passes, dtype.itemsize), flops
+
+
+def fused_trajectory(
+    card: Card,
+    size: int,
+    widths: tuple[tuple[int, ...], tuple[int, ...]],
+    batch: int,
+    evaluations: int,
+    dtype: torch.dtype,
+) -> tuple:
+    """(plan, seconds, FLOPs) of trajectory with widths of both networks and one history slot."""
+    _device(card)
+    call = cuda_emulation.TrajectoryKernelCall()
+    call.dtype, call.batch, call.size, call.slots = cuda_emulation.DTYPES[dtype], batch, size, 1
+    for network, hidden in zip((call.score, call.guidance), widths, strict=True):
+        network.layers, network.widths = len(hidden), _integers(hidden)
+    plan = cuda_emulation.plan_of(call)
+    passes = score_passes(size, widths[0]) + guidance_passes(size, widths[1])
+    flops = 2.0 * batch * sum(one.columns * one.depth for one in passes) * evaluations
+    return plan, fused_seconds(card, plan, batch, passes * evaluations, dtype.itemsize), flops
+
+
+_WIDE = (512,) * 4
+_SIMULATION = ((*_WIDE, 256), _WIDE)
+#: 25 steps of two evaluations, the first of one.
+_EVALUATIONS = 49
+#: What products of large matrices reach of an H100's rate, in FLOP/s, where goals speak of the measured rate.
+_REACHED = 750e12
+
+
+def fused_table(card: Card) -> str:
+    """Plans and predictions of the fused CUDA kernels; "" where there is no compiler to ask the launchers with."""
+    if shutil.which("g++") is None:
+        return ""
+    body = []
+    for dtype in (torch.bfloat16, torch.float32):
+        calls = [
+            (f"mlp_value_and_grad [{batch}, 2], 4 x {width}", fused_mlp(card, 2, (width,) * 4, batch, dtype))
+            for width, batch in ((512, 65536), (512, 4096), (512, 256), (128, 4096))
+        ]
+        calls += [
+            (
+                f"trajectory [{batch}, 2], simulation, 49 evaluations",
+                fused_trajectory(card, 2, _SIMULATION, batch, 49, dtype),
+            )
+            for batch in (10000, 256)
+        ]
+        for name, (plan, seconds, flops) in calls:
+            floor = flops / (card.bf16 if dtype == torch.bfloat16 else card.fp32)
+            tile = f"{plan.rows} x {plan.panel} x {plan.depth}"
+            numbers = (plan.blocks, tile, f"{plan.shared_bytes / 1024:.0f}", f"{plan.scratch_bytes / 1e6:.3g}")
+            work = (f"{flops / 1e9:.3g}", f"{floor * 1e6:.4g}", f"{seconds * 1e6:.4g}", f"{100 * floor / seconds:.0f}")
+            body.append([name, str(dtype).removeprefix("torch."), *map(str, numbers), *work])
+    header = ["call", "dtype", "blocks", "rows x panel x depth", "shared KiB", "scratch MB", "GFLOP", "floor us"]
+    return markdown_table([*header, "predicted us", "% of data sheet's rate"], body)
+
+
+def layered_seconds(times: dict[str, float], problem: str) -> float:
+    """Time of a network's launches one after the other, in a graph; launches that repeat one before are not listed."""
+    listed = {int(name.rpartition("/")[2]): seconds for name, seconds in times.items() if f"/{problem}/" in name}
+    return sum(listed[max(i for i in listed if i <= launch)] for launch in range(max(listed) + 1))
+
+
+def goals_table(card: Card, times: dict[str, float]) -> str:
+    """What was aimed at on an H100, and what is predicted."""
+    bf16 = torch.bfloat16
+    elements = 10**8
+    moved = 24.0 * elements  # float32: x, epsilon, gradient, one slot of history; x and history written
+    floor, seconds = predicted(card, 10**6, 1, moved, 1.0, False)
+    _, fused, flops = fused_mlp(card, 2, _WIDE, 65536, bf16)
+    layered = layered_seconds(times, "mlp-bf16-2-512-65536")
+    body = [
+        ["guided_step, 1e8 elements", "90 % of copy bandwidth", f"{100 * floor / seconds:.0f} %"],
+        [
+            "mlp_value_and_grad bf16, width 512, batch 65,536",
+            "60 % of the rate of large products (taken as 750 TFLOP/s)",
+            f"Triton, layer by layer: {layered * 1e6:.0f} us, {100 * flops / _REACHED / layered:.0f} %; "
+            f"CUDA, fused: {fused * 1e6:.0f} us, {100 * flops / _REACHED / fused:.0f} %",
+        ],
+    ]
+    for batch, goal in ((10000, "5 ms"), (256, "1.2 ms")):
+        _, seconds, flops = fused_trajectory(card, 2, _SIMULATION, batch, _EVALUATIONS, bf16)
+        prediction = f"{seconds * 1e3:.1f} ms (products at the data sheet's rate: {flops / card.bf16 * 1e3:.2g} ms)"
+        body.append([f"simulation bf16, {batch} samples, {_EVALUATIONS} evaluations", goal, prediction])
+    return markdown_table(["what", "goal", "predicted"], body)
+
+
 def report() -> str:
     """The whole text."""
     parts = ["# GPU kernels: compiled sizes and predicted times", (__doc__ or "").split("\n\n")[-1].strip()]
     summary = []
     for capability, card in CARDS.items():
-        table, sizes = triton_table(capability)
+        table, sizes, times = triton_table(capability)
         registers, spilled, shared = (max(values) for values in zip(*sizes, strict=True))
         spilling = sum(1 for _, bytes_spilled, _ in sizes if bytes_spilled)
         summary.append([f"sm_{capability}", card.name, *map(str, (len(sizes), registers, spilling, spilled, shared))])
         if capability == 90:
-            main_table = table
+            main_table, main_times = table, times
     header = [
         "architecture",
         "card",
@@ -131,6 +310,10 @@ def report() -> str:
         "most shared B",
     ]
     parts += ["## Triton", markdown_table(header, summary), f"### Predicted for {CARDS[90].name}", main_table]
+    fused = fused_table(CARDS[90])
+    if fused:
+        parts += [f"## Fused CUDA kernels, predicted for {CARDS[90].name}", fused]
+        parts[2:2] = [f"## Goals on an {CARDS[90].name}", goals_table(CARDS[90], main_times)]
     cuda = [row for capability in CARDS for row in cuda_rows(capability)]
     if cuda:
         parts += [

@@ -45,3 +45,25 @@ def test_the_committed_text_names_every_kernel():
     missing = [item.name for module in kernel_modules() for item in shipped(module) if f"`{item.name}`" not in text]
     assert not missing, "run python bench/static_report.py --out docs/gpu_predictions.md"
     assert "Nothing here is measured" in text
+
+
+def test_the_time_of_a_block_is_its_slowest_resource_step_by_step():
+    plan = static_report.cuda_emulation.LaunchPlan(blocks=1, rows=96, panel=256, depth=16)
+    steps = 2 * 32  # 512 columns of depth 512
+    one = static_report.Pass(512, 512)
+    cycles = static_report.block_seconds(H100, plan, [one], 2) * H100.clock / steps
+    products = 96 * 256 * 16 / (989e12 * 0.62 / 2 / 132 / 1.83e9)
+    shared = (4 * 96 * 16 + 3 * 256 * 16) * 2 / 128
+    assert cycles == pytest.approx(max(products, shared) + 40)
+    # What follows on a product counts once per panel.
+    after = static_report.block_seconds(H100, plan, [static_report.Pass(512, 512, 0.1)], 2) * H100.clock
+    assert after == pytest.approx(cycles * steps + 2 * 96 * 256 * 0.1)
+    # 133 blocks of 96 rows on 132 multiprocessors: a second wave.
+    plan.blocks = 132
+    seconds = [static_report.fused_seconds(H100, plan, batch, [one], 2) - 3e-6 for batch in (132 * 96, 132 * 96 + 1)]
+    assert seconds[1] == pytest.approx(2 * seconds[0])
+
+
+def test_launches_that_repeat_one_count_again():
+    times = {"up/m/0": 1.0, "up/m/1": 2.0, "last/m/3": 5.0, "up/other/0": 7.0}
+    assert static_report.layered_seconds(times, "m") == 1.0 + 2.0 + 2.0 + 5.0
