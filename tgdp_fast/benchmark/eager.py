@@ -75,7 +75,7 @@ def multistep(
 
 
 def long_convolution(u: Tensor, spectrum: Tensor, *, gelu: bool = True) -> Tensor:
-    """:func:`tgdp_fast.ops.long_convolution` with the real transform of the taps, 2 L points, given: [H, L + 1] complex.
+    """:func:`tgdp_fast.ops.long_convolution` with the real transform of the taps given, 2 L points: [H, L + 1] complex.
 
     Transforms in the precision of the spectrum, for they have no 16 bits; the activation in the dtype of u.
     """

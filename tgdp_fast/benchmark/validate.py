@@ -331,7 +331,9 @@ def _convolution(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
             return [long_convolution(placed, prepared, gelu=gelu, backend=backend)]
 
         # Some libraries cannot transform nothing.
-        spectrum = torch.fft.rfft(taps, n=2 * length) if channels else taps.new_zeros(0, length + 1, dtype=torch.cdouble)
+        spectrum = (
+            torch.fft.rfft(taps, n=2 * length) if channels else taps.new_zeros(0, length + 1, dtype=torch.cdouble)
+        )
         exact, plain = (
             eager.long_convolution(values, transformed, gelu=shape.gelu) if values.numel() else values
             for values, transformed in ((u.double(), spectrum), (u, spectrum.to(torch.cfloat)))

@@ -51,7 +51,8 @@ def prepare_long_convolution(taps: Tensor, dtype: torch.dtype = torch.float32) -
             power of two for each channel: half the bytes to read, and an error of 3e-4.
 
     Returns:
-        For :func:`long_convolution`. Spectra take 8 H M bytes, or 4 H M, with M the power of two from L on, 64 at least.
+        For :func:`long_convolution`. Spectra take 8 H M bytes, or 4 H M for 16 bits, with M the power of two from L on,
+        at least 64.
 
     Raises:
         ValueError: a wrong shape or dtype.
@@ -139,8 +140,11 @@ def _spectra(taps: Tensor, points: int) -> Tensor:
     folded = taps.new_zeros(taps.shape[0], points, 2)
     folded[:, :length, 0] = taps[:, length - 1 :]
     folded[:, points - length + 1 :, 1] = -taps[:, : length - 1]
+    weighted = torch.view_as_complex(folded)
+    if taps.shape[0] == 0:  # Some libraries cannot transform nothing.
+        return weighted
     angles = torch.arange(points, dtype=torch.float64) * (math.pi / (2 * points))
-    return torch.fft.fft(torch.view_as_complex(folded) * torch.polar(torch.ones_like(angles), angles), norm="forward")
+    return torch.fft.fft(weighted * torch.polar(torch.ones_like(angles), angles), norm="forward")
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -164,7 +168,9 @@ def _check(u: Tensor, prepared: LongConvolution) -> None:
             f"({u.shape[1]}, {2 * u.shape[2] - 1})"
         )
     if taps.device != u.device:
-        raise ValueError(f"prepared must be on the device of u, {u.device}, got {taps.device}; move the taps with .to()")
+        raise ValueError(
+            f"prepared must be on the device of u, {u.device}, got {taps.device}; prepare it from taps there"
+        )
 
 
 def _refuses_cpu(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
