@@ -10,6 +10,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/guided_step.h"
+#include "cpu/long_convolution.h"
 #include "cpu/mlp_backward.h"
 #include "cpu/mlp_forward.h"
 #include "cpu/pool.h"
@@ -233,6 +234,56 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& x, const Tensor& ep
                                     [](const tgdp::GuidedStepCall& call) { tgdp::guided_step(call); });
 }
 
+// Filters for long_convolution from their spectra, float64 [H, M, 2]: packed float32 and nothing, or with `half` packed
+// float16 and scales.
+std::tuple<Tensor, Tensor> pack_long_convolution(const Tensor& spectra, bool half) {
+  TORCH_CHECK_VALUE(spectra.dim() == 3 && spectra.size(2) == 2 && spectra.scalar_type() == at::kDouble &&
+                        spectra.device().is_cpu(),
+                    "tgdp_fast: spectra must be float64 [H, M, 2] on the CPU");
+  const int64_t channels = spectra.size(0), points = spectra.size(1);
+  TORCH_CHECK_VALUE(tgdp::has_long_convolution(points), "tgdp_fast: no transform of ", points, " points");
+  const Tensor held = spectra.contiguous();
+  const int64_t size = tgdp::packed_filter_size(channels, points), groups = size / (2 * points * tgdp::kChannelGroup);
+  Tensor packed = at::empty({groups, points, 2, tgdp::kChannelGroup}, spectra.options().dtype(half ? at::kHalf : at::kFloat));
+  Tensor scales = at::empty({half ? groups * tgdp::kChannelGroup : 0}, spectra.options().dtype(at::kFloat));
+  tgdp::pack_filters(held.const_data_ptr<double>(), channels, points, packed.mutable_data_ptr(),
+                     half ? scales.mutable_data_ptr<float>() : nullptr);
+  return {packed, scales};
+}
+
+Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu) {
+  TORCH_CHECK_VALUE(u.dim() == 3 && u.device().is_cpu(), "tgdp_fast: u must be [B, H, L] on the CPU");
+  const bool half = packed.scalar_type() == at::kHalf;
+  TORCH_CHECK_VALUE(packed.dim() == 4 && packed.size(2) == 2 && packed.size(3) == tgdp::kChannelGroup &&
+                        packed.is_contiguous() && packed.device().is_cpu() &&
+                        (half || packed.scalar_type() == at::kFloat),
+                    "tgdp_fast: packed must be what pack_long_convolution gives");
+  const int64_t points = packed.size(1), lanes = packed.size(0) * tgdp::kChannelGroup;
+  TORCH_CHECK_VALUE(tgdp::has_long_convolution(points) && u.size(2) <= points && u.size(1) <= lanes &&
+                        u.size(1) > lanes - tgdp::kChannelGroup,
+                    "tgdp_fast: packed must belong to the channels of u and have at least L points");
+  TORCH_CHECK_VALUE(!half || (scales.dim() == 1 && scales.size(0) == lanes && scales.scalar_type() == at::kFloat &&
+                              scales.is_contiguous() && scales.device().is_cpu()),
+                    "tgdp_fast: scales must be what pack_long_convolution gives");
+  tgdp::LongConvolutionCall call;
+  call.batch = u.size(0);
+  call.channels = u.size(1);
+  call.length = u.size(2);
+  call.dtype = dtype_of(u);
+  const Tensor held = u.stride(2) == 1 || u.size(2) <= 1 ? u : u.contiguous();
+  call.u = held.const_data_ptr();
+  call.u_sample = held.stride(0);
+  call.u_channel = held.stride(1);
+  Tensor y = tgdp::empty_output(u.sizes(), u.options());
+  call.y = y.mutable_data_ptr();
+  call.y_sample = call.channels * call.length;
+  call.y_channel = call.length;
+  call.filters = {packed.const_data_ptr(), half ? scales.const_data_ptr<float>() : nullptr, points};
+  call.gelu = gelu;
+  if (u.numel() > 0) tgdp::long_convolution(call);
+  return y;
+}
+
 }  // namespace
 
 // A fragment: the package also defines operators of this namespace in Python.
@@ -258,6 +309,8 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
       "guided_step(Tensor x, Tensor epsilon, Tensor? gradient, Tensor? history, float[] matrix, float noise_scale, "
       "float guidance_weight, float alpha, float sigma, float[]? clamp, SymInt key_low, SymInt key_high, "
       "Tensor? sample_index, SymInt evaluation) -> (Tensor, Tensor, Tensor)");
+  library.def("pack_long_convolution(Tensor spectra, bool half) -> (Tensor, Tensor)");
+  library.def("long_convolution(Tensor u, Tensor packed, Tensor scales, bool gelu) -> Tensor");
   library.def("cpu_capability() -> str", []() { return std::string(tgdp::capability_name()); });
   library.def(
       "normal_range(Tensor samples, SymInt num_elements, SymInt first, SymInt count, SymInt key_low, SymInt key_high, "
@@ -271,5 +324,7 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("perceptron_backward", &perceptron_backward);
   library.impl("trajectory", &trajectory);
   library.impl("guided_step", &guided_step);
+  library.impl("pack_long_convolution", &pack_long_convolution);
+  library.impl("long_convolution", &long_convolution);
   library.impl("normal_range", &normal_range);
 }

@@ -74,6 +74,17 @@ def multistep(
     return [x_next, x0, x0]
 
 
+def long_convolution(u: Tensor, spectrum: Tensor, *, gelu: bool = True) -> Tensor:
+    """:func:`tgdp_fast.ops.long_convolution` with the real transform of the taps given, 2 L points: [H, L + 1] complex.
+
+    Transforms in the precision of the spectrum, for they have no 16 bits; the activation in the dtype of u.
+    """
+    length = u.shape[-1]
+    y = torch.fft.irfft(torch.fft.rfft(u.to(spectrum.real.dtype), n=2 * length) * spectrum, n=2 * length)
+    y = y[..., length - 1 : 2 * length - 1].to(u.dtype)
+    return functional.gelu(y) if gelu else y
+
+
 def gated_activation(x: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`tgdp_fast.ops.gated_activation` in the dtype of x throughout; x [B, 2 C, L], bias [2 C] or [B, 2 C]."""
     first, second = (x if bias is None else x + bias.unsqueeze(-1)).chunk(2, dim=1)

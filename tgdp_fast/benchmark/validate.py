@@ -20,12 +20,15 @@ from tgdp_fast.experiments.results import markdown_table
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import (
     BackendUnavailableError,
+    LongConvolution,
     TrajectoryNetwork,
     _dispatch,
     gated_activation,
     guided_step,
+    long_convolution,
     mlp_value_and_grad,
     perceptron,
+    prepare_long_convolution,
     trajectory,
 )
 from tgdp_fast.ops.trajectory import trajectory_reference
@@ -285,6 +288,60 @@ def _gate(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
 
 
 @dataclass(frozen=True)
+class _ConvolutionShape:
+    """Shape of u, whether with the activation, and how u lies in memory."""
+
+    shape: tuple[int, int, int]
+    gelu: bool = True
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)}, {'' if self.gelu else 'no '}GELU, {self.layout}"
+
+
+CONVOLUTIONS = (
+    _ConvolutionShape((0, 3, 5)),
+    _ConvolutionShape((2, 0, 5)),
+    _ConvolutionShape((3, 2, 1)),
+    _ConvolutionShape((1, 17, 2), gelu=False),
+    _ConvolutionShape((2, 5, 63), layout="strided"),
+    _ConvolutionShape((5, 16, 64), gelu=False),
+    _ConvolutionShape((2, 33, 129), layout="misaligned"),
+    _ConvolutionShape((1, 20, 250)),
+    _ConvolutionShape((2, 18, 500), gelu=False, layout="strided"),
+    _ConvolutionShape((9, 32, 1000)),
+    _ConvolutionShape((1, 3, 1025)),
+)
+
+
+def _convolution(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    generator = torch.Generator().manual_seed(_SEED)
+    for shape in CONVOLUTIONS:
+        _, channels, length = shape.shape
+        u = torch.randn(shape.shape, generator=generator).to(device, dtype)
+        # Sums of L terms of about the size of u.
+        scale = length**-0.5
+        taps = (scale * torch.randn(channels, 2 * length - 1, generator=generator, dtype=torch.float64)).to(device)
+        prepared = prepare_long_convolution(taps, dtype)
+        placed = place(u, shape.layout)
+
+        def outputs(
+            backend: str, placed: Tensor = placed, prepared: LongConvolution = prepared, gelu: bool = shape.gelu
+        ) -> Sequence[Tensor]:
+            return [long_convolution(placed, prepared, gelu=gelu, backend=backend)]
+
+        # Some libraries cannot transform nothing.
+        spectrum = (
+            torch.fft.rfft(taps, n=2 * length) if channels else taps.new_zeros(0, length + 1, dtype=torch.cdouble)
+        )
+        exact, plain = (
+            eager.long_convolution(values, transformed, gelu=shape.gelu) if values.numel() else values
+            for values, transformed in ((u.double(), spectrum), (u, spectrum.to(torch.cfloat)))
+        )
+        yield str(shape), outputs, [exact], [plain]
+
+
+@dataclass(frozen=True)
 class _TrajectoryShape:
     """Samples, their size, the widths of both networks, and the solver."""
 
@@ -354,6 +411,7 @@ def _double(network: TrajectoryNetwork) -> TrajectoryNetwork:
 CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[_Check]]] = {
     "gated_activation": _gate,
     "guided_step": _step,
+    "long_convolution": _convolution,
     "mlp_value_and_grad": _forward,
     "mlp_value_and_grad_backward": _backward,
     "perceptron": _outputs,

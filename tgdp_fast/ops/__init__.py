@@ -5,12 +5,14 @@ from __future__ import annotations
 from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, use_backend
 from tgdp_fast.ops.gated_activation import gated_activation
 from tgdp_fast.ops.guided_step import guided_epsilon, guided_step, limit_gradient
+from tgdp_fast.ops.long_convolution import LongConvolution, long_convolution, prepare_long_convolution
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad
 from tgdp_fast.ops.perceptron import perceptron
 from tgdp_fast.ops.trajectory import TrajectoryNetwork, TrajectoryPlan, trajectory
 
 __all__ = [
     "BackendUnavailableError",
+    "LongConvolution",
     "TrajectoryNetwork",
     "TrajectoryPlan",
     "backend_report",
@@ -18,8 +20,10 @@ __all__ = [
     "guided_epsilon",
     "guided_step",
     "limit_gradient",
+    "long_convolution",
     "mlp_value_and_grad",
     "perceptron",
+    "prepare_long_convolution",
     "trajectory",
     "use_backend",
 ]

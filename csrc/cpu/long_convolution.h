@@ -1,0 +1,92 @@
+// A two-sided convolution as long as the signal, per channel, and GELU: reference twin
+// tgdp_fast.ops.long_convolution.long_convolution_reference.
+//
+// A real signal of at most M samples and a real filter make one complex transform of M points, not 2 M: modulo X^M - i,
+// the product of the two polynomials has y as its real part, and what wraps around ends in the imaginary part. Forward
+// and inverse are thus transforms of u[n] exp(2 pi i n / (4 M)), with nothing to be taken apart in between. Source:
+// Crandall & Fagin, "Discrete weighted transforms and large-integer arithmetic", Mathematics of Computation 62, 1994.
+//
+// M = R1 R2 in two steps: R2 transforms of R1 points, and R1 of R2 points that are multiplied by the spectrum of the
+// filter and transformed back while they lie in the first-level cache. Vectors hold the same point of several channels,
+// so that a sample of a channel is computed alike whatever stands beside it, by whatever number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+
+namespace tgdp {
+
+// Channels whose spectra lie side by side.
+constexpr int64_t kChannelGroup = 16;
+
+// A filter for every channel as long_convolution reads it, by pack_filters: groups of kChannelGroup channels, for each
+// k1 < R1, k2 < R2 the real and then the imaginary parts of point k1 + R1 k2 of the group's spectra.
+struct PackedFilters {
+  const void* spectra = nullptr;  // float, or float16 of spectra over scales
+  const float* scales = nullptr;  // of each channel, in whole groups; null for float
+  int64_t points = 0;             // M
+};
+
+struct LongConvolutionCall {
+  int64_t batch = 0;
+  int64_t channels = 0;
+  int64_t length = 0;  // at most M
+  Dtype dtype = Dtype::f32;
+  // Element (b, h, t) of u at b u_sample + h u_channel + t; likewise y.
+  const void* u = nullptr;
+  int64_t u_sample = 0;
+  int64_t u_channel = 0;
+  void* y = nullptr;
+  int64_t y_sample = 0;
+  int64_t y_channel = 0;
+  PackedFilters filters;
+  bool gelu = true;
+};
+
+// Whether there is a kernel for M = points.
+bool has_long_convolution(int64_t points);
+
+// Numbers in packed spectra of this many channels.
+int64_t packed_filter_size(int64_t channels, int64_t points);
+
+// spectra: [channels, points] pairs of doubles, sum over lags l of taps[l] exp(-2 pi i l (k - 1/4) / M) / M.
+// packed: packed_filter_size floats, or float16 numbers with `scales`, one for each channel in whole groups.
+void pack_filters(const double* spectra, int64_t channels, int64_t points, void* packed, float* scales);
+
+// For B samples, H channels, L positions of b bytes and spectra of s bytes per number: B H L 2 b + 2 H M s bytes from
+// and to memory; about B H (8 M log2 M + 25 L) FLOPs, 45 million for B = 1, H = 512, M = 1024 and 20 for GELU.
+void long_convolution(const LongConvolutionCall& call);
+
+// What transforms of M points are made of.
+struct TransformPlan {
+  int64_t points = 0;
+  int64_t rows = 0;     // R1
+  int64_t columns = 0;  // R2
+  // Pairs of floats: exp(-2 pi i n2 (k1 - 1/4) / M), [R2, R1] and [R1, R2].
+  const float* between = nullptr;
+  const float* between_by_row = nullptr;
+  // exp(-2 pi i b (a - 1/4) / R1), [4, R1 / 4], and exp(-2 pi i b a / R2), [4, R2 / 4].
+  const float* within_column = nullptr;
+  const float* within_row = nullptr;
+};
+
+// The copies of one instruction set.
+struct LongConvolutionKernels {
+  const char* name;
+  int64_t lanes;
+  // Channels [first, first + kChannelGroup) of samples [begin, end); scratch: for scratch_bytes.
+  void (*convolve)(const LongConvolutionCall& call, const TransformPlan& plan, int64_t first, int64_t begin, int64_t end,
+                   unsigned char* scratch);
+};
+
+// Bytes of scratch memory for transforms of this many points.
+int64_t long_convolution_scratch(const TransformPlan& plan);
+
+namespace long_convolution_copies {
+const LongConvolutionKernels* baseline();
+const LongConvolutionKernels* avx2();
+const LongConvolutionKernels* avx512();
+}  // namespace long_convolution_copies
+
+}  // namespace tgdp

@@ -1,0 +1,206 @@
+"""The convolution of an S4 layer, as long as the signal and over both sides, with its activation.
+
+y[b, h, t] = gelu( sum_s taps[h, L - 1 + t - s] u[b, h, s] )
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tgdp_fast import _native
+from tgdp_fast.ops import _dispatch
+
+__all__ = ["LongConvolution", "long_convolution", "long_convolution_reference", "prepare_long_convolution"]
+
+_OPERATOR = "long_convolution"
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
+#: Sizes of transforms that the CPU kernel has.
+_POINTS = (64, 128, 256, 512, 1024)
+
+
+class LongConvolution(NamedTuple):
+    """Filters of a layer, and what :func:`prepare_long_convolution` computed of them once.
+
+    Attributes:
+        taps: [H, 2 L - 1] for lags -(L-1) .. L-1, as they were given: what the reference uses.
+        packed: their spectra as the CPU kernel reads them, [ceil(H / 16), M, 2, 16] float32, or float16 relative to
+            ``scales``; None where that kernel cannot serve.
+        scales: a float32 for each channel, in whole groups of 16, or none of them for float32 spectra; or None.
+    """
+
+    taps: Tensor
+    packed: Tensor | None
+    scales: Tensor | None
+
+
+def prepare_long_convolution(taps: Tensor, dtype: torch.dtype = torch.float32) -> LongConvolution:
+    """Everything about a layer's filters that does not depend on its input, computed in float64.
+
+    Changing ``taps`` later does not change what was prepared from them.
+
+    Args:
+        taps: [H, 2 L - 1] floating point, lags -(L-1) .. L-1: lag 0, which includes the skip term D, is at index L - 1.
+            See :func:`tgdp_fast.models.s4.two_sided_taps`.
+        dtype: of the inputs that are to come. For float16 and bfloat16 the spectra are kept in float16, relative to a
+            power of two for each channel: half the bytes to read, and an error of 3e-4.
+
+    Returns:
+        For :func:`long_convolution`. Spectra take 8 H M bytes, or 4 H M for 16 bits, with M the power of two from L on,
+        at least 64.
+
+    Raises:
+        ValueError: a wrong shape or dtype.
+    """
+    if taps.ndim != 2 or taps.shape[1] % 2 == 0:
+        raise ValueError(
+            f"taps must have shape [H, 2 L - 1], an odd number for each channel with lag 0 in the middle, got "
+            f"{tuple(taps.shape)}"
+        )
+    _check_dtype("taps", taps.dtype)
+    _check_dtype("dtype", dtype)
+    points = _points((taps.shape[1] + 1) // 2)
+    if _native.CPU_MISSING is not None or taps.device.type != "cpu" or points is None or dtype == torch.float64:
+        return LongConvolution(taps, None, None)
+    with torch.no_grad():
+        spectra = torch.view_as_real(_spectra(taps.to(torch.float64), points).contiguous())
+        packed, scales = torch.ops.tgdp_fast.pack_long_convolution(spectra, dtype in _HALF)
+    return LongConvolution(taps, packed, scales)
+
+
+def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True, backend: str = "auto") -> Tensor:
+    """Each channel convolved with a filter over all positions before and after, and exact GELU (with erf) of that.
+
+    Precision: transforms in float32 whatever the dtype of u, in float64 if u is float64. A channel of a sample is
+    computed alike whatever the batch it is in and however many threads run; NaN stays in its channel and sample. Works
+    under inference_mode and ``torch.compile(fullgraph=True)``. Differentiable in u and the taps where the reference
+    serves the call: left to "auto", that is wherever somebody may ask for a gradient.
+
+    Cost for N = B H L elements of b bytes and spectra of M >= L points in s bytes per number: 2 N b + 2 H M s bytes of
+    memory traffic, and about N (8 M log2(M) / L + 25) FLOPs: 57 million for B = 1, H = 512, L = 1000. By definition it
+    would be N (2 L + 25).
+
+    Args:
+        u: [B, H, L] floating point.
+        prepared: by :func:`prepare_long_convolution` for H channels and the same L.
+        gelu: False leaves the activation out.
+        backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32, bfloat16 and float16 and
+            L up to 1024.
+
+    Returns:
+        [B, H, L], contiguous, new, in the dtype of u.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        BackendUnavailableError: the requested backend cannot serve the call.
+
+    Source: the S4 layer of Alcaraz & Strodthoff, "Diffusion-based Conditional ECG Generation with Structured State
+        Space Models", 2023, arXiv 2301.08227; two-sided filters as in Goel et al., ICML 2022, arXiv 2202.09729.
+    """
+    _check(u, prepared)
+    implementation = _dispatch.resolve(_OPERATOR, backend, u, *prepared, gelu)
+    output: Tensor = implementation.function(u, *prepared, gelu)
+    return output
+
+
+def long_convolution_reference(u: Tensor, prepared: LongConvolution, *, gelu: bool = True) -> Tensor:
+    """Plain PyTorch twin of :func:`long_convolution`, without checks, under ordinary autograd: real transforms of 2 L
+    points, of the taps too.
+    """
+    return _reference(u, *prepared, gelu)
+
+
+def _reference(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> Tensor:
+    if u.numel() == 0:  # Some libraries cannot transform nothing.
+        return torch.empty_like(u, memory_format=torch.contiguous_format)
+    precision = torch.float64 if u.dtype == torch.float64 else torch.float32
+    length = u.shape[-1]
+    # Output t stands at index t + L - 1; what wraps around falls on others.
+    spectrum = torch.fft.rfft(u.to(precision), n=2 * length) * torch.fft.rfft(taps.to(precision), n=2 * length)
+    y = torch.fft.irfft(spectrum, n=2 * length)[..., length - 1 : 2 * length - 1]
+    return (functional.gelu(y) if gelu else y).to(u.dtype).contiguous()
+
+
+def _points(length: int) -> int | None:
+    """Points of the CPU kernel's transform, or None if it has none so long."""
+    return next((points for points in _POINTS if points >= length), None)
+
+
+def _spectra(taps: Tensor, points: int) -> Tensor:
+    """sum over lags l of taps[l] exp(-2 pi i l (k - 1/4) / M) / M for k < M = points: [H, M] complex128.
+
+    Those are M-th roots of i: lags below 0 come from the end, divided by it.
+    """
+    length = (taps.shape[1] + 1) // 2
+    folded = taps.new_zeros(taps.shape[0], points, 2)
+    folded[:, :length, 0] = taps[:, length - 1 :]
+    folded[:, points - length + 1 :, 1] = -taps[:, : length - 1]
+    weighted = torch.view_as_complex(folded)
+    if taps.shape[0] == 0:  # Some libraries cannot transform nothing.
+        return weighted
+    angles = torch.arange(points, dtype=torch.float64) * (math.pi / (2 * points))
+    return torch.fft.fft(weighted * torch.polar(torch.ones_like(angles), angles), norm="forward")
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in _FLOATING:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}; convert it with .to()")
+
+
+def _check(u: Tensor, prepared: LongConvolution) -> None:
+    if u.ndim != 3 or u.shape[2] == 0:
+        raise ValueError(f"u must have shape [B, H, L], L at least 1, got {tuple(u.shape)}")
+    _check_dtype("u", u.dtype)
+    if not isinstance(prepared, LongConvolution):
+        raise ValueError(
+            f"prepared must be a LongConvolution, got {type(prepared).__name__}; use prepare_long_convolution(taps)"
+        )
+    taps = prepared.taps
+    if taps.shape != (u.shape[1], 2 * u.shape[2] - 1):
+        raise ValueError(
+            f"prepared must be for {u.shape[1]} channels and length {u.shape[2]}, those of u, got "
+            f"{taps.shape[0]} channels and length {(taps.shape[1] + 1) // 2}; prepare it from taps of shape "
+            f"({u.shape[1]}, {2 * u.shape[2] - 1})"
+        )
+    if taps.device != u.device:
+        raise ValueError(
+            f"prepared must be on the device of u, {u.device}, got {taps.device}; prepare it from taps there"
+        )
+
+
+def _refuses_cpu(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
+    wanted = torch.is_grad_enabled() and (u.requires_grad or taps.requires_grad)
+    if wanted or torch._C._are_functorch_transforms_active():
+        return "it computes no gradients, and somebody may ask for one; use torch.no_grad() where nobody does"
+    reason = _dispatch.refuses_float64(u)
+    if reason is not None:
+        return reason
+    if u.shape[2] > _POINTS[-1]:
+        return f"it serves up to {_POINTS[-1]} positions, not {u.shape[2]}"
+    if packed is None:
+        return f"the taps were prepared for another device or dtype; use prepare_long_convolution(taps, {u.dtype})"
+    if packed.dtype == torch.float16 and u.dtype == torch.float32:
+        return "the taps were prepared for inputs of 16 bits; use prepare_long_convolution(taps, torch.float32)"
+    return None
+
+
+def _call_cpu(u: Tensor, taps: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
+    output: Tensor = torch.ops.tgdp_fast.long_convolution(u, packed, scales, gelu)
+    return output
+
+
+def _fake(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+if _native.CPU_MISSING is None:
+    torch.library.register_fake("tgdp_fast::long_convolution", _fake)
+    _dispatch.register(_OPERATOR, "cpu", _call_cpu, _refuses_cpu)
+
+
+_dispatch.register(_OPERATOR, "reference", _reference)
