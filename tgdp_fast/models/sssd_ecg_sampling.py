@@ -449,9 +449,9 @@ class CompiledSSSDECG(nn.Module):
             rows = step_bias(self.source, torch.tensor(missing, dtype=torch.float64).to(self.device))
         found = self._step_rows | dict(zip(missing, rows.unbind(), strict=True))
         if not _capturing(self.device):  # The memory of a recording is not for others.
-            for value in list(self._step_rows)[self._table_size :][: -_KEPT_TIMES or None]:
+            self._step_rows.update({value: found[value].clone() for value in missing})
+            for value in list(self._step_rows)[self._table_size :][:-_KEPT_TIMES]:
                 del self._step_rows[value]
-            self._step_rows.update({value: found[value].clone() for value in missing[-_KEPT_TIMES:]})
         return torch.stack([found[value] for value in values])
 
     def _label_biases(self, labels: Tensor | None) -> Tensor:
@@ -468,7 +468,8 @@ class CompiledSSSDECG(nn.Module):
         embeddings = [embedding.float() for part in each if (embedding := self.source.embed_labels(part)) is not None]
         biases = torch.cat([functional.linear(embedding, self._label_weight) for embedding in embeddings])
         biases = biases.unflatten(1, self._label_bias.shape) + self._label_bias
-        self._labels = (labels, labels._version, biases) if keeps else None
+        if keeps:
+            self._labels = labels, labels._version, biases
         return biases
 
     # layers ---------------------------------------------------------------------------------------------------
@@ -570,7 +571,7 @@ def _diffusion_steps(times: Times) -> Tensor:
             )
         times = np.arange(times.num_train_steps)
     elif isinstance(times, SolverTable):
-        times = times.times
+        times = times.times.copy()
     try:
         steps = torch.as_tensor(times).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
