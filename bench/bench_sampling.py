@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-KINDS = ("trajectory", "sampling")
+KINDS = ("trajectory", "sampling", "sssd_ecg")
 
 
 @pytest.mark.usefixtures("timed")

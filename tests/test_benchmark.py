@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tgdp_fast.benchmark import accuracy, cases, eager, floors, problems, report, runner, validate
+from tgdp_fast.benchmark import accuracy, cases, eager, floors, problems, report, runner, sssd_ecg, validate
 from tgdp_fast.cli import main
 from tgdp_fast.ops import _dispatch
 from tgdp_fast.ops.mlp_value_and_grad import _forward_reference
@@ -258,6 +258,36 @@ def test_a_case_that_does_not_fit_into_memory_is_left_out() -> None:
     assert "left out, needs about 931322574.6 GiB" in lines[0]
 
 
+@pytest.mark.slow(ci=True)
+def test_the_denoiser_of_sssd_ecg() -> None:
+    case, lines = cases.SSSDECGCall(1, 4, 2), []
+    case.rounds = 2
+    options = runner.Options(seconds=10.0, least_rounds=5, most_rounds=9)
+    rows = runner.run_case(case, options, FLOORS, lines.append)
+    if any("compiler" in line.lower() for line in lines):
+        pytest.skip("no working C++ compiler")
+    assert [(row["provider"], row["dtype"]) for row in rows] == [
+        ("published", "fp32"),
+        *[(provider, dtype) for provider in ("strong", "reference", "sampling") for dtype in ("fp32", "bf16")],
+    ]
+    assert all(row["median_s"] > 0 for row in rows)
+    errors = {(row["provider"], row["dtype"]): row["max_error"] for row in rows}
+    assert all((error < 1e-5) == (dtype == "fp32") for (_, dtype), error in errors.items())
+    assert lines == ["sssd_ecg/blocks1-width4-batch2: no published in bf16: released code computes in float32"]
+
+
+def test_the_ways_to_compute_sssd_ecg_agree() -> None:
+    network = sssd_ecg.random_network(2, 8, 0)
+    x, steps, labels = torch.randn(2, 8, 1000), torch.tensor([3.0, 150.0]), torch.rand(2, 71)
+    with torch.inference_mode():
+        expected = network(x, steps, labels)
+        for other in (sssd_ecg.published(network), sssd_ecg.StrongSSSDECG(network, compiled=False)):
+            torch.testing.assert_close(other(x, steps, labels), expected, rtol=1e-4, atol=1e-5)
+    published = sssd_ecg.published(network)
+    assert not any(module.training for module in network.modules())
+    assert all(a is b for a, b in zip(published.parameters(), network.parameters(), strict=True))
+
+
 def test_floor_work_follows_the_formulas() -> None:
     step = cases.GuidedStep(4).work("bf16")  # one history slot
     assert (step.traffic, step.flops, step.precision) == (1e4 * 2 * 7, 1e4 * 15, "fp32")
@@ -348,7 +378,7 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     (tmp_path / "empty.json").write_text("{}")
     for words, message in [
         (["bench", "--only", "sampler"], "cases: guided_step/1e4, guided_step/1e5"),
-        (["bench", "--providers", "pear"], "--providers must be one of auto, compile, cpu, cuda, peer, reference"),
+        (["bench", "--providers", "pear"], "--providers must be one of auto, compile, cpu, cuda, peer, published, reference, "),
         (["bench", "--threads", "0"], "--threads must be an integer >= 1"),
         (["bench", "--seconds", "0"], "--seconds must be"),
         (["bench", "--device", "tpu9"], "--device must be one that torch has here"),

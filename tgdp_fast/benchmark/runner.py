@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,9 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
             peak = peak_memory(call, options.device)
             entries.append(Entry(provider, precision, call, verdict.error, peak))
     if entries:
+        if case.rounds is not None:
+            most = min(options.most_rounds, case.rounds)
+            options = replace(options, least_rounds=min(options.least_rounds, most), most_rounds=most)
         interleave(entries, options)
     rows = [_timed_row(case, entry, floors) for entry in entries] + failed
     order = {name: position for position, name in enumerate(case.providers(options.device))}

@@ -36,6 +36,8 @@ from tgdp_fast._checks import check_choice, check_integer
 CAUCHY = ("pair", "half")
 DT_RANGE = (1e-3, 1e-1)
 _REAL = (torch.float32, torch.float64)
+#: Features whose kernels the CPU computes together: few enough that the terms of their sums stay in its cache.
+_FEATURES = 16
 
 # ------------------------------------------------------------------------------------------------- initial values
 
@@ -186,14 +188,19 @@ class NPLRKernel(nn.Module):
             for stored in (stored_c, self.B, self.P, self.Q, self.w, self.omega, self.z)
         )
         dt = self.log_dt.to(dtype).exp()[:, None]
-        poles = dt * w
         numerators = torch.cat([b, p])[:, None] * torch.cat([c, q])[None]  # B and P times C, C (future) and Q
-        if self.cauchy == "pair":
-            poles = torch.cat([poles, poles.conj()], dim=-1)
-            numerators = torch.cat([numerators, numerators.conj()], dim=-1)
-        sums = dt * torch.einsum("xyhn,hnj->xyhj", numerators, (z - poles[..., None]).reciprocal_())
-        spectrum = sums[0, :2] - sums[1, :2] * sums[0, 2] / (1 + sums[1, 2])
-        return torch.fft.irfft(2 / (1 + omega) * spectrum, n=self.l_max)
+        together = _FEATURES if stored_c.device.type == "cpu" else self.features
+        kernels = []
+        for start in range(0, self.features, together):
+            rows = slice(start, start + together)
+            poles, products = dt[rows] * w[rows], numerators[:, :, rows]
+            if self.cauchy == "pair":
+                poles = torch.cat([poles, poles.conj()], dim=-1)
+                products = torch.cat([products, products.conj()], dim=-1)
+            sums = dt[rows] * torch.einsum("xyhn,hnj->xyhj", products, (z - poles[..., None]).reciprocal_())
+            spectrum = sums[0, :2] - sums[1, :2] * sums[0, 2] / (1 + sums[1, 2])
+            kernels.append(torch.fft.irfft(2 / (1 + omega) * spectrum, n=self.l_max))
+        return torch.cat(kernels, dim=1)
 
 
 def _real_view(values: Tensor, dtype: torch.dtype) -> Tensor:

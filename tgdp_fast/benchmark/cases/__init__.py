@@ -2,7 +2,9 @@
 
 Providers: ``peer`` (the way public code does it), ``reference`` (this package in plain PyTorch), ``compile``
 (torch.compile of the reference), every backend of the case's operators that serves it, and ``auto`` where that mixes
-several of them. On a GPU each also ``+graph``: its call recorded in a CUDA graph and replayed.
+several of them. Of a whole network: ``published`` (as released code computes it), ``strong`` (as others would speed it
+up), ``reference`` and ``sampling`` (compiled for sampling). On a GPU each also ``+graph``: its call recorded in a CUDA
+graph and replayed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from tgdp_fast.benchmark.cases.fit_step import FitStep
 from tgdp_fast.benchmark.cases.guided_step import GuidedStep
 from tgdp_fast.benchmark.cases.perceptron import Perceptron
 from tgdp_fast.benchmark.cases.sampling import Sampling, Trajectory
+from tgdp_fast.benchmark.cases.sssd_ecg import SSSDECGCall
 
 __all__ = [
     "GRAPH",
@@ -24,6 +27,7 @@ __all__ = [
     "FitStep",
     "GuidedStep",
     "Perceptron",
+    "SSSDECGCall",
     "Sampling",
     "Trajectory",
     "UnservedError",
@@ -50,6 +54,11 @@ def all_cases() -> list[Case]:
     ]
     cases += [Trajectory(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
     cases += [Sampling(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
+    cases += [
+        SSSDECGCall(blocks, width, batch, quick=batch == 1)
+        for blocks, width in ((4, 64), (36, 256))
+        for batch in (1, 8)
+    ]
     return cases
 
 

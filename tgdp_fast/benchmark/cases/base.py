@@ -20,7 +20,9 @@ Call = Callable[[], Sequence[Tensor]]
 
 PLAIN_PROVIDERS = ("peer", "reference", "compile")
 BACKENDS = tuple(name for name in _dispatch.BACKENDS if name != "reference")
-PROVIDERS = (*PLAIN_PROVIDERS, *BACKENDS, "auto")
+#: Of whole networks: as released code computes them, as others would speed them up, and compiled for sampling.
+NETWORK_PROVIDERS = ("published", "strong", "sampling")
+PROVIDERS = (*PLAIN_PROVIDERS, *BACKENDS, "auto", *NETWORK_PROVIDERS)
 #: Added to a provider's name: its call recorded in a CUDA graph and replayed.
 GRAPH = "+graph"
 
@@ -73,6 +75,7 @@ class Case(ABC):
         operators: registered operators whose backends are providers.
         composite: whether it calls several operators, so that "auto" can mix backends.
         recordable: whether one call can be recorded in a CUDA graph.
+        rounds: of timing, at most; None where the time that is set aside for them decides.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Case(ABC):
     operators: tuple[str, ...]
     composite: bool = False
     recordable: bool = True
+    rounds: int | None = None
 
     def providers(self, device: torch.device | None = None) -> tuple[str, ...]:
         """Names of the providers that may serve it on a device (default: the CPU), each before its recording."""
