@@ -1,4 +1,4 @@
-"""Matrix products, sums over the batch and SiLU, as every kernel of a perceptron uses them.
+"""Matrix products, biases, SiLU and sums over the batch, as every kernel of a perceptron uses them.
 
 Products accumulate in float32. Every operand has two strides, so that transposed factors need no copy, and 64-bit
 offsets. Nothing here uses atomics: a result depends on the shapes alone and repeats bit by bit.
@@ -6,34 +6,17 @@ offsets. Nothing here uses atomics: a result depends on the shapes alone and rep
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.launching import Tile, launch
 
 # The interpreter multiplies bfloat16 numbers as integers and rounds towards zero; there, both are done in float32.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-#: Names of the dtypes in signatures.
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-class Tile(NamedTuple):
-    """What one program computes, how deep the slices of its products are, and its launch options."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit
@@ -58,40 +41,6 @@ def multiply_add(left, right, total, PRECISION: tl.constexpr):  # noqa: N803
 @triton.jit
 def accumulate(
     total,
-    left,
-    left_row_stride,
-    left_column_stride,
-    right,
-    right_row_stride,
-    right_column_stride,
-    rows,
-    row_mask,
-    columns,
-    column_mask,
-    depth,
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-):
-    """total + left[rows, :depth] right[:depth, columns], in slices of DEPTH; rows and columns are int64."""
-    inner = tl.arange(0, DEPTH)
-    wide_inner = inner.to(tl.int64)
-    left += rows[:, None] * left_row_stride + wide_inner[None, :] * left_column_stride
-    right += wide_inner[:, None] * right_row_stride + columns[None, :] * right_column_stride
-    left_step = tl.full([], DEPTH, tl.int64) * left_column_stride
-    right_step = tl.full([], DEPTH, tl.int64) * right_row_stride
-    for start in range(0, depth, DEPTH):
-        inside = inner < depth - start
-        left_slice = tl.load(left, mask=row_mask[:, None] & inside[None, :], other=0.0)
-        right_slice = tl.load(right, mask=inside[:, None] & column_mask[None, :], other=0.0)
-        total = multiply_add(left_slice, right_slice, total, PRECISION)
-        left += left_step
-        right += right_step
-    return total
-
-
-@triton.jit
-def accumulate_pair(
-    total,
     second_total,
     left,
     second_left,
@@ -108,27 +57,36 @@ def accumulate_pair(
     DEPTH: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """:func:`accumulate` for two left factors of equal strides, reading the right one once."""
+    """total + left[rows, :depth] right[:depth, columns], in slices of DEPTH; rows and columns are int64.
+
+    Where second_left, of the strides of left, is not None, also second_total with it in place of left: the right factor
+    is read once.
+    """
     inner = tl.arange(0, DEPTH)
     wide_inner = inner.to(tl.int64)
     offsets = rows[:, None] * left_row_stride + wide_inner[None, :] * left_column_stride
     left += offsets
-    second_left += offsets
+    if second_left is not None:
+        second_left += offsets
     right += wide_inner[:, None] * right_row_stride + columns[None, :] * right_column_stride
     left_step = tl.full([], DEPTH, tl.int64) * left_column_stride
     right_step = tl.full([], DEPTH, tl.int64) * right_row_stride
     for start in range(0, depth, DEPTH):
         inside = inner < depth - start
         left_mask = row_mask[:, None] & inside[None, :]
+        left_slice = tl.load(left, mask=left_mask, other=0.0)
         right_slice = tl.load(right, mask=inside[:, None] & column_mask[None, :], other=0.0)
-        total = multiply_add(tl.load(left, mask=left_mask, other=0.0), right_slice, total, PRECISION)
-        second_total = multiply_add(
-            tl.load(second_left, mask=left_mask, other=0.0), right_slice, second_total, PRECISION
-        )
+        total = multiply_add(left_slice, right_slice, total, PRECISION)
+        if second_left is not None:
+            second_slice = tl.load(second_left, mask=left_mask, other=0.0)
+            second_total = multiply_add(second_slice, right_slice, second_total, PRECISION)
+            second_left += left_step
         left += left_step
-        second_left += left_step
         right += right_step
-    return total, second_total
+    if second_left is None:
+        return total
+    else:
+        return total, second_total
 
 
 @triton.jit
@@ -161,6 +119,19 @@ def block_of(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # noqa:
     row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
     return block, row, row < rows, column.to(tl.int64), column < columns
+
+
+@triton.jit
+def add_bias(z, bias, row_stride, column_stride, row, row_mask, column, column_mask, SHARED: tl.constexpr):  # noqa: N803
+    """z + bias, of one row if SHARED, else of a row per sample."""
+    if SHARED:
+        z += tl.load(bias + column * column_stride, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    else:
+        mask = row_mask[:, None] & column_mask[None, :]
+        z += tl.load(bias + row[:, None] * row_stride + column[None, :] * column_stride, mask=mask, other=0.0).to(
+            tl.float32
+        )
+    return z
 
 
 @triton.jit
@@ -199,7 +170,9 @@ def weight_gradient_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     total = accumulate(
         total,
+        None,
         left + start * left_batch_stride,
+        None,
         left_column_stride,
         left_batch_stride,
         right + start * right_batch_stride,
@@ -216,7 +189,9 @@ def weight_gradient_kernel(
     if PAIR:
         total = accumulate(
             total,
+            None,
             second_left + start * left_batch_stride,
+            None,
             left_column_stride,
             left_batch_stride,
             second_right + start * second_right_batch_stride,
@@ -315,79 +290,6 @@ def batch_parts(batch: int, tiles: int) -> int:
     return max(min(triton.cdiv(_ENOUGH_PROGRAMS, max(tiles, 1)), triton.cdiv(batch, _LEAST_SHARE)), 1)
 
 
-#: Where launches are noted instead of run, by :func:`recorded`.
-_recording: list[Compilation] | None = None
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, flops: float, tile: Tile | None = None, **constants: Any
-) -> None:
-    """Launch, unless there is nothing to do. ``flops`` is for the record."""
-    options = {} if tile is None else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if _recording is not None:
-        _recording.append(_compilation(kernel, grid, arguments, constants, flops, options))
-    elif min(grid) > 0:
-        # Triton's default for fused multiply-adds depends on its version.
-        kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
-
-
-def recorded(calls: dict[str, Callable[[], object]]) -> list[Compilation]:
-    """What the calls, on tensors without data, would launch: each specialisation once, named "kernel/call/number"."""
-    global _recording
-    found: dict[str, Compilation] = {}
-    for name, call in calls.items():
-        _recording = []
-        try:
-            call()
-            for i, item in enumerate(_recording):
-                key = str((item.name, item.signature, item.constants, item.divisible))
-                found.setdefault(key, replace(item, name=f"{item.name}/{name}/{i}"))
-        finally:
-            _recording = None
-    return list(found.values())
-
-
-def _compilation(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-    flops: float,
-    options: dict[str, int],
-) -> Compilation:
-    """One launch, specialised as Triton does it: ones are constants, and multiples of 16 are known to be such."""
-    names = list(inspect.signature(kernel.fn).parameters)
-    signature, fixed, divisible = {}, dict(constants), []
-    tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}
-    for name, argument in zip(names, arguments, strict=False):
-        if isinstance(argument, Tensor):
-            signature[name] = "*" + TYPES[argument.dtype]
-            divisible.append(name)
-        elif argument == 1:
-            signature[name] = "constexpr"
-            fixed[name] = 1
-        else:
-            signature[name] = "i32" if argument < 2**31 else "i64"
-            divisible += [name] * (argument % 16 == 0)
-    signature |= dict.fromkeys(constants, "constexpr")
-    first = arguments[0]
-    shape = " x ".join(str(list(tensor.shape)) for tensor in arguments[:2])
-    return Compilation(
-        name=kernel.__name__.removesuffix("_kernel"),
-        kernel=kernel,
-        signature={name: signature[name] for name in names},
-        constants=fixed,
-        num_warps=options.get("num_warps", 4),
-        num_stages=options.get("num_stages", 3),
-        tensor_cores="PRECISION" in constants and first.dtype != torch.float32,
-        problem=f"{TYPES[first.dtype]} {shape}",
-        programs=math.prod(grid),
-        bytes=float(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())),
-        flops=float(flops),
-        divisible=tuple(divisible),
-    )
-
-
 def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
     """[C] in ``dtype``: the sum of [R, C] over its rows."""
     rows, columns = source.shape
@@ -452,3 +354,25 @@ def weight_gradient(
     if parts == 1:
         return output[0]
     return column_sum(output.view(parts, rows * columns), left.dtype).view(rows, columns)
+
+
+def bias_strides(bias: Tensor) -> tuple[int, int]:
+    """Strides of [1, H] or [B, H]; the first is 0 for a shared row."""
+    return (0 if bias.shape[0] == 1 else bias.stride(0)), bias.stride(1)
+
+
+def as_rows(bias: Tensor) -> Tensor:
+    """[H] as [1, H]; [1, H] and [B, H] as they are."""
+    return bias.unsqueeze(0) if bias.ndim == 1 else bias
+
+
+def without_data(
+    batch: int, sizes: Sequence[int], outputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Arguments of a perceptron of ``sizes`` (inputs and hidden layers) with a shared first bias, for a record."""
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    weights = [empty(m, n) for n, m in zip(sizes, (*sizes[1:], outputs), strict=True)]
+    return empty(batch, sizes[0]), empty(1, sizes[1]), weights, [empty(m) for m in (*sizes[2:], outputs)]
