@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,9 @@ from tgdp_fast.kernels.compilation import Compilation
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+_ELEMENTS = TYPES | {torch.int64: "i64"}
+
+
 class Tile(NamedTuple):
     """What one program computes, how deep the slices of its products are, and its launch options."""
 
@@ -27,15 +29,23 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class Block(NamedTuple):
+    """How many elements one program computes, and its launch options."""
+
+    elements: int
+    num_warps: int
+    num_stages: int = 3
+
+
 #: Where launches are noted instead of run, by :func:`recorded`.
 _recording: list[Compilation] | None = None
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, flops: float, tile: Tile | None = None, **constants: Any
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, flops: float, tile: Tile | Block, **constants: Any
 ) -> None:
     """Launch, unless there is nothing to do. ``flops`` is for the record."""
-    options = {} if tile is None else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if _recording is not None:
         _recording.append(_compilation(kernel, grid, arguments, constants, flops, options))
     elif min(grid) > 0:
@@ -44,18 +54,23 @@ def launch(
 
 
 def recorded(calls: dict[str, Callable[[], object]]) -> list[Compilation]:
-    """What the calls, on tensors without data, would launch: each specialisation once, named "kernel/call/number"."""
+    """What the calls, on tensors without data, would launch: each specialisation once.
+
+    They are named "kernel/call", with "/number" where a call launches several.
+    """
     global _recording
     found: dict[str, Compilation] = {}
     for name, call in calls.items():
         _recording = []
         try:
             call()
-            for i, item in enumerate(_recording):
-                key = str((item.name, item.signature, item.constants, item.divisible))
-                found.setdefault(key, replace(item, name=f"{item.name}/{name}/{i}"))
+            launched = _recording
         finally:
             _recording = None
+        for i, item in enumerate(launched):
+            key = str((item.name, item.signature, item.constants, item.divisible, item.num_warps, item.num_stages))
+            number = f"/{i}" if len(launched) > 1 else ""
+            found.setdefault(key, replace(item, name=f"{item.name}/{name}{number}"))
     return list(found.values())
 
 
@@ -68,30 +83,33 @@ def _compilation(
     options: dict[str, int],
 ) -> Compilation:
     """One launch, specialised as Triton does it: ones are constants, and multiples of 16 are known to be such."""
-    names = list(inspect.signature(kernel.fn).parameters)
     signature, fixed, divisible = {}, dict(constants), []
-    tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}
-    for name, argument in zip(names, arguments, strict=False):
+    for parameter, argument in zip(kernel.params, arguments, strict=False):
+        name = parameter.name
         if isinstance(argument, Tensor):
-            signature[name] = "*" + TYPES[argument.dtype]
+            signature[name] = "*" + _ELEMENTS[argument.dtype]
             divisible.append(name)
-        elif argument == 1:
+        elif isinstance(argument, float):
+            signature[name] = "fp32"
+        elif argument is None or (argument == 1 and not parameter.do_not_specialize):
             signature[name] = "constexpr"
-            fixed[name] = 1
+            fixed[name] = argument
         else:
-            signature[name] = "i32" if argument < 2**31 else "i64"
-            divisible += [name] * (argument % 16 == 0)
+            signature[name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
+            divisible += [name] * (argument % 16 == 0 and not parameter.do_not_specialize)
     signature |= dict.fromkeys(constants, "constexpr")
+    tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}
     first = arguments[0]
-    shape = " x ".join(str(list(tensor.shape)) for tensor in arguments[:2])
+    product = "PRECISION" in constants
+    shape = " x ".join(str(list(tensor.shape)) for tensor in arguments[: 1 + product])
     return Compilation(
         name=kernel.__name__.removesuffix("_kernel"),
         kernel=kernel,
-        signature={name: signature[name] for name in names},
+        signature={name: signature[name] for name in kernel.arg_names},
         constants=fixed,
-        num_warps=options.get("num_warps", 4),
-        num_stages=options.get("num_stages", 3),
-        tensor_cores="PRECISION" in constants and first.dtype != torch.float32,
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
+        tensor_cores=product and first.dtype != torch.float32,
         problem=f"{TYPES[first.dtype]} {shape}",
         programs=math.prod(grid),
         bytes=float(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())),
