@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import launching
+from tgdp_fast.kernels.autotuning import tuned
 from tgdp_fast.kernels.compilation import Compilation
 from tgdp_fast.kernels.launching import Block
 
@@ -100,29 +101,39 @@ def launch(output: Tensor, x: Tensor, bias: Tensor | None) -> None:
         return
     batch, channels, length = output.shape
     half = channels * length
-    block = _block(half)
-    tiles = triton.cdiv(half, block.elements)
-    launching.launch(
-        gated_activation_kernel,
-        (batch * tiles,),
-        output,
-        x,
-        bias,
-        half,
-        tiles,
-        length,
-        channels,
-        flops=30 * batch * half,
-        tile=block,
-        per_sample=bias is not None and bias.ndim == 2,
-        long=length >= block.elements,
-        block=block.elements,
-    )
+
+    def run(block: Block) -> None:
+        tiles = triton.cdiv(half, block.elements)
+        launching.launch(
+            gated_activation_kernel,
+            (batch * tiles,),
+            output,
+            x,
+            bias,
+            half,
+            tiles,
+            length,
+            channels,
+            flops=30 * batch * half,
+            tile=block,
+            per_sample=bias is not None and bias.ndim == 2,
+            long=length >= block.elements,
+            block=block.elements,
+        )
+
+    variant = (x.dtype, None if bias is None else (bias.dtype, bias.ndim))
+    tuned(run, _block(half), partial(_blocks, half), gated_activation_kernel, x, (batch, half, length), *variant)
 
 
 def _block(half: int) -> Block:
     """Eight elements a thread, fewer where a sample has no more than 512."""
-    return Block(min(1024, max(128, triton.next_power_of_2(half))), 4)
+    return _blocks(half)[0]
+
+
+def _blocks(half: int) -> list[Block]:
+    """All choices, none much longer than a sample."""
+    most = max(128, triton.next_power_of_2(half))
+    return [Block(min(size, most), num_warps) for size, num_warps in ((1024, 4), (512, 4), (1024, 8), (2048, 8))]
 
 
 def _without_data(

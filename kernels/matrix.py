@@ -1,18 +1,21 @@
 """Matrix products, biases, SiLU and sums over the batch, as every kernel of a perceptron uses them.
 
 Products accumulate in float32. Every operand has two strides, so that transposed factors need no copy, and 64-bit
-offsets. Nothing here uses atomics: a result depends on the shapes alone and repeats bit by bit.
+offsets. Nothing here uses atomics: a result depends on the shapes and the tile alone and repeats bit by bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tgdp_fast.kernels.autotuning import Result, tuned
 from tgdp_fast.kernels.launching import Tile, launch
 
 # The interpreter multiplies bfloat16 numbers as integers and rounds towards zero; there, both are done in float32.
@@ -272,6 +275,37 @@ def layer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowd
     return Tile(128, power_of_two(columns, 16, wide), power_of_two(depth, 16, 32), 8, 4)
 
 
+def layer_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowded: bool = False) -> list[Tile]:
+    """What else may be faster than :func:`layer_tile`, and every choice of that for sizes that round up to these."""
+    half = 1 + crowded
+    if dtype == torch.float32:
+        few = [Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3), Tile(16, 64, 32, 4, 3)]
+        many = [Tile(32, 64 // half, 16, 4, 3), Tile(128, 64 // half, 16, 8, 3), Tile(64, 64 // half, 16, 4, 3)]
+    else:
+        few = [Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 2, 4)]
+        many = [
+            Tile(64, 64, 64, 4, 3),
+            Tile(128, 128 // half, 32, 8, 4),
+            Tile(32, 64, 64, 4, 3),
+            Tile(128, 64, 64, 8, 3),
+            Tile(64, 128 // half, 32, 4, 4),
+        ]
+    return [
+        tile._replace(columns=power_of_two(columns, 16, tile.columns), depth=power_of_two(depth, 16, tile.depth))
+        for tile in (few if rows <= 16 else many)
+    ]
+
+
+def tuned_layer(
+    run: Callable[[Tile], Result], kernel: Any, below: Tensor, units: int, *variant: object, crowded: bool = False
+) -> Result:
+    """``run`` of the tile for a layer's product, [B, D] times [D, units]; ``variant`` beside the dtype."""
+    size = (below.shape[0], units, below.shape[1])
+    default = layer_tile(*size, below.dtype, crowded=crowded)
+    others = partial(layer_tiles, *size, below.dtype, crowded=crowded)
+    return tuned(run, default, others, kernel, below, size, below.dtype, *layout(below), *variant)
+
+
 def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Tile:
     """Tile for a gradient [rows, columns] of a weight, a product whose depth is the batch."""
     if dtype == torch.float32:
@@ -281,35 +315,62 @@ def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Ti
     return Tile(128, 128, 32, 8, 4)
 
 
+def gradient_tiles(rows: int, columns: int, batch: int, dtype: torch.dtype) -> list[Tile]:
+    """What else may be faster than :func:`gradient_tile`."""
+    if dtype == torch.float32:
+        tiles = [Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)]
+    else:
+        tiles = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)]
+    return [
+        Tile(
+            power_of_two(rows, 16, tile.rows),
+            power_of_two(columns, 16, tile.columns),
+            power_of_two(batch, 16, tile.depth),
+            *tile[3:],
+        )
+        for tile in tiles
+    ]
+
+
 #: Programs that keep a large card busy, and rows of the batch below which dividing it further gains nothing.
 _ENOUGH_PROGRAMS, _LEAST_SHARE = 256, 512
 
 
 def batch_parts(batch: int, tiles: int) -> int:
-    """Into how many parts a weight gradient divides the batch: by the shapes alone, so that sums repeat."""
+    """Into how many parts a weight gradient divides the batch: by shapes and tile alone, so that sums repeat."""
     return max(min(triton.cdiv(_ENOUGH_PROGRAMS, max(tiles, 1)), triton.cdiv(batch, _LEAST_SHARE)), 1)
 
 
 def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
     """[C] in ``dtype``: the sum of [R, C] over its rows."""
     rows, columns = source.shape
-    output = source.new_empty(columns, dtype=dtype)
-    across = power_of_two(columns, 1, 64)
-    down = power_of_two(rows, 1, 4096 // across)
-    launch(
-        column_sum_kernel,
-        (triton.cdiv(columns, across),),
-        source,
-        output,
-        rows,
-        columns,
-        *source.stride(),
-        flops=rows * columns,
-        tile=Tile(down, across, 1, 8, 3),
-        ROWS=down,
-        COLUMNS=across,
-    )
-    return output
+
+    def tile(across: int, num_warps: int) -> Tile:
+        across = power_of_two(columns, 1, across)
+        return Tile(power_of_two(rows, 1, 512 * num_warps // across), across, 1, num_warps, 3)
+
+    def run(tile: Tile) -> Tensor:
+        output = source.new_empty(columns, dtype=dtype)
+        launch(
+            column_sum_kernel,
+            (triton.cdiv(columns, tile.columns),),
+            source,
+            output,
+            rows,
+            columns,
+            *source.stride(),
+            flops=rows * columns,
+            tile=tile,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+        )
+        return output
+
+    def others() -> list[Tile]:
+        return [tile(64, 4), tile(32, 8), tile(16, 4), tile(128, 8)]
+
+    variant = (source.dtype, dtype, *layout(source))
+    return tuned(run, tile(64, 8), others, column_sum_kernel, source, (rows, columns), *variant)
 
 
 def weight_gradient(
@@ -321,39 +382,59 @@ def weight_gradient(
     launch adds.
     """
     (batch, rows), columns = left.shape, right.shape[1]
-    tile = gradient_tile(rows, columns, batch, left.dtype)
-    tiles = blocks(rows, columns, tile)
-    parts = batch_parts(batch, tiles)
-    # Whole slices per part, so that only the last one has a remainder.
-    share = triton.cdiv(triton.cdiv(batch, parts), tile.depth) * tile.depth
-    output = left.new_empty(parts, rows, columns, dtype=torch.float32 if parts > 1 else left.dtype)
     second_left, second_right = (left, right) if second is None else second
-    launch(
+
+    def run(tile: Tile) -> Tensor:
+        tiles = blocks(rows, columns, tile)
+        parts = batch_parts(batch, tiles)
+        # Whole slices per part, so that only the last one has a remainder.
+        share = triton.cdiv(triton.cdiv(batch, parts), tile.depth) * tile.depth
+        output = left.new_empty(parts, rows, columns, dtype=torch.float32 if parts > 1 else left.dtype)
+        launch(
+            weight_gradient_kernel,
+            (tiles, parts),
+            left,
+            right,
+            second_left,
+            second_right,
+            output,
+            batch,
+            rows,
+            columns,
+            share,
+            *left.stride(),
+            *right.stride(),
+            *second_right.stride(),
+            flops=2 * batch * rows * columns * (1 if second is None else 2),
+            tile=tile,
+            PAIR=second is not None,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        if parts == 1:
+            return output[0]
+        return column_sum(output.view(parts, rows * columns), left.dtype).view(rows, columns)
+
+    size = (rows, columns, batch)
+    return tuned(
+        run,
+        gradient_tile(*size, left.dtype),
+        partial(gradient_tiles, *size, left.dtype),
         weight_gradient_kernel,
-        (tiles, parts),
         left,
-        right,
-        second_left,
-        second_right,
-        output,
-        batch,
-        rows,
-        columns,
-        share,
-        *left.stride(),
-        *right.stride(),
-        *second_right.stride(),
-        flops=2 * batch * rows * columns * (1 if second is None else 2),
-        tile=tile,
-        PAIR=second is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
+        size,
+        left.dtype,
+        second is not None,
+        precision,
+        *layout(left, right, second_right),
     )
-    if parts == 1:
-        return output[0]
-    return column_sum(output.view(parts, rows * columns), left.dtype).view(rows, columns)
+
+
+def layout(*matrices: Tensor) -> tuple[bool, ...]:
+    """Whether each has its rows in one piece: it decides how a kernel reads them."""
+    return tuple(matrix.stride(1) == 1 for matrix in matrices)
 
 
 def bias_strides(bias: Tensor) -> tuple[int, int]:

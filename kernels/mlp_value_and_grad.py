@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tgdp_fast.kernels import small_network
 from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import TYPES, launch, recorded
+from tgdp_fast.kernels.launching import TYPES, Tile, launch, recorded
 from tgdp_fast.kernels.matrix import (
     accumulate,
     add_bias,
@@ -33,12 +33,13 @@ from tgdp_fast.kernels.matrix import (
     block_of,
     blocks,
     column_sum,
-    layer_tile,
+    layout,
     narrow,
     precision_of,
     sigmoid,
     silu_curvature,
     silu_slope,
+    tuned_layer,
     weight_gradient,
     without_data,
 )
@@ -334,37 +335,41 @@ def _last_layer(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """z of the last hidden layer or None, delta [B, H], and what each block of units adds to the value [blocks, B]."""
     (batch, depth), units = below.shape, weight.shape[0]
-    tile = layer_tile(batch, units, depth, below.dtype)
-    delta = below.new_empty(batch, units)
-    z = below.new_empty(batch, units) if keep else None
-    parts = below.new_empty(max(triton.cdiv(units, tile.columns), 1), batch, dtype=torch.float32)
-    launch(
-        last_layer_kernel,
-        (blocks(batch, units, tile),),
-        below,
-        weight,
-        bias,
-        head,
-        delta if z is None else z,
-        delta,
-        parts,
-        batch,
-        units,
-        depth,
-        *below.stride(),
-        *weight.stride(),
-        *bias_strides(bias),
-        head.stride(1),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        SHARED_BIAS=bias.shape[0] == 1,
-        KEEP=keep,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return z, delta, parts
+
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor, Tensor]:
+        delta = below.new_empty(batch, units)
+        z = below.new_empty(batch, units) if keep else None
+        parts = below.new_empty(max(triton.cdiv(units, tile.columns), 1), batch, dtype=torch.float32)
+        launch(
+            last_layer_kernel,
+            (blocks(batch, units, tile),),
+            below,
+            weight,
+            bias,
+            head,
+            delta if z is None else z,
+            delta,
+            parts,
+            batch,
+            units,
+            depth,
+            *below.stride(),
+            *weight.stride(),
+            *bias_strides(bias),
+            head.stride(1),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            SHARED_BIAS=bias.shape[0] == 1,
+            KEEP=keep,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return z, delta, parts
+
+    variant = (*layout(weight), bias.shape[0] == 1, keep, precision)
+    return tuned_layer(run, last_layer_kernel, below, units, *variant)
 
 
 def value_and_grad_backward(
@@ -442,32 +447,36 @@ def _tangent_up(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """silu(z), or z itself where that is not needed; u = silu'(z) v; v = below weight^T."""
     (batch, depth), units = below.shape, weight.shape[0]
-    tile = layer_tile(batch, units, depth, below.dtype, crowded=below.dtype != torch.float32)
-    activation = torch.empty_like(z) if activate else z
-    tangent, product = torch.empty_like(z), torch.empty_like(z)
-    launch(
-        tangent_up_kernel,
-        (blocks(batch, units, tile),),
-        below,
-        weight,
-        z,
-        activation,
-        tangent,
-        product,
-        batch,
-        units,
-        depth,
-        *below.stride(),
-        *weight.stride(),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        ACTIVATE=activate,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return activation, tangent, product
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        activation = torch.empty_like(z) if activate else z
+        tangent, product = torch.empty_like(z), torch.empty_like(z)
+        launch(
+            tangent_up_kernel,
+            (blocks(batch, units, tile),),
+            below,
+            weight,
+            z,
+            activation,
+            tangent,
+            product,
+            batch,
+            units,
+            depth,
+            *below.stride(),
+            *weight.stride(),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            ACTIVATE=activate,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return activation, tangent, product
+
+    variant = (*layout(weight), activate, precision)
+    return tuned_layer(run, tangent_up_kernel, below, units, *variant, crowded=below.dtype != torch.float32)
 
 
 def _tangent_last(
@@ -475,37 +484,41 @@ def _tangent_last(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """zbar and delta of the last hidden layer [B, H], and sums over blocks of rows for its bias and for the head."""
     (batch, depth), units = below.shape, weight.shape[0]
-    tile = layer_tile(batch, units, depth, below.dtype, crowded=below.dtype != torch.float32)
-    zbar, delta = torch.empty_like(z), torch.empty_like(z)
-    bias_sums, head_sums = z.new_empty(2, triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
-    launch(
-        tangent_last_kernel,
-        (blocks(batch, units, tile),),
-        below,
-        weight,
-        head,
-        z if value_cotangent is None else value_cotangent,
-        z,
-        zbar,
-        delta,
-        bias_sums,
-        head_sums,
-        batch,
-        units,
-        depth,
-        *below.stride(),
-        *weight.stride(),
-        head.stride(1),
-        0 if value_cotangent is None else value_cotangent.stride(0),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        VALUE=value_cotangent is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return zbar, delta, bias_sums, head_sums
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        zbar, delta = torch.empty_like(z), torch.empty_like(z)
+        bias_sums, head_sums = z.new_empty(2, triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
+        launch(
+            tangent_last_kernel,
+            (blocks(batch, units, tile),),
+            below,
+            weight,
+            head,
+            z if value_cotangent is None else value_cotangent,
+            z,
+            zbar,
+            delta,
+            bias_sums,
+            head_sums,
+            batch,
+            units,
+            depth,
+            *below.stride(),
+            *weight.stride(),
+            head.stride(1),
+            0 if value_cotangent is None else value_cotangent.stride(0),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            VALUE=value_cotangent is not None,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return zbar, delta, bias_sums, head_sums
+
+    variant = (*layout(weight), value_cotangent is not None, precision)
+    return tuned_layer(run, tangent_last_kernel, below, units, *variant, crowded=below.dtype != torch.float32)
 
 
 def _joint_down(
@@ -513,32 +526,35 @@ def _joint_down(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """zbar and delta [B, H] of the layer below ``weight``, and zbar added over blocks of rows."""
     (batch, depth), units = zbar_above.shape, weight.shape[1]
-    tile = layer_tile(batch, units, depth, z.dtype, crowded=True)
-    zbar, delta = torch.empty_like(z), torch.empty_like(z)
-    sums = z.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
-    launch(
-        joint_down_kernel,
-        (blocks(batch, units, tile),),
-        zbar_above,
-        delta_above,
-        weight,
-        z,
-        product,
-        zbar,
-        delta,
-        sums,
-        batch,
-        units,
-        depth,
-        *weight.stride(),
-        flops=4 * batch * units * depth,
-        tile=tile,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return zbar, delta, sums
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        zbar, delta = torch.empty_like(z), torch.empty_like(z)
+        sums = z.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
+        launch(
+            joint_down_kernel,
+            (blocks(batch, units, tile),),
+            zbar_above,
+            delta_above,
+            weight,
+            z,
+            product,
+            zbar,
+            delta,
+            sums,
+            batch,
+            units,
+            depth,
+            *weight.stride(),
+            flops=4 * batch * units * depth,
+            tile=tile,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return zbar, delta, sums
+
+    return tuned_layer(run, joint_down_kernel, zbar_above, units, *layout(weight), precision, crowded=True)
 
 
 def shipped() -> list[Compilation]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tgdp_fast.kernels import small_network
 from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import TYPES, launch, recorded
+from tgdp_fast.kernels.launching import TYPES, Tile, launch, recorded
 from tgdp_fast.kernels.matrix import (
     accumulate,
     add_bias,
@@ -30,10 +30,11 @@ from tgdp_fast.kernels.matrix import (
     block_of,
     blocks,
     column_sum,
-    layer_tile,
+    layout,
     narrow,
     sigmoid,
     silu_slope,
+    tuned_layer,
     weight_gradient,
     without_data,
 )
@@ -181,34 +182,38 @@ def layer_up(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(z, silu(z)) of z = below weight^T + bias, each None where not asked for: [B, D], [H, D], [1 or B, H]."""
     (batch, depth), units = below.shape, weight.shape[0]
-    pre_activation = below.new_empty(batch, units) if keep else None
-    activation = below.new_empty(batch, units) if activate else None
-    tile = layer_tile(batch, units, depth, below.dtype)
-    launch(
-        layer_up_kernel,
-        (blocks(batch, units, tile),),
-        below,
-        weight,
-        bias,
-        activation if pre_activation is None else pre_activation,
-        pre_activation if activation is None else activation,
-        batch,
-        units,
-        depth,
-        *below.stride(),
-        *weight.stride(),
-        *bias_strides(bias),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        SHARED_BIAS=bias.shape[0] == 1,
-        KEEP=keep,
-        ACTIVATE=activate,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return pre_activation, activation
+
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        pre_activation = below.new_empty(batch, units) if keep else None
+        activation = below.new_empty(batch, units) if activate else None
+        launch(
+            layer_up_kernel,
+            (blocks(batch, units, tile),),
+            below,
+            weight,
+            bias,
+            activation if pre_activation is None else pre_activation,
+            pre_activation if activation is None else activation,
+            batch,
+            units,
+            depth,
+            *below.stride(),
+            *weight.stride(),
+            *bias_strides(bias),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            SHARED_BIAS=bias.shape[0] == 1,
+            KEEP=keep,
+            ACTIVATE=activate,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return pre_activation, activation
+
+    variant = (*layout(weight), bias.shape[0] == 1, keep, activate, precision)
+    return tuned_layer(run, layer_up_kernel, below, units, *variant)
 
 
 def layer_down(
@@ -227,41 +232,45 @@ def layer_down(
     """
     (batch, depth), units = above.shape, weight.shape[1]
     crowded = pre_activation is not None and above.dtype != torch.float32
-    tile = layer_tile(batch, units, depth, above.dtype, crowded=crowded)
-    output = above.new_empty(batch, units)
-    activation = above.new_empty(batch, units) if activate else None
-    sums = above.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32) if with_sum else None
-    parts, bias, finished = (output, output, output) if value is None else value
-    launch(
-        layer_down_kernel,
-        (blocks(batch, units, tile),),
-        above,
-        weight,
-        output if pre_activation is None else pre_activation,
-        output,
-        output if activation is None else activation,
-        output if sums is None else sums,
-        parts,
-        bias,
-        finished,
-        batch,
-        units,
-        depth,
-        0 if value is None else len(parts),
-        *above.stride(),
-        *weight.stride(),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        SLOPE=pre_activation is not None,
-        ACTIVATE=activate,
-        SUM=with_sum,
-        FINISH=value is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return output, activation, sums
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        output = above.new_empty(batch, units)
+        activation = above.new_empty(batch, units) if activate else None
+        sums = above.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32) if with_sum else None
+        parts, bias, finished = (output, output, output) if value is None else value
+        launch(
+            layer_down_kernel,
+            (blocks(batch, units, tile),),
+            above,
+            weight,
+            output if pre_activation is None else pre_activation,
+            output,
+            output if activation is None else activation,
+            output if sums is None else sums,
+            parts,
+            bias,
+            finished,
+            batch,
+            units,
+            depth,
+            0 if value is None else len(parts),
+            *above.stride(),
+            *weight.stride(),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            SLOPE=pre_activation is not None,
+            ACTIVATE=activate,
+            SUM=with_sum,
+            FINISH=value is not None,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return output, activation, sums
+
+    variant = (*layout(weight), pre_activation is not None, activate, with_sum, value is not None, precision)
+    return tuned_layer(run, layer_down_kernel, above, units, *variant, crowded=crowded)
 
 
 def perceptron(

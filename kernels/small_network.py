@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tgdp_fast.kernels.autotuning import tuned
 from tgdp_fast.kernels.compilation import Compilation
 from tgdp_fast.kernels.launching import TYPES, Tile, launch, recorded
 from tgdp_fast.kernels.matrix import (
@@ -29,6 +30,7 @@ from tgdp_fast.kernels.matrix import (
     add_bias,
     as_rows,
     bias_strides,
+    layout,
     multiply_add,
     narrow,
     power_of_two,
@@ -562,10 +564,15 @@ def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 def _tile(batch: int, width: int, inputs: int) -> Tile:
     """Rows of a block, half the padded width, and slices of the first layer's product."""
+    # Few rows give every multiprocessor a block of its own; many share a reading of the weights.
+    return _tiles(width, inputs)[batch > 2048]
+
+
+def _tiles(width: int, inputs: int) -> list[Tile]:
+    """All choices."""
     columns = power_of_two(width, 32, MOST_UNITS) // 2
     depth = power_of_two(inputs, 16, 32)
-    # Few rows give every multiprocessor a block of its own; many share a reading of the weights.
-    return Tile(16, columns, depth, 4, 2) if batch <= 2048 else Tile(32, columns, depth, 8, 2)
+    return [Tile(rows, columns, depth, num_warps, 2) for rows, num_warps in ((16, 4), (32, 8), (16, 8))]
 
 
 def _four(values: Sequence[Value]) -> list[Value]:
@@ -590,11 +597,8 @@ def _launch(
     batch, inputs = x.shape
     widths = [weight.shape[0] for weight in weights[:-1]]
     kept = [x.new_empty(batch, width) for width in widths] if keep else []
-    tile = _tile(batch, max(widths), inputs)
     bias = as_rows(first_bias)
-    launch(
-        kernel,
-        (triton.cdiv(batch, tile.rows),),
+    arguments = (
         x,
         bias,
         *_four([weight.contiguous() for weight in weights[:-1]]),
@@ -609,17 +613,26 @@ def _launch(
         *sizes,
         *x.stride(),
         *bias_strides(bias),
-        flops=2 * passes * batch * sum(weight.numel() for weight in weights),
-        tile=tile,
-        LAYERS=len(widths),
-        SHARED_BIAS=bias.shape[0] == 1,
-        KEEP=keep,
-        HALF=tile.columns,
-        ROWS=tile.rows,
-        DEPTH=tile.depth,
-        PRECISION="ieee",
-        **constants,
     )
+    flags = {"LAYERS": len(widths), "SHARED_BIAS": bias.shape[0] == 1, "KEEP": keep, **constants}
+
+    def run(tile: Tile) -> None:
+        launch(
+            kernel,
+            (triton.cdiv(batch, tile.rows),),
+            *arguments,
+            flops=2 * passes * batch * sum(weight.numel() for weight in weights),
+            tile=tile,
+            HALF=tile.columns,
+            ROWS=tile.rows,
+            DEPTH=tile.depth,
+            PRECISION="ieee",
+            **flags,
+        )
+
+    size = (batch, inputs, *widths, *sizes)
+    others = partial(_tiles, max(widths), inputs)
+    tuned(run, _tile(batch, max(widths), inputs), others, kernel, x, size, x.dtype, *layout(x), *flags.values())
     return kept
 
 
