@@ -280,7 +280,7 @@ def layer_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crow
     half = 1 + crowded
     if dtype == torch.float32:
         few = [Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3), Tile(16, 64, 32, 4, 3)]
-        many = [Tile(32, 64 // half, 16, 4, 3), Tile(128, 64 // half, 16, 8, 3), Tile(64, 64 // half, 16, 4, 3)]
+        many = [Tile(32, 64 // half, 16, 4, 3), Tile(128, 64 // half, 16, 8, 3), Tile(64, 32, 16, 4, 3)]
     else:
         few = [Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 2, 4)]
         many = [
@@ -320,7 +320,7 @@ def gradient_tiles(rows: int, columns: int, batch: int, dtype: torch.dtype) -> l
     if dtype == torch.float32:
         tiles = [Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)]
     else:
-        tiles = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)]
+        tiles = [Tile(64, 64, 32, 4, 4), Tile(128, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)]
     return [
         Tile(
             power_of_two(rows, 16, tile.rows),
