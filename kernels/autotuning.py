@@ -91,16 +91,20 @@ class Tuner:
         self._lock = threading.RLock()  # a launch that is timed may contain another
         self._warned: set[str] = set()
 
+    def recalled(self, problem: Problem) -> tuple[int, ...] | None:
+        """The choice that this process has made or read."""
+        return self._choices.get(problem)
+
     def choose(
         self, problem: Problem, candidates: Sequence[Choice], run: Callable[[Choice], object], *, measure: bool
-    ) -> Choice:
-        """The fastest candidate by an earlier measurement, else by one now, else, without ``measure``, the first.
+    ) -> Choice | None:
+        """The fastest candidate by an earlier measurement, else by one now; None without ``measure``.
 
-        Candidates that raise are left out; the first one, the default, wins ties and also if all raise.
+        Candidates that raise are left out; None if all do. The first one, the default, wins ties.
         """
         known = self._known(problem, candidates)
         if known is not None or not measure:
-            return candidates[0] if known is None else known
+            return known
         with self._lock:
             known = self._known(problem, candidates)  # another thread's, meanwhile
             if known is not None:
@@ -109,7 +113,7 @@ class Tuner:
             default = candidates[0]
             fastest = min(candidates, key=lambda candidate: times[candidate])
             if times[fastest] == float("inf"):
-                return default
+                return None
             if times[fastest] > (1.0 - LEAST_GAIN) * times[default]:
                 fastest = default
             _logger.info("%s: %s of %s", problem, tuple(fastest), {tuple(c): t for c, t in times.items()})
@@ -126,7 +130,7 @@ class Tuner:
             return float("inf")
 
     def _known(self, problem: Problem, candidates: Sequence[Choice]) -> Choice | None:
-        choice = self._choices.get(problem)
+        choice = self.recalled(problem)
         if choice is None:
             choice = self._read(problem)
         found = next((candidate for candidate in candidates if candidate == choice), None)
@@ -172,33 +176,39 @@ class Tuner:
 
 def tuned(
     run: Callable[[Choice], Result],
-    default: Choice,
-    others: Callable[[], Iterable[Choice]],
+    heuristic: Callable[..., Choice],
+    others: Callable[..., Iterable[Choice]],
     kernel: Any,
     tensor: Tensor,
-    sizes: Iterable[int],
+    sizes: Sequence[int],
     *variant: object,
 ) -> Result:
-    """``run`` of the fastest of ``default`` and ``others``, or of the default; see the module.
+    """``run`` of the configuration that was or is found to be the fastest, or of the heuristic's; see the module.
 
     Args:
-        run: launches with a choice and returns the results; calling it again must change nothing.
-        default: the heuristic's choice.
-        others: further ones. Default and others together must be the same for all sizes that round up to the same.
+        run: launches with a configuration and returns the results; calling it again must change nothing.
+        heuristic: the default for ``*sizes``.
+        others: further ones. Candidates are those of the rounded sizes, so that all calls of a problem have the same.
         kernel: the ``triton.jit`` function.
         tensor: an input of the launch.
         sizes: of the problem.
         variant: what else decides the code that is compiled.
     """
-    if _policy is not None:
-        return _policy(run, distinct(default, others()))
-    if not enabled():
-        return run(default)
+    if _policy is None and (not enabled() or 0 in sizes):
+        return run(heuristic(*sizes))
     rounded = tuple(map(rounded_up, sizes))
-    if 0 in rounded:
-        return run(default)
+
+    def candidates() -> list[Choice]:
+        return list(dict.fromkeys((heuristic(*rounded), *others(*rounded))))
+
+    if _policy is not None:
+        return _policy(run, candidates())
     problem = Problem(kernel.__name__, " ".join(map(str, variant)), rounded, *_device_and_version(tensor.device))
-    return run(_tuner().choose(problem, distinct(default, others()), run, measure=measurable(tensor)))
+    tuner = _tuner()
+    choice: Any = tuner.recalled(problem)
+    if choice is None:
+        choice = tuner.choose(problem, candidates(), run, measure=measurable(tensor))
+    return run(heuristic(*sizes) if choice is None else choice)
 
 
 def enabled() -> bool:
@@ -222,11 +232,6 @@ def rounded_up(size: int) -> int:
     return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
-def distinct(default: Choice, others: Iterable[Choice]) -> list[Choice]:
-    """Each once, the default first."""
-    return list(dict.fromkeys((default, *others)))
-
-
 def cache_folder() -> Path | None:
     """Where choices are kept: ``tgdp_fast/triton`` in ``XDG_CACHE_HOME`` or ``~/.cache``; None without a home."""
     given = os.environ.get("XDG_CACHE_HOME", "")
@@ -242,9 +247,9 @@ def state() -> str:
     folder = cache_folder()
     where = "memory alone"
     if folder is not None:
-        count = sum(1 for _ in folder.glob("*.json"))
         home = os.path.expanduser("~")
-        where = f"{str(folder).replace(home, '~', 1)}, which has {count}"
+        shown = Path("~", folder.relative_to(home)) if folder.is_relative_to(home) else folder
+        where = f"{shown}, which has {sum(1 for _ in folder.glob('*.json'))}"
     if os.environ.get(ENVIRONMENT) != "1":
         return f"off; {ENVIRONMENT}=1 measures launch configurations once and keeps the choices in {where}"
     return f"on; choices are kept in {where}"

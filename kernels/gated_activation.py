@@ -122,15 +122,15 @@ def launch(output: Tensor, x: Tensor, bias: Tensor | None) -> None:
         )
 
     variant = (x.dtype, None if bias is None else (bias.dtype, bias.ndim))
-    tuned(run, _block(half), partial(_blocks, half), gated_activation_kernel, x, (batch, half, length), *variant)
+    tuned(run, _block, _blocks, gated_activation_kernel, x, (batch, half, length), *variant)
 
 
-def _block(half: int) -> Block:
+def _block(batch: int, half: int, length: int) -> Block:
     """Eight elements a thread, fewer where a sample has no more than 512."""
-    return _blocks(half)[0]
+    return _blocks(batch, half, length)[0]
 
 
-def _blocks(half: int) -> list[Block]:
+def _blocks(batch: int, half: int, length: int) -> list[Block]:
     """All choices, none much longer than a sample."""
     most = max(128, triton.next_power_of_2(half))
     return [Block(min(size, most), num_warps) for size, num_warps in ((1024, 4), (512, 4), (1024, 8), (2048, 8))]

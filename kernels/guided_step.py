@@ -248,7 +248,7 @@ def launch(
         )
 
     variant = (slots, clamp is not None, normals, *(None if tensor is None else tensor.dtype for tensor in tensors[3:]))
-    tuned(run, _block(normals), _blocks, guided_step_kernel, x, (elements, sample_size), *variant)
+    tuned(run, partial(_block, normals), _blocks, guided_step_kernel, x, (elements, sample_size), *variant)
 
 
 def _normals(sample_size: int) -> int:
@@ -256,7 +256,7 @@ def _normals(sample_size: int) -> int:
     return 4 if sample_size % 4 == 0 else 2 if sample_size % 2 == 0 else 1
 
 
-def _block(normals: int) -> Block:
+def _block(normals: int, *_: int) -> Block:
     """Eight elements a thread, so that several loads of each are under way at once.
 
     Four where each element makes its own noise, or some of its registers would be spilled.
@@ -264,7 +264,7 @@ def _block(normals: int) -> Block:
     return Block(512 if normals == 1 else 1024, 4)
 
 
-def _blocks() -> list[Block]:
+def _blocks(*_: int) -> list[Block]:
     """What else may be faster."""
     return [Block(1024, 4), Block(512, 4), Block(1024, 8), Block(2048, 8), Block(512, 8)]
 

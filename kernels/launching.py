@@ -109,7 +109,7 @@ def _compilation(
         constants=fixed,
         num_warps=options["num_warps"],
         num_stages=options["num_stages"],
-        tensor_cores=product and first.dtype != torch.float32,
+        tensor_cores=product and (first.dtype != torch.float32 or constants["PRECISION"] != "ieee"),
         problem=f"{TYPES[first.dtype]} {shape}",
         programs=math.prod(grid),
         bytes=float(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())),

@@ -276,11 +276,11 @@ def layer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowd
 
 
 def layer_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowded: bool = False) -> list[Tile]:
-    """What else may be faster than :func:`layer_tile`, and every choice of that for sizes that round up to these."""
+    """What else may be faster than :func:`layer_tile`."""
     half = 1 + crowded
     if dtype == torch.float32:
         few = [Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3), Tile(16, 64, 32, 4, 3)]
-        many = [Tile(32, 64 // half, 16, 4, 3), Tile(128, 64 // half, 16, 8, 3), Tile(64, 32, 16, 4, 3)]
+        many = [Tile(128, 64 // half, 16, 8, 3), Tile(64, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)]
     else:
         few = [Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 2, 4)]
         many = [
@@ -300,10 +300,10 @@ def tuned_layer(
     run: Callable[[Tile], Result], kernel: Any, below: Tensor, units: int, *variant: object, crowded: bool = False
 ) -> Result:
     """``run`` of the tile for a layer's product, [B, D] times [D, units]; ``variant`` beside the dtype."""
+    heuristic = partial(layer_tile, dtype=below.dtype, crowded=crowded)
+    others = partial(layer_tiles, dtype=below.dtype, crowded=crowded)
     size = (below.shape[0], units, below.shape[1])
-    default = layer_tile(*size, below.dtype, crowded=crowded)
-    others = partial(layer_tiles, *size, below.dtype, crowded=crowded)
-    return tuned(run, default, others, kernel, below, size, below.dtype, *layout(below), *variant)
+    return tuned(run, heuristic, others, kernel, below, size, below.dtype, *layout(below), *variant)
 
 
 def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Tile:
@@ -318,9 +318,9 @@ def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Ti
 def gradient_tiles(rows: int, columns: int, batch: int, dtype: torch.dtype) -> list[Tile]:
     """What else may be faster than :func:`gradient_tile`."""
     if dtype == torch.float32:
-        tiles = [Tile(64, 64, 16, 8, 3), Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)]
+        tiles = [Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)]
     else:
-        tiles = [Tile(64, 64, 32, 4, 4), Tile(128, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)]
+        tiles = [Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)]
     return [
         Tile(
             power_of_two(rows, 16, tile.rows),
@@ -330,6 +330,17 @@ def gradient_tiles(rows: int, columns: int, batch: int, dtype: torch.dtype) -> l
         )
         for tile in tiles
     ]
+
+
+def sum_tile(rows: int, columns: int, across: int = 64, num_warps: int = 8) -> Tile:
+    """Tile for sums of [rows, columns] over the rows, 16 numbers a thread."""
+    across = power_of_two(columns, 1, across)
+    return Tile(power_of_two(rows, 1, 512 * num_warps // across), across, 1, num_warps, 3)
+
+
+def sum_tiles(rows: int, columns: int) -> list[Tile]:
+    """What else may be faster than :func:`sum_tile`."""
+    return [sum_tile(rows, columns, *choice) for choice in ((64, 4), (32, 8), (16, 4), (128, 8))]
 
 
 #: Programs that keep a large card busy, and rows of the batch below which dividing it further gains nothing.
@@ -344,10 +355,6 @@ def batch_parts(batch: int, tiles: int) -> int:
 def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
     """[C] in ``dtype``: the sum of [R, C] over its rows."""
     rows, columns = source.shape
-
-    def tile(across: int, num_warps: int) -> Tile:
-        across = power_of_two(columns, 1, across)
-        return Tile(power_of_two(rows, 1, 512 * num_warps // across), across, 1, num_warps, 3)
 
     def run(tile: Tile) -> Tensor:
         output = source.new_empty(columns, dtype=dtype)
@@ -366,11 +373,8 @@ def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
         )
         return output
 
-    def others() -> list[Tile]:
-        return [tile(64, 4), tile(32, 8), tile(16, 4), tile(128, 8)]
-
     variant = (source.dtype, dtype, *layout(source))
-    return tuned(run, tile(64, 8), others, column_sum_kernel, source, (rows, columns), *variant)
+    return tuned(run, sum_tile, sum_tiles, column_sum_kernel, source, (rows, columns), *variant)
 
 
 def weight_gradient(
@@ -417,19 +421,9 @@ def weight_gradient(
             return output[0]
         return column_sum(output.view(parts, rows * columns), left.dtype).view(rows, columns)
 
-    size = (rows, columns, batch)
-    return tuned(
-        run,
-        gradient_tile(*size, left.dtype),
-        partial(gradient_tiles, *size, left.dtype),
-        weight_gradient_kernel,
-        left,
-        size,
-        left.dtype,
-        second is not None,
-        precision,
-        *layout(left, right, second_right),
-    )
+    heuristic, others = partial(gradient_tile, dtype=left.dtype), partial(gradient_tiles, dtype=left.dtype)
+    variant = (left.dtype, second is not None, precision, *layout(left, right, second_right))
+    return tuned(run, heuristic, others, weight_gradient_kernel, left, (rows, columns, batch), *variant)
 
 
 def layout(*matrices: Tensor) -> tuple[bool, ...]:

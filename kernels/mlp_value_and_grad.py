@@ -518,7 +518,8 @@ def _tangent_last(
         return zbar, delta, bias_sums, head_sums
 
     variant = (*layout(weight), value_cotangent is not None, precision)
-    return tuned_layer(run, tangent_last_kernel, below, units, *variant, crowded=below.dtype != torch.float32)
+    crowded = below.dtype != torch.float32 or precision != "ieee"
+    return tuned_layer(run, tangent_last_kernel, below, units, *variant, crowded=crowded)
 
 
 def _joint_down(
@@ -560,12 +561,16 @@ def _joint_down(
 def shipped() -> list[Compilation]:
     """Guidance networks of two inputs and of the ECG's 3904, four layers of 128 and of 512, and their derivative."""
     calls: dict[str, Callable[[], object]] = {}
-    for dtype, name in TYPES.items():
-        for inputs, width, batch in ((2, 128, 256), (2, 128, 65536), (2, 512, 16), (2, 512, 65536), (3904, 512, 256)):
+    sizes = ((2, 128, 256), (2, 128, 65536), (2, 512, 16), (2, 512, 65536), (3904, 512, 256))
+    for dtype, name, split in (
+        *((dtype, name, False) for dtype, name in TYPES.items()),
+        (torch.float32, "split", True),
+    ):
+        for inputs, width, batch in sizes[2:4] if split else sizes:
             network = without_data(batch, (inputs, *[width] * 4), 1, dtype)
             if small_network.fits(network[0], network[2]):
                 continue
-            calls[f"mlp-{name}-{inputs}-{width}-{batch}"] = partial(value_and_grad, *network, keep=False, split=False)
+            calls[f"mlp-{name}-{inputs}-{width}-{batch}"] = partial(value_and_grad, *network, keep=False, split=split)
         x, first_bias, weights, biases = without_data(65536, (2, 512, 512, 512, 512), 1, dtype)
         kept = [x.new_empty(len(x), 512) for _ in biases]
         calls[f"mlp-{name}-backward"] = partial(
@@ -577,6 +582,6 @@ def shipped() -> list[Compilation]:
             weights,
             kept,
             needs_grad=[True] * (2 * len(kept) + 3),
-            split=False,
+            split=split,
         )
     return recorded(calls)

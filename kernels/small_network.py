@@ -562,15 +562,15 @@ def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _tile(batch: int, width: int, inputs: int) -> Tile:
+def _tile(batch: int, inputs: int, *widths: int) -> Tile:
     """Rows of a block, half the padded width, and slices of the first layer's product."""
     # Few rows give every multiprocessor a block of its own; many share a reading of the weights.
-    return _tiles(width, inputs)[batch > 2048]
+    return _tiles(batch, inputs, *widths)[batch > 2048]
 
 
-def _tiles(width: int, inputs: int) -> list[Tile]:
+def _tiles(batch: int, inputs: int, *widths: int) -> list[Tile]:
     """All choices."""
-    columns = power_of_two(width, 32, MOST_UNITS) // 2
+    columns = power_of_two(max(widths), 32, MOST_UNITS) // 2
     depth = power_of_two(inputs, 16, 32)
     return [Tile(rows, columns, depth, num_warps, 2) for rows, num_warps in ((16, 4), (32, 8), (16, 8))]
 
@@ -630,9 +630,7 @@ def _launch(
             **flags,
         )
 
-    size = (batch, inputs, *widths, *sizes)
-    others = partial(_tiles, max(widths), inputs)
-    tuned(run, _tile(batch, max(widths), inputs), others, kernel, x, size, x.dtype, *layout(x), *flags.values())
+    tuned(run, _tile, _tiles, kernel, x, (batch, inputs, *widths), x.dtype, *layout(x), *flags.values())
     return kept
 
 

@@ -85,7 +85,7 @@ def test_candidates_that_raise_are_left_out():
 def test_where_all_raise_the_default_is_left_to_raise_and_nothing_is_remembered(tmp_path: Path):
     clock = Clock(third=0.5)
     tuner = Tuner(tmp_path, clock)
-    assert tuner.choose(PROBLEM, CANDIDATES, raising(*CANDIDATES), measure=True) == DEFAULT
+    assert tuner.choose(PROBLEM, CANDIDATES, raising(*CANDIDATES), measure=True) is None
     assert not list(tmp_path.iterdir())
     assert choose(tuner, clock) == THIRD
 
@@ -141,11 +141,12 @@ def test_threads_that_ask_at_once_measure_once():
 
 def test_a_timed_launch_may_contain_another():
     inner_clock, clock = Clock(second=0.5), Clock(third=0.5)
-    tuner = Tuner(None, lambda call: clock(call))
+    clocks = [clock, *[inner_clock] * 3, clock, clock]
+    tuner = Tuner(None, lambda call: clocks.pop(0)(call))
     inner = replace(PROBLEM, kernel="inner")
 
     def run(candidate):
-        assert tuner.choose(inner, [DEFAULT], inner_clock.ran.append, measure=False) == DEFAULT
+        assert tuner.choose(inner, CANDIDATES, inner_clock.ran.append, measure=True) == SECOND
         clock.ran.append(candidate)
 
     assert tuner.choose(PROBLEM, CANDIDATES, run, measure=True) == THIRD
@@ -196,7 +197,7 @@ def test_a_file_that_holds_something_else_is_ignored_with_one_warning(tmp_path: 
     tuner = Tuner(tmp_path, clock := Clock(third=0.5))
     with caplog.at_level(logging.WARNING):
         for problem in problems:
-            assert choose(tuner, clock, problem, measure=False) == DEFAULT
+            assert choose(tuner, clock, problem, measure=False) is None
             assert choose(tuner, clock, problem) == THIRD
     assert len(caplog.records) == 1
     assert "is ignored" in caplog.text
@@ -214,7 +215,7 @@ def test_a_choice_that_is_no_candidate_is_measured_again(tmp_path: Path, choice)
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"choice": choice}))
     tuner = Tuner(tmp_path, clock := Clock(third=0.5))
-    assert choose(tuner, clock, measure=False) == DEFAULT
+    assert choose(tuner, clock, measure=False) is None
     assert choose(tuner, clock) == THIRD
     assert json.loads(path.read_text())["choice"] == list(THIRD)
 
@@ -314,7 +315,7 @@ def launched(clock: Clock, tensor=None, sizes=(100, 7), *variant: object):
         return choice
 
     given = OnGpu() if tensor is None else tensor
-    return tuned(run, DEFAULT, lambda: [SECOND, THIRD, DEFAULT], KERNEL, given, sizes, *variant)
+    return tuned(run, lambda *_: DEFAULT, lambda *_: [SECOND, THIRD, DEFAULT], KERNEL, given, sizes, *variant)
 
 
 def test_switched_off_nothing_is_listed_timed_or_looked_up(on, monkeypatch):
@@ -326,7 +327,7 @@ def test_switched_off_nothing_is_listed_timed_or_looked_up(on, monkeypatch):
         if value is not None:
             monkeypatch.setenv(ENVIRONMENT, value)
         monkeypatch.setattr(autotuning, "_tuner", never)
-        assert tuned(lambda choice: choice, DEFAULT, never, KERNEL, OnGpu(), (1,)) == DEFAULT
+        assert tuned(lambda choice: choice, lambda _: DEFAULT, never, KERNEL, OnGpu(), (1,)) == DEFAULT
         monkeypatch.setenv(ENVIRONMENT, "")
 
 
@@ -369,6 +370,18 @@ def test_where_nothing_may_be_timed_an_earlier_choice_or_the_default_is_used(on,
         assert launched(on) == THIRD
         assert launched(on, None, (1000, 7)) == DEFAULT
         assert on.timed == 3
+
+
+def test_calls_of_a_problem_have_the_same_candidates_and_a_call_without_a_choice_the_heuristic_of_its_sizes(on):
+    def listed(size):
+        seen = []
+        tuned(seen.append, lambda n: (n, 0), lambda n: [(n, 1)], KERNEL, torch.empty(1), (size,))
+        with autotuning.deciding(lambda run, candidates: seen.append(candidates)):
+            tuned(seen.append, lambda n: (n, 0), lambda n: [(n, 1), (n, 0)], KERNEL, torch.empty(1), (size,))
+        return seen
+
+    assert listed(100) == [(100, 0), [(128, 0), (128, 1)]]
+    assert listed(128) == [(128, 0), [(128, 0), (128, 1)]]
 
 
 def test_deterministic_algorithms_are_the_defaults(on):

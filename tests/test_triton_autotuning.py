@@ -17,9 +17,6 @@ from tgdp_fast.ops._dispatch import lookup
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 
-from tgdp_fast.kernels import matrix, small_network
-from tgdp_fast.kernels.launching import Tile
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MOST_CANDIDATES = 6
 
@@ -146,42 +143,3 @@ def test_gate_is_the_same_to_the_bit(shape):
             with candidate(number):
                 assert torch.equal(gated_activation(x, bias, backend="triton"), expected)
             assert torch.equal(x, before[0])
-
-
-SIZES = [1, 2, 3, 16, 17, 31, 32, 33, 64, 65, 100, 128, 129, 500, 512, 1000, 1500, 2048, 2049, 70_000]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes_that_round_up_to_the_same_have_the_same_candidates(dtype):
-    # Otherwise calls of one problem would measure again and again.
-    def sets_by_problem(candidates, *dimensions):
-        found = {}
-        for size in dimensions:
-            found.setdefault(tuple(map(autotuning.rounded_up, size)), set()).add(frozenset(candidates(*size)))
-        return found
-
-    triples = [(a, b, c) for a in SIZES for b in SIZES for c in (1, 15, 64, 100, 300)]
-
-    def layers(rows, columns, depth):
-        return [
-            choice
-            for crowded in (False, True)
-            for choice in autotuning.distinct(
-                matrix.layer_tile(rows, columns, depth, dtype, crowded=crowded),
-                matrix.layer_tiles(rows, columns, depth, dtype, crowded=crowded),
-            )
-        ]
-
-    def gradients(rows, columns, batch):
-        return autotuning.distinct(
-            matrix.gradient_tile(rows, columns, batch, dtype), matrix.gradient_tiles(rows, columns, batch, dtype)
-        )
-
-    def small(batch, width, inputs):
-        return autotuning.distinct(small_network._tile(batch, width, inputs), small_network._tiles(width, inputs))
-
-    for candidates in (layers, gradients, small):
-        for problem, sets in sets_by_problem(candidates, *triples).items():
-            assert len(sets) == 1, (candidates.__name__, problem)
-            for choice in next(iter(sets)):
-                assert isinstance(choice, Tile)
