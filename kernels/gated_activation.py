@@ -5,18 +5,18 @@ Reference twin ``tgdp_fast.ops.gated_activation.gated_activation_reference``.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tgdp_fast.kernels import launching
+from tgdp_fast.kernels.autotuning import tuned
 from tgdp_fast.kernels.compilation import Compilation
-
-# Elements of a program, at most and at least: eight a thread.
-_BLOCK = 1024
-_SMALLEST_BLOCK = 128
-_NUM_WARPS = 4
+from tgdp_fast.kernels.launching import Block
 
 
 @triton.jit
@@ -101,65 +101,59 @@ def launch(output: Tensor, x: Tensor, bias: Tensor | None) -> None:
         return
     batch, channels, length = output.shape
     half = channels * length
-    block = _block(half)
-    tiles = triton.cdiv(half, block)
-    gated_activation_kernel[(batch * tiles,)](
-        output,
-        x,
-        bias,
-        half,
-        tiles,
-        length,
-        channels,
-        per_sample=bias is not None and bias.ndim == 2,
-        long=length >= block,
-        block=block,
-        num_warps=_NUM_WARPS,
-        enable_fp_fusion=True,
-    )
+
+    def run(block: Block) -> None:
+        tiles = triton.cdiv(half, block.elements)
+        launching.launch(
+            gated_activation_kernel,
+            (batch * tiles,),
+            output,
+            x,
+            bias,
+            half,
+            tiles,
+            length,
+            channels,
+            flops=30 * batch * half,
+            tile=block,
+            per_sample=bias is not None and bias.ndim == 2,
+            long=length >= block.elements,
+            block=block.elements,
+        )
+
+    variant = (x.dtype, None if bias is None else (bias.dtype, bias.ndim))
+    tuned(run, _block, _blocks, gated_activation_kernel, x, (batch, half, length), *variant)
 
 
-def _block(half: int) -> int:
-    return min(_BLOCK, max(_SMALLEST_BLOCK, triton.next_power_of_2(half)))
+def _block(batch: int, half: int, length: int) -> Block:
+    """Eight elements a thread, fewer where a sample has no more than 512."""
+    return _blocks(batch, half, length)[0]
 
 
-def _compilation(
-    variant: str, dtype: str, bias: str | None, shape: tuple[int, int, int], *, per_sample: bool = False
-) -> Compilation:
-    """For an output of this shape."""
+def _blocks(batch: int, half: int, length: int) -> list[Block]:
+    """All choices, none much longer than a sample."""
+    most = max(128, triton.next_power_of_2(half))
+    return [Block(min(size, most), num_warps) for size, num_warps in ((1024, 4), (512, 4), (1024, 8), (2048, 8))]
+
+
+def _without_data(
+    dtype: torch.dtype, shape: tuple[int, int, int], bias: tuple[torch.dtype, int] | None = None
+) -> Callable[[], None]:
+    """A launch for a record: an output of this shape, a bias of a dtype and of one dimension or two."""
     batch, channels, length = shape
-    half, block = channels * length, _block(channels * length)
-    constants: dict[str, Any] = {"per_sample": per_sample, "long": length >= block, "block": block}
-    if bias is None:
-        constants["bias_pointer"] = None
-    types = {"output_pointer": f"*{dtype}", "x_pointer": f"*{dtype}", "bias_pointer": f"*{bias}"}
-    tiles = -(-half // block)
-    divisible = [name for name in ("output_pointer", "x_pointer", "bias_pointer") if name not in constants]
-    divisible += [name for name, value in (("half", half), ("tiles", tiles)) if value % 16 == 0]
-    return Compilation(
-        name=f"gated_activation/{variant}",
-        kernel=gated_activation_kernel,
-        signature={
-            name: "constexpr" if name in constants else types.get(name, "i32")
-            for name in gated_activation_kernel.arg_names
-        },
-        constants=constants,
-        num_warps=_NUM_WARPS,
-        num_stages=3,
-        tensor_cores=False,
-        problem=f"[{batch}, {channels}, {length}]",
-        programs=batch * tiles,
-        bytes=float(3 * batch * half * (4 if dtype == "fp32" else 2)),
-        flops=30.0 * batch * half,
-        divisible=tuple(divisible),
-    )
+    output = torch.empty(shape, dtype=dtype, device="meta")
+    given = None if bias is None else output.new_empty((batch, 2 * channels)[-bias[1] :], dtype=bias[0])
+    return partial(launch, output, output.new_empty(batch, 2 * channels, length), given)
 
 
 def shipped() -> list[Compilation]:
     """Gates of residual blocks of 256 channels on 1000 positions, and of short and odd sizes."""
-    return [
-        _compilation("plain", "bf16", None, (64, 256, 1000)),
-        _compilation("bias", "bf16", "bf16", (64, 256, 1000)),
-        _compilation("sample bias", "fp32", "fp32", (64, 256, 1024), per_sample=True),
-        _compilation("odd", "fp16", "fp32", (7, 5, 131), per_sample=True),
-    ]
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    return launching.recorded(
+        {
+            "plain": _without_data(bf16, (64, 256, 1000)),
+            "bias": _without_data(bf16, (64, 256, 1000), (bf16, 1)),
+            "sample bias": _without_data(fp32, (64, 256, 1024), (fp32, 2)),
+            "odd": _without_data(fp16, (7, 5, 131), (fp32, 2)),
+        }
+    )

@@ -6,19 +6,22 @@ Reference twin ``tgdp_fast.ops.guided_step.guided_step_reference``; the same ari
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tgdp_fast.kernels import launching
+from tgdp_fast.kernels.autotuning import tuned
 from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.launching import Block
 from tgdp_fast.kernels.philox import normal_elements, normal_groups, normal_pairs
 
 #: The most history slots that the kernel has coefficients for.
 MOST_SLOTS = 2
-_NUM_WARPS = 4
 
 
 @triton.jit
@@ -216,35 +219,36 @@ def launch(
     slots = len(history_next)
     sample_size = elements // len(x)
     normals = _normals(sample_size) if noise_scale != 0.0 else 0
-    block = _block(normals)
-    guided_step_kernel[(triton.cdiv(elements, block),)](
-        x_next,
-        history_next,
-        x0,
-        x,
-        epsilon,
-        gradient,
-        history,
-        sample_index if normals else None,
-        elements,
-        sample_size,
-        *_coefficients(matrix, slots),
-        noise_scale,
-        guidance_weight,
-        alpha,
-        sigma,
-        *((0.0, 0.0) if clamp is None else clamp),
-        _signed(key_low),
-        _signed(key_high),
-        _signed(evaluation),
-        slots=slots,
-        clamp=clamp is not None,
-        normals=normals,
-        long=sample_size >= block,
-        block=block,
-        num_warps=_NUM_WARPS,
-        enable_fp_fusion=True,
-    )
+    noise_flops = 80 // min(normals, 2) if normals else 0
+    tensors = (x_next, history_next, x0, x, epsilon, gradient, history, sample_index if normals else None)
+
+    def run(block: Block) -> None:
+        launching.launch(
+            guided_step_kernel,
+            (triton.cdiv(elements, block.elements),),
+            *tensors,
+            elements,
+            sample_size,
+            *_coefficients(matrix, slots),
+            noise_scale,
+            guidance_weight,
+            alpha,
+            sigma,
+            *((0.0, 0.0) if clamp is None else clamp),
+            _signed(key_low),
+            _signed(key_high),
+            _signed(evaluation),
+            flops=elements * (5 + (1 + slots) * (3 + 2 * slots) + 6 * (clamp is not None) + noise_flops),
+            tile=block,
+            slots=slots,
+            clamp=clamp is not None,
+            normals=normals,
+            long=sample_size >= block.elements,
+            block=block.elements,
+        )
+
+    variant = (slots, clamp is not None, normals, *(None if tensor is None else tensor.dtype for tensor in tensors[3:]))
+    tuned(run, partial(_block, normals), _blocks, guided_step_kernel, x, (elements, sample_size), *variant)
 
 
 def _normals(sample_size: int) -> int:
@@ -252,12 +256,17 @@ def _normals(sample_size: int) -> int:
     return 4 if sample_size % 4 == 0 else 2 if sample_size % 2 == 0 else 1
 
 
-def _block(normals: int) -> int:
-    """Elements of a program: eight a thread, so that several loads of each are under way at once.
+def _block(normals: int, *_: int) -> Block:
+    """Eight elements a thread, so that several loads of each are under way at once.
 
     Four where each element makes its own noise, or some of its registers would be spilled.
     """
-    return 512 if normals == 1 else 1024
+    return Block(512 if normals == 1 else 1024, 4)
+
+
+def _blocks(*_: int) -> list[Block]:
+    """What else may be faster."""
+    return [Block(1024, 4), Block(512, 4), Block(1024, 8), Block(2048, 8), Block(512, 8)]
 
 
 def _coefficients(matrix: Sequence[float], slots: int) -> list[float]:
@@ -274,9 +283,8 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _compilation(
-    variant: str,
-    dtypes: tuple[str, str, str | None],
+def _without_data(
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
     slots: int,
     shape: tuple[int, int],
     *,
@@ -284,62 +292,49 @@ def _compilation(
     sample_index: bool = False,
     clamp: bool = False,
     noise: bool = False,
-) -> Compilation:
-    """For x, epsilon and gradient of these dtypes, and a batch of samples of a size."""
+) -> Callable[[], None]:
+    """A launch for a record: x, epsilon and gradient of these dtypes, a batch of samples of a size."""
+
+    def empty(dtype: torch.dtype, *size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
     x, epsilon, gradient = dtypes
-    elements = shape[0] * shape[1]
-    normals = _normals(shape[1]) if noise else 0
-    block = _block(normals)
-    pointers = {
-        "x_next_pointer": x,
-        "history_next_pointer": x,
-        "x0_pointer": x,
-        "x_pointer": x,
-        "epsilon_pointer": epsilon,
-        "gradient_pointer": gradient,
-        "history_pointer": x if history and slots else None,
-        "sample_index_pointer": "i64" if sample_index else None,
-    }
-    constants: dict[str, Any] = {name: None for name, dtype in pointers.items() if dtype is None}
-    constants |= {"slots": slots, "clamp": clamp, "normals": normals, "long": shape[1] >= block, "block": block}
-    signature = {name: "constexpr" if dtype is None else f"*{dtype}" for name, dtype in pointers.items()}
-    integers = {"elements": "i32" if elements < 1 << 31 else "i64", "sample_size": "i32"}
-    integers |= dict.fromkeys(("key_low", "key_high", "evaluation"), "i32")
-    for name in guided_step_kernel.arg_names[len(signature) :]:
-        signature[name] = "constexpr" if name in constants else integers.get(name, "fp32")
-    size = {"fp32": 4, "bf16": 2, "fp16": 2, None: 0}
-    slots_moved = 2 * slots if constants.get("history_pointer", x) else slots
-    flops = 5 + (1 + slots) * (3 + 2 * slots) + 6 * clamp + (80 // min(normals, 2) if noise else 0)
-    divisible = tuple(name for name, dtype in pointers.items() if dtype is not None)
-    return Compilation(
-        name=f"guided_step/{variant}",
-        kernel=guided_step_kernel,
-        signature=signature,
-        constants=constants,
-        num_warps=_NUM_WARPS,
-        num_stages=3,
-        tensor_cores=False,
-        problem=f"[{shape[0]}, {shape[1]}]",
-        programs=-(-elements // block),
-        bytes=float(elements * (size[x] * (3 + slots_moved) + size[epsilon] + size[gradient])),
-        flops=float(elements * flops),
-        divisible=divisible + (("elements",) if elements % 16 == 0 else ()),
+    return partial(
+        launch,
+        x_next=empty(x, *shape),
+        history_next=empty(x, slots, *shape),
+        x0=empty(x, *shape),
+        x=empty(x, *shape),
+        epsilon=empty(epsilon, *shape),
+        gradient=None if gradient is None else empty(gradient, *shape),
+        history=empty(x, slots, *shape) if history and slots else None,
+        matrix=[0.5] * ((1 + slots) * (2 + slots)),
+        noise_scale=0.5 if noise else 0.0,
+        guidance_weight=0.5,
+        alpha=0.5,
+        sigma=0.5,
+        clamp=(-1.0, 1.0) if clamp else None,
+        key_low=0,
+        key_high=0,
+        sample_index=empty(torch.int64, shape[0]) if sample_index else None,
+        evaluation=0,
     )
 
 
 def shipped() -> list[Compilation]:
     """The steps of the solvers in use: multistep without noise, its first step, ancestral, and stochastic multistep."""
-    ecg = (256, 8000)
-    plane = (10_000, 2)
-    return [
-        _compilation("ancestral", ("fp32", "fp32", "fp32"), 0, ecg, sample_index=True, noise=True),
-        _compilation("multistep", ("fp32", "bf16", "bf16"), 1, ecg),
-        _compilation("multistep, first", ("fp32", "bf16", "bf16"), 1, ecg, history=False, clamp=True),
-        _compilation(
-            "multistep, stochastic", ("bf16", "bf16", "fp32"), 1, ecg, sample_index=True, clamp=True, noise=True
-        ),
-        _compilation("third order, unguided", ("fp16", "fp16", None), 2, (1 << 20, 4096)),
-        _compilation("ancestral, two elements", ("fp32", "fp32", "fp32"), 0, plane, sample_index=True, noise=True),
-        _compilation("stochastic, odd size", ("fp32", "bf16", "fp32"), 2, (33, 12_001), clamp=True, noise=True),
-        _compilation("ancestral, one element", ("fp32", "fp32", "fp32"), 0, (10_000, 1), noise=True),
-    ]
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    ecg, plane, odd = (256, 8000), (10_000, 2), (33, 12_001)
+    call = _without_data
+    return launching.recorded(
+        {
+            "ancestral": call((fp32, fp32, fp32), 0, ecg, sample_index=True, noise=True),
+            "multistep": call((fp32, bf16, bf16), 1, ecg),
+            "multistep, first": call((fp32, bf16, bf16), 1, ecg, history=False, clamp=True),
+            "multistep, stochastic": call((bf16, bf16, fp32), 1, ecg, sample_index=True, clamp=True, noise=True),
+            "third order, unguided": call((fp16, fp16, None), 2, (1 << 20, 4096)),
+            "ancestral, two elements": call((fp32, fp32, fp32), 0, plane, sample_index=True, noise=True),
+            "stochastic, odd size": call((fp32, bf16, fp32), 2, odd, clamp=True, noise=True),
+            "ancestral, one element": call((fp32, fp32, fp32), 0, (10_000, 1), noise=True),
+        }
+    )

@@ -1,39 +1,25 @@
-"""Matrix products, sums over the batch and SiLU, as every kernel of a perceptron uses them.
+"""Matrix products, biases, SiLU and sums over the batch, as every kernel of a perceptron uses them.
 
 Products accumulate in float32. Every operand has two strides, so that transposed factors need no copy, and 64-bit
-offsets. Nothing here uses atomics: a result depends on the shapes alone and repeats bit by bit.
+offsets. Nothing here uses atomics: a result depends on the shapes and the tile alone and repeats bit by bit.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.autotuning import Result, tuned
+from tgdp_fast.kernels.launching import Tile, launch
 
 # The interpreter multiplies bfloat16 numbers as integers and rounds towards zero; there, both are done in float32.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-#: Names of the dtypes in signatures.
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-class Tile(NamedTuple):
-    """What one program computes, how deep the slices of its products are, and its launch options."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit
@@ -58,40 +44,6 @@ def multiply_add(left, right, total, PRECISION: tl.constexpr):  # noqa: N803
 @triton.jit
 def accumulate(
     total,
-    left,
-    left_row_stride,
-    left_column_stride,
-    right,
-    right_row_stride,
-    right_column_stride,
-    rows,
-    row_mask,
-    columns,
-    column_mask,
-    depth,
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-):
-    """total + left[rows, :depth] right[:depth, columns], in slices of DEPTH; rows and columns are int64."""
-    inner = tl.arange(0, DEPTH)
-    wide_inner = inner.to(tl.int64)
-    left += rows[:, None] * left_row_stride + wide_inner[None, :] * left_column_stride
-    right += wide_inner[:, None] * right_row_stride + columns[None, :] * right_column_stride
-    left_step = tl.full([], DEPTH, tl.int64) * left_column_stride
-    right_step = tl.full([], DEPTH, tl.int64) * right_row_stride
-    for start in range(0, depth, DEPTH):
-        inside = inner < depth - start
-        left_slice = tl.load(left, mask=row_mask[:, None] & inside[None, :], other=0.0)
-        right_slice = tl.load(right, mask=inside[:, None] & column_mask[None, :], other=0.0)
-        total = multiply_add(left_slice, right_slice, total, PRECISION)
-        left += left_step
-        right += right_step
-    return total
-
-
-@triton.jit
-def accumulate_pair(
-    total,
     second_total,
     left,
     second_left,
@@ -108,27 +60,36 @@ def accumulate_pair(
     DEPTH: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """:func:`accumulate` for two left factors of equal strides, reading the right one once."""
+    """total + left[rows, :depth] right[:depth, columns], in slices of DEPTH; rows and columns are int64.
+
+    Where second_left, of the strides of left, is not None, also second_total with it in place of left: the right factor
+    is read once.
+    """
     inner = tl.arange(0, DEPTH)
     wide_inner = inner.to(tl.int64)
     offsets = rows[:, None] * left_row_stride + wide_inner[None, :] * left_column_stride
     left += offsets
-    second_left += offsets
+    if second_left is not None:
+        second_left += offsets
     right += wide_inner[:, None] * right_row_stride + columns[None, :] * right_column_stride
     left_step = tl.full([], DEPTH, tl.int64) * left_column_stride
     right_step = tl.full([], DEPTH, tl.int64) * right_row_stride
     for start in range(0, depth, DEPTH):
         inside = inner < depth - start
         left_mask = row_mask[:, None] & inside[None, :]
+        left_slice = tl.load(left, mask=left_mask, other=0.0)
         right_slice = tl.load(right, mask=inside[:, None] & column_mask[None, :], other=0.0)
-        total = multiply_add(tl.load(left, mask=left_mask, other=0.0), right_slice, total, PRECISION)
-        second_total = multiply_add(
-            tl.load(second_left, mask=left_mask, other=0.0), right_slice, second_total, PRECISION
-        )
+        total = multiply_add(left_slice, right_slice, total, PRECISION)
+        if second_left is not None:
+            second_slice = tl.load(second_left, mask=left_mask, other=0.0)
+            second_total = multiply_add(second_slice, right_slice, second_total, PRECISION)
+            second_left += left_step
         left += left_step
-        second_left += left_step
         right += right_step
-    return total, second_total
+    if second_left is None:
+        return total
+    else:
+        return total, second_total
 
 
 @triton.jit
@@ -161,6 +122,19 @@ def block_of(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # noqa:
     row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (program % across) * COLUMNS + tl.arange(0, COLUMNS)
     return block, row, row < rows, column.to(tl.int64), column < columns
+
+
+@triton.jit
+def add_bias(z, bias, row_stride, column_stride, row, row_mask, column, column_mask, SHARED: tl.constexpr):  # noqa: N803
+    """z + bias, of one row if SHARED, else of a row per sample."""
+    if SHARED:
+        z += tl.load(bias + column * column_stride, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    else:
+        mask = row_mask[:, None] & column_mask[None, :]
+        z += tl.load(bias + row[:, None] * row_stride + column[None, :] * column_stride, mask=mask, other=0.0).to(
+            tl.float32
+        )
+    return z
 
 
 @triton.jit
@@ -199,7 +173,9 @@ def weight_gradient_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     total = accumulate(
         total,
+        None,
         left + start * left_batch_stride,
+        None,
         left_column_stride,
         left_batch_stride,
         right + start * right_batch_stride,
@@ -216,7 +192,9 @@ def weight_gradient_kernel(
     if PAIR:
         total = accumulate(
             total,
+            None,
             second_left + start * left_batch_stride,
+            None,
             left_column_stride,
             left_batch_stride,
             second_right + start * second_right_batch_stride,
@@ -297,6 +275,37 @@ def layer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowd
     return Tile(128, power_of_two(columns, 16, wide), power_of_two(depth, 16, 32), 8, 4)
 
 
+def layer_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowded: bool = False) -> list[Tile]:
+    """What else may be faster than :func:`layer_tile`."""
+    half = 1 + crowded
+    if dtype == torch.float32:
+        few = [Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3), Tile(16, 64, 32, 4, 3)]
+        many = [Tile(128, 64 // half, 16, 8, 3), Tile(64, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)]
+    else:
+        few = [Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 2, 4)]
+        many = [
+            Tile(64, 64, 64, 4, 3),
+            Tile(128, 128 // half, 32, 8, 4),
+            Tile(32, 64, 64, 4, 3),
+            Tile(128, 64, 64, 8, 3),
+            Tile(64, 128 // half, 32, 4, 4),
+        ]
+    return [
+        tile._replace(columns=power_of_two(columns, 16, tile.columns), depth=power_of_two(depth, 16, tile.depth))
+        for tile in (few if rows <= 16 else many)
+    ]
+
+
+def tuned_layer(
+    run: Callable[[Tile], Result], kernel: Any, below: Tensor, units: int, *variant: object, crowded: bool = False
+) -> Result:
+    """``run`` of the tile for a layer's product, [B, D] times [D, units]; ``variant`` beside the dtype."""
+    heuristic = partial(layer_tile, dtype=below.dtype, crowded=crowded)
+    others = partial(layer_tiles, dtype=below.dtype, crowded=crowded)
+    size = (below.shape[0], units, below.shape[1])
+    return tuned(run, heuristic, others, kernel, below, size, below.dtype, *layout(below), *variant)
+
+
 def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Tile:
     """Tile for a gradient [rows, columns] of a weight, a product whose depth is the batch."""
     if dtype == torch.float32:
@@ -306,108 +315,66 @@ def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Ti
     return Tile(128, 128, 32, 8, 4)
 
 
+def gradient_tiles(rows: int, columns: int, batch: int, dtype: torch.dtype) -> list[Tile]:
+    """What else may be faster than :func:`gradient_tile`."""
+    if dtype == torch.float32:
+        tiles = [Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)]
+    else:
+        tiles = [Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)]
+    return [
+        Tile(
+            power_of_two(rows, 16, tile.rows),
+            power_of_two(columns, 16, tile.columns),
+            power_of_two(batch, 16, tile.depth),
+            *tile[3:],
+        )
+        for tile in tiles
+    ]
+
+
+def sum_tile(rows: int, columns: int, across: int = 64, num_warps: int = 8) -> Tile:
+    """Tile for sums of [rows, columns] over the rows, 16 numbers a thread."""
+    across = power_of_two(columns, 1, across)
+    return Tile(power_of_two(rows, 1, 512 * num_warps // across), across, 1, num_warps, 3)
+
+
+def sum_tiles(rows: int, columns: int) -> list[Tile]:
+    """What else may be faster than :func:`sum_tile`."""
+    return [sum_tile(rows, columns, *choice) for choice in ((64, 4), (32, 8), (16, 4), (128, 8))]
+
+
 #: Programs that keep a large card busy, and rows of the batch below which dividing it further gains nothing.
 _ENOUGH_PROGRAMS, _LEAST_SHARE = 256, 512
 
 
 def batch_parts(batch: int, tiles: int) -> int:
-    """Into how many parts a weight gradient divides the batch: by the shapes alone, so that sums repeat."""
+    """Into how many parts a weight gradient divides the batch: by shapes and tile alone, so that sums repeat."""
     return max(min(triton.cdiv(_ENOUGH_PROGRAMS, max(tiles, 1)), triton.cdiv(batch, _LEAST_SHARE)), 1)
-
-
-#: Where launches are noted instead of run, by :func:`recorded`.
-_recording: list[Compilation] | None = None
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, flops: float, tile: Tile | None = None, **constants: Any
-) -> None:
-    """Launch, unless there is nothing to do. ``flops`` is for the record."""
-    options = {} if tile is None else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if _recording is not None:
-        _recording.append(_compilation(kernel, grid, arguments, constants, flops, options))
-    elif min(grid) > 0:
-        # Triton's default for fused multiply-adds depends on its version.
-        kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
-
-
-def recorded(calls: dict[str, Callable[[], object]]) -> list[Compilation]:
-    """What the calls, on tensors without data, would launch: each specialisation once, named "kernel/call/number"."""
-    global _recording
-    found: dict[str, Compilation] = {}
-    for name, call in calls.items():
-        _recording = []
-        try:
-            call()
-            for i, item in enumerate(_recording):
-                key = str((item.name, item.signature, item.constants, item.divisible))
-                found.setdefault(key, replace(item, name=f"{item.name}/{name}/{i}"))
-        finally:
-            _recording = None
-    return list(found.values())
-
-
-def _compilation(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-    flops: float,
-    options: dict[str, int],
-) -> Compilation:
-    """One launch, specialised as Triton does it: ones are constants, and multiples of 16 are known to be such."""
-    names = list(inspect.signature(kernel.fn).parameters)
-    signature, fixed, divisible = {}, dict(constants), []
-    tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}
-    for name, argument in zip(names, arguments, strict=False):
-        if isinstance(argument, Tensor):
-            signature[name] = "*" + TYPES[argument.dtype]
-            divisible.append(name)
-        elif argument == 1:
-            signature[name] = "constexpr"
-            fixed[name] = 1
-        else:
-            signature[name] = "i32" if argument < 2**31 else "i64"
-            divisible += [name] * (argument % 16 == 0)
-    signature |= dict.fromkeys(constants, "constexpr")
-    first = arguments[0]
-    shape = " x ".join(str(list(tensor.shape)) for tensor in arguments[:2])
-    return Compilation(
-        name=kernel.__name__.removesuffix("_kernel"),
-        kernel=kernel,
-        signature={name: signature[name] for name in names},
-        constants=fixed,
-        num_warps=options.get("num_warps", 4),
-        num_stages=options.get("num_stages", 3),
-        tensor_cores="PRECISION" in constants and first.dtype != torch.float32,
-        problem=f"{TYPES[first.dtype]} {shape}",
-        programs=math.prod(grid),
-        bytes=float(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())),
-        flops=float(flops),
-        divisible=tuple(divisible),
-    )
 
 
 def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
     """[C] in ``dtype``: the sum of [R, C] over its rows."""
     rows, columns = source.shape
-    output = source.new_empty(columns, dtype=dtype)
-    across = power_of_two(columns, 1, 64)
-    down = power_of_two(rows, 1, 4096 // across)
-    launch(
-        column_sum_kernel,
-        (triton.cdiv(columns, across),),
-        source,
-        output,
-        rows,
-        columns,
-        *source.stride(),
-        flops=rows * columns,
-        tile=Tile(down, across, 1, 8, 3),
-        ROWS=down,
-        COLUMNS=across,
-    )
-    return output
+
+    def run(tile: Tile) -> Tensor:
+        output = source.new_empty(columns, dtype=dtype)
+        launch(
+            column_sum_kernel,
+            (triton.cdiv(columns, tile.columns),),
+            source,
+            output,
+            rows,
+            columns,
+            *source.stride(),
+            flops=rows * columns,
+            tile=tile,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+        )
+        return output
+
+    variant = (source.dtype, dtype, *layout(source))
+    return tuned(run, sum_tile, sum_tiles, column_sum_kernel, source, (rows, columns), *variant)
 
 
 def weight_gradient(
@@ -419,36 +386,68 @@ def weight_gradient(
     launch adds.
     """
     (batch, rows), columns = left.shape, right.shape[1]
-    tile = gradient_tile(rows, columns, batch, left.dtype)
-    tiles = blocks(rows, columns, tile)
-    parts = batch_parts(batch, tiles)
-    # Whole slices per part, so that only the last one has a remainder.
-    share = triton.cdiv(triton.cdiv(batch, parts), tile.depth) * tile.depth
-    output = left.new_empty(parts, rows, columns, dtype=torch.float32 if parts > 1 else left.dtype)
     second_left, second_right = (left, right) if second is None else second
-    launch(
-        weight_gradient_kernel,
-        (tiles, parts),
-        left,
-        right,
-        second_left,
-        second_right,
-        output,
-        batch,
-        rows,
-        columns,
-        share,
-        *left.stride(),
-        *right.stride(),
-        *second_right.stride(),
-        flops=2 * batch * rows * columns * (1 if second is None else 2),
-        tile=tile,
-        PAIR=second is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    if parts == 1:
-        return output[0]
-    return column_sum(output.view(parts, rows * columns), left.dtype).view(rows, columns)
+
+    def run(tile: Tile) -> Tensor:
+        tiles = blocks(rows, columns, tile)
+        parts = batch_parts(batch, tiles)
+        # Whole slices per part, so that only the last one has a remainder.
+        share = triton.cdiv(triton.cdiv(batch, parts), tile.depth) * tile.depth
+        output = left.new_empty(parts, rows, columns, dtype=torch.float32 if parts > 1 else left.dtype)
+        launch(
+            weight_gradient_kernel,
+            (tiles, parts),
+            left,
+            right,
+            second_left,
+            second_right,
+            output,
+            batch,
+            rows,
+            columns,
+            share,
+            *left.stride(),
+            *right.stride(),
+            *second_right.stride(),
+            flops=2 * batch * rows * columns * (1 if second is None else 2),
+            tile=tile,
+            PAIR=second is not None,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        if parts == 1:
+            return output[0]
+        return column_sum(output.view(parts, rows * columns), left.dtype).view(rows, columns)
+
+    heuristic, others = partial(gradient_tile, dtype=left.dtype), partial(gradient_tiles, dtype=left.dtype)
+    variant = (left.dtype, second is not None, precision, *layout(left, right, second_right))
+    return tuned(run, heuristic, others, weight_gradient_kernel, left, (rows, columns, batch), *variant)
+
+
+def layout(*matrices: Tensor) -> tuple[bool, ...]:
+    """Whether each has its rows in one piece: it decides how a kernel reads them."""
+    return tuple(matrix.stride(1) == 1 for matrix in matrices)
+
+
+def bias_strides(bias: Tensor) -> tuple[int, int]:
+    """Strides of [1, H] or [B, H]; the first is 0 for a shared row."""
+    return (0 if bias.shape[0] == 1 else bias.stride(0)), bias.stride(1)
+
+
+def as_rows(bias: Tensor) -> Tensor:
+    """[H] as [1, H]; [1, H] and [B, H] as they are."""
+    return bias.unsqueeze(0) if bias.ndim == 1 else bias
+
+
+def without_data(
+    batch: int, sizes: Sequence[int], outputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Arguments of a perceptron of ``sizes`` (inputs and hidden layers) with a shared first bias, for a record."""
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    weights = [empty(m, n) for n, m in zip(sizes, (*sizes[1:], outputs), strict=True)]
+    return empty(batch, sizes[0]), empty(1, sizes[1]), weights, [empty(m) for m in (*sizes[2:], outputs)]

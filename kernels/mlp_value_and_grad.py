@@ -1,17 +1,12 @@
 """Value and input gradient of a SiLU perceptron with one output, and their joint derivative.
 
-Formulas and twins: ``tgdp_fast/ops/mlp_value_and_grad.py``. As in ``kernels/perceptron.py`` there are two ways:
-
-- Layer by layer, 2 L launches for L hidden layers, to be captured in one CUDA graph. Each has bias, SiLU or its
-  derivative at the end of its product; the last one up multiplies by the head, adds up its share of the value and goes
-  down already, the first one down completes the value. Per hidden unit and sample, 2 b bytes are written (a and z) and
-  3 b read, against 4 H_below FLOPs: at width 512 in bfloat16 205 FLOPs per byte, most from the level-2 cache, so that
-  the tensor cores are the limit (a whole network in one program, with 64 rows and four layers of 512, would
-  need 256 KB for slopes and 512 KB per weight: more than a multiprocessor has).
-- In one launch, for at most four hidden layers of at most 128 units in 16 bits: slopes silu'(z) of all layers stay in
-  registers (32 rows, 4 x 128 units: 32 KB of 256; with 64 rows the rest of a block no longer fits and spills), weights
-  come from the level-2 cache, twice per block of rows, and memory sees x, f and g alone: b B (2 D + 1) bytes instead of
-  about 5 b B S for S hidden units.
+Formulas and twins: ``tgdp_fast/ops/mlp_value_and_grad.py``. As in ``kernels/perceptron.py`` it goes layer by layer, in
+2 L launches for L hidden layers, to be captured in one CUDA graph. Each has bias, SiLU or its derivative at the end of
+its product; the last one up multiplies by the head, adds up its share of the value and goes down already, the first one
+down completes the value. Per hidden unit and sample, 2 b bytes are written (a and z) and 3 b read, against 4 H_below
+FLOPs: at width 512 in bfloat16 205 FLOPs per byte, most from the level-2 cache, so that the tensor cores are the limit
+(a whole network in one program, with 64 rows and four layers of 512, would need 256 KB for slopes and 512 KB per
+weight: more than a multiprocessor has). What is smaller goes in one launch: ``kernels/small_network.py``.
 
 The derivative goes layer by layer: a tangent pass up, which also recomputes activations, one pass down in which both
 cotangents share a reading of each weight, and a product over the batch per weight.
@@ -27,42 +22,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tgdp_fast.kernels import small_network
 from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.launching import TYPES, Tile, launch, recorded
 from tgdp_fast.kernels.matrix import (
-    TYPES,
     accumulate,
-    accumulate_pair,
-    block_of,
-    blocks,
-    column_sum,
-    launch,
-    layer_tile,
-    multiply_add,
-    narrow,
-    precision_of,
-    recorded,
-    sigmoid,
-    silu_curvature,
-    silu_slope,
-    weight_gradient,
-)
-from tgdp_fast.kernels.perceptron import (
-    MOST_FUSED_LAYERS,
     add_bias,
     as_rows,
     bias_strides,
-    fits_one_launch,
-    four,
-    fused_tile,
-    fused_up,
-    layer_down,
-    layer_up,
-    perceptron_backward,
-    unpack_high,
-    unpack_low,
-    weight_quarter,
+    block_of,
+    blocks,
+    column_sum,
+    layout,
+    narrow,
+    precision_of,
+    sigmoid,
+    silu_curvature,
+    silu_slope,
+    tuned_layer,
+    weight_gradient,
     without_data,
 )
+from tgdp_fast.kernels.perceptron import layer_down, layer_up, perceptron_backward
 
 
 @triton.jit
@@ -101,7 +82,9 @@ def last_layer_kernel(
     _, row, row_mask, column, column_mask = block_of(batch, units, ROWS, COLUMNS)
     z = accumulate(
         tl.zeros([ROWS, COLUMNS], tl.float32),
+        None,
         below,
+        None,
         below_row_stride,
         below_column_stride,
         weight,
@@ -157,7 +140,9 @@ def tangent_up_kernel(
     _, row, row_mask, column, column_mask = block_of(batch, units, ROWS, COLUMNS)
     v = accumulate(
         tl.zeros([ROWS, COLUMNS], tl.float32),
+        None,
         below,
+        None,
         below_row_stride,
         below_column_stride,
         weight,
@@ -218,7 +203,9 @@ def tangent_last_kernel(
     block, row, row_mask, column, column_mask = block_of(batch, units, ROWS, COLUMNS)
     v = accumulate(
         tl.zeros([ROWS, COLUMNS], tl.float32),
+        None,
         below,
+        None,
         below_row_stride,
         below_column_stride,
         weight,
@@ -280,7 +267,7 @@ def joint_down_kernel(
     in products and about 25 B units pointwise; bytes: what is read and what is stored once.
     """
     block, row, row_mask, column, column_mask = block_of(batch, units, ROWS, COLUMNS)
-    abar, eta = accumulate_pair(
+    abar, eta = accumulate(
         tl.zeros([ROWS, COLUMNS], tl.float32),
         tl.zeros([ROWS, COLUMNS], tl.float32),
         zbar_above,
@@ -310,133 +297,6 @@ def joint_down_kernel(
     tl.store(sums + block.to(tl.int64) * units + column, tl.sum(zbar_block, 0), mask=column_mask)
 
 
-@triton.jit
-def fused_half_down(low, high, slope, weight, units, depth, column, low_row, PRECISION: tl.constexpr):  # noqa: N803
-    """slope * (delta weight) for half the columns of weight [units, depth]; low and high are the halves of delta."""
-    eta = tl.zeros([low.shape[0], column.shape[0]], tl.float32)
-    eta = multiply_add(low, weight_quarter(weight, units, depth, low_row, column), eta, PRECISION)
-    high_row = low_row + low_row.shape[0]
-    eta = multiply_add(high, weight_quarter(weight, units, depth, high_row, column), eta, PRECISION)
-    return narrow(slope.to(tl.float32) * eta, low.dtype)
-
-
-@triton.jit
-def fused_layer_down(low, high, slopes, weight, units, depth, column, PRECISION: tl.constexpr):  # noqa: N803
-    """Both halves of delta of the layer below a contiguous weight [units, depth]."""
-    slope_low, slope_high = unpack_low(slopes, low.dtype), unpack_high(slopes, low.dtype)
-    next_low = fused_half_down(low, high, slope_low, weight, units, depth, column, column, PRECISION)
-    next_high = fused_half_down(
-        low, high, slope_high, weight, units, depth, column + column.shape[0], column, PRECISION
-    )
-    return next_low, next_high
-
-
-@triton.jit
-def fused_value_and_grad_kernel(
-    x,
-    first_bias,
-    weight_1,
-    weight_2,
-    weight_3,
-    weight_4,
-    bias_2,
-    bias_3,
-    bias_4,
-    head,
-    head_bias,
-    value,
-    gradient,
-    pre_activation_1,
-    pre_activation_2,
-    pre_activation_3,
-    pre_activation_4,
-    batch,
-    inputs,
-    units_1,
-    units_2,
-    units_3,
-    units_4,
-    x_row_stride,
-    x_column_stride,
-    bias_row_stride,
-    bias_column_stride,
-    LAYERS: tl.constexpr,  # noqa: N803
-    SHARED_BIAS: tl.constexpr,  # noqa: N803
-    KEEP: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-):
-    """All layers up and down of a block of rows in one program.
-
-    x [batch, inputs]; everything else contiguous: weight_l [units_l, units_(l-1)], head [units_L], value [batch],
-    gradient [batch, inputs]; units_l are those of hidden layer l <= LAYERS, the rest repeats them. Twin:
-    ``_forward_reference``. 4 B P FLOPs for P weights and about 20 B S pointwise for S hidden units; bytes: x, value and
-    gradient, and with KEEP the pre-activations, once; the weights twice per block from the level-2 cache.
-    """
-    dtype: tl.constexpr = gradient.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < batch
-    column = tl.arange(0, HALF)
-    # Unknown to the compiler: see pack. Added to a column it makes new addresses on the way down, for keeping those of
-    # the way up would take more registers than there are.
-    zero = tl.minimum(batch, 0)
-    low, high, slopes_1, slopes_2, slopes_3, slopes_4 = fused_up(
-        x,
-        first_bias,
-        weight_1,
-        weight_2,
-        weight_3,
-        weight_4,
-        bias_2,
-        bias_3,
-        bias_4,
-        pre_activation_1,
-        pre_activation_2,
-        pre_activation_3,
-        pre_activation_4,
-        inputs,
-        units_1,
-        units_2,
-        units_3,
-        units_4,
-        x_row_stride,
-        x_column_stride,
-        bias_row_stride,
-        bias_column_stride,
-        row,
-        row_mask,
-        column,
-        zero,
-        LAYERS,
-        SHARED_BIAS,
-        KEEP,
-        DEPTH,
-        PRECISION,
-    )
-    column += zero
-    w_low = tl.load(head + column, mask=column < units_4, other=0.0).to(tl.float32)[None, :]
-    w_high = tl.load(head + HALF + column, mask=HALF + column < units_4, other=0.0).to(tl.float32)[None, :]
-    total = tl.sum(low.to(tl.float32) * w_low + high.to(tl.float32) * w_high, 1)
-    tl.store(value + row, narrow(total + tl.load(head_bias).to(tl.float32), dtype), mask=row_mask)
-    low = narrow(unpack_low(slopes_4, dtype).to(tl.float32) * w_low, dtype)
-    high = narrow(unpack_high(slopes_4, dtype).to(tl.float32) * w_high, dtype)
-    if LAYERS > 3:
-        low, high = fused_layer_down(low, high, slopes_3, weight_4, units_4, units_3, column, PRECISION)
-    if LAYERS > 2:
-        low, high = fused_layer_down(low, high, slopes_2, weight_3, units_3, units_2, column, PRECISION)
-    if LAYERS > 1:
-        low, high = fused_layer_down(low, high, slopes_1, weight_2, units_2, units_1, column, PRECISION)
-    for start in range(0, inputs, DEPTH):
-        below = start + tl.arange(0, DEPTH)
-        result = tl.zeros([ROWS, DEPTH], tl.float32)
-        result = multiply_add(low, weight_quarter(weight_1, units_1, inputs, column, below), result, PRECISION)
-        result = multiply_add(high, weight_quarter(weight_1, units_1, inputs, column + HALF, below), result, PRECISION)
-        mask = row_mask[:, None] & (below < inputs)[None, :]
-        tl.store(gradient + row[:, None] * inputs + below[None, :], narrow(result, dtype), mask=mask)
-
-
 def value_and_grad(
     x: Tensor,
     first_bias: Tensor,
@@ -447,8 +307,8 @@ def value_and_grad(
     split: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """f [B], g [B, D] and, with ``keep``, the pre-activations; arguments as of the operator ``mlp_value_and_grad``."""
-    if fits_one_launch(x, weights):
-        return _fused_value_and_grad(x, first_bias, weights, biases, keep=keep)
+    if small_network.fits(x, weights):
+        return small_network.value_and_grad(x, first_bias, weights, biases, keep=keep)
     precision = precision_of(x.dtype, split)
     all_biases = [as_rows(bias) for bias in (first_bias, *biases[:-1])]
     hidden = weights[:-1]
@@ -475,76 +335,41 @@ def _last_layer(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """z of the last hidden layer or None, delta [B, H], and what each block of units adds to the value [blocks, B]."""
     (batch, depth), units = below.shape, weight.shape[0]
-    tile = layer_tile(batch, units, depth, below.dtype)
-    delta = below.new_empty(batch, units)
-    z = below.new_empty(batch, units) if keep else None
-    parts = below.new_empty(max(triton.cdiv(units, tile.columns), 1), batch, dtype=torch.float32)
-    launch(
-        last_layer_kernel,
-        (blocks(batch, units, tile),),
-        below,
-        weight,
-        bias,
-        head,
-        delta if z is None else z,
-        delta,
-        parts,
-        batch,
-        units,
-        depth,
-        *below.stride(),
-        *weight.stride(),
-        *bias_strides(bias),
-        head.stride(1),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        SHARED_BIAS=bias.shape[0] == 1,
-        KEEP=keep,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return z, delta, parts
 
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor, Tensor]:
+        delta = below.new_empty(batch, units)
+        z = below.new_empty(batch, units) if keep else None
+        parts = below.new_empty(max(triton.cdiv(units, tile.columns), 1), batch, dtype=torch.float32)
+        launch(
+            last_layer_kernel,
+            (blocks(batch, units, tile),),
+            below,
+            weight,
+            bias,
+            head,
+            delta if z is None else z,
+            delta,
+            parts,
+            batch,
+            units,
+            depth,
+            *below.stride(),
+            *weight.stride(),
+            *bias_strides(bias),
+            head.stride(1),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            SHARED_BIAS=bias.shape[0] == 1,
+            KEEP=keep,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return z, delta, parts
 
-def _fused_value_and_grad(
-    x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, keep: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    batch, inputs = x.shape
-    widths = [weight.shape[0] for weight in weights[:-1]]
-    value, gradient = x.new_empty(batch), x.new_empty(batch, inputs)
-    kept = [x.new_empty(batch, width) for width in widths] if keep else []
-    tile = fused_tile(batch, max(widths), inputs)
-    bias = as_rows(first_bias)
-    launch(
-        fused_value_and_grad_kernel,
-        (triton.cdiv(batch, tile.rows),),
-        x,
-        bias,
-        *four([weight.contiguous() for weight in weights[:-1]]),
-        *four([b.contiguous() for b in biases])[: MOST_FUSED_LAYERS - 1],
-        weights[-1].contiguous(),
-        biases[-1],
-        value,
-        gradient,
-        *four(kept or [gradient]),
-        batch,
-        inputs,
-        *(widths[min(i, len(widths) - 1)] for i in range(MOST_FUSED_LAYERS)),
-        *x.stride(),
-        *bias_strides(bias),
-        flops=4 * batch * sum(weight.numel() for weight in weights),
-        tile=tile,
-        LAYERS=len(widths),
-        SHARED_BIAS=bias.shape[0] == 1,
-        KEEP=keep,
-        HALF=tile.columns,
-        ROWS=tile.rows,
-        DEPTH=tile.depth,
-        PRECISION="ieee",
-    )
-    return value, gradient, kept
+    variant = (*layout(weight), bias.shape[0] == 1, keep, precision)
+    return tuned_layer(run, last_layer_kernel, below, units, *variant)
 
 
 def value_and_grad_backward(
@@ -622,32 +447,36 @@ def _tangent_up(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """silu(z), or z itself where that is not needed; u = silu'(z) v; v = below weight^T."""
     (batch, depth), units = below.shape, weight.shape[0]
-    tile = layer_tile(batch, units, depth, below.dtype, crowded=below.dtype != torch.float32)
-    activation = torch.empty_like(z) if activate else z
-    tangent, product = torch.empty_like(z), torch.empty_like(z)
-    launch(
-        tangent_up_kernel,
-        (blocks(batch, units, tile),),
-        below,
-        weight,
-        z,
-        activation,
-        tangent,
-        product,
-        batch,
-        units,
-        depth,
-        *below.stride(),
-        *weight.stride(),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        ACTIVATE=activate,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return activation, tangent, product
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        activation = torch.empty_like(z) if activate else z
+        tangent, product = torch.empty_like(z), torch.empty_like(z)
+        launch(
+            tangent_up_kernel,
+            (blocks(batch, units, tile),),
+            below,
+            weight,
+            z,
+            activation,
+            tangent,
+            product,
+            batch,
+            units,
+            depth,
+            *below.stride(),
+            *weight.stride(),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            ACTIVATE=activate,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return activation, tangent, product
+
+    variant = (*layout(weight), activate, precision)
+    return tuned_layer(run, tangent_up_kernel, below, units, *variant, crowded=below.dtype != torch.float32)
 
 
 def _tangent_last(
@@ -655,37 +484,42 @@ def _tangent_last(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """zbar and delta of the last hidden layer [B, H], and sums over blocks of rows for its bias and for the head."""
     (batch, depth), units = below.shape, weight.shape[0]
-    tile = layer_tile(batch, units, depth, below.dtype, crowded=below.dtype != torch.float32)
-    zbar, delta = torch.empty_like(z), torch.empty_like(z)
-    bias_sums, head_sums = z.new_empty(2, triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
-    launch(
-        tangent_last_kernel,
-        (blocks(batch, units, tile),),
-        below,
-        weight,
-        head,
-        z if value_cotangent is None else value_cotangent,
-        z,
-        zbar,
-        delta,
-        bias_sums,
-        head_sums,
-        batch,
-        units,
-        depth,
-        *below.stride(),
-        *weight.stride(),
-        head.stride(1),
-        0 if value_cotangent is None else value_cotangent.stride(0),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        VALUE=value_cotangent is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return zbar, delta, bias_sums, head_sums
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        zbar, delta = torch.empty_like(z), torch.empty_like(z)
+        bias_sums, head_sums = z.new_empty(2, triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
+        launch(
+            tangent_last_kernel,
+            (blocks(batch, units, tile),),
+            below,
+            weight,
+            head,
+            z if value_cotangent is None else value_cotangent,
+            z,
+            zbar,
+            delta,
+            bias_sums,
+            head_sums,
+            batch,
+            units,
+            depth,
+            *below.stride(),
+            *weight.stride(),
+            head.stride(1),
+            0 if value_cotangent is None else value_cotangent.stride(0),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            VALUE=value_cotangent is not None,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return zbar, delta, bias_sums, head_sums
+
+    variant = (*layout(weight), value_cotangent is not None, precision)
+    crowded = below.dtype != torch.float32 or precision != "ieee"
+    return tuned_layer(run, tangent_last_kernel, below, units, *variant, crowded=crowded)
 
 
 def _joint_down(
@@ -693,41 +527,50 @@ def _joint_down(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """zbar and delta [B, H] of the layer below ``weight``, and zbar added over blocks of rows."""
     (batch, depth), units = zbar_above.shape, weight.shape[1]
-    tile = layer_tile(batch, units, depth, z.dtype, crowded=True)
-    zbar, delta = torch.empty_like(z), torch.empty_like(z)
-    sums = z.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
-    launch(
-        joint_down_kernel,
-        (blocks(batch, units, tile),),
-        zbar_above,
-        delta_above,
-        weight,
-        z,
-        product,
-        zbar,
-        delta,
-        sums,
-        batch,
-        units,
-        depth,
-        *weight.stride(),
-        flops=4 * batch * units * depth,
-        tile=tile,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return zbar, delta, sums
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+        zbar, delta = torch.empty_like(z), torch.empty_like(z)
+        sums = z.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
+        launch(
+            joint_down_kernel,
+            (blocks(batch, units, tile),),
+            zbar_above,
+            delta_above,
+            weight,
+            z,
+            product,
+            zbar,
+            delta,
+            sums,
+            batch,
+            units,
+            depth,
+            *weight.stride(),
+            flops=4 * batch * units * depth,
+            tile=tile,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return zbar, delta, sums
+
+    return tuned_layer(run, joint_down_kernel, zbar_above, units, *layout(weight), precision, crowded=True)
 
 
 def shipped() -> list[Compilation]:
     """Guidance networks of two inputs and of the ECG's 3904, four layers of 128 and of 512, and their derivative."""
     calls: dict[str, Callable[[], object]] = {}
-    for dtype, name in TYPES.items():
-        for inputs, width, batch in ((2, 128, 256), (2, 128, 65536), (2, 512, 16), (2, 512, 65536), (3904, 512, 256)):
+    sizes = ((2, 128, 256), (2, 128, 65536), (2, 512, 16), (2, 512, 65536), (3904, 512, 256))
+    for dtype, name, split in (
+        *((dtype, name, False) for dtype, name in TYPES.items()),
+        (torch.float32, "split", True),
+    ):
+        for inputs, width, batch in sizes[2:4] if split else sizes:
             network = without_data(batch, (inputs, *[width] * 4), 1, dtype)
-            calls[f"mlp-{name}-{inputs}-{width}-{batch}"] = partial(value_and_grad, *network, keep=False, split=False)
+            if small_network.fits(network[0], network[2]):
+                continue
+            calls[f"mlp-{name}-{inputs}-{width}-{batch}"] = partial(value_and_grad, *network, keep=False, split=split)
         x, first_bias, weights, biases = without_data(65536, (2, 512, 512, 512, 512), 1, dtype)
         kept = [x.new_empty(len(x), 512) for _ in biases]
         calls[f"mlp-{name}-backward"] = partial(
@@ -739,6 +582,6 @@ def shipped() -> list[Compilation]:
             weights,
             kept,
             needs_grad=[True] * (2 * len(kept) + 3),
-            split=False,
+            split=split,
         )
     return recorded(calls)

@@ -1,17 +1,11 @@
 """All outputs of a SiLU perceptron and their derivative.
 
-Two ways, both with bias, activation and its derivative at the end of the products:
-
-- Layer by layer, for any width: one launch per layer up and one per layer down, to be captured in one CUDA graph. A
-  layer of H units reads and writes b B H bytes of its input and output beside its weights (b bytes per number), where
-  PyTorch reads and writes them three times, and does 2 B H H_below FLOPs. At width 512 a weight matrix does not fit
-  next to the activations in shared memory, and the products are what takes the time: 256 FLOPs per byte moved in 16
-  bits.
-- In one launch, for at most four hidden layers of at most 128 units in 16 bits: a program takes its rows through all
-  layers and leaves nothing in memory but the output, b B (D + O) bytes instead of b B (D + O + 2 S) for S hidden
-  units; weights (32 KB a layer at most) come from the level-2 cache, read once per block of rows. At 128 units the
-  layer-by-layer way moves a byte per 64 FLOPs, which no card's memory keeps up with. float32 products without tensor
-  cores are limited by arithmetic and stay layer by layer.
+Layer by layer, for any width: one launch per layer up and one per layer down, to be captured in one CUDA graph, with
+bias, activation and its derivative at the end of the products. A layer of H units reads and writes b B H bytes of its
+input and output beside its weights (b bytes per number), where PyTorch reads and writes them three times, and does
+2 B H H_below FLOPs. At width 512 a weight matrix does not fit next to the activations in shared memory, and the
+products are what takes the time: 256 FLOPs per byte moved in 16 bits. What is smaller goes in one launch:
+``kernels/small_network.py``.
 """
 
 from __future__ import annotations
@@ -25,37 +19,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tgdp_fast.kernels import small_network
 from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.launching import TYPES, Tile, launch, recorded
 from tgdp_fast.kernels.matrix import (
-    TYPES,
-    Tile,
     accumulate,
+    add_bias,
+    as_rows,
+    bias_strides,
     block_of,
     blocks,
     column_sum,
-    launch,
-    layer_tile,
-    multiply_add,
+    layout,
     narrow,
-    power_of_two,
-    recorded,
     sigmoid,
     silu_slope,
+    tuned_layer,
     weight_gradient,
+    without_data,
 )
-
-
-@triton.jit
-def add_bias(z, bias, row_stride, column_stride, row, row_mask, column, column_mask, SHARED: tl.constexpr):  # noqa: N803
-    """z + bias, of one row if SHARED, else of a row per sample."""
-    if SHARED:
-        z += tl.load(bias + column * column_stride, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    else:
-        mask = row_mask[:, None] & column_mask[None, :]
-        z += tl.load(bias + row[:, None] * row_stride + column[None, :] * column_stride, mask=mask, other=0.0).to(
-            tl.float32
-        )
-    return z
 
 
 @triton.jit
@@ -91,7 +73,9 @@ def layer_up_kernel(
     _, row, row_mask, column, column_mask = block_of(batch, units, ROWS, COLUMNS)
     z = accumulate(
         tl.zeros([ROWS, COLUMNS], tl.float32),
+        None,
         below,
+        None,
         below_row_stride,
         below_column_stride,
         weight,
@@ -154,7 +138,9 @@ def layer_down_kernel(
     block, row, row_mask, column, column_mask = block_of(batch, units, ROWS, COLUMNS)
     result = accumulate(
         tl.zeros([ROWS, COLUMNS], tl.float32),
+        None,
         above,
+        None,
         above_row_stride,
         above_column_stride,
         weight,
@@ -191,448 +177,43 @@ def layer_down_kernel(
             tl.store(value + row, narrow(total, value.dtype.element_ty), mask=row_mask)
 
 
-@triton.jit
-def pack(low, high, zero):
-    """Two blocks of 16-bit numbers as one of 32 bits: a register would hold one of 16 bits only.
-
-    ``zero`` is one that the compiler does not know; otherwise it would see both numbers and keep them apart.
-    """
-    low_bits = low.to(tl.uint16, bitcast=True).to(tl.int32)
-    return (low_bits | (high.to(tl.uint16, bitcast=True).to(tl.int32) << 16)) + zero
-
-
-@triton.jit
-def unpack_low(pair, DTYPE: tl.constexpr):  # noqa: N803
-    """The first of two packed blocks."""
-    return (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def unpack_high(pair, DTYPE: tl.constexpr):  # noqa: N803
-    """The second of two packed blocks."""
-    return ((pair >> 16) & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def weight_quarter(weight, units, depth, row, column):
-    """weight[row, column] of a contiguous [units, depth], zero beyond."""
-    mask = (row < units)[:, None] & (column < depth)[None, :]
-    return tl.load(weight + row[:, None] * depth + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def finish_half(
-    z,
-    pre_activation,
-    units,
-    row,
-    row_mask,
-    column,
-    KEEP: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
-):
-    """silu(z) and silu'(z) of half a layer in DTYPE; z [batch, units] itself is stored if KEEP."""
-    if KEEP:
-        mask = row_mask[:, None] & (column < units)[None, :]
-        tl.store(pre_activation + row[:, None] * units + column[None, :], narrow(z, DTYPE), mask=mask)
-    s = sigmoid(z)
-    return narrow(z * s, DTYPE), narrow(silu_slope(z, s), DTYPE)
-
-
-@triton.jit
-def fused_first_half(
-    x,
-    weight,
-    bias,
-    pre_activation,
-    inputs,
-    units,
-    x_row_stride,
-    x_column_stride,
-    bias_row_stride,
-    bias_column_stride,
-    row,
-    row_mask,
-    column,
-    SHARED_BIAS: tl.constexpr,  # noqa: N803
-    KEEP: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-):
-    """silu(z_1) and silu'(z_1) of half the first layer; weight [units, inputs] is contiguous."""
-    wide_column = column.to(tl.int64)
-    column_mask = column < units
-    z = accumulate(
-        tl.zeros([row.shape[0], column.shape[0]], tl.float32),
-        x,
-        x_row_stride,
-        x_column_stride,
-        weight,
-        1,
-        inputs,
-        row,
-        row_mask,
-        wide_column,
-        column_mask,
-        inputs,
-        DEPTH,
-        PRECISION,
-    )
-    z = add_bias(z, bias, bias_row_stride, bias_column_stride, row, row_mask, wide_column, column_mask, SHARED_BIAS)
-    return finish_half(z, pre_activation, units, row, row_mask, column, KEEP, x.dtype.element_ty)
-
-
-@triton.jit
-def fused_half_up(
-    low,
-    high,
-    weight,
-    bias,
-    pre_activation,
-    units,
-    depth,
-    row,
-    row_mask,
-    column,
-    low_column,
-    KEEP: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-):
-    """silu(z) and silu'(z) of half a layer, on top of both halves of the layer below."""
-    z = tl.zeros([low.shape[0], column.shape[0]], tl.float32)
-    z = multiply_add(low, tl.trans(weight_quarter(weight, units, depth, column, low_column)), z, PRECISION)
-    high_column = low_column + low_column.shape[0]
-    z = multiply_add(high, tl.trans(weight_quarter(weight, units, depth, column, high_column)), z, PRECISION)
-    z += tl.load(bias + column, mask=column < units, other=0.0).to(tl.float32)[None, :]
-    return finish_half(z, pre_activation, units, row, row_mask, column, KEEP, low.dtype)
-
-
-@triton.jit
-def fused_layer_up(
-    low,
-    high,
-    weight,
-    bias,
-    pre_activation,
-    units,
-    depth,
-    row,
-    row_mask,
-    column,
-    zero,
-    KEEP: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-):
-    """Both halves of silu(z), and silu'(z) packed; column: those of the low half. weight [units, depth], contiguous."""
-    next_low, slope_low = fused_half_up(
-        low, high, weight, bias, pre_activation, units, depth, row, row_mask, column, column, KEEP, PRECISION
-    )
-    next_high, slope_high = fused_half_up(
-        low,
-        high,
-        weight,
-        bias,
-        pre_activation,
-        units,
-        depth,
-        row,
-        row_mask,
-        column + column.shape[0],
-        column,
-        KEEP,
-        PRECISION,
-    )
-    return next_low, next_high, pack(slope_low, slope_high, zero)
-
-
-@triton.jit
-def fused_up(
-    x,
-    first_bias,
-    weight_1,
-    weight_2,
-    weight_3,
-    weight_4,
-    bias_2,
-    bias_3,
-    bias_4,
-    pre_activation_1,
-    pre_activation_2,
-    pre_activation_3,
-    pre_activation_4,
-    inputs,
-    units_1,
-    units_2,
-    units_3,
-    units_4,
-    x_row_stride,
-    x_column_stride,
-    bias_row_stride,
-    bias_column_stride,
-    row,
-    row_mask,
-    column,
-    zero,
-    LAYERS: tl.constexpr,  # noqa: N803
-    SHARED_BIAS: tl.constexpr,  # noqa: N803
-    KEEP: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-):
-    """Both halves of the last activation, and the packed slopes of four layers, those beyond LAYERS repeated."""
-    low, slope_low = fused_first_half(
-        x,
-        weight_1,
-        first_bias,
-        pre_activation_1,
-        inputs,
-        units_1,
-        x_row_stride,
-        x_column_stride,
-        bias_row_stride,
-        bias_column_stride,
-        row,
-        row_mask,
-        column,
-        SHARED_BIAS,
-        KEEP,
-        DEPTH,
-        PRECISION,
-    )
-    high, slope_high = fused_first_half(
-        x,
-        weight_1,
-        first_bias,
-        pre_activation_1,
-        inputs,
-        units_1,
-        x_row_stride,
-        x_column_stride,
-        bias_row_stride,
-        bias_column_stride,
-        row,
-        row_mask,
-        column + column.shape[0],
-        SHARED_BIAS,
-        KEEP,
-        DEPTH,
-        PRECISION,
-    )
-    slopes_1 = pack(slope_low, slope_high, zero)
-    slopes_2 = slopes_1
-    if LAYERS > 1:
-        low, high, slopes_2 = fused_layer_up(
-            low,
-            high,
-            weight_2,
-            bias_2,
-            pre_activation_2,
-            units_2,
-            units_1,
-            row,
-            row_mask,
-            column,
-            zero,
-            KEEP,
-            PRECISION,
-        )
-    slopes_3 = slopes_2
-    if LAYERS > 2:
-        low, high, slopes_3 = fused_layer_up(
-            low,
-            high,
-            weight_3,
-            bias_3,
-            pre_activation_3,
-            units_3,
-            units_2,
-            row,
-            row_mask,
-            column,
-            zero,
-            KEEP,
-            PRECISION,
-        )
-    slopes_4 = slopes_3
-    if LAYERS > 3:
-        low, high, slopes_4 = fused_layer_up(
-            low,
-            high,
-            weight_4,
-            bias_4,
-            pre_activation_4,
-            units_4,
-            units_3,
-            row,
-            row_mask,
-            column,
-            zero,
-            KEEP,
-            PRECISION,
-        )
-    return low, high, slopes_1, slopes_2, slopes_3, slopes_4
-
-
-@triton.jit
-def fused_outputs_kernel(
-    x,
-    first_bias,
-    weight_1,
-    weight_2,
-    weight_3,
-    weight_4,
-    bias_2,
-    bias_3,
-    bias_4,
-    head,
-    head_bias,
-    output,
-    pre_activation_1,
-    pre_activation_2,
-    pre_activation_3,
-    pre_activation_4,
-    batch,
-    inputs,
-    units_1,
-    units_2,
-    units_3,
-    units_4,
-    outputs,
-    x_row_stride,
-    x_column_stride,
-    bias_row_stride,
-    bias_column_stride,
-    LAYERS: tl.constexpr,  # noqa: N803
-    SHARED_BIAS: tl.constexpr,  # noqa: N803
-    KEEP: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    OUTPUTS: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
-):
-    """All layers of a block of rows in one program; units_l are of hidden layer l <= LAYERS, the rest repeats them.
-
-    x [batch, inputs]; everything else contiguous: weight_l [units_l, units_(l-1)], head [outputs, units_L]. Twin:
-    ``perceptron``'s ``_forward_reference``. 2 B P FLOPs for P weights and about 10 B S pointwise for S hidden units;
-    bytes: x and the output, and with KEEP the pre-activations, once; the weights once per block from the level-2 cache.
-    """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < batch
-    column = tl.arange(0, HALF)
-    low, high, _, _, _, _ = fused_up(
-        x,
-        first_bias,
-        weight_1,
-        weight_2,
-        weight_3,
-        weight_4,
-        bias_2,
-        bias_3,
-        bias_4,
-        pre_activation_1,
-        pre_activation_2,
-        pre_activation_3,
-        pre_activation_4,
-        inputs,
-        units_1,
-        units_2,
-        units_3,
-        units_4,
-        x_row_stride,
-        x_column_stride,
-        bias_row_stride,
-        bias_column_stride,
-        row,
-        row_mask,
-        column,
-        tl.minimum(batch, 0),
-        LAYERS,
-        SHARED_BIAS,
-        KEEP,
-        DEPTH,
-        PRECISION,
-    )
-    for start in range(0, outputs, OUTPUTS):
-        out = start + tl.arange(0, OUTPUTS)
-        result = tl.zeros([ROWS, OUTPUTS], tl.float32)
-        result = multiply_add(low, tl.trans(weight_quarter(head, outputs, units_4, out, column)), result, PRECISION)
-        result = multiply_add(
-            high, tl.trans(weight_quarter(head, outputs, units_4, out, column + HALF)), result, PRECISION
-        )
-        out_mask = out < outputs
-        result += tl.load(head_bias + out, mask=out_mask, other=0.0).to(tl.float32)[None, :]
-        offsets = row[:, None] * outputs + out[None, :]
-        tl.store(output + offsets, narrow(result, output.dtype.element_ty), mask=row_mask[:, None] & out_mask[None, :])
-
-
-#: Limits of the kernels that take a block of rows through all layers.
-MOST_FUSED_LAYERS, MOST_FUSED_UNITS, MOST_FUSED_INPUTS = 4, 128, 512
-
-
-def fits_one_launch(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether a network is small enough for one program per block of rows."""
-    widths = [weight.shape[0] for weight in weights[:-1]]
-    return (
-        x.dtype != torch.float32
-        and len(widths) <= MOST_FUSED_LAYERS
-        and min(widths) > 0
-        and max(widths) <= MOST_FUSED_UNITS
-        and x.shape[1] <= MOST_FUSED_INPUTS
-    )
-
-
-def fused_tile(batch: int, width: int, inputs: int) -> Tile:
-    """Rows of a block, half the padded width, and slices of the first layer's product."""
-    columns = power_of_two(width, 32, MOST_FUSED_UNITS) // 2
-    depth = power_of_two(inputs, 16, 32)
-    # Few rows give every multiprocessor a block of its own; many share a reading of the weights.
-    return Tile(16, columns, depth, 4, 2) if batch <= 2048 else Tile(32, columns, depth, 8, 2)
-
-
-def four(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Four tensors, the last one repeated: the arguments of a fused kernel, which has as many layers at most."""
-    return [tensors[min(i, len(tensors) - 1)] for i in range(MOST_FUSED_LAYERS)]
-
-
-def bias_strides(bias: Tensor) -> tuple[int, int]:
-    """Strides of [1, H] or [B, H]; the first is 0 for a shared row."""
-    return (0 if bias.shape[0] == 1 else bias.stride(0)), bias.stride(1)
-
-
 def layer_up(
     below: Tensor, weight: Tensor, bias: Tensor, *, keep: bool, activate: bool, precision: str = "ieee"
 ) -> tuple[Tensor | None, Tensor | None]:
     """(z, silu(z)) of z = below weight^T + bias, each None where not asked for: [B, D], [H, D], [1 or B, H]."""
     (batch, depth), units = below.shape, weight.shape[0]
-    pre_activation = below.new_empty(batch, units) if keep else None
-    activation = below.new_empty(batch, units) if activate else None
-    tile = layer_tile(batch, units, depth, below.dtype)
-    launch(
-        layer_up_kernel,
-        (blocks(batch, units, tile),),
-        below,
-        weight,
-        bias,
-        activation if pre_activation is None else pre_activation,
-        pre_activation if activation is None else activation,
-        batch,
-        units,
-        depth,
-        *below.stride(),
-        *weight.stride(),
-        *bias_strides(bias),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        SHARED_BIAS=bias.shape[0] == 1,
-        KEEP=keep,
-        ACTIVATE=activate,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return pre_activation, activation
+
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        pre_activation = below.new_empty(batch, units) if keep else None
+        activation = below.new_empty(batch, units) if activate else None
+        launch(
+            layer_up_kernel,
+            (blocks(batch, units, tile),),
+            below,
+            weight,
+            bias,
+            activation if pre_activation is None else pre_activation,
+            pre_activation if activation is None else activation,
+            batch,
+            units,
+            depth,
+            *below.stride(),
+            *weight.stride(),
+            *bias_strides(bias),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            SHARED_BIAS=bias.shape[0] == 1,
+            KEEP=keep,
+            ACTIVATE=activate,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return pre_activation, activation
+
+    variant = (*layout(weight), bias.shape[0] == 1, keep, activate, precision)
+    return tuned_layer(run, layer_up_kernel, below, units, *variant)
 
 
 def layer_down(
@@ -651,54 +232,53 @@ def layer_down(
     """
     (batch, depth), units = above.shape, weight.shape[1]
     crowded = pre_activation is not None and above.dtype != torch.float32
-    tile = layer_tile(batch, units, depth, above.dtype, crowded=crowded)
-    output = above.new_empty(batch, units)
-    activation = above.new_empty(batch, units) if activate else None
-    sums = above.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32) if with_sum else None
-    parts, bias, finished = (output, output, output) if value is None else value
-    launch(
-        layer_down_kernel,
-        (blocks(batch, units, tile),),
-        above,
-        weight,
-        output if pre_activation is None else pre_activation,
-        output,
-        output if activation is None else activation,
-        output if sums is None else sums,
-        parts,
-        bias,
-        finished,
-        batch,
-        units,
-        depth,
-        0 if value is None else len(parts),
-        *above.stride(),
-        *weight.stride(),
-        flops=2 * batch * units * depth,
-        tile=tile,
-        SLOPE=pre_activation is not None,
-        ACTIVATE=activate,
-        SUM=with_sum,
-        FINISH=value is not None,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        PRECISION=precision,
-    )
-    return output, activation, sums
 
+    def run(tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        output = above.new_empty(batch, units)
+        activation = above.new_empty(batch, units) if activate else None
+        sums = above.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32) if with_sum else None
+        parts, bias, finished = (output, output, output) if value is None else value
+        launch(
+            layer_down_kernel,
+            (blocks(batch, units, tile),),
+            above,
+            weight,
+            output if pre_activation is None else pre_activation,
+            output,
+            output if activation is None else activation,
+            output if sums is None else sums,
+            parts,
+            bias,
+            finished,
+            batch,
+            units,
+            depth,
+            0 if value is None else len(parts),
+            *above.stride(),
+            *weight.stride(),
+            flops=2 * batch * units * depth,
+            tile=tile,
+            SLOPE=pre_activation is not None,
+            ACTIVATE=activate,
+            SUM=with_sum,
+            FINISH=value is not None,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision,
+        )
+        return output, activation, sums
 
-def as_rows(bias: Tensor) -> Tensor:
-    """[H] as [1, H]; [1, H] and [B, H] as they are."""
-    return bias.unsqueeze(0) if bias.ndim == 1 else bias
+    variant = (*layout(weight), pre_activation is not None, activate, with_sum, value is not None, precision)
+    return tuned_layer(run, layer_down_kernel, above, units, *variant, crowded=crowded)
 
 
 def perceptron(
     x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Output [B, O] and, with ``keep``, the pre-activations [B, H_l]; arguments as of the operator ``perceptron``."""
-    if fits_one_launch(x, weights):
-        return _fused_outputs(x, first_bias, weights, biases, keep=keep)
+    if small_network.fits(x, weights):
+        return small_network.outputs(x, first_bias, weights, biases, keep=keep)
     activation: Any = x
     kept = []
     for weight, bias in zip(weights[:-1], (first_bias, *biases[:-1]), strict=True):
@@ -707,47 +287,6 @@ def perceptron(
             kept.append(pre_activation)
     output, _ = layer_up(activation, weights[-1], as_rows(biases[-1]), keep=True, activate=False)
     assert output is not None
-    return output, kept
-
-
-def _fused_outputs(
-    x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    batch, inputs = x.shape
-    widths = [weight.shape[0] for weight in weights[:-1]]
-    outputs = weights[-1].shape[0]
-    output = x.new_empty(batch, outputs)
-    kept = [x.new_empty(batch, width) for width in widths] if keep else []
-    tile = fused_tile(batch, max(widths), inputs)
-    bias = as_rows(first_bias)
-    launch(
-        fused_outputs_kernel,
-        (triton.cdiv(batch, tile.rows),),
-        x,
-        bias,
-        *four([weight.contiguous() for weight in weights[:-1]]),
-        *four([b.contiguous() for b in (*biases[:-1], biases[-1])])[: MOST_FUSED_LAYERS - 1],
-        weights[-1].contiguous(),
-        biases[-1].contiguous(),
-        output,
-        *four(kept or [output]),
-        batch,
-        inputs,
-        *(widths[min(i, len(widths) - 1)] for i in range(MOST_FUSED_LAYERS)),
-        outputs,
-        *x.stride(),
-        *bias_strides(bias),
-        flops=2 * batch * sum(weight.numel() for weight in weights),
-        tile=tile,
-        LAYERS=len(widths),
-        SHARED_BIAS=bias.shape[0] == 1,
-        KEEP=keep,
-        HALF=tile.columns,
-        ROWS=tile.rows,
-        DEPTH=tile.depth,
-        OUTPUTS=power_of_two(outputs, 16, 64),
-        PRECISION="ieee",
-    )
     return output, kept
 
 
@@ -806,18 +345,6 @@ def perceptron_backward(
     return [gradient for gradient, needed in zip(found, needs_grad, strict=True) if needed and gradient is not None]
 
 
-def without_data(
-    batch: int, sizes: Sequence[int], outputs: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Arguments of a perceptron of ``sizes`` (inputs and hidden layers) with a shared first bias, for a record."""
-
-    def empty(*size: int) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    weights = [empty(m, n) for n, m in zip(sizes, (*sizes[1:], outputs), strict=True)]
-    return empty(batch, sizes[0]), empty(1, sizes[1]), weights, [empty(m) for m in (*sizes[2:], outputs)]
-
-
 def shipped() -> list[Compilation]:
     """Score networks of the two-dimensional experiment, four layers of 128 and of 512, and their derivative."""
     calls: dict[str, Callable[[], object]] = {}
@@ -825,6 +352,8 @@ def shipped() -> list[Compilation]:
         for width in (128, 512):
             for batch in (16, 65536):
                 network = without_data(batch, (2, *[width] * 4), 2, dtype)
+                if small_network.fits(network[0], network[2]):
+                    continue
                 keep = batch > 16
                 calls[f"perceptron-{name}-{width}-{batch}"] = partial(perceptron, *network, keep=keep)
         x, first_bias, weights, biases = network

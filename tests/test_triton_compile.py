@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from tgdp_fast.benchmark.binaries import SHARED_MEMORY, compile_amd, compile_nvidia, kernel_modules, shipped, why_not
+from tgdp_fast.benchmark.binaries import (
+    SHARED_MEMORY,
+    candidates,
+    compile_amd,
+    compile_nvidia,
+    kernel_modules,
+    shipped,
+    why_not,
+)
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -69,6 +77,48 @@ def test_all_compile_for_nvidia(module, capability):
 def test_all_compile_for_amd(module):
     for compilation in shipped(module):
         _check_amd(compilation)
+
+
+def configuration(compilation):
+    return (
+        compilation.name.split("/")[0],
+        compilation.signature,
+        compilation.constants,
+        compilation.divisible,
+        compilation.num_warps,
+        compilation.num_stages,
+    )
+
+
+@pytest.mark.parametrize("module", kernel_modules())
+def test_what_ships_is_among_the_candidates_and_these_are_few(module):
+    everything, defaults = list(map(configuration, candidates(module))), list(map(configuration, shipped(module)))
+    assert all(default in everything for default in defaults)
+    assert len(defaults) < len(everything) <= 6 * len(defaults)
+
+
+@pytest.mark.parametrize("module", kernel_modules())
+def test_candidates_of_the_first_of_each_module_compile(module):
+    # On the architecture with the least shared memory.
+    for compilation in candidates(module)[:4]:
+        _check(compilation, 86)
+
+
+# Of those of many shapes every 25th, others for each architecture.
+@pytest.mark.slow(ci=True)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("module", kernel_modules())
+def test_some_candidates_compile(module, capability):
+    for compilation in candidates(module)[list(SHARED_MEMORY).index(capability) :: 25]:
+        _check(compilation, capability)
+
+
+@pytest.mark.slow(ci=False)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("module", kernel_modules())
+def test_all_candidates_compile(module, capability):
+    for compilation in candidates(module):
+        _check(compilation, capability)
 
 
 def test_sizes_of_one_compile():

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from tgdp_fast import kernels
+from tgdp_fast.kernels import autotuning
 from tgdp_fast.kernels.compilation import Compilation
 from tgdp_fast.ops import _triton
 
@@ -40,6 +41,12 @@ def shipped(module: str) -> list[Compilation]:
     loaded: ModuleType = importlib.import_module(f"tgdp_fast.kernels.{module}")
     compilations: list[Compilation] = loaded.shipped()
     return compilations
+
+
+def candidates(module: str) -> list[Compilation]:
+    """What a module ships, with every configuration that autotuning may choose."""
+    with autotuning.deciding(autotuning.all_of_them):
+        return shipped(module)
 
 
 @dataclass(frozen=True)

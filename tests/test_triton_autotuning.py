@@ -1,0 +1,145 @@
+"""Every candidate of every Triton kernel in the interpreter: as accurate as the default, and safe to launch again."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from test_gated_activation import draw
+from test_guided_step import COMMON, MATRICES, inputs
+from test_mlp_native import check, double, network
+from triton_interpreter import compiled, interpreted, run_interpreted
+
+from tgdp_fast.kernels import autotuning
+from tgdp_fast.ops import gated_activation, guided_step
+from tgdp_fast.ops._dispatch import lookup
+
+pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MOST_CANDIDATES = 6
+
+
+@compiled
+def test_in_the_interpreter():
+    assert run_interpreted("test_triton_autotuning.py") > 10
+
+
+@compiled
+@pytest.mark.slow(ci=False)
+def test_all_in_the_interpreter():
+    assert run_interpreted("test_triton_autotuning.py", "--run-slow=all") > 30
+
+
+@contextmanager
+def candidate(number):
+    """Within the block, every launch is done twice with its candidate of this number; gives the set of those."""
+    seen = set()
+
+    def policy(run, candidates):
+        assert len(candidates) <= MOST_CANDIDATES
+        choice = candidates[min(number, len(candidates) - 1)]
+        seen.add(tuple(choice))
+        run(choice)
+        return run(choice)
+
+    with autotuning.deciding(policy):
+        yield seen
+
+
+def flat(tensors):
+    """The tensors of nested lists and tuples, None left out."""
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    return [] if tensors is None else [tensor for item in tensors for tensor in flat(item)]
+
+
+def copies(*arguments):
+    return [tensor.clone() for tensor in flat(arguments)]
+
+
+def check_candidates(operator, dtype, terms, *call, **keywords):
+    """Each candidate against float64, with the error that the reference has; and the inputs are what they were."""
+    reference, ours = lookup(operator, "reference").function, lookup(operator, "triton").function
+    exact = flat(reference(*(argument if argument is None else double(argument)[0] for argument in call), **keywords))
+    eager = flat(reference(*call, **keywords))
+    before = copies(*call)
+    all_seen = set()
+    for number in range(MOST_CANDIDATES):
+        with candidate(number) as seen:
+            got = flat(ours(*call, **keywords))
+        check(got, eager, exact, dtype, terms)
+        assert all(torch.equal(a, b) for a, b in zip(flat(call), before, strict=True))
+        all_seen |= seen
+    return all_seen
+
+
+def both_ways(sizes, batch, dtype):
+    """The candidates seen by both perceptron operators and their derivatives."""
+    x, first_bias, weights, biases = call = network(sizes, batch, dtype, per_sample=False)
+    terms, needs = max(*sizes, batch), (True,) * (2 * len(weights) + 1)
+    generator = torch.Generator().manual_seed(1)
+    seen = set()
+    for operator, cotangents in (
+        ("mlp_value_and_grad", (torch.randn(batch, generator=generator), torch.randn(x.shape, generator=generator))),
+        ("perceptron", (torch.randn(batch, 1, generator=generator),)),
+    ):
+        seen |= check_candidates(operator, dtype, terms, *call, save_pre_activations=True)
+        kept = list(lookup(operator, "reference").function(*call, save_pre_activations=True)[-1])
+        given = [cotangent.to(dtype) for cotangent in cotangents]
+        arguments = (*given, x, first_bias, weights, kept)
+        seen |= check_candidates(operator + "_backward", dtype, terms, *arguments, needs_grad=needs)
+    return seen
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "batch"), [((17, 70), 13), ((3, 129), 40), ((2, 40, 33), 20)])
+def test_layers(sizes, batch, dtype):
+    # Few rows, more, and in 16 bits a small network.
+    assert len(both_ways(sizes, batch, dtype)) >= 4
+
+
+@interpreted
+@pytest.mark.slow(ci=False)
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sizes", "batch"),
+    [((1, 1), 1), ((21, 33, 50), 0), ((70, 150, 130), 140), ((2, 128, 128, 128, 128), 65), ((3, 16), 1100)],
+)
+def test_further_layers(sizes, batch, dtype):
+    both_ways(sizes, batch, dtype)
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(2, 2050), (3, 1366), (3, 1001)])
+def test_guided_step_is_the_same_to_the_bit(shape):
+    # Noise by groups, by pairs and by elements; samples shorter than a program and longer.
+    call = [tensor.to(dtype) for tensor, dtype in zip(inputs(1, shape), (*DTYPES, torch.float32), strict=True)]
+    keywords = COMMON | {"matrix": MATRICES[1], "clamp": (-1.0, 1.0), "backend": "triton"}
+    expected, before = guided_step(*call, **keywords), copies(call)
+    all_seen = set()
+    for number in range(MOST_CANDIDATES):
+        with candidate(number) as seen:
+            got = guided_step(*call, **keywords)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(call, before, strict=True))
+        all_seen |= seen
+    assert len(all_seen) >= 4
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(2, 6, 683), (3, 2, 2100), (2, 10, 7)])
+def test_gate_is_the_same_to_the_bit(shape):
+    x = draw(*shape)
+    for bias in (None, draw(shape[1]), draw(*shape[:2])):
+        expected, before = gated_activation(x, bias, backend="triton"), copies(x)
+        for number in range(MOST_CANDIDATES):
+            with candidate(number):
+                assert torch.equal(gated_activation(x, bias, backend="triton"), expected)
+            assert torch.equal(x, before[0])
