@@ -270,6 +270,7 @@ Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& sca
   call.channels = u.size(1);
   call.length = u.size(2);
   call.dtype = dtype_of(u);
+  call.y_dtype = call.dtype;
   const Tensor held = u.stride(2) == 1 || u.size(2) <= 1 ? u : u.contiguous();
   call.u = held.const_data_ptr();
   call.u_sample = held.stride(0);

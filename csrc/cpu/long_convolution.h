@@ -32,7 +32,8 @@ struct LongConvolutionCall {
   int64_t batch = 0;
   int64_t channels = 0;
   int64_t length = 0;  // at most M
-  Dtype dtype = Dtype::f32;
+  Dtype dtype = Dtype::f32;    // of u
+  Dtype y_dtype = Dtype::f32;  // a rougher GELU does for 16 bits
   // Element (b, h, t) of u at b u_sample + h u_channel + t; likewise y.
   const void* u = nullptr;
   int64_t u_sample = 0;
