@@ -58,6 +58,16 @@ void pack_filters(const double* spectra, int64_t channels, int64_t points, void*
 // and to memory; about B H (8 M log2 M + 25 L) FLOPs, 45 million for B = 1, H = 512, M = 1024 and 20 for GELU.
 void long_convolution(const LongConvolutionCall& call);
 
+// max(y, 0) - GELU(y) = |y| erfc(|y| / sqrt 2) / 2 as a polynomial in |y| / kPieceWidth - i for each i < kPieces, its
+// powers in the first dimension. GELU is then exact to 8e-8 and rounding and, where |y| < 1, to 3e-7 of itself, and with
+// the rough ones to 7e-6 and 9e-5; where the pieces end, it is within 7e-8 of y or 0.
+constexpr int kPieces = 16, kGeluDegree = 5, kRoughGeluDegree = 3;
+constexpr float kPieceWidth = 0.36f;
+struct GeluPieces {
+  const float* fine = nullptr;   // [kGeluDegree + 1, kPieces]
+  const float* rough = nullptr;  // [kRoughGeluDegree + 1, kPieces]
+};
+
 // What transforms of M points are made of.
 struct TransformPlan {
   int64_t points = 0;
@@ -69,6 +79,7 @@ struct TransformPlan {
   // exp(-2 pi i b (a - 1/4) / R1), [4, R1 / 4], and exp(-2 pi i b a / R2), [4, R2 / 4].
   const float* within_column = nullptr;
   const float* within_row = nullptr;
+  GeluPieces gelu;
 };
 
 // The copies of one instruction set.
