@@ -244,7 +244,9 @@ std::tuple<Tensor, Tensor> pack_long_convolution(const Tensor& spectra, bool hal
   TORCH_CHECK_VALUE(tgdp::has_long_convolution(points), "tgdp_fast: no transform of ", points, " points");
   const Tensor held = spectra.contiguous();
   const int64_t size = tgdp::packed_filter_size(channels, points), groups = size / (2 * points * tgdp::kChannelGroup);
-  Tensor packed = at::empty({groups, points, 2, tgdp::kChannelGroup}, spectra.options().dtype(half ? at::kHalf : at::kFloat));
+  // Large pages, if there are any: each call reads all of it.
+  Tensor packed = tgdp::empty_output({groups, points, 2, tgdp::kChannelGroup},
+                                     spectra.options().dtype(half ? at::kHalf : at::kFloat));
   Tensor scales = at::empty({half ? groups * tgdp::kChannelGroup : 0}, spectra.options().dtype(at::kFloat));
   tgdp::pack_filters(held.const_data_ptr<double>(), channels, points, packed.mutable_data_ptr(),
                      half ? scales.mutable_data_ptr<float>() : nullptr);

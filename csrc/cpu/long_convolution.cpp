@@ -31,6 +31,45 @@ void put_root(float* to, int64_t numerator, int64_t denominator) {
   to[1] = static_cast<float>(-std::sin(angle));
 }
 
+// Interpolates at the nodes of Chebyshev. The first piece has no constant, for GELU is 0 at 0.
+void put_gelu_pieces(int degree, float* to) {
+  const double pi = std::acos(-1.0);
+  for (int piece = 0; piece < kPieces; ++piece) {
+    const int nodes = piece == 0 ? degree : degree + 1;
+    double x[kGeluDegree + 1], d[kGeluDegree + 1], powers[kGeluDegree + 1] = {};
+    for (int i = 0; i < nodes; ++i) {
+      x[i] = 0.5 * std::cos((i + 0.5) * pi / nodes);
+      if (piece == 0) x[i] = 0.25 + x[i] / 2;
+      const double y = (x[i] + piece) * kPieceWidth;
+      d[i] = 0.5 * y * std::erfc(y / std::sqrt(2.0)) / (piece == 0 ? x[i] : 1.0);
+    }
+    // Divided differences, and Newton's form multiplied out.
+    for (int i = 1; i < nodes; ++i) {
+      for (int j = nodes - 1; j >= i; --j) d[j] = (d[j] - d[j - 1]) / (x[j] - x[j - i]);
+    }
+    for (int i = nodes - 1; i >= 0; --i) {
+      for (int j = nodes - 1; j >= 0; --j) powers[j] = (j > 0 ? powers[j - 1] : d[i]) - x[i] * powers[j];
+    }
+    for (int j = 0; j <= degree; ++j) {
+      const int from = piece == 0 ? j - 1 : j;
+      to[j * kPieces + piece] = from < 0 ? 0.0f : static_cast<float>(powers[from]);
+    }
+  }
+}
+
+GeluPieces gelu_pieces() {
+  struct Tables {
+    alignas(64) float fine[(kGeluDegree + 1) * kPieces];
+    alignas(64) float rough[(kRoughGeluDegree + 1) * kPieces];
+    Tables() {
+      put_gelu_pieces(kGeluDegree, fine);
+      put_gelu_pieces(kRoughGeluDegree, rough);
+    }
+  };
+  static const Tables tables;
+  return {tables.fine, tables.rough};
+}
+
 class Plan {
  public:
   Plan(int64_t rows, int64_t columns) : memory_(2 * (2 * rows * columns + rows + columns)) {
@@ -48,7 +87,7 @@ class Plan {
       for (int64_t b = 0; b < rows / 4; ++b) put_root(within_column + 2 * (a * (rows / 4) + b), b * (4 * a - 1), rows);
       for (int64_t b = 0; b < columns / 4; ++b) put_root(within_row + 2 * (a * (columns / 4) + b), 4 * a * b, columns);
     }
-    plan_ = {rows * columns, rows, columns, between, by_row, within_column, within_row};
+    plan_ = {rows * columns, rows, columns, between, by_row, within_column, within_row, gelu_pieces()};
   }
   const TransformPlan& get() const { return plan_; }
 

@@ -33,7 +33,7 @@ struct LongConvolutionCall {
   int64_t channels = 0;
   int64_t length = 0;  // at most M
   Dtype dtype = Dtype::f32;    // of u
-  Dtype y_dtype = Dtype::f32;  // a rougher GELU does for 16 bits
+  Dtype y_dtype = Dtype::f32;  // the same, or bf16 of float; a rougher GELU does for 16 bits
   // Element (b, h, t) of u at b u_sample + h u_channel + t; likewise y.
   const void* u = nullptr;
   int64_t u_sample = 0;
@@ -59,6 +59,16 @@ void pack_filters(const double* spectra, int64_t channels, int64_t points, void*
 // and to memory; about B H (8 M log2 M + 25 L) FLOPs, 45 million for B = 1, H = 512, M = 1024 and 20 for GELU.
 void long_convolution(const LongConvolutionCall& call);
 
+// max(y, 0) - GELU(y) = |y| erfc(|y| / sqrt 2) / 2 as a polynomial in |y| / kPieceWidth - i for each i < kPieces, its
+// powers in the first dimension. GELU is then exact to 8e-8 and rounding and, where |y| < 1, to 3e-7 of itself, and with
+// the rough ones to 7e-6 and 9e-5; where the pieces end, it is within 7e-8 of y or 0.
+constexpr int kPieces = 16, kGeluDegree = 5, kRoughGeluDegree = 3;
+constexpr float kPieceWidth = 0.36f;
+struct GeluPieces {
+  const float* fine = nullptr;   // [kGeluDegree + 1, kPieces]
+  const float* rough = nullptr;  // [kRoughGeluDegree + 1, kPieces]
+};
+
 // What transforms of M points are made of.
 struct TransformPlan {
   int64_t points = 0;
@@ -70,6 +80,7 @@ struct TransformPlan {
   // exp(-2 pi i b (a - 1/4) / R1), [4, R1 / 4], and exp(-2 pi i b a / R2), [4, R2 / 4].
   const float* within_column = nullptr;
   const float* within_row = nullptr;
+  GeluPieces gelu;
 };
 
 // The copies of one instruction set.

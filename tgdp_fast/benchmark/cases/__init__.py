@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from tgdp_fast.benchmark.cases.base import GRAPH, PROVIDERS, Call, Case, UnservedError
 from tgdp_fast.benchmark.cases.fit_step import FitStep
 from tgdp_fast.benchmark.cases.guided_step import GuidedStep
+from tgdp_fast.benchmark.cases.long_convolution import Convolution
 from tgdp_fast.benchmark.cases.perceptron import Perceptron
 from tgdp_fast.benchmark.cases.sampling import Sampling, Trajectory
 from tgdp_fast.benchmark.cases.sssd_ecg import SSSDECGCall
@@ -24,6 +25,7 @@ __all__ = [
     "PROVIDERS",
     "Call",
     "Case",
+    "Convolution",
     "FitStep",
     "GuidedStep",
     "Perceptron",
@@ -52,6 +54,7 @@ def all_cases() -> list[Case]:
         for width in (128, 512)
         for consistency in (False, True)
     ]
+    cases += [Convolution(batch, quick=batch == 1) for batch in (1, 8, 64)]
     cases += [Trajectory(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
     cases += [Sampling(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
     cases += [

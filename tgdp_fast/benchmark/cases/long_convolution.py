@@ -1,0 +1,81 @@
+"""The convolution and activation of an S4 layer of SSSD-ECG."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cached_property
+
+import torch
+
+from tgdp_fast.benchmark import eager
+from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
+from tgdp_fast.benchmark.cases.base import SEED, Call, Case, Prepared, Work, bytes_of, judge
+from tgdp_fast.ops import long_convolution, prepare_long_convolution
+from tgdp_fast.ops.long_convolution import long_convolution_reference
+
+
+class Convolution(Case):
+    """Layers with filters of their own in turn, as in a network: more than caches hold.
+
+    Args:
+        batch: samples of 512 channels and 1000 positions.
+    """
+
+    CHANNELS = 512
+    LENGTH = 1000
+    LAYERS = 12
+
+    def __init__(self, batch: int, *, quick: bool = False) -> None:
+        self.batch = batch
+        self.name = f"long_convolution/{batch}"
+        self.shape = f"[{batch}, {self.CHANNELS}, {self.LENGTH}]"
+        self.precisions = ("fp32", "bf16", "fp16")
+        self.quick = quick
+        self.memory = 40.0 * self.CHANNELS * self.LENGTH * (batch + self.LAYERS)
+        self.operators = ("long_convolution",)
+
+    def work(self, precision: str) -> Work:
+        size = bytes_of(precision)
+        points = 1 << math.ceil(math.log2(self.LENGTH))
+        traffic = 2.0 * self.CHANNELS * size * (self.batch * self.LENGTH + points)
+        flops = self.batch * self.CHANNELS * (8.0 * points * math.log2(points) + 25.0 * self.LENGTH)
+        return Work(traffic, flops, "fp32")
+
+    def prepare(self, precision: str, device: torch.device) -> Prepared:
+        return _PreparedConvolution(self, PRECISIONS[precision], device)
+
+
+class _PreparedConvolution(Prepared):
+    def __init__(self, case: Convolution, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(SEED)
+        self.dtype = dtype
+        self.u = torch.randn(case.batch, case.CHANNELS, case.LENGTH, generator=generator).to(device, dtype)
+        scale = case.LENGTH**-0.5
+        self.taps = [
+            (scale * torch.randn(case.CHANNELS, 2 * case.LENGTH - 1, generator=generator)).to(device)
+            for _ in range(case.LAYERS)
+        ]
+
+    @cached_property
+    def spectra(self) -> list[torch.Tensor]:
+        return [torch.fft.rfft(taps, n=taps.shape[1] + 1) for taps in self.taps]
+
+    def call(self, provider: str) -> Call:
+        u = self.u
+        if provider == "peer":
+            spectra = itertools.cycle(self.spectra)
+            return lambda: [eager.long_convolution(u, next(spectra))]
+        layers = itertools.cycle([prepare_long_convolution(taps, self.dtype) for taps in self.taps])
+        if provider == "compile":
+            compiled = torch.compile(long_convolution_reference, dynamic=False)
+            return lambda: [compiled(u, next(layers))]
+        return lambda: [long_convolution(u, next(layers), backend=provider)]
+
+    def check(self, provider: str, call: Call) -> Verdict:
+        outputs = call()
+        exact, plain = (
+            eager.long_convolution(u, torch.fft.rfft(taps, n=taps.shape[1] + 1))
+            for u, taps in ((self.u.double(), self.taps[0].double()), (self.u, self.taps[0]))
+        )
+        return judge(provider, outputs, [exact], error_of([plain], [exact]), self.dtype)
