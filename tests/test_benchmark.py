@@ -378,7 +378,10 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     (tmp_path / "empty.json").write_text("{}")
     for words, message in [
         (["bench", "--only", "sampler"], "cases: guided_step/1e4, guided_step/1e5"),
-        (["bench", "--providers", "pear"], "--providers must be one of auto, compile, cpu, cuda, peer, published, reference, "),
+        (
+            ["bench", "--providers", "pear"],
+            "--providers must be one of auto, compile, cpu, cuda, peer, published, reference, ",
+        ),
         (["bench", "--threads", "0"], "--threads must be an integer >= 1"),
         (["bench", "--seconds", "0"], "--seconds must be"),
         (["bench", "--device", "tpu9"], "--device must be one that torch has here"),

@@ -188,6 +188,38 @@ def test_times_outside_the_table():
     assert relative(without(x, torch.tensor([6.0]), labels), exact(network, x, torch.tensor([6.0]), labels)) < FP32
 
 
+def test_one_time_for_all_is_one_row(monkeypatch):
+    network = randomised(**TINY)
+    fast = compiled(network)
+    x, _, labels = arguments(network, 3)
+    asked = []
+    real = CompiledSSSDECG._step_biases
+    monkeypatch.setattr(CompiledSSSDECG, "_step_biases", lambda self, time: asked.append(len(time)) or real(self, time))
+    one = torch.tensor([3.0])
+    expected = fast(x, one, labels)
+    for steps in (one.expand(3), torch.full((3,), 3), torch.tensor(3)):
+        assert torch.equal(fast(x, steps, labels), expected)
+    assert asked == [1] * 4
+    fast(x, torch.tensor([3.0, 3.0, 4.0]), labels)
+    assert asked[4:] == [3]
+
+
+def test_compiling_leaves_the_network_as_it_is():
+    network = randomised(**TINY)
+    x, steps, labels = arguments(network)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.no_grad():
+        expected = network(x, steps, labels)
+        kept = network.residual_layer.residual_blocks[0].S41.s4_layer.kernel._kept
+        fast = compiled(network)
+        fast(x, steps, labels)
+        assert network.residual_layer.residual_blocks[0].S41.s4_layer.kernel._kept is kept
+        assert torch.equal(network(x, steps, labels), expected)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    # What is of the network's own size is its own: nothing but the source is in a state dict.
+    assert set(fast.state_dict()) == {f"source.{name}" for name in state}
+
+
 def test_what_tables_are_made_of():
     network = randomised(**TINY)
     table = solver_table("dpm_solver_2s", SCHEDULE, 5)
@@ -478,12 +510,12 @@ def test_calls_touch_nothing_of_the_host(precision):
     """What a recording in a CUDA graph needs, on the meta device: no copies between host and device, no values read."""
     network = randomised(**TINY | {"out_channels": 3}).to("meta")
     denoiser = Denoiser(network, SCHEDULE).compile_for_sampling(precision=precision)
-    x, labels = torch.empty(20, 3, 50, device="meta"), torch.empty(20, 4, device="meta")
+    x, labels = torch.empty(70, 3, 50, device="meta"), torch.empty(70, 4, device="meta")
     with torch.inference_mode(), NothingFromTheHost() as seen:
         assert denoiser.epsilon(x, 7.0, labels).device.type == "meta"
         assert seen.calls > 50
         calls = seen.calls
-        denoiser.network(x, torch.empty(20, device="meta"), labels)
+        denoiser.network(x, torch.empty(70, device="meta"), labels)
         assert seen.calls > calls + 50
 
 

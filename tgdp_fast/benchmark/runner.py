@@ -43,6 +43,7 @@ class Options:
         providers: names of ``PROVIDERS``; empty for all.
         seconds: time for the rounds of one case, all providers together.
         least_rounds, most_rounds: rounds of a case whatever it takes, and at most.
+        warm_up: whether a round that does not count precedes them.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -50,6 +51,7 @@ class Options:
     seconds: float = 10.0
     least_rounds: int = 5
     most_rounds: int = 101
+    warm_up: bool = True
 
     def __post_init__(self) -> None:
         for name in self.providers:
@@ -117,7 +119,9 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
     if entries:
         if case.rounds is not None:
             most = min(options.most_rounds, case.rounds)
-            options = replace(options, least_rounds=min(options.least_rounds, most), most_rounds=most)
+            least = min(options.least_rounds, most)
+            # The numeric check and the measurement of memory were calls enough to warm up.
+            options = replace(options, least_rounds=least, most_rounds=most, warm_up=False)
         interleave(entries, options)
     rows = [_timed_row(case, entry, floors) for entry in entries] + failed
     order = {name: position for position, name in enumerate(case.providers(options.device))}
@@ -150,7 +154,7 @@ def recorded(call: Call) -> Call:
 def interleave(
     entries: Sequence[Entry], options: Options, clock: Callable[[], float] = time.perf_counter, seed: int = 0
 ) -> None:
-    """Time the entries in rounds, each in a random order, after a round that does not count.
+    """Time the entries in rounds, each in a random order, after a round that does not count if ``options`` say so.
 
     Adds one number to ``entry.seconds`` per round; ends when ``options.seconds`` are spent or after the most rounds,
     but not before the least.
@@ -164,7 +168,7 @@ def interleave(
         synchronise(options.device)
         return (clock() - started) / entry.loops
 
-    for entry in entries:
+    for entry in entries if options.warm_up else ():
         elapsed = once(entry)
         while elapsed * entry.loops < LEAST_SECONDS and entry.loops < 2**20:
             entry.loops = max(2 * entry.loops, math.ceil(LEAST_SECONDS / max(elapsed, 1e-9)))

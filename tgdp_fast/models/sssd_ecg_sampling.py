@@ -49,8 +49,8 @@ _AGAIN = "call network.compile_for_sampling(...) again"
 _PART_BYTES = 6 * 2**20
 #: Bytes of the state that is kept between blocks on the CPU, where samples share one pass over the weights.
 _STATE_BYTES = 16 * 2**20
-#: Samples that pass the network together elsewhere: enough to fill a GPU, few enough to stay in its L2 cache.
-_SAMPLES = 16
+#: Samples that pass the network together elsewhere: enough to fill a GPU, and few kernels to launch for a large batch.
+_SAMPLES = 64
 #: Diffusion steps outside the table whose biases are kept.
 _KEPT_TIMES = 64
 
@@ -318,7 +318,7 @@ class CompiledSSSDECG(nn.Module):
         self.source = source
         if any(module.training for module in source.modules()):
             raise ValueError("network must be in eval mode to be compiled for sampling; call network.eval() first")
-        self.train(False)
+        self.training = False  # Not by a call, which would have the source drop its kernels.
         with torch.inference_mode(False), torch.no_grad():
             self._fold(steps)
         self._forget()
@@ -479,6 +479,8 @@ class CompiledSSSDECG(nn.Module):
         label_biases = self._label_biases(labels)
         if len(label_biases) not in (1, batch):
             raise ValueError(f"labels must have {batch} rows, one per sample of x, got {len(label_biases)}")
+        if len(time) > 1 and (time.stride(0) == 0 or (time.device.type == "cpu" and bool((time == time[0]).all()))):
+            time = time[:1]
         output = x.new_empty((batch, self.source.out_channels, length))
         work = self._workspace
         if work is None or work.length != length or (batch > work.samples and not work.is_largest):
