@@ -4,8 +4,9 @@
 # usage: bench/gpu.sh [FOLDER]
 #
 # Needs a python3 with torch 2.9 or newer for CUDA, triton, numpy, safetensors, tqdm and pytest; nvcc for the CUDA
-# kernels, compute-sanitizer for their memory check. Writes FOLDER/<card>-<date>.json (default: bench/results), logs
-# beside it in FOLDER/logs, and prints the table last. A stage that fails does not stop the next; the exit code tells.
+# kernels, compute-sanitizer for their memory check. Writes FOLDER/<card>-<date>.json (default: bench/results) and, where
+# time is left, <card>-<date>-autotuned.json; logs beside them in FOLDER/logs. Prints the tables last. A stage that fails
+# does not stop the next; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -63,6 +64,7 @@ stage 'benchmark' "$deadline" "$python" -m tgdp_fast bench --device cuda --secon
     trajectory fit_step 'mlp*batch256-input3904-width512' 'sampling/samples10000-width512' --json "$result"
 # The Triton kernels with measured launch configurations; choices are new every time.
 autotuned="${result%.json}-autotuned.json"
+rm -f "$autotuned"
 if [ "$SECONDS" -lt $((deadline - 60)) ]; then
     stage 'benchmark autotuned' "$deadline" env TGDP_TRITON_AUTOTUNE=1 XDG_CACHE_HOME="$(mktemp -d)" \
         "$python" -m tgdp_fast bench --device cuda --seconds 1 --providers triton triton+graph \

@@ -14,8 +14,6 @@ from tgdp_fast.kernels.compilation import Compilation
 
 #: Names of the dtypes in signatures.
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 _ELEMENTS = TYPES | {torch.int64: "i64"}
 
 

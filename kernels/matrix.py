@@ -297,12 +297,23 @@ def layer_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crow
 
 
 def tuned_layer(
-    run: Callable[[Tile], Result], kernel: Any, below: Tensor, units: int, *variant: object, crowded: bool = False
+    run: Callable[[Tile], Result],
+    kernel: Any,
+    below: Tensor,
+    units: int,
+    precision: str,
+    *variant: object,
+    crowded: bool = False,
 ) -> Result:
-    """``run`` of the tile for a layer's product, [B, D] times [D, units]; ``variant`` beside the dtype."""
+    """``run`` of the tile for a layer's product, [B, D] times [D, units]; ``variant`` beside the dtype.
+
+    Split products have the default: with other tiles some of their registers would be spilled.
+    """
     heuristic = partial(layer_tile, dtype=below.dtype, crowded=crowded)
     others = partial(layer_tiles, dtype=below.dtype, crowded=crowded)
     size = (below.shape[0], units, below.shape[1])
+    if precision != "ieee":
+        return run(heuristic(*size))
     return tuned(run, heuristic, others, kernel, below, size, below.dtype, *layout(below), *variant)
 
 
@@ -422,8 +433,11 @@ def weight_gradient(
         return column_sum(output.view(parts, rows * columns), left.dtype).view(rows, columns)
 
     heuristic, others = partial(gradient_tile, dtype=left.dtype), partial(gradient_tiles, dtype=left.dtype)
-    variant = (left.dtype, second is not None, precision, *layout(left, right, second_right))
-    return tuned(run, heuristic, others, weight_gradient_kernel, left, (rows, columns, batch), *variant)
+    size = (rows, columns, batch)
+    if precision != "ieee":
+        return run(heuristic(*size))
+    variant = (left.dtype, second is not None, *layout(left, right, second_right))
+    return tuned(run, heuristic, others, weight_gradient_kernel, left, size, *variant)
 
 
 def layout(*matrices: Tensor) -> tuple[bool, ...]:

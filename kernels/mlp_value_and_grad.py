@@ -368,8 +368,8 @@ def _last_layer(
         )
         return z, delta, parts
 
-    variant = (*layout(weight), bias.shape[0] == 1, keep, precision)
-    return tuned_layer(run, last_layer_kernel, below, units, *variant)
+    variant = (*layout(weight), bias.shape[0] == 1, keep)
+    return tuned_layer(run, last_layer_kernel, below, units, precision, *variant)
 
 
 def value_and_grad_backward(
@@ -475,8 +475,9 @@ def _tangent_up(
         )
         return activation, tangent, product
 
-    variant = (*layout(weight), activate, precision)
-    return tuned_layer(run, tangent_up_kernel, below, units, *variant, crowded=below.dtype != torch.float32)
+    variant = (*layout(weight), activate)
+    crowded = below.dtype != torch.float32
+    return tuned_layer(run, tangent_up_kernel, below, units, precision, *variant, crowded=crowded)
 
 
 def _tangent_last(
@@ -517,9 +518,9 @@ def _tangent_last(
         )
         return zbar, delta, bias_sums, head_sums
 
-    variant = (*layout(weight), value_cotangent is not None, precision)
-    crowded = below.dtype != torch.float32 or precision != "ieee"
-    return tuned_layer(run, tangent_last_kernel, below, units, *variant, crowded=crowded)
+    variant = (*layout(weight), value_cotangent is not None)
+    crowded = below.dtype != torch.float32
+    return tuned_layer(run, tangent_last_kernel, below, units, precision, *variant, crowded=crowded)
 
 
 def _joint_down(
@@ -555,22 +556,18 @@ def _joint_down(
         )
         return zbar, delta, sums
 
-    return tuned_layer(run, joint_down_kernel, zbar_above, units, *layout(weight), precision, crowded=True)
+    return tuned_layer(run, joint_down_kernel, zbar_above, units, precision, *layout(weight), crowded=True)
 
 
 def shipped() -> list[Compilation]:
     """Guidance networks of two inputs and of the ECG's 3904, four layers of 128 and of 512, and their derivative."""
     calls: dict[str, Callable[[], object]] = {}
-    sizes = ((2, 128, 256), (2, 128, 65536), (2, 512, 16), (2, 512, 65536), (3904, 512, 256))
-    for dtype, name, split in (
-        *((dtype, name, False) for dtype, name in TYPES.items()),
-        (torch.float32, "split", True),
-    ):
-        for inputs, width, batch in sizes[2:4] if split else sizes:
+    for dtype, name in TYPES.items():
+        for inputs, width, batch in ((2, 128, 256), (2, 128, 65536), (2, 512, 16), (2, 512, 65536), (3904, 512, 256)):
             network = without_data(batch, (inputs, *[width] * 4), 1, dtype)
             if small_network.fits(network[0], network[2]):
                 continue
-            calls[f"mlp-{name}-{inputs}-{width}-{batch}"] = partial(value_and_grad, *network, keep=False, split=split)
+            calls[f"mlp-{name}-{inputs}-{width}-{batch}"] = partial(value_and_grad, *network, keep=False, split=False)
         x, first_bias, weights, biases = without_data(65536, (2, 512, 512, 512, 512), 1, dtype)
         kept = [x.new_empty(len(x), 512) for _ in biases]
         calls[f"mlp-{name}-backward"] = partial(
@@ -582,6 +579,6 @@ def shipped() -> list[Compilation]:
             weights,
             kept,
             needs_grad=[True] * (2 * len(kept) + 3),
-            split=split,
+            split=False,
         )
     return recorded(calls)

@@ -212,8 +212,8 @@ def layer_up(
         )
         return pre_activation, activation
 
-    variant = (*layout(weight), bias.shape[0] == 1, keep, activate, precision)
-    return tuned_layer(run, layer_up_kernel, below, units, *variant)
+    variant = (*layout(weight), bias.shape[0] == 1, keep, activate)
+    return tuned_layer(run, layer_up_kernel, below, units, precision, *variant)
 
 
 def layer_down(
@@ -269,8 +269,8 @@ def layer_down(
         )
         return output, activation, sums
 
-    variant = (*layout(weight), pre_activation is not None, activate, with_sum, value is not None, precision)
-    return tuned_layer(run, layer_down_kernel, above, units, *variant, crowded=crowded)
+    variant = (*layout(weight), pre_activation is not None, activate, with_sum, value is not None)
+    return tuned_layer(run, layer_down_kernel, above, units, precision, *variant, crowded=crowded)
 
 
 def perceptron(

@@ -95,8 +95,16 @@ def both_ways(sizes, batch, dtype):
 
 @interpreted
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("sizes", "batch"), [((17, 70), 13), ((3, 129), 40), ((2, 40, 33), 20)])
+@pytest.mark.parametrize(
+    ("sizes", "batch", "dtype"),
+    [
+        ((17, 70), 13, torch.float32),
+        ((3, 129), 13, torch.bfloat16),
+        ((3, 129), 40, torch.bfloat16),
+        ((3, 129), 40, torch.float32),
+        ((2, 40, 33), 20, torch.bfloat16),
+    ],
+)
 def test_layers(sizes, batch, dtype):
     # Few rows, more, and in 16 bits a small network.
     assert len(both_ways(sizes, batch, dtype)) >= 4
@@ -108,7 +116,10 @@ def test_layers(sizes, batch, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("sizes", "batch"),
-    [((1, 1), 1), ((21, 33, 50), 0), ((70, 150, 130), 140), ((2, 128, 128, 128, 128), 65), ((3, 16), 1100)],
+    [
+        *[((1, 1), 1), ((21, 33, 50), 0), ((17, 70), 13), ((3, 129), 40), ((2, 40, 33), 20)],
+        *[((70, 150, 130), 140), ((2, 128, 128, 128, 128), 65), ((3, 16), 1100)],
+    ],
 )
 def test_further_layers(sizes, batch, dtype):
     both_ways(sizes, batch, dtype)
