@@ -23,6 +23,7 @@ from tgdp_fast import (
     sampling,
     solver_table,
 )
+from tgdp_fast.benchmark.runner import peak_memory
 from tgdp_fast.models import sssd_ecg_sampling
 from tgdp_fast.models.s4 import two_sided_convolution_direct
 from tgdp_fast.models.sssd_ecg_sampling import (
@@ -77,6 +78,13 @@ def test_16_bits_stay_within_their_rounding(precision, limit):
     error = relative(found, exact(network, *call))
     assert found.dtype == torch.float32
     assert FP32 < error < limit
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("bf16", 3e-2), ("fp16", 4e-3)])
+def test_as_many_blocks_as_in_the_paper(precision, limit):
+    network = randomised(res_channels=16, skip_channels=16, num_res_layers=36, l_max=128, d_state=16)
+    call = arguments(network, 2)
+    assert relative(compiled(network, precision=precision)(*call), exact(network, *call)) < limit
 
 
 def test_float16_saturates():
@@ -306,6 +314,19 @@ def test_memory_does_not_grow_with_the_batch():
     assert most.state.nbytes <= sssd_ecg_sampling._STATE_BYTES
     fast(x, steps, labels)
     assert fast._workspace is most  # a last, smaller batch does not shrink it
+
+
+def test_peak_memory_of_a_call_is_that_of_its_blocks_of_samples(monkeypatch):
+    monkeypatch.setattr(sssd_ecg_sampling, "_STATE_BYTES", 2**20)
+    network = randomised(**MEDIUM | {"num_res_layers": 1})
+    fast = compiled(network)
+    x, _, labels = arguments(network, 128)
+    steps, peaks = torch.tensor([7.0]), []
+    for batch in (64, 128):
+        call = (x[:batch], steps, labels[:batch])
+        fast(*call)  # keeps the labels and the buffers
+        peaks.append(peak_memory(lambda call=call: [fast(*call)], torch.device("cpu")))
+    assert peaks[1] - peaks[0] <= 64 * 8 * 250 * 4 + 1000  # the result
 
 
 def test_results_survive_the_next_call():

@@ -326,7 +326,8 @@ class SSSDECG(nn.Module):
         """A network with the same call, for sampling: cheaper at each call by all that does not depend on the signal.
 
         S4 kernels, normalised weights and the biases of the diffusion steps are computed here once, in float64, from
-        the parameters as they are; :mod:`tgdp_fast.models.sssd_ecg_sampling` has the list. The result takes the place
+        the parameters as they are, which at the paper's size takes a core ten to fifteen seconds;
+        :mod:`tgdp_fast.models.sssd_ecg_sampling` has the list. The result takes the place
         of this network: ``Denoiser(network.compile_for_sampling(schedule), schedule)``, or shorter
         :meth:`tgdp_fast.Denoiser.compile_for_sampling`.
 

@@ -113,8 +113,8 @@ class _Products:
     """Products of weights [M, K] with the samples of [B, K, L], factors rounded to a precision, sums in float32.
 
     On the CPU each sample has a product of its own: no slower, in bfloat16 twice as fast, and its bits depend on no
-    other sample. There the factors of float16 products are rounded but held as float32, because PyTorch's own float16
-    products are a hundred times slower.
+    other sample (unless L = 1, where libraries sum in an order that alignment decides). There the factors of float16
+    products are rounded but held as float32, because PyTorch's own float16 products are fifty times slower.
     """
 
     def __init__(self, precision: str, device: torch.device) -> None:
