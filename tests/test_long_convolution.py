@@ -267,8 +267,8 @@ def test_compiles_without_graph_breaks():
     [
         (torch.zeros(2, 4), torch.zeros(4, 3), r"u must have shape \[B, H, L\], L at least 1, got \(2, 4\)"),
         (torch.zeros(2, 4, 0), torch.zeros(4, 3), r"u must have shape.*got \(2, 4, 0\)"),
-        (torch.zeros(2, 4, 3), torch.zeros(4, 3), r"prepared must be for 4 channels and length 3.*length 2;"),
-        (torch.zeros(2, 4, 3), torch.zeros(3, 5), r"4 channels and length 3, those of u, got 3 channels.*\(4, 5\)"),
+        (torch.zeros(2, 4, 3), torch.zeros(4, 3), r"prepared must be for 4 channels and signals of 3 .*length 2;"),
+        (torch.zeros(2, 4, 3), torch.zeros(3, 5), r"4 channels and signals of 3 samples.*got 3 channels.*\(4, 5\)"),
         (torch.zeros(2, 4, 3, dtype=torch.int32), torch.zeros(4, 5), "u must be float16.*got torch.int32"),
         (torch.zeros(2, 4, 3), torch.zeros(4, 5, device="meta"), "prepared must be on the device of u, cpu, got meta"),
         (torch.zeros(2, 4, 3), torch.zeros(4, 6), r"taps must have shape \[H, 2 L - 1\].*got \(4, 6\)"),

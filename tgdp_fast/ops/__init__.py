@@ -8,11 +8,14 @@ from tgdp_fast.ops.guided_step import guided_epsilon, guided_step, limit_gradien
 from tgdp_fast.ops.long_convolution import LongConvolution, long_convolution, prepare_long_convolution
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad
 from tgdp_fast.ops.perceptron import perceptron
+from tgdp_fast.ops.residual_block import ResidualBlockWeights, S4Weights, residual_block_
 from tgdp_fast.ops.trajectory import TrajectoryNetwork, TrajectoryPlan, trajectory
 
 __all__ = [
     "BackendUnavailableError",
     "LongConvolution",
+    "ResidualBlockWeights",
+    "S4Weights",
     "TrajectoryNetwork",
     "TrajectoryPlan",
     "backend_report",
@@ -24,6 +27,7 @@ __all__ = [
     "mlp_value_and_grad",
     "perceptron",
     "prepare_long_convolution",
+    "residual_block_",
     "trajectory",
     "use_backend",
 ]

@@ -38,6 +38,26 @@ class LongConvolution(NamedTuple):
     packed: Tensor | None
     scales: Tensor | None
 
+    @property
+    def channels(self) -> int:
+        return self.taps.shape[0]
+
+    @property
+    def length(self) -> int:
+        """The longest signal that it serves."""
+        return (self.taps.shape[1] + 1) // 2
+
+    def without_taps(self) -> LongConvolution:
+        """The same without the memory of the taps, for kernels that read the packed spectra; of the taps only the shape
+        is kept, on the device "meta".
+
+        Raises:
+            ValueError: there are no packed spectra.
+        """
+        if self.packed is None:
+            raise ValueError("there are no packed spectra, and nothing else than taps; keep them")
+        return self._replace(taps=self.taps.to("meta"))
+
 
 def prepare_long_convolution(taps: Tensor, dtype: torch.dtype = torch.float32) -> LongConvolution:
     """Everything about a layer's filters that does not depend on its input, computed in float64.
@@ -87,7 +107,7 @@ def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True,
 
     Args:
         u: [B, H, L] floating point.
-        prepared: by :func:`prepare_long_convolution` for H channels and the same L.
+        prepared: by :func:`prepare_long_convolution` for H channels and signals of L samples or more.
         gelu: False leaves the activation out.
         backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32, bfloat16 and float16 and
             L up to 1024.
@@ -120,6 +140,8 @@ def _reference(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | 
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     precision = torch.float64 if u.dtype == torch.float64 else torch.float32
     length = u.shape[-1]
+    longer = (taps.shape[1] + 1) // 2 - length
+    taps = taps[:, longer : taps.shape[1] - longer]
     # Output t stands at index t + L - 1; what wraps around falls on others.
     spectrum = torch.fft.rfft(u.to(precision), n=2 * length) * torch.fft.rfft(taps.to(precision), n=2 * length)
     y = torch.fft.irfft(spectrum, n=2 * length)[..., length - 1 : 2 * length - 1]
@@ -160,17 +182,21 @@ def _check(u: Tensor, prepared: LongConvolution) -> None:
         raise ValueError(
             f"prepared must be a LongConvolution, got {type(prepared).__name__}; use prepare_long_convolution(taps)"
         )
-    taps = prepared.taps
-    if taps.shape != (u.shape[1], 2 * u.shape[2] - 1):
+    if prepared.channels != u.shape[1] or prepared.length < u.shape[2]:
         raise ValueError(
-            f"prepared must be for {u.shape[1]} channels and length {u.shape[2]}, those of u, got "
-            f"{taps.shape[0]} channels and length {(taps.shape[1] + 1) // 2}; prepare it from taps of shape "
+            f"prepared must be for {u.shape[1]} channels and signals of {u.shape[2]} samples or more, got "
+            f"{prepared.channels} channels and length {prepared.length}; prepare it from taps of shape "
             f"({u.shape[1]}, {2 * u.shape[2] - 1})"
         )
-    if taps.device != u.device:
+    held = prepared.taps if prepared.packed is None or not prepared.taps.is_meta else prepared.packed
+    if held.device != u.device:
         raise ValueError(
-            f"prepared must be on the device of u, {u.device}, got {taps.device}; prepare it from taps there"
+            f"prepared must be on the device of u, {u.device}, got {held.device}; prepare it from taps there"
         )
+
+
+def _refuses_reference(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
+    return "the filters were prepared without their taps" if taps.is_meta and not u.is_meta else None
 
 
 def _refuses_cpu(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
@@ -203,4 +229,4 @@ if _native.CPU_MISSING is None:
     _dispatch.register(_OPERATOR, "cpu", _call_cpu, _refuses_cpu)
 
 
-_dispatch.register(_OPERATOR, "reference", _reference)
+_dispatch.register(_OPERATOR, "reference", _reference, _refuses_reference)

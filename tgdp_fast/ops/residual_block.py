@@ -1,0 +1,212 @@
+"""A residual block of the SSSD-ECG network in sampling, where all but the signal was computed before.
+
+With x the residual stream and skip the sum that the network's head reads, C and S channels of ``state``, and H = 2 C:
+
+u = convolution [x at t - 1; x at t; x at t + 1] + step bias
+u = LayerNorm(u + mixture gelu(filters * u) + mixture bias), for each of two S4 layers, the labels' bias added to the
+    first
+x, skip = [x / sqrt 2; skip] + output (tanh(u[:C]) sigmoid(u[C:])) + output bias
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops.gated_activation import gated_activation_reference
+from tgdp_fast.ops.long_convolution import LongConvolution, long_convolution_reference
+
+__all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_block_reference_"]
+
+_OPERATOR = "residual_block_"
+_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class S4Weights(NamedTuple):
+    """An S4 layer with its residual connection and LayerNorm.
+
+    Attributes:
+        filters: its long convolution, D included, for signals of at least L samples.
+        mixture: [H, H], in the dtype that the factors of its product are rounded to.
+        mixture_bias, norm_weight, norm_bias: float32 [H].
+        epsilon: of LayerNorm.
+    """
+
+    filters: LongConvolution
+    mixture: Tensor
+    mixture_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    epsilon: float
+
+
+class ResidualBlockWeights(NamedTuple):
+    """The parameters of a block. ``convolution``, ``output`` and both mixtures have one dtype: float32, bfloat16 or
+    float16, to which the factors of their products are rounded; sums are float32.
+
+    Attributes:
+        convolution: [H, 3 C], the columns of the tap that sees t - 1 first.
+        first, second: the S4 layers.
+        output: [C + S, C]. Its first C rows make the residual stream and hold the factor 1 / sqrt 2 already.
+        output_bias: float32 [C + S], likewise.
+    """
+
+    convolution: Tensor
+    first: S4Weights
+    second: S4Weights
+    output: Tensor
+    output_bias: Tensor
+
+
+def residual_block_(
+    state: Tensor,
+    step_bias: Tensor,
+    label_bias: Tensor | None,
+    weights: ResidualBlockWeights,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Replaces the residual stream and the skip sum by what they are after the block. No gradients.
+
+    A sample is computed alike whatever the batch it is in and however many threads run; NaN stays in its sample.
+
+    Cost for B samples: B L (6 H C + 4 H^2 + 2 (C + S) C) FLOPs of products and two long convolutions; 8 B (C + S) L
+    bytes of state and all weights once from memory, if what is between them stays in a cache: 4 B H L bytes each for u
+    and for gelu(filters * u), half of the latter in 16 bits. With C = S = 256 and L = 1000: 2.1 GFLOP for a sample.
+
+    Args:
+        state: float32 [B, C + S, L], contiguous: the residual stream, then the skip sum. Changed in place.
+        step_bias: float32 [B or 1, 3, H]: what the diffusion step and the convolution's own bias add inside the signal,
+            and what of it the first and the last position lack, where a tap sees padding.
+        label_bias: float32 [B or 1, H], added to the bias of the first LayerNorm; or None.
+        weights: of the block.
+        backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32 and, where the processor
+            multiplies it, bfloat16, for an even C and L up to 1024.
+
+    Returns:
+        ``state``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        BackendUnavailableError: the requested backend cannot serve the call.
+
+    Source: the residual block of Alcaraz & Strodthoff, "Diffusion-based Conditional ECG Generation with Structured
+        State Space Models", 2023, arXiv 2301.08227.
+    """
+    _check(state, step_bias, label_bias, weights)
+    implementation = _dispatch.resolve(_OPERATOR, backend, state, step_bias, label_bias, weights)
+    implementation.function(state, step_bias, label_bias, weights)
+    return state
+
+
+def residual_block_reference_(
+    state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
+) -> Tensor:
+    """Plain PyTorch twin of :func:`residual_block_`, without checks; all in float64 if state and weights are."""
+    channels = weights.output.shape[1]
+    x = _factor(state[:, :channels], weights.convolution)
+    taps = [functional.pad(x[..., :-1], (1, 0)), x, functional.pad(x[..., 1:], (0, 1))]
+    inside, at_first, at_last = step_bias.unbind(1)
+    u = _product(weights.convolution, torch.cat(taps, dim=1)).add_(inside[..., None])
+    u[..., 0].sub_(at_first)
+    u[..., -1].sub_(at_last)
+    u = _s4(u, weights.first, label_bias)
+    u = _s4(u, weights.second, None)
+    gated = _factor(gated_activation_reference(u), weights.output)
+    state[:, :channels].mul_(math.sqrt(0.5))
+    return state.add_(_product(weights.output, gated)).add_(weights.output_bias[:, None])
+
+
+def _s4(u: Tensor, layer: S4Weights, label_bias: Tensor | None) -> Tensor:
+    y = _factor(long_convolution_reference(u, layer.filters), layer.mixture)
+    u = u.add_(_product(layer.mixture, y)).add_(layer.mixture_bias[:, None])
+    # Moments by var_mean would take ten times as long along this dimension.
+    u.sub_(u.mean(1, keepdim=True))
+    u.mul_(u.square().mean(1, keepdim=True).add_(layer.epsilon).rsqrt_())
+    bias = layer.norm_bias if label_bias is None else layer.norm_bias + label_bias
+    return u.mul_(layer.norm_weight[:, None]).add_(bias[..., None])
+
+
+def _factor(values: Tensor, weight: Tensor) -> Tensor:
+    """``values`` as a factor of a product with ``weight``."""
+    if weight.dtype == torch.float16:  # Nothing bounds them; infinity would spread over the whole signal.
+        values = values.clamp(-65504.0, 65504.0)
+    return values if weight.dtype in (torch.float32, torch.float64) else values.to(weight.dtype)
+
+
+def _product(weight: Tensor, values: Tensor) -> Tensor:
+    """weight [M, K] times each of values [B, K, L]: sums in float32, or in float64 of float64 values."""
+    if values.is_cuda and values.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(weight.expand(len(values), -1, -1), values, out_dtype=torch.float32)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return weight.to(wide) @ values.to(wide)
+
+
+def _check(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights) -> None:
+    if not isinstance(weights, ResidualBlockWeights):
+        raise ValueError(f"weights must be ResidualBlockWeights, got {type(weights).__name__}")
+    dtype = weights.output.dtype
+    if dtype not in _PRODUCT_DTYPES:
+        raise ValueError(f"weights.output must be float32, bfloat16 or float16, got {dtype}; convert it with .to()")
+    channels = weights.output.shape[-1]
+    rows, double = weights.output.shape[0], 2 * channels
+    if state.ndim != 3 or state.shape[1] != rows or state.shape[2] == 0 or not state.is_contiguous():
+        raise ValueError(
+            f"state must be contiguous, of shape [B, {rows}, L] for these weights, L at least 1, got shape "
+            f"{tuple(state.shape)} and strides {state.stride()}"
+        )
+    expected = {"convolution": ((double, 3 * channels), dtype), "output_bias": ((rows,), torch.float32)}
+    _check_fields("weights", weights, expected, state.device)
+    vector = ((double,), torch.float32)
+    for name, layer in (("first", weights.first), ("second", weights.second)):
+        expected = {"mixture": ((double, double), dtype), "mixture_bias": vector, "norm_weight": vector}
+        _check_fields(f"weights.{name}", layer, expected | {"norm_bias": vector}, state.device)
+        filters = layer.filters
+        if filters.channels != double or filters.length < state.shape[2]:
+            raise ValueError(
+                f"weights.{name}.filters must be for {double} channels and signals of {state.shape[2]} samples or "
+                f"more, got {filters.channels} channels and length {filters.length}"
+            )
+    biases: list[tuple[str, Tensor, tuple[int, ...]]] = [("step_bias", step_bias, (3, double))]
+    if label_bias is not None:
+        biases.append(("label_bias", label_bias, (double,)))
+    for name, bias, shape in biases:
+        if bias.ndim != 1 + len(shape) or bias.shape[1:] != shape or len(bias) not in (1, len(state)):
+            raise ValueError(
+                f"{name} must have shape [{len(state)} or 1, {', '.join(map(str, shape))}], got {tuple(bias.shape)}"
+            )
+    for name, tensor in (("state", state), *((name, bias) for name, bias, _ in biases)):
+        if tensor.dtype != torch.float32 or tensor.device != state.device:
+            raise ValueError(
+                f"{name} must be float32 on {state.device}, got {tensor.dtype} on {tensor.device}; use .to()"
+            )
+
+
+def _check_fields(
+    name: str,
+    fields: ResidualBlockWeights | S4Weights,
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    device: torch.device,
+) -> None:
+    for field, (shape, dtype) in expected.items():
+        tensor = getattr(fields, field)
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"{name}.{field} must be {dtype} of shape {shape} on {device}, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}"
+            )
+
+
+def _refuses_reference(
+    state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
+) -> str | None:
+    dropped = any(layer.filters.taps.is_meta for layer in (weights.first, weights.second))
+    return "the filters were prepared without their taps" if dropped and not state.is_meta else None
+
+
+_dispatch.register(_OPERATOR, "reference", residual_block_reference_, _refuses_reference)
