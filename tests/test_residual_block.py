@@ -57,8 +57,7 @@ def limit(length, dtype):
 
 
 def run(inputs, backend="cpu"):
-    state, *others = inputs
-    return residual_block_(state.clone(), *others, backend=backend)
+    return residual_block_(inputs.state.clone(), *inputs.others, backend=backend)
 
 
 @each_backend

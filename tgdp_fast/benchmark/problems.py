@@ -171,23 +171,23 @@ class ResidualBlockInputs(NamedTuple):
     label_bias: Tensor | None
     weights: ResidualBlockWeights
 
+    @property
+    def others(self) -> tuple[Tensor, Tensor | None, ResidualBlockWeights]:
+        """All but the state."""
+        return self.step_bias, self.label_bias, self.weights
+
     def double(self) -> ResidualBlockInputs:
         """The same numbers in float64, for the reference alone."""
-        state, step_bias, label_bias, weights = self
-        convolution, first, second, output, output_bias = weights
-        layers = (
-            layer._replace(
-                filters=LongConvolution(layer.filters.taps.double(), None, None),
-                **{name: getattr(layer, name).double() for name in S4Weights._fields[1:-1]},
-            )
-            for layer in (first, second)
-        )
-        return ResidualBlockInputs(
-            state.double(),
-            step_bias.double(),
-            None if label_bias is None else label_bias.double(),
-            ResidualBlockWeights(convolution.double(), *layers, output.double(), output_bias.double()),
-        )
+        state, step_bias, label_bias, (convolution, first, second, output, output_bias) = self
+        weights = convolution.double(), _double(first), _double(second), output.double(), output_bias.double()
+        labels = None if label_bias is None else label_bias.double()
+        return ResidualBlockInputs(state.double(), step_bias.double(), labels, ResidualBlockWeights(*weights))
+
+
+def _double(layer: S4Weights) -> S4Weights:
+    filters = LongConvolution(layer.filters.taps.double(), None, None)
+    mixture, mixture_bias, norm_weight, norm_bias = (tensor.double() for tensor in layer[1:5])
+    return S4Weights(filters, mixture, mixture_bias, norm_weight, norm_bias, layer.epsilon)
 
 
 def residual_block_inputs(

@@ -378,11 +378,9 @@ def _block(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
         inputs = residual_block_inputs(shape.shape, dtype, device, labels=shape.labels, steps=shape.steps, seed=_SEED)
 
         def outputs(backend: str, inputs: ResidualBlockInputs = inputs) -> Sequence[Tensor]:
-            state, *others = inputs
-            return [residual_block_(state.clone(), *others, backend=backend).to(dtype)]
+            return [residual_block_(inputs.state.clone(), *inputs.others, backend=backend).to(dtype)]
 
-        state, *others = inputs
-        plain = residual_block_reference_(state.clone(), *others).to(dtype)
+        plain = residual_block_reference_(inputs.state.clone(), *inputs.others).to(dtype)
         yield str(shape), outputs, [residual_block_reference_(*inputs.double())], [plain]
 
 

@@ -17,12 +17,14 @@ from tgdp_fast.benchmark.cases.fit_step import FitStep
 from tgdp_fast.benchmark.cases.guided_step import GuidedStep
 from tgdp_fast.benchmark.cases.long_convolution import Convolution
 from tgdp_fast.benchmark.cases.perceptron import Perceptron
+from tgdp_fast.benchmark.cases.residual_block import Block
 from tgdp_fast.benchmark.cases.sampling import Sampling, Trajectory
 from tgdp_fast.benchmark.cases.sssd_ecg import SSSDECGCall
 
 __all__ = [
     "GRAPH",
     "PROVIDERS",
+    "Block",
     "Call",
     "Case",
     "Convolution",
@@ -55,6 +57,7 @@ def all_cases() -> list[Case]:
         for consistency in (False, True)
     ]
     cases += [Convolution(batch, quick=batch == 1) for batch in (1, 8, 64)]
+    cases += [Block(batch, quick=batch == 1) for batch in (1, 8, 64)]
     cases += [Trajectory(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
     cases += [Sampling(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
     cases += [

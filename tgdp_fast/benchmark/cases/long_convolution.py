@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
 from tgdp_fast.benchmark import eager
 from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
 from tgdp_fast.benchmark.cases.base import SEED, Call, Case, Prepared, Work, bytes_of, judge
-from tgdp_fast.ops import long_convolution, prepare_long_convolution
+from tgdp_fast.ops import LongConvolution, long_convolution, prepare_long_convolution
 from tgdp_fast.ops.long_convolution import long_convolution_reference
 
 
 class Convolution(Case):
-    """Layers with filters of their own in turn, as in a network: more than caches hold.
+    """Layers with filters of their own one after another, as in a network: more than caches hold.
 
     Args:
         batch: samples of 512 channels and 1000 positions.
@@ -38,8 +39,8 @@ class Convolution(Case):
     def work(self, precision: str) -> Work:
         size = bytes_of(precision)
         points = 1 << math.ceil(math.log2(self.LENGTH))
-        traffic = 2.0 * self.CHANNELS * size * (self.batch * self.LENGTH + points)
-        flops = self.batch * self.CHANNELS * (8.0 * points * math.log2(points) + 25.0 * self.LENGTH)
+        traffic = self.LAYERS * 2.0 * self.CHANNELS * size * (self.batch * self.LENGTH + points)
+        flops = self.LAYERS * self.batch * self.CHANNELS * (8.0 * points * math.log2(points) + 25.0 * self.LENGTH)
         return Work(traffic, flops, "fp32")
 
     def prepare(self, precision: str, device: torch.device) -> Prepared:
@@ -58,19 +59,25 @@ class _PreparedConvolution(Prepared):
         ]
 
     @cached_property
-    def spectra(self) -> list[torch.Tensor]:
+    def spectra(self) -> list[Tensor]:
         return [torch.fft.rfft(taps, n=taps.shape[1] + 1) for taps in self.taps]
 
     def call(self, provider: str) -> Call:
-        u = self.u
+        layers: Sequence[LongConvolution | Tensor] = [prepare_long_convolution(taps, self.dtype) for taps in self.taps]
+        convolution: Callable[..., Tensor] = partial(long_convolution, backend=provider)
         if provider == "peer":
-            spectra = itertools.cycle(self.spectra)
-            return lambda: [eager.long_convolution(u, next(spectra))]
-        layers = itertools.cycle([prepare_long_convolution(taps, self.dtype) for taps in self.taps])
-        if provider == "compile":
-            compiled = torch.compile(long_convolution_reference, dynamic=False)
-            return lambda: [compiled(u, next(layers))]
-        return lambda: [long_convolution(u, next(layers), backend=provider)]
+            layers, convolution = self.spectra, eager.long_convolution
+        elif provider == "compile":
+            convolution = torch.compile(long_convolution_reference, dynamic=False)
+
+        def call() -> Sequence[Tensor]:
+            first, *others = layers
+            output = convolution(self.u, first)
+            for layer in others:
+                convolution(self.u, layer)
+            return [output]
+
+        return call
 
     def check(self, provider: str, call: Call) -> Verdict:
         outputs = call()

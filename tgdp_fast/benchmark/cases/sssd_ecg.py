@@ -39,7 +39,7 @@ class SSSDECGCall(Case):
         # Weights and spectra of a few copies; a network's own temporary tensors, and those of the published kernels.
         self.memory = 4.0 * (blocks * (100.0 * width**2 + 40000.0 * width) + 80.0 * width * self.LENGTH * batch)
         self.memory += 2.0e6 * width
-        self.operators = ("gated_activation",)
+        self.operators = ("residual_block_",)
         self.rounds = 2 if blocks * width > 1000 else None  # A published call of this size takes half a minute.
 
     def providers(self, device: torch.device | None = None) -> tuple[str, ...]:
