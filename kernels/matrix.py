@@ -440,6 +440,31 @@ def weight_gradient(
     return tuned(run, heuristic, others, weight_gradient_kernel, left, size, *variant)
 
 
+def launch_layer(
+    kernel: Any,
+    tile: Tile,
+    size: tuple[int, int, int],
+    *arguments: Any,
+    products: int = 1,
+    precision: str,
+    **flags: bool,
+) -> None:
+    """Launch over [batch, units] a kernel whose ``products`` are ``depth`` deep; size: (batch, units, depth)."""
+    batch, units, depth = size
+    launch(
+        kernel,
+        (blocks(batch, units, tile),),
+        *arguments,
+        flops=2 * products * batch * units * depth,
+        tile=tile,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        PRECISION=precision,
+        **flags,
+    )
+
+
 def layout(*matrices: Tensor) -> tuple[bool, ...]:
     """Whether each has its rows in one piece: it decides how a kernel reads them."""
     return tuple(matrix.stride(1) == 1 for matrix in matrices)

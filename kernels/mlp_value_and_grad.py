@@ -24,15 +24,15 @@ from torch import Tensor
 
 from tgdp_fast.kernels import small_network
 from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import TYPES, Tile, launch, recorded
+from tgdp_fast.kernels.launching import TYPES, Tile, recorded
 from tgdp_fast.kernels.matrix import (
     accumulate,
     add_bias,
     as_rows,
     bias_strides,
     block_of,
-    blocks,
     column_sum,
+    launch_layer,
     layout,
     narrow,
     precision_of,
@@ -340,9 +340,10 @@ def _last_layer(
         delta = below.new_empty(batch, units)
         z = below.new_empty(batch, units) if keep else None
         parts = below.new_empty(max(triton.cdiv(units, tile.columns), 1), batch, dtype=torch.float32)
-        launch(
+        launch_layer(
             last_layer_kernel,
-            (blocks(batch, units, tile),),
+            tile,
+            (batch, units, depth),
             below,
             weight,
             bias,
@@ -357,14 +358,9 @@ def _last_layer(
             *weight.stride(),
             *bias_strides(bias),
             head.stride(1),
-            flops=2 * batch * units * depth,
-            tile=tile,
             SHARED_BIAS=bias.shape[0] == 1,
             KEEP=keep,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision,
+            precision=precision,
         )
         return z, delta, parts
 
@@ -451,9 +447,10 @@ def _tangent_up(
     def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         activation = torch.empty_like(z) if activate else z
         tangent, product = torch.empty_like(z), torch.empty_like(z)
-        launch(
+        launch_layer(
             tangent_up_kernel,
-            (blocks(batch, units, tile),),
+            tile,
+            (batch, units, depth),
             below,
             weight,
             z,
@@ -465,13 +462,8 @@ def _tangent_up(
             depth,
             *below.stride(),
             *weight.stride(),
-            flops=2 * batch * units * depth,
-            tile=tile,
             ACTIVATE=activate,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision,
+            precision=precision,
         )
         return activation, tangent, product
 
@@ -489,9 +481,10 @@ def _tangent_last(
     def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         zbar, delta = torch.empty_like(z), torch.empty_like(z)
         bias_sums, head_sums = z.new_empty(2, triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
-        launch(
+        launch_layer(
             tangent_last_kernel,
-            (blocks(batch, units, tile),),
+            tile,
+            (batch, units, depth),
             below,
             weight,
             head,
@@ -508,13 +501,8 @@ def _tangent_last(
             *weight.stride(),
             head.stride(1),
             0 if value_cotangent is None else value_cotangent.stride(0),
-            flops=2 * batch * units * depth,
-            tile=tile,
             VALUE=value_cotangent is not None,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision,
+            precision=precision,
         )
         return zbar, delta, bias_sums, head_sums
 
@@ -532,9 +520,10 @@ def _joint_down(
     def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         zbar, delta = torch.empty_like(z), torch.empty_like(z)
         sums = z.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32)
-        launch(
+        launch_layer(
             joint_down_kernel,
-            (blocks(batch, units, tile),),
+            tile,
+            (batch, units, depth),
             zbar_above,
             delta_above,
             weight,
@@ -547,12 +536,8 @@ def _joint_down(
             units,
             depth,
             *weight.stride(),
-            flops=4 * batch * units * depth,
-            tile=tile,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision,
+            products=2,
+            precision=precision,
         )
         return zbar, delta, sums
 

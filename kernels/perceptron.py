@@ -21,15 +21,15 @@ from torch import Tensor
 
 from tgdp_fast.kernels import small_network
 from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import TYPES, Tile, launch, recorded
+from tgdp_fast.kernels.launching import TYPES, Tile, recorded
 from tgdp_fast.kernels.matrix import (
     accumulate,
     add_bias,
     as_rows,
     bias_strides,
     block_of,
-    blocks,
     column_sum,
+    launch_layer,
     layout,
     narrow,
     sigmoid,
@@ -186,9 +186,10 @@ def layer_up(
     def run(tile: Tile) -> tuple[Tensor | None, Tensor | None]:
         pre_activation = below.new_empty(batch, units) if keep else None
         activation = below.new_empty(batch, units) if activate else None
-        launch(
+        launch_layer(
             layer_up_kernel,
-            (blocks(batch, units, tile),),
+            tile,
+            (batch, units, depth),
             below,
             weight,
             bias,
@@ -200,15 +201,10 @@ def layer_up(
             *below.stride(),
             *weight.stride(),
             *bias_strides(bias),
-            flops=2 * batch * units * depth,
-            tile=tile,
             SHARED_BIAS=bias.shape[0] == 1,
             KEEP=keep,
             ACTIVATE=activate,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision,
+            precision=precision,
         )
         return pre_activation, activation
 
@@ -238,9 +234,10 @@ def layer_down(
         activation = above.new_empty(batch, units) if activate else None
         sums = above.new_empty(triton.cdiv(batch, tile.rows), units, dtype=torch.float32) if with_sum else None
         parts, bias, finished = (output, output, output) if value is None else value
-        launch(
+        launch_layer(
             layer_down_kernel,
-            (blocks(batch, units, tile),),
+            tile,
+            (batch, units, depth),
             above,
             weight,
             output if pre_activation is None else pre_activation,
@@ -256,16 +253,11 @@ def layer_down(
             0 if value is None else len(parts),
             *above.stride(),
             *weight.stride(),
-            flops=2 * batch * units * depth,
-            tile=tile,
             SLOPE=pre_activation is not None,
             ACTIVATE=activate,
             SUM=with_sum,
             FINISH=value is not None,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision,
+            precision=precision,
         )
         return output, activation, sums
 

@@ -143,7 +143,9 @@ def test_returns_the_kind_it_was_given(schedule: NoiseSchedule, method: str) -> 
 
     reverse = array[::-2]  # negative strides
     np.testing.assert_array_equal(function(reverse), expected[::-2])
-    np.testing.assert_array_equal(function(np.stack([array, array])), [expected, expected])
+    # Twice the numbers may be computed in vectors where these were computed one by one: the last digit of a logarithm,
+    # divided by the steps of 0.01 and more that a discrete schedule interpolates in.
+    np.testing.assert_allclose(function(np.stack([array, array])), [expected, expected], rtol=1e-12, atol=1e-12)
 
     tensor = torch.from_numpy(np.repeat(array, 2))[::2]  # a strided view
     result = function(tensor)

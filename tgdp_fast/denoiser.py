@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked, save_checkpoint
-from tgdp_fast.models import ARCHITECTURES, SSSDECG, ScoreMLP
+from tgdp_fast.models import ARCHITECTURES
 from tgdp_fast.models.sssd_ecg_sampling import CompiledSSSDECG
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable
@@ -211,10 +211,11 @@ class Denoiser(nn.Module):
         A network that is not one of ours has architecture None; it is passed again to :meth:`load`.
         """
         network = self._stored_network
-        architecture = next((name for name, cls in ARCHITECTURES.items() if isinstance(network, cls)), None)
+        ours = ((name, network.to_config()) for name, cls in ARCHITECTURES.items() if isinstance(network, cls))
+        architecture, config = next(ours, (None, None))
         return {
             "architecture": architecture,
-            "network": network.to_config() if isinstance(network, ScoreMLP | SSSDECG) else None,
+            "network": config,
             "schedule": self.schedule.to_config(),
             "prediction": self.prediction,
             "time_input": self.time_input,

@@ -15,7 +15,7 @@ from torch.nn import functional
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
 from tgdp_fast.denoiser import number_on, per_sample
-from tgdp_fast.models.mlp import TimeEmbedding, encode_labels
+from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
 from tgdp_fast.ops import guided_epsilon, limit_gradient, mlp_value_and_grad, perceptron
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.streams import side_by_side
@@ -145,12 +145,9 @@ class GuidanceNetwork(nn.Module):
         Raises:
             ValueError: labels for an unconditional network, or none for a conditional one.
         """
-        if self.label_embedding is None:
-            if labels is not None:
-                raise ValueError("labels were given, but this guidance is unconditional; fit it with labels")
+        check_labels_given(labels, self.num_classes, "guidance", "fit it with labels")
+        if labels is None or self.label_embedding is None:
             return None
-        if labels is None:
-            raise ValueError(f"labels are required: this guidance is conditional on {self.num_classes} classes")
         rows = encode_labels(labels, self.num_classes, self.label_embedding.weight.dtype)
         result: Tensor = self.label_embedding(rows)
         return result

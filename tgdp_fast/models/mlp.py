@@ -69,6 +69,18 @@ def encode_labels(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.f
     return labels.to(dtype)
 
 
+def check_labels_given(labels: Tensor | None, num_classes: int, model: str, remedy: str) -> None:
+    """Refuse labels for an unconditional model (``num_classes`` 0), and none for a conditional one.
+
+    Raises:
+        ValueError: naming ``model``, and ``remedy`` for one that takes no labels.
+    """
+    if labels is not None and not num_classes:
+        raise ValueError(f"labels were given, but this {model} is unconditional; {remedy}")
+    if labels is None and num_classes:
+        raise ValueError(f"labels are required: this {model} is conditional on {num_classes} classes")
+
+
 class ScoreMLP(nn.Module):
     """SiLU network for vector data; takes the half log-SNR as its time input.
 
@@ -117,12 +129,9 @@ class ScoreMLP(nn.Module):
         Raises:
             ValueError: labels for an unconditional network, or none for a conditional one.
         """
-        if self.label_embedding is None:
-            if labels is not None:
-                raise ValueError("labels were given, but this network is unconditional; build it with num_classes > 0")
+        check_labels_given(labels, self.num_classes, "network", "build it with num_classes > 0")
+        if labels is None or self.label_embedding is None:
             return None
-        if labels is None:
-            raise ValueError(f"labels are required: this network is conditional on {self.num_classes} classes")
         rows = encode_labels(labels, self.num_classes, self.label_embedding.weight.dtype)
         result: Tensor = self.label_embedding(rows)
         return result

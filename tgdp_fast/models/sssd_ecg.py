@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast.checkpoint import CheckpointError, load_state_dict_checked, read_state_dict
-from tgdp_fast.models.mlp import encode_labels
+from tgdp_fast.models.mlp import check_labels_given, encode_labels
 from tgdp_fast.models.s4 import CAUCHY, S4Block
 from tgdp_fast.ops import gated_activation
 
@@ -307,12 +307,9 @@ class SSSDECG(nn.Module):
         Raises:
             ValueError: labels for an unconditional network, or none for a conditional one.
         """
-        if self.embedding is None:
-            if labels is not None:
-                raise ValueError("labels were given, but this network is unconditional; build it with num_classes > 0")
+        check_labels_given(labels, self.num_classes, "network", "build it with num_classes > 0")
+        if labels is None or self.embedding is None:
             return None
-        if labels is None:
-            raise ValueError(f"labels are required: this network is conditional on {self.num_classes} classes")
         weight = self.embedding.weight
         return encode_labels(labels, self.num_classes, weight.dtype) @ weight
 
