@@ -83,8 +83,8 @@ class GaussianPrior:
             samples: [N, ...], N >= 2, in the coordinates of the denoiser.
             weights: [N] >= 0, up to a factor; None counts all alike.
             rank: R, directions that keep a variance of their own, at most D; all others share one. 0 leaves the mean
-                and one variance; None keeps all that the samples have, at most N - 1. With fewer samples than
-                elements choose it by :meth:`log_prob` of samples that were held out.
+                and one variance; None keeps all that the samples have, at most N - 1. Fewer save memory, 8 D R bytes;
+                :meth:`log_prob` of held-out samples tells what they cost.
 
         Raises:
             ValueError: bad samples, weights or rank; weights that leave a single sample.
