@@ -12,6 +12,7 @@ import torch
 from test_ecg_signals import write_record
 
 from tgdp_fast import Optimisation, sample
+from tgdp_fast.cli import main
 from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
 from tgdp_fast.experiments import few_steps
 
@@ -81,7 +82,7 @@ def synthetic_window(seed: int, start: int, stop: int) -> np.ndarray:
 
 
 def test_an_exact_start_is_sampled_as_any_other(tmp_path: Path) -> None:
-    """From alpha x + sigma z with x chosen so that the state is sample()'s own, the samples are sample()'s own."""
+    """With x such that alpha x + sigma z = z, the noise of sample(), come the samples of sample()."""
     small = plan(tmp_path)
     signals = few_steps.load_signals(small)
     denoiser = few_steps.source_model(small, signals)
@@ -89,8 +90,7 @@ def test_an_exact_start_is_sampled_as_any_other(tmp_path: Path) -> None:
     denoiser.network.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0].clone()))
     expected = sample(denoiser, num=5, solver="ddpm", steps=30, seed=7)
     schedule = denoiser.schedule
-    noise = torch.randn(5, 8, 20, generator=torch.Generator().manual_seed(7))
-    clean = (states[0] - schedule.sigma(199.0) * noise) / schedule.alpha(199.0)
+    clean = (1.0 - schedule.sigma(199.0)) / schedule.alpha(199.0) * states[0]
     found = few_steps.draw_from_noised(denoiser, clean, "ddpm", 30, 7)
     # Rounding of a start of size 4 and of thirty evaluations.
     assert torch.allclose(found, expected, rtol=0, atol=1e-3)
@@ -125,3 +125,21 @@ def test_measures_know_what_is_wrong() -> None:
 def test_bad_plans(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(tmp_path, **changes)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plans: list[few_steps.Plan] = []
+
+    def pretend(given: few_steps.Plan) -> None:
+        plans.append(given)
+        (given.out / "results.md").write_text("a table")
+
+    monkeypatch.setattr(few_steps, "run", pretend)
+    command = ["experiment", "few-steps", "--out", str(tmp_path), "--quiet"]
+    assert main(command) == 0
+    assert main([*command, "--seeds", "3", "--num", "20", "--records", "r", "--methods", "real"]) == 0
+    assert "a table" in capsys.readouterr().out
+    assert plans[0] == few_steps.Plan(tmp_path)
+    assert plans[1] == few_steps.Plan(tmp_path, Path("r"), 3, 20, ("real",))
+    assert main([*command, "--methods", "reel"]) == 2
+    assert "did you mean 'real'" in capsys.readouterr().err

@@ -30,6 +30,7 @@ from tgdp_fast.experiments.results import (
 from tgdp_fast.guidance import GuidedDenoiser
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import SSSDECG
+from tgdp_fast.noise import normal
 from tgdp_fast.prior import GaussianPrior
 from tgdp_fast.sampling import advance, sample
 from tgdp_fast.schedule import NoiseSchedule
@@ -242,12 +243,13 @@ def run_method(
 def draw_from_noised(denoiser: Denoiser, clean: Tensor, solver: str, steps: int, seed: int) -> Tensor:
     """Samples [N, ...] whose x_T are noised ``clean`` signals [N, ...]."""
     table = solver_table(solver, denoiser.schedule, steps)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    index = torch.arange(len(clean))
+    noise = normal(seed, index, clean[0].numel(), 0).reshape(clean.shape)
     x = float(table.alpha[0]) * clean + float(table.sigma[0]) * noise
     history = x.new_zeros((table.history, *x.shape)) if table.history else None
     with torch.inference_mode():
         for k in range(table.nfe):
-            x, history, _ = advance(GuidedDenoiser(denoiser), table, k, x, history, seed, torch.arange(len(x)))
+            x, history, _ = advance(GuidedDenoiser(denoiser), table, k, x, history, seed, index)
     return x
 
 
