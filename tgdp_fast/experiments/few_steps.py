@@ -79,7 +79,7 @@ class Plan:
     res_channels: int = 16
     d_state: int = 16
     settings: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=4000, batch_size=32, learning_rate=3e-3, ema_decay=0.998)
+        default_factory=lambda: Optimisation(steps=7000, batch_size=32, learning_rate=3e-3, ema_decay=0.998)
     )
     progress: bool = False
 
