@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from test_ecg_signals import write_record
 
-from tgdp_fast import Optimisation, sample
+from tgdp_fast import Optimisation
 from tgdp_fast.cli import main
 from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
 from tgdp_fast.experiments import few_steps
 
-SMALL = (few_steps.REAL, "dpmpp_2m/20/standard/fp32", "dpmpp_2m/20/matched/fp32", "dpmpp_2m/20/standard/bf16")
+SMALL = (few_steps.REAL, "dpmpp_2m/20/standard/fp32", "dpmpp_2m/20/gaussian/fp32", "dpmpp_2m/20/standard/bf16")
 
 
 def plan(out: Path, **changes: Any) -> few_steps.Plan:
@@ -81,36 +80,24 @@ def synthetic_window(seed: int, start: int, stop: int) -> np.ndarray:
     return values[:, start:stop].astype(np.float32) / 1000
 
 
-def test_an_exact_start_is_sampled_as_any_other(tmp_path: Path) -> None:
-    """With x such that alpha x + sigma z = z, the noise of sample(), come the samples of sample()."""
-    small = plan(tmp_path)
-    signals = few_steps.load_signals(small)
-    denoiser = few_steps.source_model(small, signals)
-    states: list[torch.Tensor] = []
-    denoiser.network.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0].clone()))
-    expected = sample(denoiser, num=5, solver="ddpm", steps=30, seed=7)
-    schedule = denoiser.schedule
-    clean = (1.0 - schedule.sigma(199.0)) / schedule.alpha(199.0) * states[0]
-    found = few_steps.draw_from_noised(denoiser, clean, "ddpm", 30, 7)
-    # Rounding of a start of size 4 and of thirty evaluations.
-    assert torch.allclose(found, expected, rtol=0, atol=1e-3)
-
-
 def test_measures_know_what_is_wrong() -> None:
-    reference = synthetic_ecg(300, 32, seed=1)
-    other = synthetic_ecg(300, 32, seed=2)
-    same = few_steps.measure(other, reference)
+    reference, train, other = (synthetic_ecg(300, 32, seed=seed) for seed in range(3))
+
+    def measure(x: np.ndarray) -> dict[str, float]:
+        return few_steps.measure(x.astype(np.float32), few_steps.Signals(train, reference, synthetic_window, ""))
+
+    same, scaled, louder = measure(other), measure(1.5 * other), measure(1.5 * reference)
     assert same["principal_variance"] == pytest.approx(1.0, abs=0.15)
-    scaled = few_steps.measure((1.5 * other).astype(np.float32), reference)
     assert scaled["principal_variance"] == pytest.approx(2.25 * same["principal_variance"], rel=1e-5)
     assert scaled["lead_std"] == pytest.approx(0.5, abs=0.1)
-    exact = few_steps.measure(reference, reference)
-    louder = few_steps.measure((1.5 * reference).astype(np.float32), reference)
     assert louder["spectrum_db"] == pytest.approx(20 * np.log10(1.5), rel=1e-5)
+    exact = measure(reference)
     assert exact["lead_std"] == exact["spectrum_db"] == exact["sw2"] == 0.0
     assert exact["principal_variance"] == pytest.approx(1.0, rel=1e-6)
     for name in ("sw2", "mmd", "lead_std", "spectrum_db"):
         assert scaled[name] > 2 * same[name]
+    assert measure(train)["nearest"] == pytest.approx(0.0, abs=0.01)
+    assert same["nearest"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -118,7 +105,7 @@ def test_measures_know_what_is_wrong() -> None:
     [
         ({"seeds": 0}, "seeds must be"),
         ({"num_samples": 2}, "num_samples must be"),
-        ({"methods": ("ddpm/200/matched/fp16",)}, "methods must be one of"),
+        ({"methods": ("ddpm/200/gaussian/fp16",)}, "methods must be one of"),
         ({"methods": ()}, "methods must not be empty"),
     ],
 )

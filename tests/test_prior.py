@@ -1,4 +1,4 @@
-"""GaussianPrior: moments, the start of sampling in closed form, the same start however it is drawn, files, errors."""
+"""The priors: moments, the start of sampling in closed form, the same start however it is drawn, files, errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.distributions import MultivariateNormal
 from tgdp_fast import (
     CheckpointError,
     Denoiser,
+    EmpiricalPrior,
     GaussianPrior,
     NoiseSchedule,
     ScoreMLP,
@@ -24,6 +25,7 @@ from tgdp_fast import (
 )
 from tgdp_fast.data.gaussians import GaussianMixture, exact_denoiser, exact_guidance
 from tgdp_fast.noise import normal
+from tgdp_fast.prior import Prior, prior_from_tensors
 
 #: That of SSSD-ECG, which ends at alpha_bar = 0.13.
 SCHEDULE = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200))
@@ -115,11 +117,11 @@ def test_weights_count_as_repetitions() -> None:
 
 @pytest.mark.parametrize("rank", [0, 4, 15])
 def test_the_start_has_the_law_of_noised_data(rank: int) -> None:
-    """start() is linear in z: its matrix times its transpose is the covariance, its value at 0 the mean."""
+    """from_noise() is linear in z: its matrix times its transpose is the covariance, its value at 0 the mean."""
     x = np.random.default_rng(4).standard_normal((50, *SHAPE))
     prior = GaussianPrior.fit(x, rank=rank)
-    zero = prior.start(torch.zeros(1, *SHAPE), ALPHA, SIGMA).double()
-    matrix = (prior.start(torch.eye(15).reshape(15, *SHAPE), ALPHA, SIGMA).double() - zero).reshape(15, 15)
+    zero = prior.from_noise(torch.zeros(1, *SHAPE), ALPHA, SIGMA).double()
+    matrix = (prior.from_noise(torch.eye(15).reshape(15, *SHAPE), ALPHA, SIGMA).double() - zero).reshape(15, 15)
     across = torch.eye(15).double() - prior.directions @ prior.directions.T
     clean = prior.directions @ prior.variances.diag() @ prior.directions.T + prior.remainder * across
     noised = ALPHA**2 * clean + SIGMA**2 * torch.eye(15).double()
@@ -136,7 +138,7 @@ def test_the_start_has_the_law_of_noised_data(rank: int) -> None:
 def test_standardised_uncorrelated_data_give_back_the_standard_normal() -> None:
     prior = GaussianPrior(torch.zeros(6), torch.zeros(6, 0), torch.zeros(0), 1.0)
     z = torch.randn(4, 6)
-    assert torch.allclose(prior.start(z, ALPHA, SIGMA), z, rtol=1e-6)
+    assert torch.allclose(prior.from_noise(z, ALPHA, SIGMA), z, rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- sampling
@@ -158,7 +160,7 @@ def test_the_matched_prior_samples_gaussian_data_exactly_and_the_standard_normal
     laws = ((prior, MEAN, c), (None, MEAN - ALPHA * root @ MEAN, root @ root))
     for given, mean, spread in laws:
         x = sample(GaussianDenoiser(), prior=given, **options).flatten(1).double()
-        start = (z if given is None else given.start(z, ALPHA, SIGMA)).flatten(1).double()
+        start = (z if given is None else given.from_noise(z, ALPHA, SIGMA)).flatten(1).double()
         flow = MEAN + (start - ALPHA * MEAN) @ root
         # A hundred steps of second order leave 0.0006 of values up to 10.
         assert torch.allclose(x, flow, rtol=0, atol=0.002)
@@ -172,7 +174,8 @@ def test_the_matched_prior_samples_gaussian_data_exactly_and_the_standard_normal
     assert float((ALPHA * root @ MEAN).abs().max()) > 0.3
 
 
-def test_the_start_is_that_of_the_solvers_first_time() -> None:
+@pytest.mark.parametrize("kind", [GaussianPrior.fit, EmpiricalPrior])
+def test_the_start_is_that_of_the_solvers_first_time(kind: Any) -> None:
     """A table that begins at less noise starts from data noised that much, in bf16 as well: the state is float32."""
     seen: list[Tensor] = []
 
@@ -181,23 +184,50 @@ def test_the_start_is_that_of_the_solvers_first_time() -> None:
             seen.append(x.clone())
             return torch.zeros_like(x)
 
-    prior = exact_prior()
+    prior = kind(torch.randn(20, *SHAPE))
     table = solver_table("ddim", SCHEDULE, times=[50, 10])
     denoiser = Denoiser(Watching(), SCHEDULE)
-    z = normal(6, torch.arange(3, 8), 15, 0).reshape(5, *SHAPE)
+    expected = prior.start(6, torch.arange(3, 8), SCHEDULE.alpha(50.0), SCHEDULE.sigma(50.0))
+    assert expected.shape == (5, *SHAPE)
     for precision in ("fp32", "bf16"):
         seen.clear()
-        sample(
-            denoiser,
-            num=5,
-            shape=SHAPE,
-            solver=table,
-            seed=6,
-            first_index=3,
-            prior=prior,
-            precision=precision,
-        )
-        assert torch.equal(seen[0], prior.start(z, SCHEDULE.alpha(50.0), SCHEDULE.sigma(50.0)))
+        sample(denoiser, num=5, shape=SHAPE, solver=table, seed=6, first_index=3, prior=prior, precision=precision)
+        assert torch.equal(seen[0], expected)
+
+
+def test_an_empirical_start_is_a_noised_row_drawn_with_its_weight() -> None:
+    rows = torch.randn(6, *SHAPE)
+    weights = [0.0, 2.0, 1.0, 0.0, 3.0, 0.0]
+    prior = EmpiricalPrior(rows, weights=weights)
+    index = torch.arange(-3000, 3000)
+    chosen = prior.rows(7, index)
+    share = torch.bincount(chosen, minlength=6) / 6000
+    # Five standard errors of a share of 1/2.
+    assert torch.allclose(share, torch.tensor(weights) / 6, rtol=0, atol=5 * 0.5 / math.sqrt(6000))
+    assert share[[0, 3, 5]].tolist() == [0, 0, 0]
+    z = normal(7, index, 15, 0).reshape(-1, *SHAPE)
+    assert torch.allclose(prior.start(7, index, 0.6, 0.8), 0.6 * rows[chosen] + 0.8 * z, rtol=0, atol=1e-6)
+    # Another seed, and an index beyond 32 bits, choose otherwise; one index always alike.
+    assert not torch.equal(prior.rows(8, index), chosen)
+    assert not torch.equal(prior.rows(7, index + 2**40), chosen)
+    assert torch.equal(prior.rows(7, index[17:19]), chosen[17:19])
+    # The choice is independent of the noise: no row has noise of another mean or variance.
+    for row in (1, 2, 4):
+        noise = z[chosen == row]
+        assert abs(float(noise.mean())) < 5 / math.sqrt(noise.numel())
+        assert float(noise.var()) == pytest.approx(1.0, abs=5 * math.sqrt(2 / noise.numel()))
+
+
+def test_an_empirical_start_reaches_a_law_that_no_gaussian_is() -> None:
+    """A mode at -6 with a twentieth of the mass. The flow of one dimension keeps the order, so the mode gets what lies
+    below the quantile 0.05 of x_T, which is at -1.83: 0.034 of N(0, 1), 0.042 of the matched Gaussian N(0, 1.118).
+    """
+    mixture = GaussianMixture([[-6.0], [6.0 / 19.0]], 0.01, [1.0, 19.0])
+    data = mixture.sample(5000, seed=1)
+    for prior, expected in ((None, 0.0336), (GaussianPrior.fit(data), 0.0417), (EmpiricalPrior(data), 0.05)):
+        x = sample(exact_denoiser(mixture, SCHEDULE), prior=prior, num=20_000, steps=60, seed=3)
+        # Three standard errors.
+        assert float((x < -3).double().mean()) == pytest.approx(expected, abs=3 * math.sqrt(0.05 / 20_000))
 
 
 def test_guided_samples_start_from_weighted_source_samples() -> None:
@@ -209,14 +239,14 @@ def test_guided_samples_start_from_weighted_source_samples() -> None:
     data = source.sample(20_000, seed=1)
     guidance = exact_guidance(target, source, SCHEDULE)
     weights = guidance.log_ratio_and_grad(data.double(), 0.0)[0].softmax(0)
-    prior = GaussianPrior.fit(data, weights=weights)
-    options: dict[str, Any] = {"num": 20_000, "steps": 60, "seed": 3}
-    found = sample(exact_denoiser(source, SCHEDULE), guidance, prior=prior, **options).double()
+    options: dict[str, Any] = {"num": 8_000, "steps": 60, "seed": 3}
     plain = sample(exact_denoiser(source, SCHEDULE), guidance, **options).double()
     expected = torch.tensor([0.8, -0.4], dtype=torch.float64)
-    # 0.7 / sqrt(20,000) of the draw, and 0.25 of the weighted mean's error, about 1 / sqrt(5,000).
-    assert torch.allclose(found.mean(0), expected, rtol=0, atol=5 * (0.005 + 0.25 * 0.014))
-    assert torch.allclose(found.var(0), torch.full((2,), 0.49).double(), rtol=0, atol=0.04)
+    for prior in (GaussianPrior.fit(data, weights=weights), EmpiricalPrior(data, weights=weights)):
+        found = sample(exact_denoiser(source, SCHEDULE), guidance, prior=prior, **options).double()
+        # 0.7 / sqrt(8,000) of the draw, and 0.25 of the weighted mean's error, about 1 / sqrt(5,000).
+        assert torch.allclose(found.mean(0), expected, rtol=0, atol=5 * (0.008 + 0.25 * 0.014))
+        assert torch.allclose(found.var(0), torch.full((2,), 0.49).double(), rtol=0, atol=0.05)
     assert float(plain.mean(0)[0]) < 0.8 - 0.15
 
 
@@ -228,9 +258,10 @@ def small_prior(seed: int = 0) -> GaussianPrior:
     return GaussianPrior.fit(1.0 + 2.0 * np.random.default_rng(seed).standard_normal((30, 4)), rank=2)
 
 
-def test_samples_depend_on_their_index_alone_and_on_the_prior() -> None:
+@pytest.mark.parametrize("prior", [small_prior(), EmpiricalPrior(np.random.default_rng(5).standard_normal((9, 4)))])
+def test_samples_depend_on_their_index_alone_and_on_the_prior(prior: Prior) -> None:
     denoiser = small_model()
-    options: dict[str, Any] = {"steps": 4, "seed": 2**63 + 5, "prior": small_prior()}
+    options: dict[str, Any] = {"steps": 4, "seed": 2**63 + 5, "prior": prior}
     whole = sample(denoiser, num=23, **options)
     part = sample(denoiser, num=11, first_index=7, batch_size=4, **options)
     assert torch.allclose(part, whole[7:18], rtol=1e-4, atol=1e-4)
@@ -240,8 +271,8 @@ def test_samples_depend_on_their_index_alone_and_on_the_prior() -> None:
 def test_a_start_has_the_same_bits_in_every_batch() -> None:
     prior = exact_prior()
     z = torch.randn(33, *SHAPE)
-    whole = prior.start(z, ALPHA, SIGMA)
-    parts = torch.cat([prior.start(part, ALPHA, SIGMA) for part in z.split([1, 7, 25])])
+    whole = prior.from_noise(z, ALPHA, SIGMA)
+    parts = torch.cat([prior.from_noise(part, ALPHA, SIGMA) for part in z.split([1, 7, 25])])
     assert torch.equal(whole, parts)
 
 
@@ -281,24 +312,25 @@ def test_a_file_resumes_with_the_same_prior_only(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- files and errors
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    prior = small_prior()
+@pytest.mark.parametrize("prior", [small_prior(), EmpiricalPrior(np.eye(3, 4), weights=[1, 2, 0])])
+def test_save_and_load(tmp_path: Path, prior: Prior) -> None:
     prior.save(tmp_path / "prior")
-    loaded = GaussianPrior.load(tmp_path / "prior")
-    z = torch.randn(3, 4)
-    assert torch.equal(loaded.start(z, ALPHA, SIGMA), prior.start(z, ALPHA, SIGMA))
-    assert loaded.event_shape == (4,)
+    loaded = Prior.load(tmp_path / "prior")
+    assert type(loaded) is type(prior)
+    index = torch.arange(40)
+    assert torch.equal(loaded.start(3, index, ALPHA, SIGMA), prior.start(3, index, ALPHA, SIGMA))
+    assert loaded.event_shape == loaded.to("cpu").event_shape == (4,)
     small_model().save(tmp_path / "denoiser")
-    with pytest.raises(CheckpointError, match="kind 'denoiser', expected 'gaussian_prior'"):
-        GaussianPrior.load(tmp_path / "denoiser")
+    with pytest.raises(CheckpointError, match="kind 'denoiser', expected 'prior'"):
+        Prior.load(tmp_path / "denoiser")
 
 
 def test_incomplete_tensors_are_refused() -> None:
     tensors = small_prior().to_tensors()
-    with pytest.raises(ValueError, match="tensors must hold mean, .*, but variances is missing"):
-        GaussianPrior.from_tensors({k: v for k, v in tensors.items() if k != "variances"})
+    with pytest.raises(ValueError, match="samples and weights, or mean, .*, but variances is missing"):
+        prior_from_tensors({k: v for k, v in tensors.items() if k != "variances"})
     with pytest.raises(ValueError, match=r"directions must have shape \[4, R\], .* got \[4, 2\] and variances \[1\]"):
-        GaussianPrior.from_tensors(tensors | {"variances": torch.ones(1)})
+        prior_from_tensors(tensors | {"variances": torch.ones(1)})
 
 
 @pytest.mark.parametrize(
@@ -310,10 +342,10 @@ def test_incomplete_tensors_are_refused() -> None:
         ({"rank": -1}, "rank must be an integer >= 0"),
         ({"rank": 5}, "rank must be at most 4, the elements of a sample, got 5"),
         ({"weights": np.ones(4)}, r"weights must have shape \[5\], one per sample, got \[4\]"),
-        ({"weights": [1, 1, -1, 1, 1]}, "weights must be finite and >= 0"),
-        ({"weights": [1, 1, math.inf, 1, 1]}, "weights must be finite and >= 0"),
+        ({"weights": [1, 1, -1, 1, 1]}, "weights must be finite, >= 0 and not all 0"),
+        ({"weights": [1, 1, math.inf, 1, 1]}, "weights must be finite, >= 0 and not all 0"),
         ({"weights": [0, 0, 2, 0, 0]}, "weights must be positive for at least two samples"),
-        ({"weights": np.zeros(5)}, "weights must be positive for at least two samples"),
+        ({"weights": np.zeros(5)}, "weights must be finite, >= 0 and not all 0"),
     ],
 )
 def test_bad_fits_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -321,11 +353,18 @@ def test_bad_fits_are_refused(arguments: dict[str, Any], message: str) -> None:
         GaussianPrior.fit(**{"samples": np.eye(5, 4), **arguments})
 
 
+def test_an_empirical_prior_checks_its_data() -> None:
+    with pytest.raises(ValueError, match="samples must hold at least 1 samples"):
+        EmpiricalPrior(np.zeros((0, 4)))
+    with pytest.raises(ValueError, match=r"weights must have shape \[3\]"):
+        EmpiricalPrior(np.zeros((3, 4)), weights=[1.0])
+
+
 @pytest.mark.parametrize(
     ("prior", "message"),
     [
-        (np.zeros(4), "prior must be a GaussianPrior or None, got ndarray"),
-        (GaussianPrior.fit(np.eye(3)), r"prior must be fitted to samples of shape \(4,\), got one of \(3,\)"),
+        (np.zeros(4), "prior must be a GaussianPrior, an EmpiricalPrior or None, got ndarray"),
+        (GaussianPrior.fit(np.eye(3)), r"prior must be of samples of shape \(4,\), got one of \(3,\)"),
     ],
 )
 def test_a_prior_that_does_not_fit_is_refused_before_any_work(tmp_path: Path, prior: Any, message: str) -> None:

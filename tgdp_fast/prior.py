@@ -1,9 +1,24 @@
-"""Where sampling starts: the Gaussian that the noised data have at the first time, in place of N(0, I)."""
+"""Where sampling starts: the law that noised data have at the first time, in place of N(0, I).
+
+Sampling should start from the law of x_T = alpha_T x_0 + sigma_T epsilon. N(0, I) is that law where alpha_T is next to
+0: it is 0.0066 for ``NoiseSchedule.vp_linear()``, but 0.36 (alpha_bar_T = 0.13) for the 200 steps of SSSD-ECG. Two laws
+are offered in its place: :class:`GaussianPrior` has the mean and the covariance, :class:`EmpiricalPrior` the whole law
+of stored samples.
+
+Priors hold clean data and no schedule: the first time of the solver decides on alpha_T and sigma_T. Noise is that of
+:mod:`tgdp_fast.noise`, so that a start depends on the seed and the index of its sample alone.
+
+Which data to fit: what the samples are to be like, in the coordinates of the denoiser. Without guidance those are the
+source samples, of one class where one class is drawn. With guidance x_T has the target's law q_T: give the source
+samples with their density ratios r(x_0) as ``weights``, up to a factor, such as
+``guidance.log_ratio(source, schedule.t_min).softmax(0)``, or the target samples themselves where they are many.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,38 +29,78 @@ from torch import Tensor
 from tgdp_fast._checks import check_integer
 from tgdp_fast.checkpoint import load_checkpoint, save_checkpoint
 from tgdp_fast.data.arrays import check_samples
+from tgdp_fast.noise import key_words, normal, philox4x32
 
-KIND = "gaussian_prior"
+KIND = "prior"
 
 _ROWS = 1_024  # rows converted to float64 at once
+#: Evaluation whose random words choose rows; a solver has fewer.
+_CHOICE = 2**32 - 1
+
+
+class Prior(ABC):
+    """What :func:`tgdp_fast.sample` starts from."""
+
+    @property
+    @abstractmethod
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+
+    @abstractmethod
+    def start(self, seed: int, sample_index: Tensor, alpha: float, sigma: float) -> Tensor:
+        """x_T of the samples ``sample_index`` [B] int64: float32 [B, *event_shape].
+
+        Row b is a function of (seed, sample_index[b]) and of alpha and sigma, the coefficients at the first time.
+        """
+
+    @abstractmethod
+    def to(self, device: str | torch.device) -> Prior:
+        """The same on ``device``."""
+
+    @abstractmethod
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything, for a checkpoint."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint folder (config.json, model.safetensors), atomically."""
+        save_checkpoint(path, KIND, {}, self.to_tensors())
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Prior:
+        """Read a checkpoint folder.
+
+        Raises:
+            CheckpointError: damaged, or of another kind.
+        """
+        return prior_from_tensors(load_checkpoint(path, KIND)[1])
+
+
+def prior_from_tensors(tensors: Mapping[str, Tensor]) -> Prior:
+    """The prior that has these :meth:`Prior.to_tensors`."""
+    if set(tensors) == {"samples", "weights"}:
+        return EmpiricalPrior(tensors["samples"], weights=tensors["weights"])
+    names = ("mean", "directions", "variances", "remainder")
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"tensors must hold samples and weights, or {', '.join(names)}, but {' and '.join(missing)} is missing"
+        )
+    return GaussianPrior(tensors["mean"], tensors["directions"], tensors["variances"], float(tensors["remainder"]))
 
 
 @dataclass(frozen=True, eq=False)
-class GaussianPrior:
-    """Mean and covariance of clean data, from which :func:`tgdp_fast.sample` starts.
-
-    Sampling should start from the law of x_T = alpha_T x_0 + sigma_T epsilon. N(0, I) is that law where alpha_T is
-    next to 0: it is 0.0066 for ``NoiseSchedule.vp_linear()``, but 0.36 (alpha_bar_T = 0.13) for the 200 steps of
-    SSSD-ECG. This is the Gaussian with its first two moments, exact where the data are Gaussian::
+class GaussianPrior(Prior):
+    """The Gaussian with the mean and covariance of noised data, exact where the data are Gaussian::
 
         prior = GaussianPrior.fit(source)
         samples = sample(denoiser, num=64, solver="dpmpp_2m", steps=20, prior=prior)
 
-    It holds moments of x_0 and no schedule: the solver's first time decides on alpha_T and sigma_T.
-
-    Which data to fit: what the samples are to be like, in the coordinates of the denoiser. Without guidance those are
-    the source samples, of one class where one class is drawn. With guidance x_T has the target's law q_T: give the
-    source samples with their density ratios r(x_0) as ``weights``, such as
-    ``guidance.log_ratio(source, schedule.t_min).softmax(0)``, or the target samples themselves where they are many.
     Standardised data have unit variances, so what differs from N(0, I) is the covariance between elements.
-
-    Noised copies of stored samples would have the exact law, but an x_T of many elements still shows which sample it
-    was made of, and the model then reproduces that one.
 
     Attributes:
         mean: float64, of the shape of one sample.
         directions: float64 [D, R], orthonormal columns over the D elements of a sample: the principal directions.
-        variances: float64 [R], the data's variance along each, descending.
+        variances: float64 [R], the clean data's variance along each, descending.
         remainder: the variance along everything orthogonal to them.
 
     Source of the decomposition: Tipping & Bishop, "Probabilistic Principal Component Analysis", JRSS B 61 (1999),
@@ -99,6 +154,8 @@ class GaussianPrior:
                 raise ValueError(f"rank must be at most {elements}, the elements of a sample, got {rank}")
             kept = min(kept, rank)
         share = _shares(weights, count)
+        if int((share > 0.0).sum()) < 2:
+            raise ValueError("weights must be positive for at least two samples; one has no covariance")
         chunks = [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
         mean = sum((share[rows] @ x[rows].double() for rows in chunks), torch.zeros(elements, dtype=torch.float64))
         # Rows whose sum of squares is the unbiased estimate; for equal weights the division is by N - 1.
@@ -123,13 +180,16 @@ class GaussianPrior:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
         return tuple(self.mean.shape)
 
-    def start(self, z: Tensor, alpha: float, sigma: float) -> Tensor:
+    def start(self, seed: int, sample_index: Tensor, alpha: float, sigma: float) -> Tensor:
+        z = normal(seed, sample_index, self.mean.numel(), 0, device=self.mean.device)
+        return self.from_noise(z.reshape(-1, *self.event_shape), alpha, sigma)
+
+    def from_noise(self, z: Tensor, alpha: float, sigma: float) -> Tensor:
         """x_T [B, ...] float32 as the linear function of standard normal ``z`` [B, ...] that has its law.
 
-        Row b depends on z[b] alone. Computed in float64, so that how many rows there are does not show.
+        Computed in float64, so that how many rows there are does not show.
         """
         flat = z.flatten(1).double()
         own, rest = self._deviations(alpha, sigma)
@@ -160,13 +220,11 @@ class GaussianPrior:
         return (alpha**2 * self.variances + sigma**2).sqrt(), math.sqrt(alpha**2 * self.remainder + sigma**2)
 
     def to(self, device: str | torch.device) -> GaussianPrior:
-        """The same on ``device``."""
         return GaussianPrior(
             self.mean.to(device), self.directions.to(device), self.variances.to(device), self.remainder
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything, for a checkpoint."""
         return {
             "mean": self.mean,
             "directions": self.directions,
@@ -174,27 +232,52 @@ class GaussianPrior:
             "remainder": torch.tensor(self.remainder, dtype=torch.float64),
         }
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> GaussianPrior:
-        """Inverse of :meth:`to_tensors`."""
-        names = ("mean", "directions", "variances", "remainder")
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise ValueError(f"tensors must hold {', '.join(names)}, but {' and '.join(missing)} is missing")
-        return cls(tensors["mean"], tensors["directions"], tensors["variances"], float(tensors["remainder"]))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint folder (config.json, model.safetensors), atomically."""
-        save_checkpoint(path, KIND, {}, self.to_tensors())
+class EmpiricalPrior(Prior):
+    """Noised copies of stored samples, each drawn with its weight: the law of x_T itself, as far as they tell it.
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> GaussianPrior:
-        """Read a checkpoint folder.
+    An x_T of many elements still shows which sample it was made of, and its sample will be like that one: there are no
+    more kinds of samples than stored ones, and what is private in them may show. Store many.
 
-        Raises:
-            CheckpointError: damaged, or of another kind.
-        """
-        return cls.from_tensors(load_checkpoint(path, KIND)[1])
+    Args:
+        samples: [N, ...], in the coordinates of the denoiser; kept as float32.
+        weights: [N] >= 0, up to a factor; None counts all alike.
+
+    Raises:
+        ValueError: bad samples or weights.
+    """
+
+    def __init__(self, samples: np.ndarray | Tensor, *, weights: np.ndarray | Tensor | None = None) -> None:
+        array = check_samples("samples", samples, minimum=1)
+        self.samples = torch.from_numpy(array.copy())
+        self.weights = _shares(weights, len(array))
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return tuple(self.samples.shape[1:])
+
+    def rows(self, seed: int, sample_index: Tensor) -> Tensor:
+        """Which of the stored samples each start is made of: [B] int64, where the prior is."""
+        low, high, choice = key_words(seed, _CHOICE)
+        index = sample_index.to(self.weights.device)
+        word = philox4x32((0, index, index >> 32, choice), (low, high))[0]
+        level = (word.double() + 0.5) * 2.0**-32
+        # Rounding of the sum must not lead past the last sample that has a weight.
+        bounds = self.weights.cumsum(0)
+        return torch.searchsorted(bounds, level * bounds[-1])
+
+    def start(self, seed: int, sample_index: Tensor, alpha: float, sigma: float) -> Tensor:
+        clean = self.samples[self.rows(seed, sample_index)]
+        z = normal(seed, sample_index, self.samples[0].numel(), 0, device=clean.device)
+        return alpha * clean + sigma * z.reshape(clean.shape)
+
+    def to(self, device: str | torch.device) -> EmpiricalPrior:
+        moved = object.__new__(EmpiricalPrior)
+        moved.samples, moved.weights = self.samples.to(device), self.weights.to(device)
+        return moved
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"samples": self.samples, "weights": self.weights}
 
 
 def _shares(weights: np.ndarray | Tensor | None, count: int) -> Tensor:
@@ -204,10 +287,8 @@ def _shares(weights: np.ndarray | Tensor | None, count: int) -> Tensor:
     share = torch.as_tensor(weights).detach().to("cpu", torch.float64)
     if share.shape != (count,):
         raise ValueError(f"weights must have shape [{count}], one per sample, got {list(share.shape)}")
-    if not bool((share.isfinite() & (share >= 0.0)).all()):
-        raise ValueError("weights must be finite and >= 0; of log ratios take log_ratio.softmax(0)")
     largest = float(share.max())
-    share = share / largest if largest > 0.0 else share
-    if int((share > 0.0).sum()) < 2:
-        raise ValueError("weights must be positive for at least two samples; one has no covariance")
+    if not bool((share.isfinite() & (share >= 0.0)).all()) or largest == 0.0:
+        raise ValueError("weights must be finite, >= 0 and not all 0; of log ratios take log_ratio.softmax(0)")
+    share = share / largest
     return share / share.sum()

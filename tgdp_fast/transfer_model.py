@@ -30,7 +30,7 @@ from tgdp_fast.data.arrays import Standardizer, check_labels, check_samples
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.density_ratio import TransferDiagnostics
 from tgdp_fast.guidance import GuidanceNetwork
-from tgdp_fast.prior import GaussianPrior
+from tgdp_fast.prior import Prior, prior_from_tensors
 from tgdp_fast.sampling import sample, sample_to_file
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import Optimisation, train_denoiser
@@ -52,7 +52,7 @@ class TransferModel:
         diagnostics: as a dictionary (see :class:`TransferDiagnostics`); empty when there are none.
         config: the settings of the fit.
         prior: what guided samples start from, in standardised coordinates; None for N(0, I). Set it, from data that
-            are like the target's, where the schedule does not end near pure noise: see :class:`GaussianPrior`.
+            are like the target's, where the schedule does not end near pure noise: see :mod:`tgdp_fast.prior`.
     """
 
     denoiser: Denoiser
@@ -60,7 +60,7 @@ class TransferModel:
     standardizer: Standardizer
     diagnostics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict, repr=False)
-    prior: GaussianPrior | None = field(default=None, repr=False)
+    prior: Prior | None = field(default=None, repr=False)
 
     @classmethod
     def fit(
@@ -252,7 +252,7 @@ class TransferModel:
             standardizer=Standardizer.from_tensors(part("standardizer")),
             diagnostics=config["diagnostics"],
             config=config["config"],
-            prior=GaussianPrior.from_tensors(prior) if prior else None,
+            prior=prior_from_tensors(prior) if prior else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""Few solver steps against the paper's 200, and the matched prior against N(0, I), from one small SSSD-ECG model."""
+"""Few solver steps against the paper's 200, and other starts against N(0, I), from one small SSSD-ECG model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast._version import __version__
@@ -19,6 +18,7 @@ from tgdp_fast.data.arrays import Standardizer
 from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
 from tgdp_fast.data.wfdb_records import read_record
 from tgdp_fast.denoiser import Denoiser
+from tgdp_fast.experiments.digits import nearest_distance
 from tgdp_fast.experiments.results import (
     Row,
     RowStore,
@@ -27,12 +27,10 @@ from tgdp_fast.experiments.results import (
     mean_and_deviation,
     write_results,
 )
-from tgdp_fast.guidance import GuidedDenoiser
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import SSSDECG
-from tgdp_fast.noise import normal
-from tgdp_fast.prior import GaussianPrior
-from tgdp_fast.sampling import advance, sample
+from tgdp_fast.prior import EmpiricalPrior, GaussianPrior, Prior
+from tgdp_fast.sampling import sample
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import solver_table
 from tgdp_fast.training import Optimisation, seeded_initialisation, train_denoiser
@@ -40,17 +38,18 @@ from tgdp_fast.transfer_model import Stages
 
 #: Real signals in the place of samples: how far from the reference a perfect model is.
 REAL = "real"
-#: Where sampling starts: N(0, I), the Gaussian of the noised training signals, or noised real signals, which have the
-#: exact law and which only an experiment has.
-PRIORS = ("standard", "matched", "exact")
+#: Where sampling starts: N(0, I); GaussianPrior and EmpiricalPrior of the training signals.
+PRIORS = ("standard", "gaussian", "empirical")
 #: "solver/steps/prior/precision of the compiled network".
 METHODS = (
     REAL,
     *(f"ddpm/200/{prior}/fp32" for prior in PRIORS),
     *(f"{name}/{prior}/fp32" for name in ("dpmpp_2m/20", "dpmpp_3m/20") for prior in PRIORS),
     *(f"{name}/{prior}/fp32" for name in ("ddim/20", "dpmpp_2m/10", "dpmpp_2m/50", "ddim/50") for prior in PRIORS[:2]),
-    *(f"dpmpp_2m/20/{prior}/bf16" for prior in PRIORS[:2]),
+    *(f"dpmpp_2m/20/{prior}/bf16" for prior in PRIORS),
 )
+Priors = dict[str, Prior | None]
+
 #: Principal directions of the reference whose variance is measured: those that N(0, I) has most wrong.
 PRINCIPAL = 16
 
@@ -175,7 +174,8 @@ def run(plan: Plan) -> list[Row]:
     plan.out.mkdir(parents=True, exist_ok=True)
     signals = load_signals(plan)
     denoiser = source_model(plan, signals)
-    prior = GaussianPrior.fit(signals.train)
+    gaussian = GaussianPrior.fit(signals.train)
+    priors: Priors = {"standard": None, "gaussian": gaussian, "empirical": EmpiricalPrior(signals.train)}
     compiled = {precision: denoiser.compile_for_sampling(precision=precision) for precision in ("fp32", "bf16")}
     store = RowStore(plan.out, signature_of(plan.signature(), signals.train, denoiser))
     rows = []
@@ -184,12 +184,12 @@ def run(plan: Plan) -> list[Row]:
             name = f"seed{seed}-{method}"
             row = store.get(name)
             if row is None:
-                row = run_method(plan, signals, compiled, prior, method, seed)
+                row = run_method(plan, signals, compiled, priors, method, seed)
                 store.put(name, row)
             if plan.progress:
                 print(f"seed {seed}  {method:28s}  SW2 {row['sw2']:.3f}  {row['cpu_seconds']:.0f} s", flush=True)
             rows.append(row)
-    write_results(plan.out, rows, report(rows, plan, signals, start_gain(signals, prior)))
+    write_results(plan.out, rows, report(rows, plan, signals, start_gain(signals, gaussian)))
     return rows
 
 
@@ -214,53 +214,37 @@ def source_model(plan: Plan, signals: Signals) -> Denoiser:
 
 
 def run_method(
-    plan: Plan, signals: Signals, compiled: dict[str, Denoiser], prior: GaussianPrior, method: str, seed: int
+    plan: Plan, signals: Signals, compiled: dict[str, Denoiser], priors: Priors, method: str, seed: int
 ) -> Row:
     """Draw by one method and measure against the reference. All methods of a seed share their noise."""
     started = time.process_time()
     if method == REAL:
-        x, evaluations = signals.fresh(plan.num_samples, 2 * seed), 0
+        x, evaluations = signals.fresh(plan.num_samples, seed), 0
     else:
-        solver, steps, start, precision = method.split("/")
-        denoiser = compiled[precision]
-        if start == "exact":
-            real = torch.from_numpy(signals.fresh(plan.num_samples, 2 * seed + 1))
-            x = draw_from_noised(denoiser, real, solver, int(steps), seed).numpy()
-        else:
-            given = prior if start == "matched" else None
-            x = sample(denoiser, num=plan.num_samples, solver=solver, steps=int(steps), prior=given, seed=seed).numpy()
-        evaluations = solver_table(solver, denoiser.schedule, int(steps)).nfe
+        solver, steps, prior, precision = method.split("/")
+        table = solver_table(solver, paper_schedule(), int(steps))
+        x = sample(compiled[precision], num=plan.num_samples, solver=table, prior=priors[prior], seed=seed).numpy()
+        evaluations = table.nfe
     seconds = time.process_time() - started
     return {
         "method": method,
         "seed": seed,
         "evaluations": evaluations,
         "cpu_seconds": seconds,
-        **measure(x, signals.reference),
+        **measure(x, signals),
     }
 
 
-def draw_from_noised(denoiser: Denoiser, clean: Tensor, solver: str, steps: int, seed: int) -> Tensor:
-    """Samples [N, ...] whose x_T are noised ``clean`` signals [N, ...]."""
-    table = solver_table(solver, denoiser.schedule, steps)
-    index = torch.arange(len(clean))
-    noise = normal(seed, index, clean[0].numel(), 0).reshape(clean.shape)
-    x = float(table.alpha[0]) * clean + float(table.sigma[0]) * noise
-    history = x.new_zeros((table.history, *x.shape)) if table.history else None
-    with torch.inference_mode():
-        for k in range(table.nfe):
-            x, history, _ = advance(GuidedDenoiser(denoiser), table, k, x, history, seed, index)
-    return x
-
-
-def measure(x: np.ndarray, reference: np.ndarray) -> Row:
-    """Distances of signals ``x`` [N, 8, L] to the ``reference`` [M, 8, L]."""
+def measure(x: np.ndarray, signals: Signals) -> Row:
+    """Distances of signals ``x`` [N, 8, L] to the reference, and from each to the nearest training signal."""
+    reference = signals.reference
     return {
         "sw2": sliced_wasserstein(x, reference),
         "mmd": mmd(x, reference),
         "principal_variance": principal_variance(x, reference),
         "lead_std": float(np.sqrt(np.mean((x.std(axis=(0, 2)) / reference.std(axis=(0, 2)) - 1.0) ** 2))),
         "spectrum_db": float(np.sqrt(np.mean((_spectrum_db(x) - _spectrum_db(reference)) ** 2))),
+        "nearest": nearest_distance(x.reshape(len(x), -1), signals.train.reshape(len(signals.train), -1)),
     }
 
 
@@ -278,7 +262,7 @@ def _spectrum_db(x: np.ndarray) -> np.ndarray:
 
 
 def start_gain(signals: Signals, prior: GaussianPrior) -> float:
-    """How much closer the matched prior is to x_T than N(0, I) is, in nats of Kullback-Leibler divergence."""
+    """How much closer the Gaussian prior is to x_T than N(0, I) is, in nats of Kullback-Leibler divergence."""
     schedule = paper_schedule()
     alpha, sigma = schedule.alpha(schedule.t_max), schedule.sigma(schedule.t_max)
     clean = torch.from_numpy(signals.reference)
@@ -293,6 +277,7 @@ _COLUMNS: dict[str, tuple[str, float]] = {
     "principal variance": ("principal_variance", 1.0),
     "lead std, %": ("lead_std", 100.0),
     "spectrum, dB": ("spectrum_db", 1.0),
+    "nearest": ("nearest", 1.0),
 }
 
 
@@ -323,12 +308,13 @@ def report(rows: Sequence[Row], plan: Plan, signals: Signals, gain: float) -> st
         f"{len(signals.reference)} signals; mean ± standard deviation over {plan.seeds} seeds. All methods of a seed "
         "share their noise.\n",
         "A method is solver/steps/prior/precision of the compiled network. `real` are signals in the place of samples: "
-        "the floor. Priors: `standard` is N(0, I); `matched` is GaussianPrior.fit(training signals), "
-        f"{gain:.1f} nats closer to x_T than N(0, I) is; `exact` are noised signals, what no prior can do better. SW2 "
-        "is the sliced Wasserstein-2 distance (128 projections). Principal variance is the variance along the first "
+        "the floor. Priors: `standard` is N(0, I); `gaussian` is GaussianPrior.fit(training signals), "
+        f"{gain:.1f} nats closer to x_T than N(0, I) is; `empirical` is EmpiricalPrior(training signals). SW2 is the "
+        "sliced Wasserstein-2 distance (128 projections). Principal variance is the variance along the first "
         f"{PRINCIPAL} principal directions of the signals, as a share of their own. Lead std is the relative error of "
         "a lead's standard deviation, and spectrum the difference of mean periodograms: root mean squares over leads "
-        "and frequencies. Times are of the processor.\n",
+        "and frequencies. Nearest is the median distance to the nearest training signal: far below that of `real` it "
+        "means copies. Times are of the processor.\n",
         markdown_table(["method", "evaluations", *_COLUMNS, "CPU s"], body),
     ]
     if differences:
