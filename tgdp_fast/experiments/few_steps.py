@@ -45,7 +45,7 @@ METHODS = (
     REAL,
     *(f"ddpm/200/{prior}/fp32" for prior in PRIORS),
     *(f"{name}/{prior}/fp32" for name in ("dpmpp_2m/20", "dpmpp_3m/20") for prior in PRIORS),
-    *(f"{name}/{prior}/fp32" for name in ("ddim/20", "dpmpp_2m/10", "dpmpp_2m/50", "ddim/50") for prior in PRIORS[:2]),
+    *(f"{name}/{prior}/fp32" for name in ("ddim/20", "dpmpp_2m/10", "dpmpp_2m/50", "ddim/50") for prior in PRIORS[::2]),
     *(f"dpmpp_2m/20/{prior}/bf16" for prior in PRIORS),
 )
 Priors = dict[str, Prior | None]
