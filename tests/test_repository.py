@@ -39,6 +39,7 @@ LAYERS: dict[str, set[str] | None] = {
     "denoiser": None,
     "guidance": None,
     "fused": None,
+    "prior": {"_checks", "noise", "checkpoint", "data"},
     "sampling": None,
     "training": None,
     "baselines": None,

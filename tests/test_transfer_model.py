@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tgdp_fast import CheckpointError, Denoiser, NoiseSchedule, Optimisation, TransferModel
+from tgdp_fast import CheckpointError, Denoiser, GaussianPrior, NoiseSchedule, Optimisation, TransferModel
 from tgdp_fast.transfer_model import Stages
 
 TINY = Optimisation(steps=8, batch_size=16, ema_decay=0.5, warmup=1)
@@ -202,3 +202,18 @@ def test_shapes_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     other.network.event_shape = (3,)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="denoiser works on samples of shape \\(3,\\)"):
         TransferModel.fit(source, target, denoiser=other)
+
+
+def test_guided_samples_start_from_the_prior_which_is_saved(tmp_path: Path) -> None:
+    model = fit(diagnostics=False)
+    before, guided, plain = model.signature(), model.sample(5, steps=3), model.sample(5, steps=3, guided=False)
+    model.prior = GaussianPrior.fit(3.0 + np.random.default_rng(0).standard_normal((20, 2)))
+    model.save(tmp_path / "model")
+    loaded = TransferModel.load(tmp_path / "model")
+    assert loaded.signature() == model.signature() != before
+    drawn = loaded.sample(5, steps=3)
+    assert np.array_equal(drawn, model.sample(5, steps=3))
+    assert np.allclose(loaded.sample_to_file(tmp_path / "x.npy", 5, steps=3), drawn, rtol=1e-4)
+    assert not np.allclose(drawn, guided, rtol=1e-4)
+    assert np.array_equal(loaded.sample(5, steps=3, prior=None), guided)
+    assert np.array_equal(loaded.sample(5, steps=3, guided=False), plain)

@@ -7,6 +7,7 @@ from tgdp_fast.density_ratio import TransferDiagnostics, fit_density_ratio
 from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser
 from tgdp_fast.models import SSSDECG, ScoreMLP
 from tgdp_fast.ops._dispatch import BackendUnavailableError, use_backend
+from tgdp_fast.prior import EmpiricalPrior, GaussianPrior
 from tgdp_fast.sampling import SamplingDivergedError, sample, sample_to_file
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SOLVERS, SPACINGS, SolverTable, solver_table
@@ -21,6 +22,8 @@ __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
     "Denoiser",
+    "EmpiricalPrior",
+    "GaussianPrior",
     "GuidanceFit",
     "GuidanceNetwork",
     "GuidedDenoiser",

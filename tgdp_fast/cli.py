@@ -153,6 +153,22 @@ def experiment_digits(options: argparse.Namespace) -> None:
     print((plan.out / "results.md").read_text())
 
 
+def experiment_few_steps(options: argparse.Namespace) -> None:
+    """Few solver steps and the matched prior, with one small SSSD-ECG model."""
+    from tgdp_fast.experiments import few_steps
+
+    plan = few_steps.Plan(
+        options.out,
+        options.records,
+        options.seeds,
+        options.num,
+        tuple(options.methods or few_steps.METHODS),
+        progress=not options.quiet,
+    )
+    few_steps.run(plan)
+    print((plan.out / "results.md").read_text())
+
+
 def bench(options: argparse.Namespace) -> int | None:
     """Time the operators, a training step and sampling, beside public ways to do the same."""
     import torch
@@ -468,6 +484,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--digits", type=int, nargs=2, default=[3, 8], help="target digits (3 8)")
     command.add_argument("--n", type=int, default=20, help="target images (%(default)s)")
     command.add_argument("--seeds", type=int, default=3, help="draws of the target images (%(default)s)")
+    command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
+    _quiet(command)
+    command = _command(experiments, "few-steps", experiment_few_steps)
+    command.add_argument("--records", type=Path, help="folder of WFDB records at 100 Hz (default: synthetic signals)")
+    command.add_argument("--seeds", type=int, default=4, help="draws (%(default)s)")
+    command.add_argument("--num", type=int, default=300, help="samples drawn per method (%(default)s)")
+    command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
     _quiet(command)
 

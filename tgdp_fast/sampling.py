@@ -31,6 +31,7 @@ from tgdp_fast.noise import normal
 from tgdp_fast.ops import guided_step
 from tgdp_fast.ops._dispatch import requested_backend, use_backend
 from tgdp_fast.ops.guided_step import GuidedStepOutput
+from tgdp_fast.prior import Prior
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable, solver_table
 
@@ -75,6 +76,7 @@ def sample(
     interval: tuple[float, float] | None = None,
     clamp: tuple[float, float] | None = None,
     gradient_norm_limit: float | None = None,
+    prior: Prior | None = None,
     seed: int = 0,
     first_index: int = 0,
     batch_size: int | None = None,
@@ -103,6 +105,8 @@ def sample(
         spacing: "logsnr", "uniform" or "karras".
         eta: stochasticity of ddim and euler_ancestral.
         scale, interval, clamp, gradient_norm_limit: see :class:`GuidedDenoiser`.
+        prior: law of the first state, a :class:`GaussianPrior` or :class:`EmpiricalPrior`; None for N(0, I), which is
+            right where the schedule ends with next to no signal.
         seed: 0 <= seed < 2**64.
         first_index: index of the first sample; shards draw disjoint ranges of one sample set.
         batch_size: samples in flight; bounds memory, which does not grow with steps.
@@ -135,6 +139,7 @@ def sample(
         interval=interval,
         clamp=clamp,
         gradient_norm_limit=gradient_norm_limit,
+        prior=prior,
         seed=seed,
         first_index=first_index,
         batch_size=batch_size,
@@ -157,6 +162,7 @@ class _Plan:
     num: int
     shape: tuple[int, ...]
     labels: Tensor | None  # one row per sample, on the device
+    prior: Prior | None  # on the device
     seed: int
     first_index: int
     batch_size: int
@@ -176,6 +182,7 @@ class _Plan:
             "num": self.num,
             "shape": self.shape,
             "labels": signature_of(self.labels),
+            "prior": None if self.prior is None else signature_of(*self.prior.to_tensors().values()),
             "seed": self.seed,
             "first_index": self.first_index,
             "precision": self.precision,
@@ -197,6 +204,7 @@ def _prepare(
     interval: tuple[float, float] | None,
     clamp: tuple[float, float] | None,
     gradient_norm_limit: float | None,
+    prior: Prior | None,
     seed: int,
     first_index: int,
     batch_size: int | None,
@@ -229,6 +237,7 @@ def _prepare(
         batch_size = _default_batch_size(shape)
     device = _device(device, models)
     all_labels = _labels(labels, num, models)
+    _check_prior(prior, shape)
     return _Plan(
         guided=guided,
         table=table,
@@ -236,6 +245,7 @@ def _prepare(
         num=num,
         shape=shape,
         labels=None if all_labels is None else all_labels.to(device),
+        prior=None if prior is None else prior.to(device),
         seed=seed,
         first_index=first_index,
         batch_size=check_integer("batch_size", batch_size, 1),
@@ -283,7 +293,10 @@ def _draw(plan: _Plan, start: int, stop: int, progress: bool) -> Tensor:
 def _initial_state(plan: _Plan, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """x_T [B, *shape], sample indices [B] and labels of one chunk."""
     indices = torch.arange(plan.first_index + start, plan.first_index + stop, device=plan.device)
-    x = normal(plan.seed, indices, math.prod(plan.shape), 0, device=plan.device).reshape(len(indices), *plan.shape)
+    if plan.prior is None:
+        x = normal(plan.seed, indices, math.prod(plan.shape), 0, device=plan.device).reshape(len(indices), *plan.shape)
+    else:
+        x = plan.prior.start(plan.seed, indices, float(plan.table.alpha[0]), float(plan.table.sigma[0]))
     return x, indices, None if plan.labels is None else plan.labels[start:stop]
 
 
@@ -563,6 +576,18 @@ def _event_shape(shape: tuple[int, ...] | None, models: Mapping[str, Any]) -> tu
     if known and shape != known[0]:
         raise ValueError(f"shape must be {known[0]}, the event_shape of the model, got {shape}")
     return shape
+
+
+def _check_prior(prior: Prior | None, shape: tuple[int, ...]) -> None:
+    if prior is None:
+        return
+    if not isinstance(prior, Prior):
+        raise ValueError(
+            f"prior must be a GaussianPrior, an EmpiricalPrior or None, got {type(prior).__name__}; see "
+            "GaussianPrior.fit"
+        )
+    if prior.event_shape != shape:
+        raise ValueError(f"prior must be of samples of shape {shape}, got one of {prior.event_shape}")
 
 
 def _device(device: str | torch.device | None, models: Mapping[str, Any]) -> torch.device:

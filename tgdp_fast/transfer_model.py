@@ -30,6 +30,7 @@ from tgdp_fast.data.arrays import Standardizer, check_labels, check_samples
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.density_ratio import TransferDiagnostics
 from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.prior import Prior, prior_from_tensors
 from tgdp_fast.sampling import sample, sample_to_file
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import Optimisation, train_denoiser
@@ -50,6 +51,8 @@ class TransferModel:
         standardizer: from data units to standardised coordinates.
         diagnostics: as a dictionary (see :class:`TransferDiagnostics`); empty when there are none.
         config: the settings of the fit.
+        prior: what guided samples start from, in standardised coordinates; None for N(0, I). Set it, from data that
+            are like the target's, where the schedule does not end near pure noise: see :mod:`tgdp_fast.prior`.
     """
 
     denoiser: Denoiser
@@ -57,6 +60,7 @@ class TransferModel:
     standardizer: Standardizer
     diagnostics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict, repr=False)
+    prior: Prior | None = field(default=None, repr=False)
 
     @classmethod
     def fit(
@@ -184,8 +188,9 @@ class TransferModel:
     def sample(self, num: int, *, guided: bool = True, **arguments: Any) -> np.ndarray:
         """Samples of the target domain (of the source with ``guided=False``): float32 [num, ...] in data units.
 
-        ``arguments`` are those of :func:`tgdp_fast.sample`.
+        ``arguments`` are those of :func:`tgdp_fast.sample`; a ``prior`` among them replaces that of the model.
         """
+        arguments.setdefault("prior", self.prior if guided else None)
         drawn = sample(self.denoiser, self.guidance if guided else None, num=num, **arguments)
         return self.standardizer.invert(drawn.cpu().numpy())
 
@@ -193,6 +198,7 @@ class TransferModel:
         self, path: str | os.PathLike[str], num: int, *, guided: bool = True, **arguments: Any
     ) -> np.ndarray:
         """:meth:`sample`, written atomically to ``path`` (.npy) and resumable."""
+        arguments.setdefault("prior", self.prior if guided else None)
         return sample_to_file(
             path,
             self.denoiser,
@@ -204,12 +210,15 @@ class TransferModel:
 
     def signature(self) -> str:
         """Hash of every weight and setting: the same for two models exactly when they draw the same samples."""
-        return signature_of(self.denoiser, self.guidance, *self.standardizer.to_tensors().values())
+        prior = () if self.prior is None else self.prior.to_tensors().values()
+        return signature_of(self.denoiser, self.guidance, *self.standardizer.to_tensors().values(), *prior)
 
     def _tensors(self) -> dict[str, Tensor]:
         parts = {f"denoiser.{k}": v for k, v in self.denoiser.network.state_dict().items()}
         parts |= {f"guidance.{k}": v for k, v in self.guidance.state_dict().items()}
-        return parts | {f"standardizer.{k}": v for k, v in self.standardizer.to_tensors().items()}
+        parts |= {f"standardizer.{k}": v for k, v in self.standardizer.to_tensors().items()}
+        prior = {} if self.prior is None else self.prior.to_tensors()
+        return parts | {f"prior.{k}": v for k, v in prior.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint folder (config.json, model.safetensors), atomically."""
@@ -236,12 +245,14 @@ class TransferModel:
 
         guidance = GuidanceNetwork.from_config(config["guidance"])
         load_state_dict_checked(guidance, part("guidance"), f"{path} (guidance)")
+        prior = part("prior")
         return cls(
             denoiser=Denoiser.from_parts(config["denoiser"], part("denoiser"), network, f"{path} (denoiser)"),
             guidance=guidance.eval(),
             standardizer=Standardizer.from_tensors(part("standardizer")),
             diagnostics=config["diagnostics"],
             config=config["config"],
+            prior=prior_from_tensors(prior) if prior else None,
         )
 
 

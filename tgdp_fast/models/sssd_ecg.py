@@ -174,7 +174,8 @@ class SSSDECG(nn.Module):
     """The SSSD-ECG network. The defaults are the paper's: PTB-XL, 8 leads at 100 Hz for 10 s, 71 statements.
 
     Wrapped as ``Denoiser(network, NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200)))`` it is the paper's model: it
-    takes the index of the diffusion step, 0 .. 199, and predicts epsilon.
+    takes the index of the diffusion step, 0 .. 199, and predicts epsilon. That schedule does not end in pure noise: see
+    :mod:`tgdp_fast.prior` for where to start.
 
     Args:
         in_channels, out_channels: channels (leads) of the signal and of the prediction.

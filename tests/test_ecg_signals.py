@@ -1,0 +1,97 @@
+"""Synthetic electrocardiograms, and records read from WFDB files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
+from tgdp_fast.data.wfdb_records import read_record
+
+
+def test_signals_are_reproducible_and_differ() -> None:
+    x = synthetic_ecg(5, 130, seed=3)
+    assert x.shape == (5, 8, 130)
+    assert x.dtype == np.float32
+    assert np.array_equal(synthetic_ecg(5, 130, seed=3), x)
+    assert not np.allclose(synthetic_ecg(5, 130, seed=4), x, atol=0.1)
+    assert not np.allclose(x[0], x[1], atol=0.1)
+    # More records than are computed at once.
+    many = synthetic_ecg(520, 7, seed=1)
+    assert np.isfinite(many).all()
+    assert len(np.unique(many[:, 0, 0])) == 520
+
+
+def test_beats_come_at_heart_rates_and_look_like_beats() -> None:
+    """Ten seconds hold 8 to 18 beats at 50 to 110 a minute; the largest deflection of I is R, of V1 it is downwards."""
+    x = synthetic_ecg(60, 1000, seed=0)
+    lead_i, v1 = x[:, LEADS.index("I")], x[:, LEADS.index("V1")]
+    above = lead_i > 0.5 * lead_i.max(axis=1, keepdims=True)
+    beats = (above[:, 1:] & ~above[:, :-1]).sum(axis=1)
+    assert 10 <= np.median(beats) <= 16
+    assert (beats >= 7).all()
+    assert (beats <= 19).mean() > 0.8  # In the others T is high enough to be counted too.
+    assert np.median(lead_i.max(1)) == pytest.approx(1.0, rel=0.3)
+    assert np.median(v1.min(1)) < -2 * np.median(v1.max(1))
+    # Twice the rate: the same seconds in twice the samples.
+    assert synthetic_ecg(2, 2000, rate=200.0, seed=0).shape == (2, 8, 2000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num": 0}, "num must be an integer >= 1"),
+        ({"num": 1, "length": 0}, "length must be an integer >= 1"),
+        ({"num": 1, "rate": 0.0}, "rate must be"),
+        ({"num": 1, "seed": -1}, "seed must be"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        synthetic_ecg(**arguments)  # type: ignore[arg-type]
+
+
+def write_record(folder: Path, name: str, values: np.ndarray, leads: tuple[str, ...], rate: int = 100) -> Path:
+    """A record as PTB-XL has them, of ``values`` [samples, leads] int16."""
+    lines = [f"{name} {len(leads)} {rate} {len(values)}"]
+    lines += [f"{name}.dat 16 1000.0(0)/mV 16 0 {values[0, i]} 0 0 {lead}" for i, lead in enumerate(leads)]
+    (folder / f"{name}.hea").write_text("\n".join([*lines, "# Age: 50", ""]))
+    values.astype("<i2").tofile(folder / f"{name}.dat")
+    return folder / f"{name}.hea"
+
+
+def test_a_record_is_read_in_millivolts_and_leads_by_name(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-3000, 3000, (11, 3)).astype(np.int16)
+    record = read_record(write_record(tmp_path, "00001_lr", values, ("I", "AVF", "V1")))
+    assert record.leads == ("I", "AVF", "V1")
+    assert record.rate == 100.0
+    assert np.allclose(record.signals, values.T / 1000, rtol=1e-6)
+    assert np.array_equal(record.select(["V1", "aVF"]), record.signals[[2, 1]])
+    with pytest.raises(ValueError, match="must have the leads V2, V6, it has I, AVF, V1"):
+        record.select(["V2", "I", "V6"])
+
+
+def test_gain_and_baseline(tmp_path: Path) -> None:
+    """Without a baseline the ADC's zero counts (header(5) of WFDB)."""
+    header = write_record(tmp_path, "r", np.array([[10, 30]], dtype=np.int16), ("a", "b"))
+    header.write_text("r 2 250/1000 1\nr.dat 16 4(2)/mV 12 5 0 0 0 a\nr.dat 16 5 12 5 0 0 0 b\n")
+    record = read_record(header)
+    assert record.signals.tolist() == [[2.0], [5.0]]
+    assert record.rate == 250.0
+
+
+def test_damaged_records_are_refused(tmp_path: Path) -> None:
+    header = write_record(tmp_path, "r", np.zeros((5, 2), np.int16), ("a", "b"))
+    with pytest.raises(ValueError, match="missing.hea must be the header of a WFDB record"):
+        read_record(tmp_path / "missing.hea")
+    (tmp_path / "r.dat").write_bytes(b"\0" * 19)
+    with pytest.raises(ValueError, match="r.dat must hold 2 signals of 5 samples, 20 bytes, got 19"):
+        read_record(header)
+    header.write_text(header.read_text().replace("dat 16 ", "dat 212 "))
+    with pytest.raises(ValueError, match="in one file of format 16, got 1 and 212"):
+        read_record(header)
+    header.write_text("nothing")
+    with pytest.raises(ValueError, match="must be the header"):
+        read_record(header)
