@@ -5,6 +5,8 @@ Slow tests carry ``@pytest.mark.slow`` and are skipped unless asked for:
     pytest                   the quick tests
     pytest --run-slow=ci     also those marked ``@pytest.mark.slow(ci=True)``, a fixed slice
     pytest --run-slow=all    all
+
+With ``--numprocesses 2 --dist worksteal`` (pytest-xdist) two processes share them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,10 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports matplotlib: plots need no display
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before anything imports torch: there are as many processes as cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import numpy as np
@@ -67,6 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("interpreted")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
+    # What takes long comes first, so that no process is left with it at the end.
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.name == "test_in_the_interpreter"))
     wanted = config.getoption("--run-slow")
     skip = pytest.mark.skip(reason="slow; run with --run-slow=all")
     for item in items:
