@@ -6,7 +6,7 @@ Slow tests carry ``@pytest.mark.slow`` and are skipped unless asked for:
     pytest --run-slow=ci     also those marked ``@pytest.mark.slow(ci=True)``, a fixed slice
     pytest --run-slow=all    all
 
-With ``--numprocesses 2 --dist loadgroup`` (pytest-xdist) two processes share them.
+With ``--numprocesses 2 --dist worksteal`` (pytest-xdist) two processes share them.
 """
 
 from __future__ import annotations
