@@ -214,11 +214,7 @@ def fused_trajectory(
 ) -> tuple:
     """(plan, seconds, FLOPs) of trajectory with widths of both networks and one history slot."""
     _device(card)
-    call = cuda_emulation.TrajectoryKernelCall()
-    call.dtype, call.batch, call.size, call.slots = cuda_emulation.DTYPES[dtype], batch, size, 1
-    for network, hidden in zip((call.score, call.guidance), widths, strict=True):
-        network.layers, network.widths = len(hidden), _integers(hidden)
-    plan = cuda_emulation.plan_of(call)
+    plan = cuda_emulation.trajectory_plan(size, *widths, batch, dtype)
     passes = score_passes(size, widths[0]) + guidance_passes(size, widths[1])
     flops = 2.0 * batch * sum(one.columns * one.depth for one in passes) * evaluations
     return plan, fused_seconds(card, plan, batch, passes * evaluations, dtype.itemsize), flops
@@ -244,8 +240,8 @@ def fused_table(card: Card) -> str:
         ]
         calls += [
             (
-                f"trajectory [{batch}, 2], simulation, 49 evaluations",
-                fused_trajectory(card, 2, _SIMULATION, batch, 49, dtype),
+                f"trajectory [{batch}, 2], simulation, {_EVALUATIONS} evaluations",
+                fused_trajectory(card, 2, _SIMULATION, batch, _EVALUATIONS, dtype),
             )
             for batch in (10000, 256)
         ]

@@ -27,6 +27,7 @@ SOURCES = (
     "csrc/cuda/guided_step.cu",
     "csrc/cuda/mlp_value_and_grad.cu",
     "csrc/cuda/trajectory.cu",
+    "csrc/cuda/trajectory_cluster.cu",
     "csrc/cuda/emulation.cpp",
     "tests/emulation_faults.cu",
 )
@@ -106,7 +107,8 @@ class MlpValueAndGradCall(ctypes.Structure):
 
 class LaunchPlan(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int64) for name in ("blocks", "rows", "panel", "depth", "shared_bytes", "scratch_bytes")
+        (name, ctypes.c_int64)
+        for name in ("blocks", "rows", "panel", "depth", "shared_bytes", "scratch_bytes", "cluster")
     ]
 
 
@@ -173,6 +175,7 @@ def library() -> ctypes.CDLL:
         "tgdp_cuda_trajectory",
         "tgdp_cuda_trajectory_plan",
         "test_fault",
+        "test_cluster_fault",
         "test_product",
     ):
         getattr(loaded, name).restype = ctypes.c_char_p
@@ -189,9 +192,11 @@ def choose(order: int = FORWARD, seed: int = 0, left_out: int = -1, *, forget: b
     library().tgdp_emulation_choose(order, ctypes.c_uint64(seed), left_out, int(forget))
 
 
-def choose_device(multiprocessors: int = 2, shared_per_block: int = 227, shared_per_multiprocessor: int = 228) -> None:
-    """What launchers see of the device; shared memory in KiB."""
-    library().tgdp_emulation_device(multiprocessors, shared_per_block << 10, shared_per_multiprocessor << 10)
+def choose_device(
+    multiprocessors: int = 2, shared_per_block: int = 227, shared_per_multiprocessor: int = 228, *, clusters: int = 0
+) -> None:
+    """What launchers see of the device; shared memory in KiB, clusters that run at once."""
+    library().tgdp_emulation_device(multiprocessors, shared_per_block << 10, shared_per_multiprocessor << 10, clusters)
 
 
 def barriers() -> int:
@@ -311,6 +316,22 @@ def plan_of(call: MlpValueAndGradCall | TrajectoryKernelCall) -> LaunchPlan:
     plan = LaunchPlan()
     check(getattr(library(), ask)(ctypes.byref(call), ctypes.byref(plan)))
     return plan
+
+
+def trajectory_plan(
+    size: int,
+    score_widths: Sequence[int],
+    guidance_widths: Sequence[int],
+    batch: int,
+    dtype: torch.dtype,
+    slots: int = 1,
+) -> LaunchPlan:
+    """As plan_of for a trajectory of networks with these hidden layers."""
+    call = TrajectoryKernelCall()
+    call.dtype, call.batch, call.size, call.slots = DTYPES[dtype], batch, size, slots
+    for network, widths in ((call.score, score_widths), (call.guidance, guidance_widths)):
+        network.layers, network.widths = len(widths), (ctypes.c_int64 * len(widths))(*widths)
+    return plan_of(call)
 
 
 def scratch_for(plan: LaunchPlan) -> Tensor:

@@ -1,5 +1,6 @@
 // Kernels that are wrong on purpose, each with a right one beside it, and single instructions: what the emulation of
 // CUDA must see.
+#include "../csrc/cuda/cluster.cuh"
 #include "../csrc/cuda/tensor_core.cuh"
 
 namespace {
@@ -70,6 +71,50 @@ __global__ void faulty(int fault, const uint4* from, uint32_t* out) {
   if (fault == kGlobalRace) out[0] = static_cast<uint32_t>(thread);
 }
 
+enum ClusterFault : int {
+  kNoClusterFault = 0,
+  kNoStart,              // writes before the others run
+  kNoClusterBarrier,     // reads what another block writes
+  kOnlyBlockBarrier,     // the same with a barrier of the block alone
+  kOverwrites,           // what another block still reads
+  kTwoWriters,           // of the same place
+  kBlockEnds,            // before a barrier of the cluster
+  kWritesToEnded,
+  kOtherBarrier,         // blocks at two barriers
+  kNoSuchBlock,
+  kClusterFaults
+};
+
+// Every thread hands a number to the next block of its cluster, twice.
+__global__ void faulty_cluster(int fault, uint32_t* out) {
+  const int thread = static_cast<int>(threadIdx.x), rank = cluster_rank(), next = (rank + 1) % kClusterBlocks;
+  const Shared<uint4> numbers = shared_array<uint4>(0, kThreads);
+  const uint32_t number = 1000 * blockIdx.x + static_cast<uint32_t>(thread);
+  if (fault != kNoStart) cluster_barrier();
+  if (fault == kBlockEnds && rank == 3) return;
+  const int to = fault == kNoSuchBlock && rank == 2 ? kClusterBlocks : next;
+  store_to_block(to, numbers + thread, {number, number, number, number});
+  if (fault == kTwoWriters && rank == 5) store_to_block(rank, numbers + thread, {});
+  if (fault == kOtherBarrier && rank == 4) {
+    cluster_barrier();
+  } else if (fault == kOnlyBlockBarrier) {
+    __syncthreads();
+  } else if (fault != kNoClusterBarrier) {
+    cluster_barrier();
+  }
+  const uint4 first = numbers[thread];
+  if (fault != kOverwrites) cluster_barrier();
+  if (fault == kWritesToEnded && rank != 6) return;
+  if (fault == kWritesToEnded) {
+    // The others end while this block waits for itself, whatever the order.
+    for (int i = 0; i < 4; ++i) __syncthreads();
+  }
+  store_to_block(next, numbers + thread, {number + first.x, 0, 0, 0});
+  cluster_barrier();
+  const uint4 second = numbers[thread];
+  out[blockIdx.x * kThreads + threadIdx.x] = second.x + first.w;
+}
+
 // d [16, 8] = a [16, 16] b: b is [16, 8], or with kTransposed given as its transpose [8, 16].
 template <typename Element, bool kTransposed>
 __global__ void product(const uint16_t* a, const uint16_t* b, float* d) {
@@ -103,6 +148,12 @@ int test_faults() { return kFaults; }
 
 const char* test_fault(int fault, const void* from, uint32_t* out) {
   return launch(&faulty, 1, kThreads, kThreads * 20, nullptr, fault, static_cast<const uint4*>(from), out);
+}
+
+int test_cluster_faults() { return kClusterFaults; }
+
+const char* test_cluster_fault(int fault, uint32_t* out) {
+  return launch_clusters(&faulty_cluster, kClusterBlocks, 2 * kClusterBlocks, kThreads, kThreads * 16, nullptr, fault, out);
 }
 
 const char* test_product(int dtype, int transposed, const uint16_t* a, const uint16_t* b, float* d) {

@@ -100,6 +100,56 @@ def test_a_product_of_fragments_is_the_product_of_matrices(dtype: torch.dtype, t
     assert bool(((out.finish().double() - exact).abs() <= bound).all())
 
 
+def test_bank_conflicts_are_counted() -> None:
+    """Rows of 32 bytes, one after the other: eight of them lie in the same banks twice over."""
+    a, b = torch.randn(16, 16).to(BFLOAT16), torch.randn(16, 8).to(BFLOAT16)
+    out = cuda.Output((16, 8), FLOAT32)
+    cuda.bank_conflicts()
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b.t().contiguous(), out.values)]
+    cuda.check(cuda.library().test_product(cuda.DTYPES[BFLOAT16], 1, *pointers))
+    # All four matrices of the left factor and of the right one.
+    assert cuda.bank_conflicts() == 8
+    assert cuda.bank_conflicts() == 0
+
+
+CLUSTER_FAULTS = (
+    ("nothing", None),
+    ("no barrier at the start", "a block that may not have started"),
+    ("no barrier of the cluster", "race: .* of the cluster wrote|nothing has written"),
+    ("a barrier of the block", "race: .* of the cluster wrote|nothing has written"),
+    ("overwrites what is read", "race: thread .* writes shared memory that .* of the cluster read|race: .* reads"),
+    ("two writers", "race: thread .* writes shared memory that thread .* of the cluster wrote"),
+    ("a block ends", "others of its cluster wait|a block that has ended"),
+    ("writes to one that has ended", "a block that has ended|others of its cluster wait"),
+    ("blocks at two barriers", "blocks of a cluster wait at different barriers"),
+    ("a block that there is not", "a block outside of the cluster"),
+)
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@pytest.mark.parametrize(
+    ("fault", "message"), [pytest.param(i, message, id=name) for i, (name, message) in enumerate(CLUSTER_FAULTS)]
+)
+def test_every_fault_of_clusters_is_seen_in_every_order(fault: int, message: str | None, order: int, seed: int) -> None:
+    assert len(CLUSTER_FAULTS) == cuda.library().test_cluster_faults()
+    cuda.choose(order, seed)
+    out = torch.zeros(16, 64, dtype=torch.int32)
+    answer = cuda.library().test_cluster_fault(fault, ctypes.c_void_p(out.data_ptr()))
+    if message is not None:
+        with pytest.raises(cuda.EmulationError, match=message):
+            cuda.check(answer)
+        return
+    cuda.check(answer)
+    block, thread = torch.arange(16)[:, None], torch.arange(64)
+
+    def before(steps):
+        # The block so many steps back in the circle of the cluster.
+        return block // 8 * 8 + (block - steps) % 8
+
+    expected = 1000 * (before(1) + before(2) + before(1)) + 3 * thread
+    assert torch.equal(out, expected.int())
+
+
 # guided_step ------------------------------------------------------------------------------------------------
 
 

@@ -53,30 +53,88 @@ TGDP_DEVICE Shared<To> shared_as(From* from) {
 
 #endif
 
-// Starts a kernel of blocks of `threads` threads. Null, or what went wrong; the text is good until the thread's next
-// launch.
+#if !defined(TGDP_EMULATION)
+
+inline const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// More shared memory than this must be asked for.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+// A launch in clusters of `cluster_size` blocks; the attribute is part of it.
+struct ClusterLaunch {
+  ClusterLaunch(uint32_t blocks, uint32_t cluster_size, uint32_t threads, size_t shared_bytes, void* stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster_size;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    configuration.gridDim = dim3(blocks);
+    configuration.blockDim = dim3(threads);
+    configuration.dynamicSmemBytes = shared_bytes;
+    configuration.stream = static_cast<cudaStream_t>(stream);
+    configuration.attrs = &attribute;
+    configuration.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t configuration{};
+};
+
+#endif
+
+// Starts a kernel of blocks of `threads` threads, `cluster_size` of them in a cluster. Null, or what went wrong; the text
+// is good until the thread's next launch.
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t threads, size_t shared_bytes,
-                   [[maybe_unused]] void* stream, const Arguments&... arguments) {
+const char* launch_clusters(void (*kernel)(Parameters...), uint32_t cluster_size, uint32_t blocks, uint32_t threads,
+                            size_t shared_bytes, [[maybe_unused]] void* stream, const Arguments&... arguments) {
 #if defined(TGDP_EMULATION)
   static thread_local std::string message;
   try {
-    emulation::launch(kernel, blocks, threads, shared_bytes, arguments...);
+    emulation::launch(kernel, blocks, cluster_size, threads, shared_bytes, arguments...);
   } catch (const std::exception& error) {
     message = error.what();
     return message.c_str();
   }
   return nullptr;
 #else
-  // More than this must be asked for.
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (const char* error = text_of(allow_shared(kernel, shared_bytes))) return error;
+  if (cluster_size == 1) {
+    kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    return text_of(cudaGetLastError());
   }
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const ClusterLaunch launch(blocks, cluster_size, threads, shared_bytes, stream);
+  return text_of(cudaLaunchKernelEx(&launch.configuration, kernel, arguments...));
+#endif
+}
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t threads, size_t shared_bytes, void* stream,
+                   const Arguments&... arguments) {
+  return launch_clusters(kernel, 1, blocks, threads, shared_bytes, stream, arguments...);
+}
+
+// How many clusters of such a kernel the current device runs at once; 0 where it cannot, or where the kernel was compiled
+// for devices without clusters.
+template <typename... Parameters>
+int clusters_at_once([[maybe_unused]] void (*kernel)(Parameters...), [[maybe_unused]] uint32_t cluster_size,
+                     [[maybe_unused]] uint32_t threads, [[maybe_unused]] size_t shared_bytes) {
+#if defined(TGDP_EMULATION)
+  return emulation::settings.clusters;
+#else
+  cudaFuncAttributes attributes{};
+  int count = 0;
+  const ClusterLaunch launch(cluster_size, cluster_size, threads, shared_bytes, nullptr);
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+      allow_shared(kernel, shared_bytes) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&count, kernel, &launch.configuration) == cudaSuccess) {
+    return count;
+  }
+  // Nobody else shall find the error.
+  cudaGetLastError();
+  return 0;
 #endif
 }
 
@@ -99,7 +157,7 @@ inline const char* device_limits(Limits& limits) {
   ask(cudaDevAttrMultiProcessorCount, limits.multiprocessors);
   ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits.shared_per_block);
   ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, limits.shared_per_multiprocessor);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(error);
 #endif
 }
 

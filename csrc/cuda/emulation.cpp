@@ -21,12 +21,13 @@ int tgdp_emulation_barriers() { return static_cast<int>(tgdp::emulation::setting
 // Matrices loaded for tensor cores whose rows share banks, since the last answer.
 int64_t tgdp_emulation_bank_conflicts() { return std::exchange(tgdp::emulation::settings.bank_conflicts, int64_t{0}); }
 
-// Bytes of shared memory.
-void tgdp_emulation_device(int multiprocessors, int shared_per_block, int shared_per_multiprocessor) {
+// Bytes of shared memory; clusters that run at once.
+void tgdp_emulation_device(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int clusters) {
   auto& settings = tgdp::emulation::settings;
   settings.multiprocessors = multiprocessors;
   settings.shared_per_block = shared_per_block;
   settings.shared_per_multiprocessor = shared_per_multiprocessor;
+  settings.clusters = clusters;
 }
 
 }  // extern "C"

@@ -1,14 +1,17 @@
 // The part of CUDA that the kernels use, on the CPU, for tests: the same kernel sources compile as C++17 with
 // TGDP_EMULATION defined.
 //
-// Blocks run one after the other. The threads of a block are fibers: each runs until it waits at a barrier or at an
-// operation of its warp, in an order that tests choose. Reported as errors, whatever the order:
+// Blocks run one after the other, those of a cluster by turns. The threads of a block are fibers: each runs until it waits
+// at a barrier or at an operation of its warp, in an order that tests choose. Reported as errors, whatever the order:
 // - accesses to shared memory by two threads, one of them a write, without a barrier between them (all accesses go
-//   through Shared<T>, which knows who touched every two bytes since the last barrier);
+//   through Shared<T>, which knows who touched every two bytes since the last barrier); by threads of two blocks of a
+//   cluster, without a barrier of the cluster;
+// - accesses to the shared memory of another block before the first barrier of the cluster, for it may not have started,
+//   or when it has ended;
 // - reads of shared memory that nothing has written, or that an asynchronous copy is still writing;
 // - accesses outside of a shared array, or misaligned ones;
-// - threads that wait at different barriers, lanes at different operations of their warp, and barriers that ended
-//   threads miss.
+// - threads, or blocks of a cluster, that wait at different barriers, lanes at different operations of their warp, and
+//   barriers that ended threads miss.
 // Not seen: accesses outside of global memory (tests surround their buffers), and races in it.
 #pragma once
 
@@ -88,8 +91,9 @@ struct Settings {
   int left_out = -1;            // number of a barrier that is left out, in the order of `barriers`
   std::vector<Place> barriers;  // those that were met so far
   int64_t bank_conflicts = 0;   // of matrices loaded for tensor cores
-  // Of the device: as sm_90 but for its size.
+  // Of the device: as sm_90 but for its size, and as long as tests do not ask for them, without clusters.
   int multiprocessors = 2, shared_per_block = 227 << 10, shared_per_multiprocessor = 228 << 10;
+  int clusters = 0;  // that run at once
 };
 inline Settings settings;
 
@@ -155,7 +159,7 @@ class Flow {
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = size_t{128} << 10;
 
-enum class State { ready, at_barrier, at_warp, ended };
+enum class State { ready, at_barrier, at_cluster_barrier, at_warp, ended };
 
 // An asynchronous copy that has not arrived.
 struct Copy {
@@ -188,19 +192,31 @@ struct Warp {
 // Who touched two bytes of shared memory last.
 struct Touch {
   static constexpr int kNobody = -1, kSeveral = -2;
-  int thread = kNobody, warp = kNobody;
-  uint32_t epoch = 0, warp_epoch = 0;
+  int thread = kNobody, warp = kNobody, block = kNobody;  // block: its rank
+  uint32_t epoch = 0, warp_epoch = 0, cluster_epoch = 0;
 };
 struct Granule {
   Touch write, read;
   bool written = false, pending = false;
 };
 
+class Block;
+
+// Blocks by their rank.
+struct Cluster {
+  std::vector<Block*> blocks;
+  uint32_t epoch = 0;  // counts barriers
+};
+
+// What became of a block when its threads ran as far as they can.
+enum class Progress { ran, at_cluster_barrier, ended };
+
 class Block {
  public:
-  Block(dim3 grid, dim3 block, size_t shared_bytes)
+  Block(dim3 grid, dim3 block, size_t shared_bytes, Cluster& cluster, int rank)
       : grid_size(grid), block_size(block), shared_(shared_bytes + 128), granules_((shared_bytes + 1) / 2),
-        shared_bytes_(static_cast<uint32_t>(shared_bytes)), random_(settings.seed) {
+        shared_bytes_(static_cast<uint32_t>(shared_bytes)), cluster_(cluster), rank_(rank),
+        random_(settings.seed + static_cast<uint64_t>(rank)) {
     memory_ = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared_.data()) + 127) & ~uintptr_t{127});
     const size_t threads = size_t{block.x} * block.y * block.z;
     if (threads == 0 || threads > 1024) throw Error("a block has 1 to 1024 threads, not " + std::to_string(threads));
@@ -216,13 +232,12 @@ class Block {
     if (settings.order == Order::reverse) std::reverse(order_.begin(), order_.end());
   }
 
-  // Runs body() in every thread of one block.
+  // Makes ready to run body() in every thread of one block.
   template <typename Body>
-  void run(uint3 block, const Body& body) {
+  void begin(uint3 block, const Body& body) {
     block_index = block;
     body_ = [](const void* what) { (*static_cast<const Body*>(what))(); };
     body_argument_ = &body;
-    active = this;
     epoch_ = 0;
     // Not a number in every format.
     std::memset(memory_, 0xff, shared_bytes_);
@@ -237,18 +252,53 @@ class Block {
       thread.copies.clear();
       thread.flow.start(thread.stack.get(), kStackBytes, &Block::enter);
     }
-    while (step()) {
-    }
-    active = nullptr;
   }
+
+  // Every thread that can runs until it waits.
+  Progress step() {
+    active = this;
+    if (settings.order == Order::random) std::shuffle(order_.begin(), order_.end(), random_);
+    bool ran = false;
+    for (int number : order_) {
+      if (threads_[static_cast<size_t>(number)].state != State::ready) continue;
+      current_ = number;
+      Flow::change(main_, threads_[static_cast<size_t>(number)].flow);
+      ran = true;
+      // The other flows are dropped as they are: kernels own nothing.
+      if (!failure_.empty()) throw Error(failure_);
+    }
+    if (ran) return Progress::ran;
+    const Thread& first = threads_.front();
+    for (const Thread& thread : threads_) {
+      if (thread.state == first.state && (thread.state == State::ended || thread.place == first.place)) continue;
+      throw Error("threads diverge: " + describe(first) + " " + whereabouts(first) + ", " + describe(thread) + " " +
+                  whereabouts(thread));
+    }
+    if (first.state == State::ended) return Progress::ended;
+    if (first.state == State::at_cluster_barrier) return Progress::at_cluster_barrier;
+    if (first.state != State::at_barrier) throw Error("threads wait for lanes that never come");
+    release();
+    return Progress::ran;
+  }
+
+  // Where all threads wait, once the whole block waits or has ended.
+  Place waits_in() const { return threads_.front().place; }
+
+  // Ends a barrier.
+  void release() {
+    ++epoch_;
+    for (Thread& thread : threads_) thread.state = State::ready;
+  }
+
+  int rank() const { return rank_; }
 
   Thread& thread() { return threads_[static_cast<size_t>(current_)]; }
 
   void barrier(Place place) {
-    auto known = std::find(settings.barriers.begin(), settings.barriers.end(), place);
-    if (known == settings.barriers.end()) known = settings.barriers.insert(known, place);
-    if (known - settings.barriers.begin() == settings.left_out) return;
-    wait(State::at_barrier, place);
+    if (!left_out(place)) wait(State::at_barrier, place);
+  }
+  void cluster_barrier(Place place) {
+    if (!left_out(place)) wait(State::at_cluster_barrier, place);
   }
 
   // The lanes of a warp meet; the last to come performs the operation on the operands of all.
@@ -300,20 +350,19 @@ class Block {
   }
 
   void write(uint32_t offset, const void* from, size_t bytes, bool pending = false) {
-    const Thread& self = thread();
-    for (uint32_t g = offset / 2; g <= (offset + bytes - 1) / 2; ++g) {
-      Granule& granule = granules_[g];
-      if (conflicts(granule.write, self)) race(self, "writes", "wrote", granule.write);
-      if (conflicts(granule.read, self)) race(self, "writes", "read", granule.read);
-      granule.write = {self.number, self.warp(), epoch_, warps_[static_cast<size_t>(self.warp())].epoch};
-      granule.written = true;
-      granule.pending = pending;
+    write(*this, offset, from, bytes, pending);
+  }
+
+  // Into the memory of a block of the cluster.
+  void write_to(int rank, uint32_t offset, const void* from, size_t bytes) {
+    if (rank < 0 || static_cast<size_t>(rank) >= cluster_.blocks.size()) throw Error("a block outside of the cluster");
+    Block& other = *cluster_.blocks[static_cast<size_t>(rank)];
+    const auto ended = [](const Thread& thread) { return thread.state == State::ended; };
+    if (cluster_.epoch == 0) throw Error("a write to shared memory of a block that may not have started");
+    if (std::all_of(other.threads_.begin(), other.threads_.end(), ended)) {
+      throw Error("a write to shared memory of a block that has ended");
     }
-    if (pending) {
-      std::memset(memory_ + offset, 0xff, bytes);
-    } else {
-      std::memcpy(memory_ + offset, from, bytes);
-    }
+    write(other, offset, from, bytes, false);
   }
 
   void copy(uint32_t offset, const void* from, size_t bytes) {
@@ -351,6 +400,29 @@ class Block {
     for (;;) Flow::change(block->thread().flow, block->main_);
   }
 
+  static bool left_out(Place place) {
+    auto known = std::find(settings.barriers.begin(), settings.barriers.end(), place);
+    if (known == settings.barriers.end()) known = settings.barriers.insert(known, place);
+    return known - settings.barriers.begin() == settings.left_out;
+  }
+
+  void write(Block& owner, uint32_t offset, const void* from, size_t bytes, bool pending) const {
+    const Thread& self = threads_[static_cast<size_t>(current_)];
+    for (uint32_t g = offset / 2; g <= (offset + bytes - 1) / 2; ++g) {
+      Granule& granule = owner.granules_[g];
+      if (conflicts(granule.write, self)) race(self, "writes", "wrote", granule.write);
+      if (conflicts(granule.read, self)) race(self, "writes", "read", granule.read);
+      granule.write = touch_of(self);
+      granule.written = true;
+      granule.pending = pending;
+    }
+    if (pending) {
+      std::memset(owner.memory_ + offset, 0xff, bytes);
+    } else {
+      std::memcpy(owner.memory_ + offset, from, bytes);
+    }
+  }
+
   void wait(State state, Place place) {
     Thread& self = thread();
     self.state = state;
@@ -358,56 +430,34 @@ class Block {
     Flow::change(self.flow, main_);
   }
 
-  // Every thread that can runs until it waits. False when all have ended.
-  bool step() {
-    if (settings.order == Order::random) std::shuffle(order_.begin(), order_.end(), random_);
-    bool ran = false;
-    for (int number : order_) {
-      if (threads_[static_cast<size_t>(number)].state != State::ready) continue;
-      current_ = number;
-      Flow::change(main_, threads_[static_cast<size_t>(number)].flow);
-      ran = true;
-      if (!failure_.empty()) {
-        // The other flows are dropped as they are: kernels own nothing.
-        active = nullptr;
-        throw Error(failure_);
-      }
-    }
-    if (ran) return true;
-    const Thread& first = threads_.front();
-    for (const Thread& thread : threads_) {
-      if (thread.state == first.state && (thread.state == State::ended || thread.place == first.place)) continue;
-      active = nullptr;
-      throw Error("threads diverge: " + describe(first) + " " + whereabouts(first) + ", " + describe(thread) + " " +
-                  whereabouts(thread));
-    }
-    if (first.state == State::ended) return false;
-    if (first.state != State::at_barrier) throw Error("threads wait for lanes that never come");
-    ++epoch_;
-    for (Thread& thread : threads_) thread.state = State::ready;
-    return true;
-  }
-
   // Whether an earlier access of somebody is not ordered before one of this thread.
   bool conflicts(const Touch& touch, const Thread& self) const {
-    if (touch.thread == Touch::kNobody || touch.epoch != epoch_ || touch.thread == self.number) return false;
+    if (touch.thread == Touch::kNobody || touch.cluster_epoch != cluster_.epoch) return false;
+    if (touch.block != rank_) return true;
+    if (touch.epoch != epoch_ || touch.thread == self.number) return false;
     return touch.warp != self.warp() || touch.warp_epoch == warps_[static_cast<size_t>(self.warp())].epoch;
+  }
+
+  Touch touch_of(const Thread& self) const {
+    const uint32_t warp_epoch = warps_[static_cast<size_t>(self.warp())].epoch;
+    return {self.number, self.warp(), rank_, epoch_, warp_epoch, cluster_.epoch};
   }
 
   void remember(Touch& touch, const Thread& self) const {
     const uint32_t warp_epoch = warps_[static_cast<size_t>(self.warp())].epoch;
-    const bool current = touch.thread != Touch::kNobody && touch.epoch == epoch_;
+    const bool current = touch.thread != Touch::kNobody && touch.epoch == epoch_ && touch.cluster_epoch == cluster_.epoch;
     if (current && touch.warp != self.warp()) {
       touch.thread = touch.warp = Touch::kSeveral;
     } else if (current && touch.warp_epoch == warp_epoch && touch.thread != self.number) {
       touch.thread = Touch::kSeveral;
     } else {
-      touch = {self.number, self.warp(), epoch_, warp_epoch};
+      touch = touch_of(self);
     }
   }
 
   [[noreturn]] void race(const Thread& self, const char* does, const char* did, const Touch& touch) const {
-    const std::string who = touch.thread >= 0 ? "thread " + std::to_string(touch.thread) : "another thread";
+    std::string who = touch.thread >= 0 ? "thread " + std::to_string(touch.thread) : "another thread";
+    if (touch.block != rank_) who += " of block " + std::to_string(touch.block) + " of the cluster";
     throw Error("race: " + describe(self) + " " + does + " shared memory that " + who + " " + did +
                 " since the last barrier");
   }
@@ -417,6 +467,8 @@ class Block {
     switch (thread.state) {
       case State::at_barrier:
         return "waits at the barrier in " + thread.place.text();
+      case State::at_cluster_barrier:
+        return "waits at the barrier of the cluster in " + thread.place.text();
       case State::at_warp:
         return "waits for its warp in " + thread.place.text();
       default:
@@ -427,6 +479,8 @@ class Block {
   std::vector<unsigned char> shared_;
   std::vector<Granule> granules_;
   uint32_t shared_bytes_;
+  Cluster& cluster_;
+  int rank_;
   unsigned char* memory_ = nullptr;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
@@ -483,23 +537,62 @@ class Shared {
   uint32_t offset_ = 0, begin_ = 0, end_ = 0;
 };
 
-// Runs a kernel; throws Error.
+// Runs the blocks of a cluster, each as far as it can before the next, or in random order by turns.
+inline void run_cluster(Cluster& cluster, std::mt19937_64& random) {
+  std::vector<Block*> order = cluster.blocks;
+  if (settings.order == Order::reverse) std::reverse(order.begin(), order.end());
+  for (;;) {
+    if (settings.order == Order::random) std::shuffle(order.begin(), order.end(), random);
+    size_t ran = 0, ended = 0;
+    for (Block* block : order) {
+      Progress progress = block->step();
+      if (progress == Progress::ran) ++ran;
+      while (settings.order != Order::random && progress == Progress::ran) progress = block->step();
+      if (progress == Progress::ended) ++ended;
+    }
+    if (ran > 0) continue;
+    if (ended == order.size()) return;
+    if (ended > 0) throw Error("a block has ended, others of its cluster wait for it");
+    for (const Block* block : order) {
+      if (!(block->waits_in() == order.front()->waits_in())) throw Error("blocks of a cluster wait at different barriers");
+    }
+    ++cluster.epoch;
+    for (Block* block : order) block->release();
+  }
+}
+
+// Runs a kernel; throws Error. Clusters are made of `cluster_size` blocks that follow one another.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, const Arguments&... arguments) {
-  Block emulated(grid, block, shared_bytes);
-  std::vector<uint3> blocks;
+void launch(void (*kernel)(Parameters...), dim3 grid, uint32_t cluster_size, dim3 block, size_t shared_bytes,
+            const Arguments&... arguments) {
+  if (grid.x % cluster_size != 0) throw Error("blocks that are no whole clusters");
+  Cluster cluster;
+  std::vector<std::unique_ptr<Block>> emulated;
+  for (uint32_t rank = 0; rank < cluster_size; ++rank) {
+    emulated.push_back(std::make_unique<Block>(grid, block, shared_bytes, cluster, static_cast<int>(rank)));
+    cluster.blocks.push_back(emulated.back().get());
+  }
+  std::vector<uint3> first_blocks;
   for (uint32_t z = 0; z < grid.z; ++z) {
     for (uint32_t y = 0; y < grid.y; ++y) {
-      for (uint32_t x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+      for (uint32_t x = 0; x < grid.x; x += cluster_size) first_blocks.push_back({x, y, z});
     }
   }
-  if (settings.order == Order::reverse) std::reverse(blocks.begin(), blocks.end());
-  if (settings.order == Order::random) {
-    std::mt19937_64 random(settings.seed);
-    std::shuffle(blocks.begin(), blocks.end(), random);
-  }
+  std::mt19937_64 random(settings.seed);
+  if (settings.order == Order::reverse) std::reverse(first_blocks.begin(), first_blocks.end());
+  if (settings.order == Order::random) std::shuffle(first_blocks.begin(), first_blocks.end(), random);
   const auto body = [&] { kernel(arguments...); };
-  for (uint3 index : blocks) emulated.run(index, body);
+  struct Idle {
+    ~Idle() { Block::active = nullptr; }
+  } idle;
+  for (uint3 first : first_blocks) {
+    cluster.epoch = 0;
+    for (auto& one : emulated) {
+      one->begin(first, body);
+      ++first.x;
+    }
+    run_cluster(cluster, random);
+  }
 }
 
 // Exchange within a warp: lane i gets the value of lane from(i).

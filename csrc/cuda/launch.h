@@ -59,6 +59,7 @@ struct LaunchPlan {
   int64_t panel = 0, depth = 0;          // columns of results, and of factors, that a block handles at a time
   int64_t shared_bytes = 0;              // of a block
   int64_t scratch_bytes = 0;             // in all
+  int64_t cluster = 1;                   // blocks that have the same rows and share the columns of layers
 };
 
 }  // namespace tgdp
@@ -76,7 +77,7 @@ const char* tgdp_cuda_mlp_value_and_grad(const tgdp::MlpValueAndGradCall* call, 
 const char* tgdp_cuda_mlp_plan(const tgdp::MlpValueAndGradCall* call, tgdp::LaunchPlan* plan);
 
 // Reference twin tgdp_fast.ops.trajectory.trajectory_reference. At most 4 slots and 8 layers; state and layers in shared
-// memory.
+// memory. By clusters of blocks for few samples where the device has them; the results are the same bit for bit.
 const char* tgdp_cuda_trajectory(const tgdp::TrajectoryKernelCall* call, void* stream);
 
 // As tgdp_cuda_mlp_plan.

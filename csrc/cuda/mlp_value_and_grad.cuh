@@ -69,7 +69,7 @@ class MlpBlock {
   static constexpr int kAdjacent = Tile::kAdjacent;
 
   TGDP_DEVICE MlpBlock(const MlpArguments& call, const LayersLayout& layout)
-      : call_(call), layers_(layout, call.network.layers, call.pitch, call.scratch) {
+      : call_(call), layers_(layout, call.pitch, call.scratch, BlockProducts<Tile>(layout)) {
     sums_ = shared_array<float>(0, Tile::kColumnWarps * Tile::kRows);
     parts_of_x_ = shared_array<Storage>(layout.next, static_cast<size_t>(kStages) * kPartOfX<Tile>);
   }

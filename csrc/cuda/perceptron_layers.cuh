@@ -27,29 +27,31 @@ TGDP_FUNCTION int pitch_for(int widest) {
   return rounded_up(widest, Tile::kDepth) + Tile::kPadding;
 }
 
-// Words of slopes of one block.
-template <typename Tile>
-TGDP_FUNCTION size_t slope_words(int layers, int pitch) {
-  const int panels = (pitch - Tile::kPadding + Tile::kPanel - 1) / Tile::kPanel;
-  return static_cast<size_t>(layers > 1 ? layers - 1 : 0) * panels * Tile::kHeld * kProductThreads;
-}
+// Columns of a layer that one of `blocks` blocks makes, which share the layer; whole pieces of 16 bytes.
+TGDP_FUNCTION int columns_of_block(int padded, int blocks) { return rounded_up((padded + blocks - 1) / blocks, 8); }
 
-// Byte offsets in shared memory, behind what a kernel keeps there itself.
+// Byte offsets in shared memory, behind what a kernel keeps there itself; panels that a block makes of the widest layer,
+// and words of its slopes.
 struct LayersLayout {
   size_t current, next, stages, slopes, bytes;
+  int panels;
+  size_t slope_words;
 };
 
-// least_next: bytes that the second layer's place has at least.
+// least_next: bytes that the second layer's place has at least; blocks: that share a layer; stages: of weights.
 template <typename Tile>
-TGDP_FUNCTION LayersLayout layers_layout(size_t own_bytes, size_t least_next, int layers, int pitch, bool with_slopes) {
+TGDP_FUNCTION LayersLayout layers_layout(size_t own_bytes, size_t least_next, int layers, int pitch, bool with_slopes,
+                                         int blocks = 1, int stages = kStages) {
   constexpr size_t kSize = sizeof(typename Tile::Storage);
   const size_t activations = static_cast<size_t>(Tile::kRows) * pitch * kSize;
   LayersLayout layout{};
   layout.current = (own_bytes + 15) / 16 * 16;
   layout.next = layout.current + activations;
   layout.stages = layout.next + (activations > least_next ? activations : least_next);
-  layout.slopes = layout.stages + kStages * kStageElements<Tile> * kSize;
-  layout.bytes = layout.slopes + (with_slopes ? slope_words<Tile>(layers, pitch) * sizeof(uint32_t) : 0);
+  layout.slopes = layout.stages + static_cast<size_t>(stages) * kStageElements<Tile> * kSize;
+  layout.panels = (columns_of_block(pitch - Tile::kPadding, blocks) + Tile::kPanel - 1) / Tile::kPanel;
+  layout.slope_words = static_cast<size_t>(layers > 1 ? layers - 1 : 0) * layout.panels * Tile::kHeld * kProductThreads;
+  layout.bytes = layout.slopes + (with_slopes ? layout.slope_words * sizeof(uint32_t) : 0);
   return layout;
 }
 
@@ -77,7 +79,39 @@ TGDP_DEVICE float entry(const void* vector, int index, int count) {
   return index < count ? Element::to_float(static_cast<const typename Element::Storage*>(vector)[index]) : 0.0f;
 }
 
+// Columns [first, end) of a product.
+struct Columns {
+  int first, end;
+};
+
+// Products of a block that makes all columns of its layers, one after the other.
 template <typename Tile>
+class BlockProducts {
+ public:
+  using Storage = typename Tile::Storage;
+
+  TGDP_DEVICE explicit BlockProducts(const LayersLayout& layout)
+      : stages_(shared_array<Storage>(layout.stages, static_cast<size_t>(kStages) * kStageElements<Tile>)) {}
+
+  // Of a layer with `padded` columns, those that this block makes.
+  TGDP_DEVICE Columns columns(int padded) const { return {0, padded}; }
+
+  // As product() for columns `own` of `columns`.
+  template <bool kTransposed, typename LoadLeft, typename Left, typename Finish>
+  TGDP_DEVICE void product(const Matrix& weight, Columns, int columns, int depth, const LoadLeft& load_left,
+                           const Left& left, const Finish& finish) {
+    cuda::product<Tile, kTransposed>(weight, columns, depth, stages_, load_left, left, finish);
+  }
+
+  // Whoever makes other columns gets those of this block, and it theirs.
+  TGDP_DEVICE void exchange(Shared<Storage>, int, Columns) const {}
+
+ private:
+  Shared<Storage> stages_;
+};
+
+// Products: BlockProducts, or the like for blocks that share their layers.
+template <typename Tile, typename Products = BlockProducts<Tile>>
 class Layers {
  public:
   using Element = typename Tile::Element;
@@ -85,17 +119,15 @@ class Layers {
   static constexpr int kAdjacent = Tile::kAdjacent;
 
   // scratch: slopes of a block after those of another; null: they are in shared memory.
-  TGDP_DEVICE Layers(const LayersLayout& layout, int layers, int pitch, uint32_t* scratch)
-      : pitch_(pitch), panels_((pitch - Tile::kPadding + Tile::kPanel - 1) / Tile::kPanel) {
+  TGDP_DEVICE Layers(const LayersLayout& layout, int pitch, uint32_t* scratch, const Products& products)
+      : products_(products), pitch_(pitch), panels_(layout.panels) {
     const size_t activations = static_cast<size_t>(Tile::kRows) * pitch;
     current_ = shared_array<Storage>(layout.current, activations);
     next_ = shared_array<Storage>(layout.next, activations);
-    stages_ = shared_array<Storage>(layout.stages, static_cast<size_t>(kStages) * kStageElements<Tile>);
-    const size_t words = slope_words<Tile>(layers, pitch);
     if (scratch == nullptr) {
-      shared_slopes_ = shared_array<uint32_t>(layout.slopes, words);
+      shared_slopes_ = shared_array<uint32_t>(layout.slopes, layout.slope_words);
     } else {
-      scratch_ = scratch + static_cast<int64_t>(blockIdx.x) * words;
+      scratch_ = scratch + static_cast<int64_t>(blockIdx.x) * layout.slope_words;
     }
   }
 
@@ -134,41 +166,46 @@ class Layers {
   // The head: finish(row, column, products) for columns up to a multiple of kPanel, without bias.
   template <typename Finish>
   TGDP_DEVICE void head(const Network& network, int outputs, const Finish& finish) {
-    product<Tile, false>(network.weights[network.layers], outputs, network.widths[network.layers - 1], stages_, Nothing{},
-                         Activations{current_, pitch_}, [&](int first_column, int, Tile& tile) {
-                           tile.each([&](int row, int column, int, int, const float(&values)[kAdjacent]) {
-                             finish(row, first_column + column, values);
-                           });
-                         });
+    products_.template product<false>(
+        network.weights[network.layers], {0, outputs}, outputs, network.widths[network.layers - 1], Nothing{},
+        Activations{current_, pitch_}, [&](int first_column, int, Tile& tile) {
+          tile.each([&](int row, int column, int, int, const float(&values)[kAdjacent]) {
+            finish(row, first_column + column, values);
+          });
+        });
   }
 
   // From delta of a layer > 0, which activate() has left, to that of the layer below.
   TGDP_DEVICE void down(const Network& network, int layer) {
-    const int padded = rounded_up(network.widths[layer - 1], Tile::kDepth);
-    product<Tile, true>(network.weights[layer], network.widths[layer - 1], network.widths[layer], stages_, Nothing{},
-                        Activations{current_, pitch_}, [&](int first_column, int panel, Tile& tile) {
-                          tile.each([&](int row, int column, int, int number, const float(&values)[kAdjacent]) {
-                            column += first_column;
-                            if (column >= padded) return;
-                            float slopes[kAdjacent], delta[kAdjacent];
-                            slopes_of(kept_slopes(slope_place(layer - 1, panel, number)), slopes);
+    const int width = network.widths[layer - 1];
+    const Columns own = products_.columns(rounded_up(width, Tile::kDepth));
+    products_.template product<true>(
+        network.weights[layer], own, width, network.widths[layer], Nothing{}, Activations{current_, pitch_},
+        [&](int first_column, int panel, Tile& tile) {
+          tile.each([&](int row, int column, int, int number, const float(&values)[kAdjacent]) {
+            column += first_column;
+            if (column >= own.end) return;
+            float slopes[kAdjacent], delta[kAdjacent];
+            slopes_of(kept_slopes(slope_place(layer - 1, panel, number)), slopes);
 #pragma unroll
-                            for (int i = 0; i < kAdjacent; ++i) delta[i] = slopes[i] * values[i];
-                            Tile::store(next_ + (row * pitch_ + column), delta);
-                          });
-                        });
+            for (int i = 0; i < kAdjacent; ++i) delta[i] = slopes[i] * values[i];
+            Tile::store(next_ + (row * pitch_ + column), delta);
+          });
+        });
+    products_.exchange(next_, pitch_, own);
     swap();
   }
 
   // From delta of layer 0 to the gradient: finish(row, column, values) for columns up to a multiple of kPanel.
   template <typename Finish>
   TGDP_DEVICE void gradient(const Network& network, const Finish& finish) {
-    product<Tile, true>(network.weights[0], network.inputs, network.widths[0], stages_, Nothing{},
-                        Activations{current_, pitch_}, [&](int first_column, int, Tile& tile) {
-                          tile.each([&](int row, int column, int, int, const float(&values)[kAdjacent]) {
-                            finish(row, first_column + column, values);
-                          });
-                        });
+    products_.template product<true>(
+        network.weights[0], {0, network.inputs}, network.inputs, network.widths[0], Nothing{},
+        Activations{current_, pitch_}, [&](int first_column, int, Tile& tile) {
+          tile.each([&](int row, int column, int, int, const float(&values)[kAdjacent]) {
+            finish(row, first_column + column, values);
+          });
+        });
   }
 
   TGDP_DEVICE void keep_slopes(int64_t place, const float (&slopes)[kAdjacent]) {
@@ -207,23 +244,26 @@ class Layers {
   template <typename LoadLeft, typename Left, typename Bias, typename Activate>
   TGDP_DEVICE void forward(const Network& network, int layer, int depth, const LoadLeft& load_left, const Left& left,
                            Shared<Storage> to, const Bias& bias, const Activate& activate) {
-    const int padded = rounded_up(network.widths[layer], Tile::kDepth);
-    product<Tile, false>(network.weights[layer], network.widths[layer], depth, stages_, load_left, left,
-                         [&](int first_column, int panel, Tile& tile) {
-                           tile.each([&](int row, int column, int held, int number, const float(&products)[kAdjacent]) {
-                             column += first_column;
-                             if (column >= padded) return;
-                             float z[kAdjacent], out[kAdjacent];
+    const int width = network.widths[layer];
+    const Columns own = products_.columns(rounded_up(width, Tile::kDepth));
+    products_.template product<false>(
+        network.weights[layer], own, width, depth, load_left, left, [&](int first_column, int panel, Tile& tile) {
+          tile.each([&](int row, int column, int held, int number, const float(&products)[kAdjacent]) {
+            column += first_column;
+            if (column >= own.end) return;
+            float z[kAdjacent], out[kAdjacent];
 #pragma unroll
-                             for (int i = 0; i < kAdjacent; ++i) z[i] = products[i] + bias(row, column + i);
-                             activate(row, column, held, slope_place(layer, panel, number), z, out);
-                             Tile::store(to + (row * pitch_ + column), out);
-                           });
-                         });
+            for (int i = 0; i < kAdjacent; ++i) z[i] = products[i] + bias(row, column + i);
+            activate(row, column, held, slope_place(layer, panel, number), z, out);
+            Tile::store(to + (row * pitch_ + column), out);
+          });
+        });
+    products_.exchange(to, pitch_, own);
   }
 
+  Products products_;
   int pitch_, panels_;
-  Shared<Storage> current_, next_, stages_;
+  Shared<Storage> current_, next_;
   Shared<uint32_t> shared_slopes_{};
   uint32_t* scratch_ = nullptr;
 };

@@ -1,6 +1,8 @@
 // How kernels of perceptron_layers.cuh cut a batch into blocks of rows, and which tile they take.
 #pragma once
 
+#include <type_traits>
+
 #include "launch.h"
 #include "perceptron_layers.cuh"
 
@@ -30,16 +32,14 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   plan.rows = Tile::kRows;
   plan.panel = Tile::kPanel;
   plan.depth = Tile::kDepth;
-  const auto bytes = [&](bool with_slopes) {
-    const LayersLayout layout =
-        layers_layout<Tile>(demand.own_bytes, demand.least_next, demand.slope_layers, plan.pitch, with_slopes);
-    return static_cast<int64_t>(layout.bytes);
+  const auto layout = [&](bool with_slopes) {
+    return layers_layout<Tile>(demand.own_bytes, demand.least_next, demand.slope_layers, plan.pitch, with_slopes);
   };
-  plan.shared_bytes = bytes(true);
+  plan.shared_bytes = static_cast<int64_t>(layout(true).bytes);
   int64_t resident = limits.shared_per_multiprocessor / (plan.shared_bytes + kReserved);
   const bool slopes_in_shared = resident >= demand.resident;
   if (!slopes_in_shared) {
-    plan.shared_bytes = bytes(false);
+    plan.shared_bytes = static_cast<int64_t>(layout(false).bytes);
     resident = limits.shared_per_multiprocessor / (plan.shared_bytes + kReserved);
   }
   if (plan.shared_bytes > limits.shared_per_block) return plan;
@@ -47,8 +47,7 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   const int64_t needed = demand.batch > 0 ? (demand.batch + Tile::kRows - 1) / Tile::kRows : 1;
   plan.blocks = needed < at_once ? needed : at_once;
   if (!slopes_in_shared) {
-    const size_t words = slope_words<Tile>(demand.slope_layers, plan.pitch);
-    plan.scratch_bytes = plan.blocks * static_cast<int64_t>(words * sizeof(uint32_t));
+    plan.scratch_bytes = plan.blocks * static_cast<int64_t>(layout(false).slope_words * sizeof(uint32_t));
   }
   // A block takes as long as its products, and as the weights to come: about that of kRowsOfWeights more rows. Blocks
   // share a multiprocessor's time.
@@ -59,9 +58,10 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   return plan;
 }
 
-template <typename... Tiles, typename Demand, typename Body>
-bool with_cheapest_of(const Limits& limits, const Demand& demand, const Body& body) {
-  const RowPlan plans[] = {plan_rows<Tiles>(demand(static_cast<Tiles*>(nullptr)), limits)...};
+// Calls body(tile, plan) with the cheapest of the plans that plan(tile) makes; false where none fits.
+template <typename... Tiles, typename Plan, typename Body>
+bool with_cheapest_of(const Plan& plan, const Body& body) {
+  const RowPlan plans[] = {plan(static_cast<Tiles*>(nullptr))...};
   int best = -1, index = 0;
   for (int i = 0; i < static_cast<int>(sizeof...(Tiles)); ++i) {
     if (plans[i].blocks > 0 && (best < 0 || plans[i].cost < plans[best].cost)) best = i;
@@ -80,19 +80,22 @@ template <typename Demand, typename Body>
 const char* with_cheapest(Dtype dtype, const char* too_wide, const Demand& demand, const Body& body) {
   Limits limits{};
   if (const char* error = device_limits(limits)) return error;
+  const auto plan = [&](auto* tile) {
+    return plan_rows<std::remove_pointer_t<decltype(tile)>>(demand(tile), limits);
+  };
   const char* error = nullptr;
   const auto keep_error = [&](auto* tile, const RowPlan& plan) { error = body(tile, plan); };
   bool fits = false;
   if (dtype == Dtype::bf16) {
     using Element = Bf16;
     fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96, 256>>(
-        limits, demand, keep_error);
+        plan, keep_error);
   } else if (dtype == Dtype::f16) {
     using Element = F16;
     fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96, 256>>(
-        limits, demand, keep_error);
+        plan, keep_error);
   } else {
-    fits = with_cheapest_of<FloatTile<16>, FloatTile<32>>(limits, demand, keep_error);
+    fits = with_cheapest_of<FloatTile<16>, FloatTile<32>>(plan, keep_error);
   }
   return fits ? error : too_wide;
 }

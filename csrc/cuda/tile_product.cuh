@@ -46,27 +46,28 @@ struct SwizzledTile {
 };
 
 // The part of a panel that a thread holds: `kRows` rows, products of 16-bit elements on tensor cores. Eight warps stand two
-// by four. The wider the panel, the fewer bytes of shared memory for a product: a warp reads (kRows / 2 + kPanel / 4) kDepth
-// elements for kRows kPanel kDepth / 8 products.
-template <typename Element_, int kRows_, int kPanel_ = 128>
+// by four, or one by eight. The wider the panel, the fewer bytes of shared memory for a product: of two by four warps, one
+// reads (kRows / 2 + kPanel / 4) kDepth elements for kRows kPanel kDepth / 8 products.
+template <typename Element_, int kRows_, int kPanel_ = 128, int kTileBytes = 8192, int kRowWarps = 2>
 class TensorCoreTile {
  public:
   using Element = Element_;
   using Storage = uint16_t;
   static constexpr int kRows = kRows_;
   static constexpr int kPanel = kPanel_;
-  static constexpr int kDepth = 4096 / kPanel;  // of a tile, 8 KB
+  static constexpr int kDepth = kTileBytes / 2 / kPanel;  // of a tile
   static constexpr int kPadding = 8;  // of left factors: 16 bytes, so that eight rows lie in different banks
   template <int kColumns>
   using Layout = SwizzledTile<uint16_t, kColumns>;  // of tiles
   static constexpr int kAdjacent = 2;  // columns that a thread holds together
-  static constexpr int kRowTiles = kRows / 32;
+  static constexpr int kColumnWarps = 8 / kRowWarps;
+  static constexpr int kRowTiles = kRows / (16 * kRowWarps);  // of 16 rows, of a warp
   static constexpr int kHeldRows = 2 * kRowTiles;
-  static constexpr int kColumnTiles = kPanel / 32;  // of eight columns, of a warp
+  static constexpr int kColumnTiles = kPanel / (8 * kColumnWarps);  // of eight columns, of a warp
   static constexpr int kHeld = 2 * kColumnTiles * kRowTiles;  // times kAdjacent values
-  static constexpr int kColumnWarps = 4;
   static constexpr int kLanesOfRow = 4;  // lanes of a warp that hold parts of the same row: neighbours
-  static_assert(kRows % 32 == 0 && kPanel % 64 == 0);
+  static_assert(kRows % (16 * kRowWarps) == 0 && kPanel % (8 * kColumnWarps) == 0);
+  static_assert(kColumnTiles == 1 || kColumnTiles % 2 == 0);
 
   TGDP_DEVICE TensorCoreTile() { clear(); }
 
@@ -86,17 +87,17 @@ class TensorCoreTile {
   template <bool kTransposed>
   TGDP_DEVICE void multiply(Shared<uint16_t> left, int pitch, Shared<uint16_t> tile) {
     const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8, row = lane % 8;
+    // Four matrices of the tile are loaded at once: 16 columns by 16 of depth, or eight columns by 32.
+    constexpr int kParts = kColumnTiles == 1 ? 2 : 1, kLoads = kColumnTiles == 1 ? 1 : kColumnTiles / 2;
+    static_assert(kDepth % (16 * kParts) == 0);
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 16) {
-      uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
+    for (int k = 0; k < kDepth; k += 16 * kParts) {
+      uint32_t b[kLoads][4];
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        load_matrices<false>(a[i], left + ((first_row() + 16 * i + lane % 16) * pitch + k + lane / 16 * 8));
-      }
-#pragma unroll
-      for (int n = 0; n < kColumnTiles / 2; ++n) {
-        // Columns 0 to 7 and 8 to 15 of 16, each with both halves of the depth.
-        const int column = first_column() + 16 * n + matrix / 2 * 8, depth = k + matrix % 2 * 8;
+      for (int n = 0; n < kLoads; ++n) {
+        // Columns 0 to 7 and 8 to 15 of 16, each with both halves of the depth; or one of the four eighths of it.
+        const int column = first_column() + 16 * n + (kParts == 1 ? matrix / 2 * 8 : 0);
+        const int depth = k + (kParts == 1 ? matrix % 2 : matrix) * 8;
         if constexpr (kTransposed) {
           load_matrices<true>(b[n], tile + Layout<kPanel>::at(depth + row, column));
         } else {
@@ -104,11 +105,21 @@ class TensorCoreTile {
         }
       }
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
+      for (int part = 0; part < kParts; ++part) {
+        uint32_t a[kRowTiles][4];
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          const uint32_t pair[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
-          mma_m16n8k16<Element>(sums_[i][n], a[i], pair);
+        for (int i = 0; i < kRowTiles; ++i) {
+          const int left_column = k + 16 * part + lane / 16 * 8;
+          load_matrices<false>(a[i], left + ((first_row() + 16 * i + lane % 16) * pitch + left_column));
+        }
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+          for (int n = 0; n < kColumnTiles; ++n) {
+            const int at = kParts == 1 ? n : part;
+            const uint32_t pair[2] = {b[at / 2][at % 2 * 2], b[at / 2][at % 2 * 2 + 1]};
+            mma_m16n8k16<Element>(sums_[i][n], a[i], pair);
+          }
         }
       }
     }
@@ -136,37 +147,41 @@ class TensorCoreTile {
   static TGDP_DEVICE int row_of(int held) {
     return first_row() + 16 * (held / 2) + 8 * (held % 2) + static_cast<int>(threadIdx.x) % 32 / 4;
   }
-  static TGDP_DEVICE int column_warp() { return static_cast<int>(threadIdx.x) / 32 % 4; }
+  static TGDP_DEVICE int column_warp() { return static_cast<int>(threadIdx.x) / 32 % kColumnWarps; }
   // The first column of the warp.
-  static TGDP_DEVICE int first_column() { return column_warp() * (kPanel / 4); }
+  static TGDP_DEVICE int first_column() { return column_warp() * (kPanel / kColumnWarps); }
 
   static TGDP_DEVICE uint32_t pack(const float (&values)[2]) { return Element::pack(values[0], values[1]); }
   static TGDP_DEVICE void store(Shared<uint16_t> to, const float (&values)[2]) { *shared_as<uint32_t>(to) = pack(values); }
 
  private:
-  static TGDP_DEVICE int first_row() { return static_cast<int>(threadIdx.x) / 128 * (kRows / 2); }
+  static TGDP_DEVICE int first_row() {
+    return static_cast<int>(threadIdx.x) / (32 * kColumnWarps) * (kRows / kRowWarps);
+  }
 
   float sums_[kRowTiles][kColumnTiles][4];
 };
 
-// The same in float32 with plain fused multiply-adds: every warp takes kRows / 8 rows, every lane four columns of them.
-template <int kRows_>
+// The same in float32 with plain fused multiply-adds: every warp takes kRows / 8 rows, every lane kPanel / 32 columns of
+// them.
+template <int kRows_, int kPanel_ = 128, int kDepth_ = 16>
 class FloatTile {
  public:
   using Element = F32;
   using Storage = float;
   static constexpr int kRows = kRows_;
-  static constexpr int kPanel = 128;
-  static constexpr int kDepth = 16;
+  static constexpr int kPanel = kPanel_;
+  static constexpr int kDepth = kDepth_;
   static constexpr int kPadding = 4;
   template <int kColumns>
   using Layout = PaddedTile<kColumns, kPadding>;
   static constexpr int kAdjacent = 1;
   static constexpr int kHeldRows = kRows / 8;
-  static constexpr int kHeld = 4 * kHeldRows;
+  static constexpr int kHeldColumns = kPanel / 32;
+  static constexpr int kHeld = kHeldColumns * kHeldRows;
   static constexpr int kColumnWarps = 1;
   static constexpr int kLanesOfRow = 32;
-  static_assert(kRows % 8 == 0);
+  static_assert(kRows % 8 == 0 && kPanel % 32 == 0);
 
   TGDP_DEVICE FloatTile() { clear(); }
 
@@ -174,7 +189,7 @@ class FloatTile {
 #pragma unroll
     for (int i = 0; i < kHeldRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums_[i][j] = 0.0f;
+      for (int j = 0; j < kHeldColumns; ++j) sums_[i][j] = 0.0f;
     }
   }
 
@@ -183,9 +198,9 @@ class FloatTile {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int k = 0; k < kDepth; k += 4) {
-      float right[4][4];
+      float right[kHeldColumns][4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kHeldColumns; ++j) {
         const int column = lane + 32 * j;
         if constexpr (kTransposed) {
 #pragma unroll
@@ -202,7 +217,7 @@ class FloatTile {
       for (int i = 0; i < kHeldRows; ++i) {
         const float4 part = *shared_as<float4>(left + (row_of(i) * pitch + k));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < kHeldColumns; ++j) {
           sums_[i][j] += part.x * right[j][0];
           sums_[i][j] += part.y * right[j][1];
           sums_[i][j] += part.z * right[j][2];
@@ -218,9 +233,9 @@ class FloatTile {
 #pragma unroll
     for (int i = 0; i < kHeldRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kHeldColumns; ++j) {
         const float values[1] = {sums_[i][j]};
-        body(row_of(i), lane + 32 * j, i, 4 * i + j, values);
+        body(row_of(i), lane + 32 * j, i, kHeldColumns * i + j, values);
       }
     }
   }
@@ -231,7 +246,7 @@ class FloatTile {
   static TGDP_DEVICE void store(Shared<float> to, const float (&values)[1]) { *to = values[0]; }
 
  private:
-  float sums_[kHeldRows][4];
+  float sums_[kHeldRows][kHeldColumns];
 };
 
 // Elements of a stage: a tile of either orientation.

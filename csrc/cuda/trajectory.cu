@@ -1,10 +1,7 @@
-// Which kernel of trajectory.cuh serves a call, and how it is launched.
-#include "trajectory.cuh"
-
+// Which kernel of trajectory.cuh or trajectory_cluster.cuh serves a call, and how it is launched.
 #include <type_traits>
 
-#include "launch.h"
-#include "row_plan.h"
+#include "trajectory_choice.h"
 
 namespace tgdp::cuda {
 namespace {
@@ -26,35 +23,8 @@ TrajectoryLayers layers_of(const TrajectoryNetworkCall& call, int64_t inputs) {
   return layers;
 }
 
-template <typename Tile>
-const char* run(const TrajectoryKernelCall& call, const RowPlan& plan, void* stream) {
-  TrajectoryArguments arguments{};
-  arguments.batch = call.batch;
-  arguments.size = static_cast<int>(call.size);
-  arguments.slots = static_cast<int>(call.slots);
-  arguments.evaluations = static_cast<int>(call.evaluations);
-  arguments.pitch = plan.pitch;
-  arguments.score = layers_of(call.score, call.size);
-  arguments.guidance = layers_of(call.guidance, call.size);
-  arguments.x = call.x;
-  arguments.sample_index = call.sample_index;
-  arguments.table = call.table;
-  arguments.clamp = call.clamp;
-  arguments.lowest = call.lowest;
-  arguments.highest = call.highest;
-  arguments.gradient_norm_limit = call.gradient_norm_limit;
-  arguments.key_low = call.key_low;
-  arguments.key_high = call.key_high;
-  arguments.out = call.out;
-  arguments.first_failure = call.first_failure;
-  arguments.scratch = plan.scratch_bytes > 0 ? static_cast<uint32_t*>(call.scratch) : nullptr;
-  return launch(&trajectory_kernel<Tile>, static_cast<uint32_t>(plan.blocks), kProductThreads, static_cast<size_t>(plan.shared_bytes), stream,
-                arguments);
-}
-
-// Calls body(tile, plan) with the tile to use.
-template <typename Body>
-const char* with_tile(const TrajectoryKernelCall& call, const Body& body) {
+// The cheapest plan that the current device takes; null, or why there is none.
+const char* choose(const TrajectoryKernelCall& call, Choice& choice) {
   constexpr int64_t kMost = 1 << 20;
   if (call.size < 1 || call.size > kMost) return "trajectory: samples have 1 to 2^20 elements";
   if (call.slots > kMostTrajectorySlots) return "trajectory: at most 4 history slots";
@@ -77,8 +47,42 @@ const char* with_tile(const TrajectoryKernelCall& call, const Body& body) {
     result.own_bytes = trajectory_own_bytes<Tile>(static_cast<int>(call.size), static_cast<int>(call.slots));
     return result;
   };
-  return with_cheapest(call.dtype, "trajectory: samples and layers are too wide for the shared memory of this device", with_own,
-                       body);
+  const auto take = [&](auto* tile, const RowPlan& plan) -> const char* {
+    choice = {plan, &trajectory_kernel<std::remove_pointer_t<decltype(tile)>>};
+    return nullptr;
+  };
+  const char* error = with_cheapest(
+      call.dtype, "trajectory: samples and layers are too wide for the shared memory of this device", with_own, take);
+  Limits limits{};
+  if (const char* no_device = device_limits(limits)) return no_device;
+  consider_clusters(call, demand, limits, choice);
+  return choice.kernel == nullptr ? error : nullptr;
+}
+
+const char* run(const TrajectoryKernelCall& call, const Choice& choice, void* stream) {
+  const RowPlan& plan = choice.plan;
+  TrajectoryArguments arguments{};
+  arguments.batch = call.batch;
+  arguments.size = static_cast<int>(call.size);
+  arguments.slots = static_cast<int>(call.slots);
+  arguments.evaluations = static_cast<int>(call.evaluations);
+  arguments.pitch = plan.pitch;
+  arguments.score = layers_of(call.score, call.size);
+  arguments.guidance = layers_of(call.guidance, call.size);
+  arguments.x = call.x;
+  arguments.sample_index = call.sample_index;
+  arguments.table = call.table;
+  arguments.clamp = call.clamp;
+  arguments.lowest = call.lowest;
+  arguments.highest = call.highest;
+  arguments.gradient_norm_limit = call.gradient_norm_limit;
+  arguments.key_low = call.key_low;
+  arguments.key_high = call.key_high;
+  arguments.out = call.out;
+  arguments.first_failure = call.first_failure;
+  arguments.scratch = plan.scratch_bytes > 0 ? static_cast<uint32_t*>(call.scratch) : nullptr;
+  return launch_clusters(choice.kernel, static_cast<uint32_t>(plan.cluster), static_cast<uint32_t>(plan.blocks),
+                         kProductThreads, static_cast<size_t>(plan.shared_bytes), stream, arguments);
 }
 
 }  // namespace
@@ -86,16 +90,15 @@ const char* with_tile(const TrajectoryKernelCall& call, const Body& body) {
 
 const char* tgdp_cuda_trajectory(const tgdp::TrajectoryKernelCall* call, void* stream) {
   if (call->batch == 0) return nullptr;
-  return tgdp::cuda::with_tile(*call, [&](auto* tile, const tgdp::cuda::RowPlan& plan) -> const char* {
-    using Tile = std::remove_pointer_t<decltype(tile)>;
-    if (plan.scratch_bytes > 0 && call->scratch == nullptr) return "trajectory: no scratch memory";
-    return tgdp::cuda::run<Tile>(*call, plan, stream);
-  });
+  tgdp::cuda::Choice choice;
+  if (const char* error = tgdp::cuda::choose(*call, choice)) return error;
+  if (choice.plan.scratch_bytes > 0 && call->scratch == nullptr) return "trajectory: no scratch memory";
+  return tgdp::cuda::run(*call, choice, stream);
 }
 
 const char* tgdp_cuda_trajectory_plan(const tgdp::TrajectoryKernelCall* call, tgdp::LaunchPlan* plan) {
-  return tgdp::cuda::with_tile(*call, [&](auto*, const tgdp::cuda::RowPlan& chosen) -> const char* {
-    *plan = chosen;
-    return nullptr;
-  });
+  tgdp::cuda::Choice choice;
+  if (const char* error = tgdp::cuda::choose(*call, choice)) return error;
+  *plan = choice.plan;
+  return nullptr;
 }

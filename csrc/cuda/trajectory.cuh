@@ -40,6 +40,15 @@ struct TrajectoryArguments {
   uint32_t* scratch;           // slopes of a block after those of another; null: they are in shared memory
 };
 
+// What the table has of an evaluation.
+TGDP_DEVICE const float* evaluation_numbers(const TrajectoryArguments& call, int k) {
+  return call.table + static_cast<int64_t>(k) * (kEvaluationScalars + (1 + call.slots) * (2 + call.slots));
+}
+
+TGDP_DEVICE bool is_guided(const TrajectoryArguments& call, int k) {
+  return call.guidance.network.layers > 0 && evaluation_numbers(call, k)[2] != 0.0f;
+}
+
 // Blocks that a multiprocessor has registers for.
 template <typename Tile>
 constexpr int kTrajectoryResident = Tile::kRows > (sizeof(typename Tile::Storage) == 2 ? 64 : 16) ? 1 : 2;
@@ -50,18 +59,20 @@ TGDP_FUNCTION size_t trajectory_own_bytes(int size, int slots) {
   return (static_cast<size_t>(3 + slots) * Tile::kRows * size) * sizeof(float);
 }
 
-template <typename Tile>
+// Of all blocks that share their layers, one writes the samples.
+template <typename Tile, typename Products>
 class TrajectoryBlock {
  public:
   using Element = typename Tile::Element;
   using Storage = typename Tile::Storage;
   static constexpr int kAdjacent = Tile::kAdjacent;
 
-  TGDP_DEVICE TrajectoryBlock(const TrajectoryArguments& call, const LayersLayout& layout)
-      : call_(call), layers_(layout, call.guidance.network.layers, call.pitch, call.scratch) {}
+  TGDP_DEVICE TrajectoryBlock(const TrajectoryArguments& call, const LayersLayout& layout, const Products& products)
+      : call_(call), layers_(layout, call.pitch, call.scratch, products) {}
 
-  // All evaluations of rows from first_row on; those past the batch are zero at the start, and nobody's.
-  TGDP_DEVICE void run(int64_t first_row) {
+  // All evaluations of rows from first_row on; those past the batch are zero at the start, and nobody's. With `leads` the
+  // results are written.
+  TGDP_DEVICE void run(int64_t first_row, bool leads) {
     first_row_ = first_row;
     const int64_t offset = first_row * call_.size, given = call_.batch * call_.size;
     for (int i = thread(); i < elements(); i += kProductThreads) x()[i] = offset + i < given ? call_.x[offset + i] : 0.0f;
@@ -69,7 +80,7 @@ class TrajectoryBlock {
     __syncthreads();
     for (int k = 0; k < call_.evaluations; ++k) evaluate(k);
     // Read by the thread that puts the next rows there.
-    for (int i = thread(); i < elements(); i += kProductThreads) {
+    for (int i = thread(); leads && i < elements(); i += kProductThreads) {
       if (offset + i < given) call_.out[offset + i] = x()[i];
     }
   }
@@ -88,10 +99,9 @@ class TrajectoryBlock {
   static TGDP_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 
   TGDP_DEVICE void evaluate(int k) {
-    const int terms = 2 + call_.slots;
-    const float* numbers = call_.table + static_cast<int64_t>(k) * (kEvaluationScalars + (1 + call_.slots) * terms);
+    const float* numbers = evaluation_numbers(call_, k);
     predict(k, numbers[0], numbers[1]);
-    const bool guided = call_.guidance.network.layers > 0 && numbers[2] != 0.0f;
+    const bool guided = is_guided(call_, k);
     if (guided) {
       differentiate(k);
       if (call_.gradient_norm_limit > 0.0f) limit_norms(numbers[2]);
@@ -265,7 +275,7 @@ class TrajectoryBlock {
   }
 
   const TrajectoryArguments& call_;
-  Layers<Tile> layers_;
+  Layers<Tile, Products> layers_;
   int64_t first_row_ = 0;
 };
 
@@ -274,10 +284,10 @@ __global__ void __launch_bounds__(kProductThreads, kTrajectoryResident<Tile>)
     trajectory_kernel(const __grid_constant__ TrajectoryArguments call) {
   const LayersLayout layout = layers_layout<Tile>(trajectory_own_bytes<Tile>(call.size, call.slots), 0,
                                                   call.guidance.network.layers, call.pitch, call.scratch == nullptr);
-  TrajectoryBlock<Tile> block(call, layout);
+  TrajectoryBlock<Tile, BlockProducts<Tile>> block(call, layout, BlockProducts<Tile>(layout));
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows; row < call.batch;
        row += static_cast<int64_t>(gridDim.x) * Tile::kRows) {
-    block.run(row);
+    block.run(row, true);
   }
 }
 
