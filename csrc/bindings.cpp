@@ -14,6 +14,7 @@
 #include "cpu/mlp_backward.h"
 #include "cpu/mlp_forward.h"
 #include "cpu/pool.h"
+#include "cpu/residual_block.h"
 #include "cpu/trajectory.h"
 #include "operators.h"
 
@@ -253,20 +254,25 @@ std::tuple<Tensor, Tensor> pack_long_convolution(const Tensor& spectra, bool hal
   return {packed, scales};
 }
 
-Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu) {
-  TORCH_CHECK_VALUE(u.dim() == 3 && u.device().is_cpu(), "tgdp_fast: u must be [B, H, L] on the CPU");
+// Filters of `channels` channels for signals of `length` positions.
+tgdp::PackedFilters packed_filters(const Tensor& packed, const Tensor& scales, int64_t channels, int64_t length) {
   const bool half = packed.scalar_type() == at::kHalf;
   TORCH_CHECK_VALUE(packed.dim() == 4 && packed.size(2) == 2 && packed.size(3) == tgdp::kChannelGroup &&
                         packed.is_contiguous() && packed.device().is_cpu() &&
                         (half || packed.scalar_type() == at::kFloat),
                     "tgdp_fast: packed must be what pack_long_convolution gives");
   const int64_t points = packed.size(1), lanes = packed.size(0) * tgdp::kChannelGroup;
-  TORCH_CHECK_VALUE(tgdp::has_long_convolution(points) && u.size(2) <= points && u.size(1) <= lanes &&
-                        u.size(1) > lanes - tgdp::kChannelGroup,
+  TORCH_CHECK_VALUE(tgdp::has_long_convolution(points) && length <= points && channels <= lanes &&
+                        channels > lanes - tgdp::kChannelGroup,
                     "tgdp_fast: packed must belong to the channels of u and have at least L points");
   TORCH_CHECK_VALUE(!half || (scales.dim() == 1 && scales.size(0) == lanes && scales.scalar_type() == at::kFloat &&
                               scales.is_contiguous() && scales.device().is_cpu()),
                     "tgdp_fast: scales must be what pack_long_convolution gives");
+  return {packed.const_data_ptr(), half ? scales.const_data_ptr<float>() : nullptr, points};
+}
+
+Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu) {
+  TORCH_CHECK_VALUE(u.dim() == 3 && u.device().is_cpu(), "tgdp_fast: u must be [B, H, L] on the CPU");
   tgdp::LongConvolutionCall call;
   call.batch = u.size(0);
   call.channels = u.size(1);
@@ -281,10 +287,73 @@ Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& sca
   call.y = y.mutable_data_ptr();
   call.y_sample = call.channels * call.length;
   call.y_channel = call.length;
-  call.filters = {packed.const_data_ptr(), half ? scales.const_data_ptr<float>() : nullptr, points};
+  call.filters = packed_filters(packed, scales, call.channels, call.length);
   call.gelu = gelu;
   if (u.numel() > 0) tgdp::long_convolution(call);
   return y;
+}
+
+// The data of a contiguous CPU tensor of these sizes.
+const void* checked_data(const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous() && tensor.sizes() == sizes &&
+                        tensor.scalar_type() == dtype,
+                    "tgdp_fast: expected a contiguous CPU tensor of sizes ", sizes, " and dtype ", dtype, ", got ",
+                    tensor.sizes(), " and ", tensor.scalar_type());
+  return tensor.const_data_ptr();
+}
+
+const float* checked_floats(const Tensor& tensor, at::IntArrayRef sizes) {
+  return static_cast<const float*>(checked_data(tensor, sizes, at::kFloat));
+}
+
+// A row for each sample or one for all; `stride` is how far apart they are.
+const float* bias_rows(const Tensor& bias, int64_t batch, at::IntArrayRef row, int64_t& stride) {
+  TORCH_CHECK_VALUE(bias.dim() > 0 && (bias.size(0) == 1 || bias.size(0) == batch),
+                    "tgdp_fast: a bias must have one row or one for each sample");
+  std::vector<int64_t> sizes{bias.size(0)};
+  sizes.insert(sizes.end(), row.begin(), row.end());
+  stride = bias.size(0) == 1 ? 0 : bias.stride(0);
+  return checked_floats(bias, sizes);
+}
+
+// Each layer: packed filters, their scales, mixture, and of each channel mixture bias, LayerNorm's weight and bias.
+void residual_block(const Tensor& state, const Tensor& step_bias, const std::optional<Tensor>& label_bias,
+                    const Tensor& convolution, at::TensorList first, double first_epsilon, at::TensorList second,
+                    double second_epsilon, const Tensor& output, const Tensor& output_bias) {
+  TORCH_CHECK_VALUE(state.dim() == 3 && output.dim() == 2 && state.size(2) > 0 && state.size(1) >= output.size(1) &&
+                        output.size(1) > 0,
+                    "tgdp_fast: state must be [B, C + S, L] and output [C + S, C]");
+  tgdp::ResidualBlockCall call;
+  call.batch = state.size(0);
+  call.channels = output.size(1);
+  call.skip = state.size(1) - call.channels;
+  call.length = state.size(2);
+  const at::ScalarType dtype = output.scalar_type();
+  call.dtype = dtype_of(output);
+  TORCH_CHECK_VALUE(dtype == at::kFloat || (dtype == at::kBFloat16 && tgdp::has_bf16_products()),
+                    "tgdp_fast: weights must be float32, or bfloat16 where the processor multiplies it");
+  TORCH_CHECK_VALUE(dtype == at::kFloat || call.channels % 2 == 0, "tgdp_fast: C must be even for bfloat16");
+  const int64_t rows = 2 * call.channels;
+  call.state = const_cast<float*>(checked_floats(state, state.sizes()));
+  call.step_bias = bias_rows(step_bias, call.batch, {3, rows}, call.step_stride);
+  if (label_bias.has_value()) call.label_bias = bias_rows(*label_bias, call.batch, {rows}, call.label_stride);
+  call.convolution = checked_data(convolution, {rows, 3 * call.channels}, dtype);
+  const auto layer = [&](at::TensorList tensors, double epsilon) {
+    TORCH_CHECK_VALUE(tensors.size() == 6, "tgdp_fast: a layer has six tensors");
+    tgdp::S4Layer result;
+    result.filters = packed_filters(tensors[0], tensors[1], rows, call.length);
+    result.mixture = checked_data(tensors[2], {rows, rows}, dtype);
+    result.mixture_bias = checked_floats(tensors[3], {rows});
+    result.norm_weight = checked_floats(tensors[4], {rows});
+    result.norm_bias = checked_floats(tensors[5], {rows});
+    result.epsilon = static_cast<float>(epsilon);
+    return result;
+  };
+  call.first = layer(first, first_epsilon);
+  call.second = layer(second, second_epsilon);
+  call.output = checked_data(output, {state.size(1), call.channels}, dtype);
+  call.output_bias = checked_floats(output_bias, {state.size(1)});
+  tgdp::residual_block(call);
 }
 
 }  // namespace
@@ -314,6 +383,10 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
       "Tensor? sample_index, SymInt evaluation) -> (Tensor, Tensor, Tensor)");
   library.def("pack_long_convolution(Tensor spectra, bool half) -> (Tensor, Tensor)");
   library.def("long_convolution(Tensor u, Tensor packed, Tensor scales, bool gelu) -> Tensor");
+  library.def(
+      "residual_block_(Tensor(a!) state, Tensor step_bias, Tensor? label_bias, Tensor convolution, Tensor[] first, "
+      "float first_epsilon, Tensor[] second, float second_epsilon, Tensor output, Tensor output_bias) -> ()");
+  library.def("has_bf16_products() -> bool", []() { return tgdp::has_bf16_products(); });
   library.def("cpu_capability() -> str", []() { return std::string(tgdp::capability_name()); });
   library.def(
       "normal_range(Tensor samples, SymInt num_elements, SymInt first, SymInt count, SymInt key_low, SymInt key_high, "
@@ -329,5 +402,6 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("guided_step", &guided_step);
   library.impl("pack_long_convolution", &pack_long_convolution);
   library.impl("long_convolution", &long_convolution);
+  library.impl("residual_block_", &residual_block);
   library.impl("normal_range", &normal_range);
 }

@@ -25,14 +25,7 @@ from tgdp_fast import (
 )
 from tgdp_fast.benchmark.runner import peak_memory
 from tgdp_fast.models import sssd_ecg_sampling
-from tgdp_fast.models.s4 import two_sided_convolution_direct
-from tgdp_fast.models.sssd_ecg_sampling import (
-    CompiledSSSDECG,
-    long_convolution,
-    prepare_taps,
-    step_bias,
-    transform_length,
-)
+from tgdp_fast.models.sssd_ecg_sampling import CompiledSSSDECG, step_bias
 
 SCHEDULE = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200))
 #: The network's float32 is within this of float64 (see test_sssd_ecg), and here less is rounded.
@@ -130,32 +123,6 @@ def test_a_signal_shorter_than_the_spectra():
 
 
 # the parts --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 32, 33])
-def test_long_convolution_is_the_sum_over_lags(length):
-    taps = torch.randn(5, 2 * length - 1, dtype=torch.float64)
-    prepared = prepare_taps(taps)
-    assert prepared.spectrum.dtype == torch.complex64
-    for shorter in {length, (length + 1) // 2}:
-        u = torch.randn(2, 5, shorter)
-        inner = taps[:, length - shorter : length + shorter - 1]
-        expected = two_sided_convolution_direct(u.double(), inner)
-        # A transform of n points rounds log2 n times; the sum has terms of order 1.
-        assert relative(long_convolution(u, prepared, gelu=False), expected) < 2e-6
-        assert relative(long_convolution(u, prepared), torch.nn.functional.gelu(expected)) < 2e-6
-    assert long_convolution(torch.empty(0, 5, length), prepared).shape == (0, 5, length)
-
-
-def test_transform_lengths():
-    lengths = {length: transform_length(length) for length in range(1, 2000)}
-    assert lengths[1000] == 2048
-    assert lengths[1] == 4
-    for length, n in lengths.items():
-        assert 2 * length - 1 <= n <= max(4, 1.25 * (2 * length - 1) + 1)
-        while n % 2 == 0 and n > 7:
-            n //= 2
-        assert n in (4, 5, 6, 7), length
 
 
 def test_step_bias_is_what_the_embedding_adds():
@@ -289,12 +256,11 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch(precision, length, monkeypa
     network = randomised(**MEDIUM)
     x, steps, labels = arguments(network, 7, length)
     whole = compiled(network, precision=precision)(x, steps, labels)
-    monkeypatch.setattr(sssd_ecg_sampling, "_PART_BYTES", 4 * 9 * 64 * length * 2)
     monkeypatch.setattr(sssd_ecg_sampling, "_STATE_BYTES", 4 * 128 * length * 3)
     fast = compiled(network, precision=precision)
     for rows in (slice(0, 7), slice(2, 7), slice(3, 4)):
         assert torch.equal(fast(x[rows], steps[rows], labels[rows]), whole[rows])
-    assert (fast._workspace.samples, fast._workspace.part) == (3, 2)
+    assert fast._workspace.samples == 3
 
 
 def test_memory_does_not_grow_with_the_batch():
@@ -538,27 +504,6 @@ def test_calls_touch_nothing_of_the_host(precision):
         calls = seen.calls
         denoiser.network(x, torch.empty(70, device="meta"), labels)
         assert seen.calls > calls + 50
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_batched_products_are_those_of_each_sample(precision, monkeypatch):
-    """The products of other devices, on the CPU, where PyTorch has no 16-bit products with a float32 result."""
-    real = torch.bmm
-
-    def bmm(a, b, out_dtype=None):
-        return real(a, b) if out_dtype is None else real(a.to(out_dtype), b.to(out_dtype))
-
-    network = randomised(**TINY)
-    call = arguments(network, 3)
-    expected = exact(network, *call)
-    fast = compiled(network, precision=precision)
-    monkeypatch.setattr(torch, "bmm", bmm)
-    dtype = sssd_ecg_sampling.PRECISIONS[precision]
-    for products in (fast.products, fast._float32):
-        products.each = False
-    fast.products.storage = dtype
-    fast._blocks = [sssd_ecg_sampling._Block.of(b, fast.products, 50) for b in network.residual_layer.residual_blocks]
-    assert relative(fast(*call), expected) < {"fp32": FP32, "bf16": 1e-2, "fp16": 1.25e-3}[precision]
 
 
 def test_a_recording_computes_its_labels_and_leaves_nothing_behind(monkeypatch):

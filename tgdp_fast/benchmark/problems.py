@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast.ops import TrajectoryNetwork, TrajectoryPlan
+from tgdp_fast.ops import (
+    LongConvolution,
+    ResidualBlockWeights,
+    S4Weights,
+    TrajectoryNetwork,
+    TrajectoryPlan,
+    prepare_long_convolution,
+)
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import solver_table
 
@@ -154,3 +161,82 @@ def trajectory_inputs(
     )
     score, guidance = network(widths, shape[1]), network(guidance_widths, 1) if guidance_widths else None
     return TrajectoryInputs(draw(*shape, scale=1.0), score, guidance, plan)
+
+
+class ResidualBlockInputs(NamedTuple):
+    """Arguments of ``residual_block_``."""
+
+    state: Tensor
+    step_bias: Tensor
+    label_bias: Tensor | None
+    weights: ResidualBlockWeights
+
+    def double(self) -> ResidualBlockInputs:
+        """The same numbers in float64, for the reference alone."""
+        state, step_bias, label_bias, weights = self
+        convolution, first, second, output, output_bias = weights
+        layers = (
+            layer._replace(
+                filters=LongConvolution(layer.filters.taps.double(), None, None),
+                **{name: getattr(layer, name).double() for name in S4Weights._fields[1:-1]},
+            )
+            for layer in (first, second)
+        )
+        return ResidualBlockInputs(
+            state.double(),
+            step_bias.double(),
+            None if label_bias is None else label_bias.double(),
+            ResidualBlockWeights(convolution.double(), *layers, output.double(), output_bias.double()),
+        )
+
+
+def residual_block_inputs(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    labels: str = "per sample",
+    steps: str = "shared",
+    seed: int = 0,
+) -> ResidualBlockInputs:
+    """A block whose layers all have outputs of order one.
+
+    Args:
+        shape: samples B, residual channels C, skip channels S and positions L.
+        dtype: of the products' weights.
+        device: of all tensors.
+        labels, steps: "shared" for biases with one row, "per sample" for B rows; labels: "none" for no bias.
+        seed: of the random numbers.
+    """
+    batch, channels, skip, length = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size, generator=generator)).to(device)
+
+    def layer() -> S4Weights:
+        width = 2 * channels
+        taps = draw(width, 2 * length - 1, scale=length**-0.5)
+        return S4Weights(
+            prepare_long_convolution(taps, dtype),
+            draw(width, width, scale=width**-0.5).to(dtype),
+            draw(width, scale=0.3),
+            1 + draw(width, scale=0.2),
+            draw(width, scale=0.3),
+            1e-5,
+        )
+
+    weights = ResidualBlockWeights(
+        draw(2 * channels, 3 * channels, scale=(3 * channels) ** -0.5).to(dtype),
+        layer(),
+        layer(),
+        draw(channels + skip, channels, scale=channels**-0.5).to(dtype),
+        draw(channels + skip, scale=0.3),
+    )
+    rows = {"shared": 1, "per sample": batch}
+    return ResidualBlockInputs(
+        draw(batch, channels + skip, length),
+        draw(rows[steps], 3, 2 * channels, scale=0.5),
+        None if labels == "none" else draw(rows[labels], 2 * channels, scale=0.5),
+        weights,
+    )

@@ -13,7 +13,6 @@ from torch.nn import functional
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.models.s4 import NPLRKernel, S4Block, S4Kernel
 from tgdp_fast.models.sssd_ecg import ResidualBlock, WeightNormConv1d
-from tgdp_fast.models.sssd_ecg_sampling import prepare_taps
 
 
 def random_network(blocks: int, width: int, seed: int) -> SSSDECG:
@@ -124,8 +123,12 @@ class _StrongBlock(nn.Module):
 class _StrongS4(nn.Module):
     def __init__(self, block: S4Block) -> None:
         super().__init__()
-        taps = prepare_taps(block.s4_layer.taps(dtype=torch.float64))
-        self.spectrum, self.n = taps.spectrum, taps.n
+        taps = block.s4_layer.taps(dtype=torch.float64)
+        length = (taps.shape[1] + 1) // 2
+        # The next power of two: transforms of any other length take longer.
+        self.n = 1 << (2 * length - 2).bit_length()
+        circular = torch.roll(functional.pad(taps, (0, self.n - taps.shape[1])), 1 - length, dims=1)
+        self.spectrum = torch.fft.rfft(circular).to(torch.complex64)
         self.linear, self.norm = block.s4_layer.output_linear, block.norm_layer
 
     def forward(self, u: Tensor) -> Tensor:

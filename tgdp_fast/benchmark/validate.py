@@ -15,7 +15,15 @@ from torch import Tensor
 from tgdp_fast._checks import check_choice
 from tgdp_fast.benchmark import eager
 from tgdp_fast.benchmark.accuracy import PRECISIONS, Error, error_of, within
-from tgdp_fast.benchmark.problems import PerceptronInputs, StepInputs, perceptron_inputs, step_inputs, trajectory_inputs
+from tgdp_fast.benchmark.problems import (
+    PerceptronInputs,
+    ResidualBlockInputs,
+    StepInputs,
+    perceptron_inputs,
+    residual_block_inputs,
+    step_inputs,
+    trajectory_inputs,
+)
 from tgdp_fast.experiments.results import markdown_table
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import (
@@ -29,8 +37,10 @@ from tgdp_fast.ops import (
     mlp_value_and_grad,
     perceptron,
     prepare_long_convolution,
+    residual_block_,
     trajectory,
 )
+from tgdp_fast.ops.residual_block import residual_block_reference_
 from tgdp_fast.ops.trajectory import trajectory_reference
 
 Row = dict[str, Any]
@@ -342,6 +352,41 @@ def _convolution(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
 
 
 @dataclass(frozen=True)
+class _BlockShape:
+    shape: tuple[int, int, int, int]
+    labels: str = "per sample"
+    steps: str = "shared"
+
+    def __str__(self) -> str:
+        return f"B, C, S, L = {self.shape}, labels {self.labels}, steps {self.steps}"
+
+
+BLOCKS = (
+    _BlockShape((0, 2, 2, 5)),
+    _BlockShape((3, 2, 4, 1), steps="per sample"),
+    _BlockShape((2, 3, 1, 2), labels="none"),
+    _BlockShape((1, 16, 16, 63), labels="shared"),
+    _BlockShape((3, 10, 0, 65), steps="per sample"),
+    _BlockShape((2, 34, 20, 129), steps="per sample"),
+    _BlockShape((1, 64, 64, 1000)),
+)
+
+
+def _block(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
+    """The state, which is float32 whatever the weights, rounded to the dtype."""
+    for shape in BLOCKS:
+        inputs = residual_block_inputs(shape.shape, dtype, device, labels=shape.labels, steps=shape.steps, seed=_SEED)
+
+        def outputs(backend: str, inputs: ResidualBlockInputs = inputs) -> Sequence[Tensor]:
+            state, *others = inputs
+            return [residual_block_(state.clone(), *others, backend=backend).to(dtype)]
+
+        state, *others = inputs
+        plain = residual_block_reference_(state.clone(), *others).to(dtype)
+        yield str(shape), outputs, [residual_block_reference_(*inputs.double())], [plain]
+
+
+@dataclass(frozen=True)
 class _TrajectoryShape:
     """Samples, their size, the widths of both networks, and the solver."""
 
@@ -416,6 +461,7 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[_Check]]] = {
     "mlp_value_and_grad_backward": _backward,
     "perceptron": _outputs,
     "perceptron_backward": _outputs_backward,
+    "residual_block_": _block,
     "trajectory": _trajectory,
 }
 

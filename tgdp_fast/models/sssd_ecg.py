@@ -340,9 +340,11 @@ class SSSDECG(nn.Module):
                 table, or the steps themselves [K]. Any other step costs its biases at the first call, which is a
                 fraction of a call's time at full size; None expects none.
             precision: to what the factors of the blocks' products are rounded, "fp32", "bf16" or "fp16". All else is
-                float32, products add up in float32, and autocast has no effect. Without support in the processor
-                "bf16" is slower; "fp16" on the CPU is for comparisons, not for speed.
-            length: the longest signal, default l_max. Long convolutions cost what they do at this length.
+                float32, products add up in float32, and autocast has no effect. What a processor has no product for
+                (float16 on any CPU) is multiplied in float32: weights alone are rounded, and it is as fast as "fp32".
+            length: the longest signal, default l_max. Long convolutions cost what they do at this length. Backends are
+                chosen at each call, but a network compiled where the reference is not asked for keeps only what kernels
+                read.
 
         Returns:
             A module that shares this network's parameters and keeps its own tensors beside them: at the paper's size

@@ -10,19 +10,19 @@ on the diffusion step or the labels but not on the signal, is folded here, in fl
 - weight_norm; the residual and skip convolutions as one product, 1 / sqrt 2 in its weights; the scale of the skip sum
   in the weights of the head.
 
-Signals stay [B, channels, L] throughout, so nothing is permuted between layers. Float32 are the state, the residual
-stream and the skip sum, the long convolution, LayerNorm and the accumulation of products; ``precision`` says to what
-the factors of a block's products are rounded.
+Signals stay [B, channels, L] throughout, so nothing is permuted between layers; each block is a call of the operator
+:func:`tgdp_fast.ops.residual_block_`. Float32 are the state, the residual stream and the skip sum, the long
+convolution, LayerNorm and the accumulation of products; ``precision`` says to what the weights of a block's products
+are rounded, and their other factors where the processor has products of that precision.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ from torch.nn import functional
 from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast.models.s4 import S4Block
 from tgdp_fast.models.sssd_ecg import ResidualBlock, WeightNormConv1d, diffusion_step_features
-from tgdp_fast.ops import gated_activation
+from tgdp_fast.ops import ResidualBlockWeights, S4Weights, prepare_long_convolution, residual_block_
+from tgdp_fast.ops._dispatch import requested_backend
+from tgdp_fast.ops.residual_block import multiplies_bf16
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable
 
@@ -45,8 +47,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 Times = NoiseSchedule | SolverTable | Sequence[float] | np.ndarray | Tensor | None
 
 _AGAIN = "call network.compile_for_sampling(...) again"
-#: Bytes of activations of the samples that pass a block together on the CPU: what its caches hold.
-_PART_BYTES = 6 * 2**20
 #: Bytes of the state that is kept between blocks on the CPU, where samples share one pass over the weights.
 _STATE_BYTES = 16 * 2**20
 #: Samples that pass the network together elsewhere: enough to fill a GPU, and few kernels to launch for a large batch.
@@ -55,144 +55,52 @@ _SAMPLES = 64
 _KEPT_TIMES = 64
 
 
-# ------------------------------------------------------------------------------------------------ long convolution
-
-
-class PreparedTaps(NamedTuple):
-    """A two-sided filter, ready for :func:`long_convolution`.
-
-    Attributes:
-        spectrum: complex64 [H, n // 2 + 1], of the taps at their lags modulo n.
-        n: length of the transform, at least 2 L - 1 for the longest signal L.
-    """
-
-    spectrum: Tensor
-    n: int
-
-
-def transform_length(length: int) -> int:
-    """The least m 2^k of at least 2 length - 1, m in 4 .. 7: lengths that transforms are fast for."""
-    least = 2 * length - 1
-    doublings = max(0, (least - 1).bit_length() - 3)
-    return next(m << doublings for m in (4, 5, 6, 7, 8) if m << doublings >= least)
-
-
-def prepare_taps(taps: Tensor) -> PreparedTaps:
-    """The filter [H, 2 L - 1] of :meth:`tgdp_fast.models.s4.S4Layer.taps` for signals of up to L samples."""
-    length = (taps.shape[1] + 1) // 2
-    n = transform_length(length)
-    circular = taps.new_zeros((taps.shape[0], n))
-    circular[:, :length] = taps[:, length - 1 :]
-    if length > 1:
-        circular[:, 1 - length :] = taps[:, : length - 1]
-    return PreparedTaps(torch.fft.rfft(circular).to(torch.complex64), n)
-
-
-def long_convolution(u: Tensor, prepared: PreparedTaps, gelu: bool = True) -> Tensor:
-    """y[t] = sum over lags m of taps[m] u[t - m], zero outside the signal, then the exact GELU.
-
-    Args:
-        u: float32 [B, H, L].
-        prepared: for signals of at least L samples.
-        gelu: whether to apply it.
-
-    Returns:
-        float32 [B, H, L], contiguous, new.
-    """
-    if u.shape[0] == 0:  # Some libraries cannot transform nothing.
-        return torch.empty_like(u)
-    spectrum = torch.fft.rfft(u, n=prepared.n).mul_(prepared.spectrum)
-    y = torch.fft.irfft(spectrum, n=prepared.n)[..., : u.shape[-1]]
-    return functional.gelu(y) if gelu else y.contiguous()
-
-
-# ------------------------------------------------------------------------------------------------------- products
-
-
-class _Products:
-    """Products of weights [M, K] with the samples of [B, K, L], factors rounded to a precision, sums in float32.
-
-    On the CPU each sample has a product of its own: no slower, in bfloat16 twice as fast, and its bits depend on no
-    other sample (unless L = 1, where libraries sum in an order that alignment decides). There the factors of float16
-    products are rounded but held as float32, because PyTorch's own float16 products are fifty times slower.
-    """
-
-    def __init__(self, precision: str, device: torch.device) -> None:
-        self.dtype = PRECISIONS[precision]
-        self.each = device.type == "cpu"
-        self.storage = torch.float32 if self.each and precision == "fp16" else self.dtype
-
-    def weight(self, weight: Tensor) -> Tensor:
-        return weight.to(self.dtype).to(self.storage).contiguous()
-
-    def rounded(self, values: Tensor) -> Tensor:
-        """``values``, float32, as factors."""
-        if self.dtype == torch.float16:  # Nothing bounds them; infinity would spread over the whole signal.
-            values = values.clamp(-65504.0, 65504.0)
-        return values.to(self.dtype).to(self.storage)
-
-    def add(self, target: Tensor, weight: Tensor, values: Tensor) -> None:
-        """target [B, M, L] += weight @ values; float32."""
-        if weight.dtype == torch.float32:
-            if self.each:
-                for sample, factor in zip(target.unbind(), values.unbind(), strict=True):
-                    sample.addmm_(weight, factor)
-            else:
-                target.baddbmm_(weight.expand(len(values), -1, -1), values)
-        elif self.each:
-            for sample, factor in zip(target.unbind(), values.unbind(), strict=True):
-                sample.add_(torch.mm(weight, factor))
-        else:
-            target.add_(torch.bmm(weight.expand(len(values), -1, -1), values, out_dtype=torch.float32))
-
-
 # --------------------------------------------------------------------------------------------------------- foldings
 
 
-@dataclass(frozen=True)
-class _S4:
-    """One S4 block: normalise(u + mixture gelu(taps * u) + mixture_bias) * norm_weight + norm_bias."""
-
-    taps: PreparedTaps
-    mixture: Tensor  # [H, H]
-    mixture_bias: Tensor  # [H, 1]
-    norm_weight: Tensor  # [H, 1]
-    norm_bias: Tensor  # [H, 1]
-    epsilon: float
-
-    @classmethod
-    def of(cls, block: S4Block, products: _Products, length: int) -> _S4:
-        layer, norm = block.s4_layer, block.norm_layer
-        return cls(
-            prepare_taps(layer.taps(length)),
-            products.weight(layer.output_linear.weight.double()),
-            layer.output_linear.bias.float().clone(),
-            norm.weight.float()[:, None].clone(),
-            norm.bias.float()[:, None].clone(),
-            norm.eps,
-        )
+def _storage(precision: str, channels: int, device: torch.device) -> torch.dtype:
+    """The dtype of the factors of a block's products. On the CPU float32 holds what its kernels do not multiply."""
+    dtype = PRECISIONS[precision]
+    if device.type != "cpu":
+        return dtype
+    served = dtype == torch.bfloat16 and channels % 2 == 0 and multiplies_bf16()
+    return dtype if served else torch.float32
 
 
-@dataclass(frozen=True)
-class _Block:
-    """One residual block. Rows of ``output``: what the residual stream gets, times 1 / sqrt 2, then the skip sum."""
+def _block_weights(
+    block: ResidualBlock, rounding: torch.dtype, storage: torch.dtype, length: int
+) -> ResidualBlockWeights:
+    """A block's weights for signals of at most ``length`` samples, those of products rounded to a dtype."""
 
-    convolution: Tensor  # [2 C, 3 C], the left tap's C columns first
-    first: _S4
-    second: _S4
-    output: Tensor  # [C + S, C]
-    output_bias: Tensor  # [C + S, 1]
+    def factor(weight: Tensor) -> Tensor:
+        return weight.to(rounding).to(storage).contiguous()
 
-    @classmethod
-    def of(cls, block: ResidualBlock, products: _Products, length: int) -> _Block:
-        halves = (block.res_conv, math.sqrt(0.5)), (block.skip_conv, 1.0)
-        return cls(
-            products.weight(_convolution(block).weight_in(torch.float64).transpose(1, 2).flatten(1)),
-            _S4.of(block.S41, products, length),
-            _S4.of(block.S42, products, length),
-            products.weight(torch.cat([scale * half.weight_in(torch.float64)[..., 0] for half, scale in halves])),
-            torch.cat([scale * half.bias.double() for half, scale in halves]).float()[:, None],
-        )
+    halves = (block.res_conv, math.sqrt(0.5)), (block.skip_conv, 1.0)
+    return ResidualBlockWeights(
+        factor(_convolution(block).weight_in(torch.float64).transpose(1, 2).flatten(1)),
+        _s4_weights(block.S41, factor, storage, length),
+        _s4_weights(block.S42, factor, storage, length),
+        factor(torch.cat([scale * half.weight_in(torch.float64)[..., 0] for half, scale in halves])),
+        torch.cat([scale * half.bias.double() for half, scale in halves]).float(),
+    )
+
+
+def _s4_weights(block: S4Block, factor: Callable[[Tensor], Tensor], storage: torch.dtype, length: int) -> S4Weights:
+    layer, norm = block.s4_layer, block.norm_layer
+    filters = prepare_long_convolution(layer.taps(length), storage)
+    # The packed spectra alone are four times the size of the parameters.
+    if filters.packed is not None and requested_backend() != "reference":
+        filters = filters.without_taps()
+    else:
+        filters = filters._replace(taps=filters.taps.float())
+    return S4Weights(
+        filters,
+        factor(layer.output_linear.weight.double()),
+        layer.output_linear.bias.float().flatten().clone(),
+        norm.weight.float().clone(),
+        norm.bias.float().clone(),
+        norm.eps,
+    )
 
 
 def _convolution(block: ResidualBlock) -> WeightNormConv1d:
@@ -266,31 +174,22 @@ class _Workspace:
     Args:
         network: whose sizes they have.
         length: of the signals, L.
+        batch: samples of the call.
 
     Attributes:
         samples: that pass the network together; state [samples, C + S, L] is the residual stream, then the skip sum.
-        part: of them pass a block together; taps [part, 3 C, L] holds what the three taps of a convolution see, zero
-            where they see padding; u and square [part, 2 C, L].
     """
 
     def __init__(self, network: CompiledSSSDECG, length: int, batch: int) -> None:
-        c, s = network.source.res_channels, network.source.skip_channels
-        device = network.device
+        channels = network.source.res_channels + network.source.skip_channels
+        on_host = network.device.type == "cpu"
+        most = max(1, _STATE_BYTES // (4 * channels * length)) if on_host else _SAMPLES
         self.length = length
-        if device.type == "cpu":
-            most = max(1, _STATE_BYTES // (4 * (c + s) * length))
-            part = max(1, _PART_BYTES // (4 * 9 * c * length))
-        else:
-            most = part = _SAMPLES
         self.samples = min(most, max(1, batch))
-        self.part = min(part, self.samples)
         self.is_largest = self.samples == most
-        # Ordinary tensors, which calls in and outside inference mode may write.
+        # An ordinary tensor, which calls in and outside inference mode may write.
         with torch.inference_mode(False):
-            self.state = torch.empty((self.samples, c + s, length), device=device)
-            self.taps = torch.zeros((self.part, 3 * c, length), device=device, dtype=network.products.storage)
-            self.u = torch.empty((self.part, 2 * c, length), device=device)
-            self.square = torch.empty_like(self.u)
+            self.state = torch.empty((self.samples, channels, length), device=network.device)
 
 
 class CompiledSSSDECG(nn.Module):
@@ -325,9 +224,9 @@ class CompiledSSSDECG(nn.Module):
 
     def _fold(self, steps: Tensor) -> None:
         source = self.source
-        self.products = _Products(self.precision, self.device)
+        storage = _storage(self.precision, source.res_channels, self.device)
         self._blocks = [
-            _Block.of(block, self.products, self.length)
+            _block_weights(block, PRECISIONS[self.precision], storage, self.length)
             for block in source.residual_layer.residual_blocks
             if isinstance(block, ResidualBlock)
         ]
@@ -347,14 +246,11 @@ class CompiledSSSDECG(nn.Module):
                 (last.weight.clone(), last.bias),
             )
         ]
-        self._float32 = _Products("fp32", self.device)
-        self._label_weight: Tensor | None = None
-        label_bias = torch.stack([block.first.norm_bias[:, 0] for block in self._blocks]).double()
+        self._label_layer: tuple[Tensor, Tensor] | None = None
         if source.embedding is not None:
             layers = [block.get_submodule("fc_label") for block in source.residual_layer.residual_blocks]
-            self._label_weight = torch.cat([layer.get_parameter("weight").float() for layer in layers])
-            label_bias = label_bias + torch.stack([layer.get_parameter("bias").double() for layer in layers])
-        self._label_bias = label_bias.float()
+            weight, bias = (torch.cat([layer.get_parameter(n) for layer in layers]).float() for n in ("weight", "bias"))
+            self._label_layer = weight, bias
         rows = step_bias(source, steps.to(self.device))
         self._step_rows = dict(zip(steps.tolist(), rows.unbind(), strict=True))
         self._table_size = len(self._step_rows)
@@ -454,20 +350,21 @@ class CompiledSSSDECG(nn.Module):
                 del self._step_rows[value]
         return torch.stack([found[value] for value in values])
 
-    def _label_biases(self, labels: Tensor | None) -> Tensor:
-        """[B] or [B, num_classes] -> the bias of each block's first LayerNorm, [B or 1, blocks, 2 C]."""
-        if self._label_weight is None or labels is None:
+    def _label_biases(self, labels: Tensor | None) -> Tensor | None:
+        """[B] or [B, num_classes] -> what they add to the bias of each block's first LayerNorm, [B, blocks, 2 C]."""
+        if self._label_layer is None or labels is None:
             self.source.embed_labels(labels)  # raises unless both are missing
-            return self._label_bias[None]
+            return None
         # A recording must compute what it depends on, and what it computes is valid in its replays only.
         keeps = not labels.is_inference() and not _capturing(self.device)
         kept = self._labels
         if keeps and kept is not None and kept[0] is labels and kept[1] == labels._version:
             return kept[2]
-        each = labels.split(1) if self.products.each else (labels,)
+        # On the CPU one by one, so that the bits of a sample depend on no other.
+        each = labels.split(1) if self.device.type == "cpu" else (labels,)
         embeddings = [embedding.float() for part in each if (embedding := self.source.embed_labels(part)) is not None]
-        biases = torch.cat([functional.linear(embedding, self._label_weight) for embedding in embeddings])
-        biases = biases.unflatten(1, self._label_bias.shape) + self._label_bias
+        biases = torch.cat([functional.linear(embedding, *self._label_layer) for embedding in embeddings])
+        biases = biases.unflatten(1, (len(self._blocks), -1))
         if keeps:
             self._labels = labels, labels._version, biases
         return biases
@@ -477,7 +374,7 @@ class CompiledSSSDECG(nn.Module):
     def _predict(self, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         batch, _, length = x.shape
         label_biases = self._label_biases(labels)
-        if len(label_biases) not in (1, batch):
+        if label_biases is not None and len(label_biases) not in (1, batch):
             raise ValueError(f"labels must have {batch} rows, one per sample of x, got {len(label_biases)}")
         if len(time) > 1 and (time.stride(0) == 0 or (time.device.type == "cpu" and bool((time == time[0]).all()))):
             time = time[:1]
@@ -488,62 +385,23 @@ class CompiledSSSDECG(nn.Module):
         step_biases = self._step_biases(time) if len(time) == 1 else None
         for rows in _slices(batch, work.samples):
             steps = self._step_biases(time[rows]) if step_biases is None else step_biases
-            self._predict_together(x[rows], steps, _rows(label_biases, rows), output[rows], work)
+            part = None if label_biases is None else _rows(label_biases, rows)
+            self._predict_together(x[rows], steps, part, output[rows], work.state)
         return output
 
-    def _predict_together(self, x: Tensor, steps: Tensor, labels: Tensor, output: Tensor, work: _Workspace) -> None:
-        """At most ``work.samples`` samples; ``steps`` and ``labels`` have a row for each, or one for all."""
-        state = work.state[: len(x)]
+    def _predict_together(self, x: Tensor, steps: Tensor, labels: Tensor | None, output: Tensor, state: Tensor) -> None:
+        """At most as many samples as ``state`` has rows; ``steps`` and ``labels`` have one for each, or one for all."""
+        state = state[: len(x)]
         channels = self.source.res_channels
         stream, skip = state[:, :channels], state[:, channels:]
         stem, hidden, last = self._ends
-        stream.copy_(stem[1].expand_as(stream))
-        self._float32.add(stream, stem[0], x)
-        stream.relu_()
+        _add_product(stream.copy_(stem[1].expand_as(stream)), stem[0], x).relu_()
         skip.zero_()
         # Block after block, so that the samples share its weights and spectra while they are in the cache.
-        for k, block in enumerate(self._blocks):
-            for rows in _slices(len(x), work.part):
-                self._run_block(block, state[rows], _rows(steps, rows)[:, k], _rows(labels, rows)[:, k], work)
-        h = hidden[1].expand_as(skip).contiguous()
-        self._float32.add(h, hidden[0], skip)
-        output.copy_(last[1].expand_as(output))
-        self._float32.add(output, last[0], h.relu_())
-
-    def _run_block(self, block: _Block, state: Tensor, step: Tensor, label_bias: Tensor, work: _Workspace) -> None:
-        """state [b, C + S, L], in place; step [b or 1, 3, 2 C]; label_bias [b or 1, 2 C]."""
-        u = work.u[: len(state)]
-        self._convolve(block, state, step, u, work)
-        self._run_s4(block.first, u, label_bias[..., None], work)
-        self._run_s4(block.second, u, block.second.norm_bias, work)
-        gated = self.products.rounded(gated_activation(u))
-        state[:, : self.source.res_channels].mul_(math.sqrt(0.5))
-        state.add_(block.output_bias)
-        self.products.add(state, block.output, gated)
-
-    def _convolve(self, block: _Block, state: Tensor, step: Tensor, u: Tensor, work: _Workspace) -> None:
-        """u = the convolution of three taps of the residual stream, with the step's bias."""
-        left, centre, right = work.taps[: len(state)].chunk(3, dim=1)
-        centre.copy_(self.products.rounded(state[:, : self.source.res_channels]))
-        left[..., 1:] = centre[..., :-1]
-        right[..., :-1] = centre[..., 1:]
-        whole, at_first, at_last = step.unbind(1)
-        u.copy_(whole[..., None].expand_as(u))
-        u[..., 0].sub_(at_first)
-        u[..., -1].sub_(at_last)
-        self.products.add(u, block.convolution, work.taps[: len(state)])
-
-    def _run_s4(self, layer: _S4, u: Tensor, norm_bias: Tensor, work: _Workspace) -> None:
-        """u [b, 2 C, L], in place."""
-        mixed = self.products.rounded(long_convolution(u, layer.taps))
-        u.add_(layer.mixture_bias)
-        self.products.add(u, layer.mixture, mixed)
-        # LayerNorm over the channels. Moments by var_mean would take ten times as long along this dimension.
-        square = work.square[: len(u)]
-        u.sub_(u.mean(1, keepdim=True))
-        torch.mul(u, u, out=square)
-        u.mul_(square.mean(1, keepdim=True).add_(layer.epsilon).rsqrt_())
-        u.mul_(layer.norm_weight).add_(norm_bias)
+        for k, weights in enumerate(self._blocks):
+            residual_block_(state, steps[:, k], None if labels is None else labels[:, k], weights)
+        h = _add_product(hidden[1].expand_as(skip).contiguous(), hidden[0], skip)
+        _add_product(output.copy_(last[1].expand_as(output)), last[0], h.relu_())
 
     # copies ---------------------------------------------------------------------------------------------------
 
@@ -586,6 +444,17 @@ def _diffusion_steps(times: Times) -> Tensor:
             f"schedule_or_table must hold finite diffusion steps, of shape [K], got shape {tuple(steps.shape)}"
         )
     return steps.unique()
+
+
+def _add_product(target: Tensor, weight: Tensor, values: Tensor) -> Tensor:
+    """target [B, M, L] += weight [M, K] times values [B, K, L]; float32."""
+    if target.device.type != "cpu":
+        return target.baddbmm_(weight.expand(len(values), -1, -1), values)
+    # One by one it is no slower, and bits depend on no other sample (unless L = 1, where libraries sum in an order that
+    # alignment decides).
+    for sample, factor in zip(target.unbind(), values.unbind(), strict=True):
+        sample.addmm_(weight, factor)
+    return target
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -6,7 +6,7 @@ y[b, h, t] = gelu( sum_s taps[h, L - 1 + t - s] u[b, h, s] )
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 #: Sizes of transforms that the CPU kernel has.
 _POINTS = (64, 128, 256, 512, 1024)
+#: Positions of the longest signal that it and a GPU's serve.
+LONGEST = _POINTS[-1]
 
 
 class LongConvolution(NamedTuple):
@@ -216,8 +218,12 @@ def _check(u: Tensor, prepared: LongConvolution) -> None:
         )
 
 
-def _refuses_reference(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
-    return "the filters were prepared without their taps" if taps.is_meta and not u.is_meta else None
+def refuses_without_taps(u: Tensor, taps: Tensor, *_: Any) -> str | None:
+    """Why the reference cannot take a call, or None."""
+    dropped = taps.is_meta and not u.is_meta
+    return (
+        "the taps were dropped; prepare the filters where this backend is asked for, and keep them" if dropped else None
+    )
 
 
 def _refuses_cpu(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
@@ -235,8 +241,8 @@ def _refuses(u: Tensor, taps: Tensor, packed: Tensor | None, *, for_gpu: bool) -
     reason = _dispatch.refuses_float64(u)
     if reason is not None:
         return reason
-    if u.shape[2] > _POINTS[-1]:
-        return f"it serves up to {_POINTS[-1]} positions, not {u.shape[2]}"
+    if u.shape[2] > LONGEST:
+        return f"it serves up to {LONGEST} positions, not {u.shape[2]}"
     if packed is None or packed_for_gpu(packed) != for_gpu:
         return f"the taps were prepared for another device or dtype; use prepare_long_convolution(taps, {u.dtype})"
     if packed.dtype == torch.float16 and u.dtype == torch.float32:
@@ -284,4 +290,4 @@ if _triton.MISSING is None:
     _dispatch.register(_OPERATOR, "triton", _call_triton, _refuses_triton)
 
 
-_dispatch.register(_OPERATOR, "reference", _reference, _refuses_reference)
+_dispatch.register(_OPERATOR, "reference", _reference, refuses_without_taps)

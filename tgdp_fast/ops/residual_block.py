@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tgdp_fast import _native
 from tgdp_fast.ops import _dispatch
 from tgdp_fast.ops.gated_activation import gated_activation_reference
-from tgdp_fast.ops.long_convolution import LongConvolution, long_convolution_reference
+from tgdp_fast.ops.long_convolution import LONGEST, LongConvolution, long_convolution_reference, refuses_without_taps
 
 __all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_block_reference_"]
 
@@ -141,7 +142,7 @@ def _factor(values: Tensor, weight: Tensor) -> Tensor:
 
 def _product(weight: Tensor, values: Tensor) -> Tensor:
     """weight [M, K] times each of values [B, K, L]: sums in float32, or in float64 of float64 values."""
-    if values.is_cuda and values.dtype in (torch.bfloat16, torch.float16):
+    if values.device.type != "cpu" and values.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(weight.expand(len(values), -1, -1), values, out_dtype=torch.float32)
     wide = torch.promote_types(values.dtype, torch.float32)
     return weight.to(wide) @ values.to(wide)
@@ -205,8 +206,57 @@ def _check_fields(
 def _refuses_reference(
     state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
 ) -> str | None:
-    dropped = any(layer.filters.taps.is_meta for layer in (weights.first, weights.second))
-    return "the filters were prepared without their taps" if dropped and not state.is_meta else None
+    for layer in (weights.first, weights.second):
+        reason = refuses_without_taps(state, layer.filters.taps)
+        if reason is not None:
+            return reason
+    return None
+
+
+def multiplies_bf16() -> bool:
+    """Whether the CPU kernel is there and the processor multiplies bfloat16."""
+    return _native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_products())
+
+
+def _refuses_cpu(
+    state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
+) -> str | None:
+    if torch._C._are_functorch_transforms_active():
+        return "it works under no transform of torch.func"
+    dtype = weights.output.dtype
+    if dtype == torch.float16:
+        return "it multiplies float32 and bfloat16, not float16"
+    if dtype == torch.bfloat16 and not multiplies_bf16():
+        return "this processor does not multiply bfloat16"
+    if dtype == torch.bfloat16 and weights.output.shape[1] % 2:
+        return f"in bfloat16 it serves an even number of channels, not {weights.output.shape[1]}"
+    if weights.first.filters.packed is None or weights.second.filters.packed is None:
+        return (
+            f"it serves filters of up to {LONGEST} samples that were prepared for the CPU by prepare_long_convolution"
+        )
+    return None
+
+
+def _call_cpu(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights) -> None:
+    first, second = weights.first, weights.second
+    layers = [(*layer.filters[1:], *layer[1:5]) for layer in (first, second)]
+    torch.ops.tgdp_fast.residual_block_(
+        state,
+        step_bias.contiguous(),
+        None if label_bias is None else label_bias.contiguous(),
+        weights.convolution,
+        layers[0],
+        first.epsilon,
+        layers[1],
+        second.epsilon,
+        weights.output,
+        weights.output_bias,
+    )
+
+
+if _native.CPU_MISSING is None:
+    torch.library.register_fake("tgdp_fast::residual_block_", lambda *call: None)
+    _dispatch.register(_OPERATOR, "cpu", _call_cpu, _refuses_cpu)
 
 
 _dispatch.register(_OPERATOR, "reference", residual_block_reference_, _refuses_reference)
