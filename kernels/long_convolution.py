@@ -11,8 +11,8 @@ part of a product of polynomials is the convolution without wrapping (as the CPU
 
 and back likewise: twelve real products of 32 x 32 matrices at M = 1024, 0.8 MFLOP for a channel of a sample where
 the definition takes 2 and split radices 0.05. Matrices from both sides leave every sample of a program in its own
-columns, then rows, so that nothing is transposed. Factors are float16, sums float32; for float32 signals every factor is
-the sum of two float16 numbers and a product three (error 2^-22, and three times the FLOPs). Signals are scaled by a power
+columns, then rows, so that nothing is transposed. Factors are float16, sums float32; for float32 signals a matrix is the
+sum of two float16 matrices and a signal that of three, and a product takes four (error 2^-24). Signals are scaled by a power
 of two so that the largest entry is in 1 .. 2 and spectra so that theirs is in 2 .. 4: then no factor exceeds
 2^5.5 2^11 4 = 46,341, less than float16 has.
 """
@@ -68,22 +68,46 @@ def gelu(y):
 
 
 @triton.jit
-def _halves(value, SPLIT: tl.constexpr):  # noqa: N803
-    """float32 as float16, and where SPLIT what is left of it, also as float16."""
+def _parts(value, SPLIT: tl.constexpr):  # noqa: N803
+    """float32 as float16, and where SPLIT twice what is left of it."""
     first = value.to(tl.float16)
     if SPLIT:
-        return first, (value - first.to(tl.float32)).to(tl.float16)
+        rest = value - first.to(tl.float32)
+        second = rest.to(tl.float16)
+        return first, second, (rest - second.to(tl.float32)).to(tl.float16)
     else:
-        return first, first
+        return first, first, first
 
 
 @triton.jit
-def _product(left, right, total, SPLIT: tl.constexpr):  # noqa: N803
-    """total + left right of what :func:`_halves` gave; small terms first."""
+def _minus(parts, SPLIT: tl.constexpr):  # noqa: N803
     if SPLIT:
-        total = multiply_add(left[1], right[0], total, "ieee")
-        total = multiply_add(left[0], right[1], total, "ieee")
-    return multiply_add(left[0], right[0], total, "ieee")
+        return -parts[0], -parts[1], -parts[2]
+    else:
+        minus = -parts[0]
+        return minus, minus, minus
+
+
+@triton.jit
+def _from_left(matrix, signal, total, SPLIT: tl.constexpr):  # noqa: N803
+    """total + matrix signal of what :func:`_matrix` and :func:`_parts` gave, without what is below 2^-24; small terms
+    first.
+    """
+    if SPLIT:
+        total = multiply_add(matrix[0], signal[2], total, "ieee")
+        total = multiply_add(matrix[1], signal[0], total, "ieee")
+        total = multiply_add(matrix[0], signal[1], total, "ieee")
+    return multiply_add(matrix[0], signal[0], total, "ieee")
+
+
+@triton.jit
+def _from_right(signal, matrix, total, SPLIT: tl.constexpr):  # noqa: N803
+    """total + signal matrix, likewise."""
+    if SPLIT:
+        total = multiply_add(signal[2], matrix[0], total, "ieee")
+        total = multiply_add(signal[0], matrix[1], total, "ieee")
+        total = multiply_add(signal[1], matrix[0], total, "ieee")
+    return multiply_add(signal[0], matrix[0], total, "ieee")
 
 
 @triton.jit
@@ -126,9 +150,9 @@ def long_convolution_kernel(
     [channels, 2, A, B], real and imaginary parts relative to scales [channels]; roots and twiddles: :func:`_tables`.
 
     Moves u and the output once and the spectrum once for each share; about 2^10 * (24 * 32 + 70) FLOPs for a channel of
-    a sample at 1024 points, three times the former with PRECISION "fp16x2" instead of "fp16".
+    a sample at 1024 points, four times the former with PRECISION "fp16x4" instead of "fp16".
     """
-    SPLIT: tl.constexpr = PRECISION == "fp16x2"  # noqa: N806
+    SPLIT: tl.constexpr = PRECISION == "fp16x4"  # noqa: N806
     length = groups * ALIGNMENT
     parts = tl.cdiv(batch, share)
     program = tl.program_id(0)
@@ -156,40 +180,40 @@ def long_convolution_kernel(
         largest = tl.max(tl.max(tl.abs(x), 2), 0)
         bits = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23), 253 << 23)
         x *= ((254 << 23) - bits).to(tl.float32, bitcast=True)[None, :, None]
-        x = _halves(tl.reshape(x, [A, SAMPLES * B]), SPLIT)
+        x = _parts(tl.reshape(x, [A, SAMPLES * B]), SPLIT)
         zeros = tl.zeros([A, SAMPLES * B], tl.float32)
-        re = tl.reshape(_product(left_re, x, zeros, SPLIT), [A, SAMPLES, B])
-        im = tl.reshape(_product(left_im, x, zeros, SPLIT), [A, SAMPLES, B])
+        re = tl.reshape(_from_left(left_re, x, zeros, SPLIT), [A, SAMPLES, B])
+        im = tl.reshape(_from_left(left_im, x, zeros, SPLIT), [A, SAMPLES, B])
 
         turn_re, turn_im = tl.load(twiddles), tl.load(twiddles + A * B)
         re, im = re * turn_re - im * turn_im, re * turn_im + im * turn_re
-        re = _halves(tl.reshape(tl.permute(re, [1, 0, 2]), [SAMPLES * A, B]), SPLIT)
-        im = _halves(tl.reshape(tl.permute(im, [1, 0, 2]), [SAMPLES * A, B]), SPLIT)
+        re = _parts(tl.reshape(tl.permute(re, [1, 0, 2]), [SAMPLES * A, B]), SPLIT)
+        im = _parts(tl.reshape(tl.permute(im, [1, 0, 2]), [SAMPLES * A, B]), SPLIT)
         zeros = tl.zeros([SAMPLES * A, B], tl.float32)
-        minus = (-im[0], -im[1])
-        spectrum_re = _product(minus, right_im, _product(re, right_re, zeros, SPLIT), SPLIT)
-        spectrum_im = _product(im, right_re, _product(re, right_im, zeros, SPLIT), SPLIT)
+        minus = _minus(im, SPLIT)
+        spectrum_re = _from_right(minus, right_im, _from_right(re, right_re, zeros, SPLIT), SPLIT)
+        spectrum_im = _from_right(im, right_re, _from_right(re, right_im, zeros, SPLIT), SPLIT)
 
         filter_re, filter_im = tl.load(packed).to(tl.float32), tl.load(packed + A * B).to(tl.float32)
         re = tl.reshape(spectrum_re, [SAMPLES, A, B])
         im = tl.reshape(spectrum_im, [SAMPLES, A, B])
         re, im = re * filter_re - im * filter_im, re * filter_im + im * filter_re
 
-        re = _halves(tl.reshape(re, [SAMPLES * A, B]), SPLIT)
-        im = _halves(tl.reshape(im, [SAMPLES * A, B]), SPLIT)
-        minus = (-re[0], -re[1])
-        back_re = _product(im, right_im, _product(re, right_re, zeros, SPLIT), SPLIT)
-        back_im = _product(minus, right_im, _product(im, right_re, zeros, SPLIT), SPLIT)
+        re = _parts(tl.reshape(re, [SAMPLES * A, B]), SPLIT)
+        im = _parts(tl.reshape(im, [SAMPLES * A, B]), SPLIT)
+        minus = _minus(re, SPLIT)
+        back_re = _from_right(im, right_im, _from_right(re, right_re, zeros, SPLIT), SPLIT)
+        back_im = _from_right(minus, right_im, _from_right(im, right_re, zeros, SPLIT), SPLIT)
         re = tl.permute(tl.reshape(back_re, [SAMPLES, A, B]), [1, 0, 2])
         im = tl.permute(tl.reshape(back_im, [SAMPLES, A, B]), [1, 0, 2])
         re, im = re * turn_re + im * turn_im, im * turn_re - re * turn_im
-        re = _halves(tl.reshape(re, [A, SAMPLES * B]), SPLIT)
-        im = _halves(tl.reshape(im, [A, SAMPLES * B]), SPLIT)
+        re = _parts(tl.reshape(re, [A, SAMPLES * B]), SPLIT)
+        im = _parts(tl.reshape(im, [A, SAMPLES * B]), SPLIT)
         zeros = tl.zeros([A, SAMPLES * B], tl.float32)
         back = (tl.trans(left_re[0]), tl.trans(left_re[1]))
-        y = _product(back, re, zeros, SPLIT)
+        y = _from_left(back, re, zeros, SPLIT)
         back = (tl.trans(left_im[0]), tl.trans(left_im[1]))
-        y = tl.reshape(_product(back, im, y, SPLIT), [A, SAMPLES, B])
+        y = tl.reshape(_from_left(back, im, y, SPLIT), [A, SAMPLES, B])
         y *= (bits.to(tl.float32, bitcast=True) * scale)[None, :, None]
         if GELU:
             y = gelu(y)
@@ -215,7 +239,9 @@ def pack(spectra: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     largest = values.abs().amax((1, 2, 3)) if channels else values.new_zeros(0)
     usable = largest.isfinite() & (largest > 0)
     scales = torch.exp2(torch.where(usable, largest, 1.0).log2().floor() - 1.0)
-    return (values / scales[:, None, None, None]).to(torch.float16 if half else torch.float32).contiguous(), scales.float()
+    return (values / scales[:, None, None, None]).to(
+        torch.float16 if half else torch.float32
+    ).contiguous(), scales.float()
 
 
 @functools.lru_cache(maxsize=8)
@@ -241,7 +267,7 @@ def _tables(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def launch(output: Tensor, u: Tensor, packed: Tensor, scales: Tensor, *, activation: bool, split: bool) -> None:
-    """Fill output [B, H, L] from u [B, H, L], whose positions are in one piece each; ``split``: factors of 22 bits."""
+    """Fill output [B, H, L] from u [B, H, L], whose positions are in one piece each; ``split``: factors of 24 bits."""
     batch, channels, length = u.shape
     if u.numel() == 0:
         return
@@ -251,7 +277,7 @@ def launch(output: Tensor, u: Tensor, packed: Tensor, scales: Tensor, *, activat
         if u.is_meta
         else _tables(a * b, u.device)
     )
-    precision = "fp16x2" if split else "fp16"
+    precision = "fp16x4" if split else "fp16"
     strides = (*output.stride()[:2], *u.stride()[:2])
     alignment = launching.alignment(length, *strides)
 
@@ -271,7 +297,7 @@ def launch(output: Tensor, u: Tensor, packed: Tensor, scales: Tensor, *, activat
             length // alignment,
             share,
             *(stride // alignment for stride in strides),
-            flops=batch * channels * a * b * (12 * (a + b) * (3 if split else 1) + 70),
+            flops=batch * channels * a * b * (12 * (a + b) * (4 if split else 1) + 70),
             tile=block,
             GELU=activation,
             ALIGNMENT=alignment,
@@ -283,22 +309,24 @@ def launch(output: Tensor, u: Tensor, packed: Tensor, scales: Tensor, *, activat
 
     heuristic, others = partial(_block, split=split), partial(_blocks, split=split)
     sizes = (batch, a * b)
-    tuned(run, heuristic, others, long_convolution_kernel, u, sizes, output.dtype, u.dtype, activation, alignment, split)
+    tuned(
+        run, heuristic, others, long_convolution_kernel, u, sizes, output.dtype, u.dtype, activation, alignment, split
+    )
 
 
 #: Groups of samples that a program takes one after the other, for which it loads matrices and spectrum once.
-_ROUNDS = 2
+_ROUNDS = 4
 
 
 def _block(batch: int, points: int, split: bool) -> Block:
-    """Samples that a program takes at a time: a warp for each where there are so many."""
+    """Samples that a program takes at a time: few enough for four programs of 16 bits in a multiprocessor."""
     return _blocks(batch, points, split)[0]
 
 
 def _blocks(batch: int, points: int, split: bool) -> list[Block]:
     """All choices, none of more samples than there are."""
     most = triton.next_power_of_2(max(batch, 1))
-    choices = ((2, 4), (4, 4), (4, 8)) if split else ((4, 4), (2, 4), (4, 8), (8, 8))
+    choices = ((2, 4), (4, 8), (1, 4)) if split else ((2, 4), (4, 4), (4, 8), (8, 8))
     return [Block(min(samples, most), warps if samples <= most else 4, 1) for samples, warps in choices]
 
 

@@ -31,12 +31,12 @@ def test_in_the_interpreter():
 def limit(dtype):
     """Relative L2 error of a channel.
 
-    Each of seven roundings (the signal, two results on either side of the spectrum, matrices) and the spectrum's own has
-    an error of at most half a unit in the last of 11 or 22 bits, on average 0.6 of that; errors add as squares. Float32
-    sums and the last GELU count as two more. 16 bits add the rounding of the output.
+    Each of eight roundings (signal, results on either side of the spectrum, spectrum, two matrices twice) has an error
+    of half a unit in the last of 11 bits at most, on average 0.6 of that; errors add as squares. Float32 has 24 bits; there
+    sums, each rounded a hundred times, make four times as much. 16 bits add the rounding of the output.
     """
-    roundings = 0.6 * math.sqrt(10)
-    return roundings * 2**-22 if dtype == torch.float32 else roundings * 2**-11 + torch.finfo(dtype).eps / 2
+    roundings = 0.6 * math.sqrt(8)
+    return 4 * roundings * 2**-24 if dtype == torch.float32 else roundings * 2**-11 + torch.finfo(dtype).eps / 2
 
 
 def check(got, u, taps, gelu=True):
@@ -52,9 +52,9 @@ def check(got, u, taps, gelu=True):
 @interpreted
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
-@pytest.mark.parametrize("length", [1, 2, 17, 100, 256, 257, 499, 513, 999, 1000, 1024])
+@pytest.mark.parametrize("length", [1, 2, 100, 256, 499, 513, 999, 1000, 1024])
 def test_matches_the_sum(length, dtype):
-    for batch, channels, gelu in ((1, 2, True), (5, 3, False), (9, 1, True)):
+    for batch, channels, gelu in ((1, 2, True), (5, 2, False)):
         u, taps = draw(batch, channels, length, dtype)
         prepared = prepare_long_convolution(taps, dtype)
         check(long_convolution(u, prepared, gelu=gelu, backend="triton"), u, taps, gelu)
@@ -63,9 +63,11 @@ def test_matches_the_sum(length, dtype):
 @interpreted
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_validates(precision):
+def test_validates(monkeypatch, precision):
+    few = [shape for shape in validate.CONVOLUTIONS if math.prod(shape.shape[:2]) < 40]
+    monkeypatch.setattr(validate, "CONVOLUTIONS", few)
     rows = list(validate._rows("long_convolution", "triton", precision))
-    assert len(rows) == len(validate.CONVOLUTIONS)
+    assert len(rows) == len(few) > 7
     assert validate.failures(rows) == []
     assert [row["verdict"] for row in rows if "1025" not in row["shape"]] == ["passed"] * (len(rows) - 1)
 
@@ -128,13 +130,13 @@ def test_nan_stays_in_its_channel_and_sample(dtype, value):
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
 def test_slices_and_batches_of_triton(dtype):
-    u, taps = draw(11, 4, 70, dtype)
+    u, taps = draw(5, 4, 70, dtype)
     prepared = prepare_long_convolution(taps, dtype)
     expected = long_convolution(u, prepared, backend="triton")
-    for sample in (0, 7, 10):
-        assert torch.equal(long_convolution(u[sample : sample + 1], prepared, backend="triton")[0], expected[sample])
-    wide = torch.full((22, 9, 200), math.nan, dtype=dtype)
-    for view in (wide[::2, 3:7, 5:75], wide[1::2, 1::2, 130:], wide[:11, :4, :140:2]):
+    for sample in (0, 4):
+        check(long_convolution(u[sample : sample + 1], prepared, backend="triton"), u[sample : sample + 1], taps)
+    wide = torch.full((10, 9, 200), math.nan, dtype=dtype)
+    for view in (wide[::2, 3:7, 5:75], wide[1::2, 1::2, 130:], wide[:5, :4, :140:2]):
         view.copy_(u)
         assert torch.equal(long_convolution(view, prepared, backend="triton"), expected)
     # A shorter signal meets the inner taps.
@@ -147,20 +149,19 @@ def test_slices_and_batches_of_triton(dtype):
 @interpreted
 @each_dtype
 def test_candidates(dtype):
-    u, taps = draw(9, 2, 60, dtype)
-    prepared = prepare_long_convolution(taps, dtype)
-    expected, seen = long_convolution(u, prepared, backend="triton"), set()
+    u, taps = draw(9, 1, 60, dtype)
+    prepared, seen = prepare_long_convolution(taps, dtype), set()
 
     def policy(run, candidates):
         seen.update(candidates)
         for candidate in candidates:
-            run(candidate)
+            run(candidate)  # into the output that is checked
             assert torch.equal(before, u)
-        return run(candidates[-1])
+            check(output, u, taps)
 
-    before = u.clone()
+    before, output = u.clone(), torch.empty_like(u)
     with autotuning.deciding(policy):
-        assert torch.equal(long_convolution(u, prepared, backend="triton"), expected)
+        kernels.launch(output, u, prepared.packed, prepared.scales, activation=True, split=dtype == torch.float32)
     assert 3 <= len(seen) <= 4
 
 
@@ -176,7 +177,7 @@ def test_long_batches_of_triton_are_addressed_beyond_32_bits(monkeypatch):
     run_program(
         monkeypatch, kernels.long_convolution_kernel, channel * parts + sample, Far(output, distance),
         Far(u, distance), packed, scales, roots, twiddles, parts, channels, length, 1, channels * length, length,
-        channels * length, length, GELU=True, ALIGNMENT=1, A=32, B=16, SAMPLES=1, PRECISION="fp16x2",
+        channels * length, length, GELU=True, ALIGNMENT=1, A=32, B=16, SAMPLES=1, PRECISION="fp16x4",
     )  # fmt: skip
     exact = oracle(u, taps)[0, 2]
     got = output[2 * length : 3 * length].double().numpy()

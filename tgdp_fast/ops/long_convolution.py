@@ -118,11 +118,11 @@ def _pack_for_triton(taps: Tensor, length: int, half: bool) -> tuple[Tensor | No
 def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True, backend: str = "auto") -> Tensor:
     """Each channel convolved with a filter over all positions before and after, and exact GELU (with erf) of that.
 
-    Precision: transforms in float32 whatever the dtype of u, in float64 if u is float64; a GPU's kernel computes them
-    as sums of products of 22 bits for float32, and of 11 bits (an error of 5e-4) for 16. A channel of a sample is
-    computed alike whatever the batch it is in and however many threads run; NaN stays in its channel and sample. Works
-    under inference_mode and ``torch.compile(fullgraph=True)``. Differentiable in u and the taps where the reference
-    serves the call: left to "auto", that is wherever somebody may ask for a gradient.
+    Precision: transforms in float32 whatever the dtype of u, in float64 if u is float64; for u of 16 bits on a GPU as
+    products of float16 numbers with an error of 5e-4. A channel of a sample is computed alike whatever the batch it is
+    in and however many threads run; a GPU's result may depend on the batch in the last digits. NaN stays in its channel
+    and sample. Works under inference_mode and ``torch.compile(fullgraph=True)``. Differentiable in u and the taps where
+    the reference serves the call: left to "auto", that is wherever somebody may ask for a gradient.
 
     Cost for N = B H L elements of b bytes and spectra of M >= L points in s bytes per number: 2 N b + 2 H M s bytes of
     memory traffic, and about N (8 M log2(M) / L + 25) FLOPs: 57 million for B = 1, H = 512, L = 1000. By definition it
