@@ -33,7 +33,7 @@ from tgdp_fast.kernels import launching
 from tgdp_fast.kernels.autotuning import tuned
 from tgdp_fast.kernels.compilation import Compilation
 from tgdp_fast.kernels.launching import Block
-from tgdp_fast.kernels.matrix import multiply_add, narrow
+from tgdp_fast.kernels.matrix import multiply_add, narrow, saturated
 
 #: A and B by the points of a transform.
 FACTORS = {256: (16, 16), 512: (32, 16), 1024: (32, 32)}
@@ -138,6 +138,7 @@ def long_convolution_kernel(
     u_sample_stride,
     u_channel_stride,
     GELU: tl.constexpr,  # noqa: N803
+    SATURATE: tl.constexpr,  # noqa: N803
     ALIGNMENT: tl.constexpr,  # noqa: N803
     A: tl.constexpr,  # noqa: N803
     B: tl.constexpr,  # noqa: N803
@@ -217,7 +218,8 @@ def long_convolution_kernel(
         y *= (bits.to(tl.float32, bitcast=True) * scale)[None, :, None]
         if GELU:
             y = gelu(y)
-        tl.store(output + sample * (output_sample_stride * ALIGNMENT), narrow(y, output.dtype.element_ty), mask=mask)
+        y = saturated(y, output.dtype.element_ty) if SATURATE else narrow(y, output.dtype.element_ty)
+        tl.store(output + sample * (output_sample_stride * ALIGNMENT), y, mask=mask)
 
 
 def points_of(length: int) -> int | None:
@@ -266,8 +268,21 @@ def _tables(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return torch.cat(roots).to(device), twiddles.to(device)
 
 
-def launch(output: Tensor, u: Tensor, packed: Tensor, scales: Tensor, *, activation: bool, split: bool) -> None:
-    """Fill output [B, H, L] from u [B, H, L], whose positions are in one piece each; ``split``: factors of 24 bits."""
+def launch(
+    output: Tensor,
+    u: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    *,
+    activation: bool,
+    split: bool,
+    saturate: bool = False,
+) -> None:
+    """Fill output [B, H, L] from u [B, H, L], whose positions are in one piece each.
+
+    With ``split``, factors have 24 bits instead of 11; with ``saturate``, what float16 does not hold is its largest
+    number instead of infinity.
+    """
     batch, channels, length = u.shape
     if u.numel() == 0:
         return
@@ -300,6 +315,7 @@ def launch(output: Tensor, u: Tensor, packed: Tensor, scales: Tensor, *, activat
             flops=batch * channels * a * b * (12 * (a + b) * (4 if split else 1) + 70),
             tile=block,
             GELU=activation,
+            SATURATE=saturate,
             ALIGNMENT=alignment,
             A=a,
             B=b,
