@@ -11,10 +11,11 @@ part of a product of polynomials is the convolution without wrapping (as the CPU
 
 and back likewise: twelve real products of 32 x 32 matrices at M = 1024, 0.8 MFLOP for a channel of a sample where
 the definition takes 2 and split radices 0.05. Matrices from both sides leave every sample of a program in its own
-columns, then rows, so that nothing is transposed. Factors are float16, sums float32; for float32 signals a matrix is the
-sum of two float16 matrices and a signal that of three, and a product takes four (error 2^-24). Signals are scaled by a power
-of two so that the largest entry is in 1 .. 2 and spectra so that theirs is in 2 .. 4: then no factor exceeds
-2^5.5 2^11 4 = 46,341, less than float16 has.
+columns, then rows, so that nothing is transposed.
+
+Factors are float16, sums float32. For float32 signals a matrix is the sum of two float16 matrices and a signal that of
+three, and a product takes four (error 2^-24). Signals are scaled by a power of two so that the largest entry is in
+1 .. 2, and spectra so that theirs is in 2 .. 4: then no factor exceeds sqrt(32) 2^11 4 = 46,341, which float16 holds.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def pack(spectra: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     factors = FACTORS[points]
     # Frequency j + A m stands at [j, m].
     values = torch.view_as_real(spectra.unflatten(1, factors[::-1]).mT).permute(0, 3, 1, 2)
-    largest = values.abs().amax((1, 2, 3)) if channels else values.new_zeros(0)
+    largest = spectra.abs().amax(1) if channels else spectra.real.new_zeros(0)
     usable = largest.isfinite() & (largest > 0)
     scales = torch.exp2(torch.where(usable, largest, 1.0).log2().floor() - 1.0)
     return (values / scales[:, None, None, None]).to(
@@ -248,8 +249,10 @@ def pack(spectra: Tensor, half: bool) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def _tables(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The constants of a transform: for either matrix its real and its imaginary part, each as float16 and what is left;
-    and the twiddle factors, float32 [2, A, B].
+    """The constants of a transform.
+
+    For either matrix its real and its imaginary part, each as float16 and what is left of it; and the twiddle factors,
+    float32 [2, A, B].
     """
     a, b = FACTORS[points]
 

@@ -1,6 +1,6 @@
 """The products of a residual block of the SSSD-ECG network, with all that is pointwise or over channels in them.
 
-Reference twin ``tgdp_fast.ops.residual_block.residual_block_reference_``. Six launches, two of them of
+Reference twin ``tgdp_fast.ops.residual_block.residual_block_reference_``. Seven launches, two of them of
 ``long_convolution.py``:
 
 1. ``transposed_kernel``: the residual stream, rounded to factors, with the channels of a position in one piece: what the
@@ -8,10 +8,11 @@ Reference twin ``tgdp_fast.ops.residual_block.residual_block_reference_``. Six l
 2. ``taps_kernel``: the convolution of three taps and the step's bias;
 3. and 5. the long convolution with GELU;
 4. and 6. ``mixture_kernel``: a program has all channels of some positions, so that LayerNorm follows on the product in
-   registers; the last one goes on with the gate, the output product and the state.
+   registers, and after the second layer the gate;
+7. ``output_kernel``: the residual and the skip product, which change the state.
 
-State, accumulators, statistics and the first u, which nothing bounds, are float32; u between the layers is normalised and
-in 16 bits where the products are.
+State, accumulators, statistics and the first u, which nothing bounds, are float32; u between the layers is normalised
+and in 16 bits where the products are.
 """
 
 from __future__ import annotations
@@ -62,11 +63,60 @@ def transposed_kernel(
     output += sample * ((length + 2) * width.to(tl.int64)) + channel
     inside = channel < width
     zeros = tl.zeros([COLUMNS], output.dtype.element_ty)
-    tl.store(output, zeros, mask=inside & (tile == 0))
-    tl.store(output + (length + 1) * width, zeros, mask=inside & (tile == tiles - 1))
+    if tile == 0:
+        tl.store(output, zeros, mask=inside)
+    if tile == tiles - 1:
+        tl.store(output + (length + 1) * width, zeros, mask=inside)
     output = output[None, :] + (1 + position)[:, None] * width
     mask = (position < length)[:, None] & inside[None, :]
     tl.store(output, saturated(tl.trans(values), output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _product(
+    x,
+    weight,
+    row,
+    row_mask,
+    column,
+    column_mask,
+    channels,
+    width,
+    TAPS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """[r, t] = sum over i < TAPS and c < channels of weight[r, i channels + c] x[t + i, c]; rows of x are ``width``."""
+    inner = tl.arange(0, DEPTH)
+    # Within a sample and a matrix, 32 bits are enough: there are at most 1024 rows of 1536.
+    weight_offsets = row[:, None] * (TAPS * channels) + inner[None, :]
+    x_offsets = column[None, :] * width + inner[:, None]
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    slices = tl.cdiv(channels, DEPTH)
+    for i in range(0, TAPS * slices):
+        tap, start = i // slices, i % slices * DEPTH
+        inside = inner < channels - start
+        left_mask = row_mask[:, None] & inside[None, :]
+        left = tl.load(weight + (tap * channels + start) + weight_offsets, mask=left_mask, other=0.0)
+        right_mask = inside[:, None] & column_mask[None, :]
+        right = tl.load(x + (tap * width + start) + x_offsets, mask=right_mask, other=0.0)
+        total = multiply_add(left, right, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _tile(
+    rows,
+    length,
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    """Sample, rows and positions of this program. Programs that share positions are neighbours."""
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(length, COLUMNS)
+    program = tl.program_id(0)
+    row = (program % down) * ROWS + tl.arange(0, ROWS)
+    column = (program // down % across) * COLUMNS + tl.arange(0, COLUMNS)
+    return (program // (down * across)).to(tl.int64), row, column
 
 
 @triton.jit
@@ -86,7 +136,7 @@ def taps_kernel(
     DEPTH: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """output[b, h, t] = sum over taps i and channels c of weight[h, i channels + c] x[b, t + i, c], and the step's bias.
+    """output[b, h, t] = sum over taps i, channels c of weight[h, i channels + c] x[b, t + i, c], and the step's bias.
 
     output float32 [B, hidden, stride], of whose positions ``length`` are meant; x [B, length + 2, width], see
     :func:`transposed_kernel`; weight [hidden, 3 channels]; step_bias float32 [.., 3, hidden]: what is added inside, and
@@ -94,47 +144,71 @@ def taps_kernel(
 
     6 B L hidden channels FLOPs; bytes: all once, if the level-2 cache serves what several programs read.
     """
-    down, across = tl.cdiv(hidden, ROWS), tl.cdiv(length, COLUMNS)
-    # Programs that share positions are neighbours.
-    program = tl.program_id(0)
-    sample = (program // (down * across)).to(tl.int64)
-    row = (program % down) * ROWS + tl.arange(0, ROWS)
-    column = (program // down % across) * COLUMNS + tl.arange(0, COLUMNS)
+    sample, row, column = _tile(hidden, length, ROWS, COLUMNS)
     row_mask, column_mask = row < hidden, column < length
-    inner = tl.arange(0, DEPTH)
-    weight += row[:, None] * (3 * channels) + inner[None, :]
-    x += sample * ((length + 2) * width.to(tl.int64)) + column[None, :] * width + inner[:, None]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    slices = tl.cdiv(channels, DEPTH)
-    for i in range(0, 3 * slices):
-        tap, start = i // slices, i % slices * DEPTH
-        inside = inner < channels - start
-        left = tl.load(weight + (tap * channels + start), mask=row_mask[:, None] & inside[None, :], other=0.0)
-        right = tl.load(x + (tap * width + start), mask=inside[:, None] & column_mask[None, :], other=0.0)
-        total = multiply_add(left, right, total, PRECISION)
+    x += sample * (length + 2) * width
+    total = _product(x, weight, row, row_mask, column, column_mask, channels, width, 3, DEPTH, PRECISION)
     step_bias += sample * step_sample_stride + row
     total += tl.load(step_bias, mask=row_mask, other=0.0)[:, None]
     at_first = tl.load(step_bias + hidden, mask=row_mask, other=0.0)
     at_last = tl.load(step_bias + 2 * hidden, mask=row_mask, other=0.0)
     total = tl.where((column == 0)[None, :], total - at_first[:, None], total)
     total = tl.where((column == length - 1)[None, :], total - at_last[:, None], total)
-    output += (sample * hidden + row.to(tl.int64)[:, None]) * stride + column[None, :]
-    tl.store(output, total, mask=row_mask[:, None] & (column < stride)[None, :])
+    output += sample * hidden * stride
+    mask = row_mask[:, None] & (column < stride)[None, :]
+    tl.store(output + (row[:, None] * stride + column[None, :]), total, mask=mask)
+
+
+@triton.jit
+def output_kernel(
+    gated,
+    weight,
+    bias,
+    state,
+    rows,
+    channels,
+    groups,
+    width,
+    ALIGNMENT: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """state = [state[:, :channels] / sqrt 2; the rest] + weight gated + bias, with L = groups * ALIGNMENT.
+
+    state float32 [B, rows, L]; gated [B, L + 2, width], position t at 1 + t; weight [rows, channels]; bias float32
+    [rows].
+
+    2 B L rows channels FLOPs; bytes: the state twice, the others once.
+    """
+    length = groups * ALIGNMENT
+    sample, row, column = _tile(rows, length, ROWS, COLUMNS)
+    row_mask, column_mask = row < rows, column < length
+    gated += sample * (length + 2) * width + width
+    total = _product(gated, weight, row, row_mask, column, column_mask, channels, width, 1, DEPTH, PRECISION)
+    state += sample * rows * length
+    offsets = row[:, None] * length + column[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    old = tl.load(state + offsets, mask=mask, other=0.0)
+    total += tl.load(bias + row, mask=row_mask, other=0.0)[:, None]
+    tl.store(state + offsets, tl.where((row < channels)[:, None], old * 0.7071067811865476, old) + total, mask=mask)
 
 
 @triton.jit
 def _rows(u, bias, channel, channel_mask, mask):
     """Half of the channels of u, with a bias, float32."""
-    return tl.load(u, mask=mask, other=0.0).to(tl.float32) + tl.load(bias + channel, mask=channel_mask)[:, None]
+    shift = tl.load(bias + channel, mask=channel_mask, other=0.0)
+    return tl.load(u, mask=mask, other=0.0).to(tl.float32) + shift[:, None]
 
 
 @triton.jit
 def _affine(z, weight, bias, label_bias, channel, mask):
     """Half of the channels of LayerNorm's output, from what has moments 0 and 1."""
-    shift = tl.load(bias + channel, mask=mask)
+    shift = tl.load(bias + channel, mask=mask, other=0.0)
     if label_bias is not None:
-        shift += tl.load(label_bias + channel, mask=mask)
-    return z * tl.load(weight + channel, mask=mask)[:, None] + shift[:, None]
+        shift += tl.load(label_bias + channel, mask=mask, other=0.0)
+    return z * tl.load(weight + channel, mask=mask, other=0.0)[:, None] + shift[:, None]
 
 
 @triton.jit
@@ -148,32 +222,26 @@ def mixture_kernel(
     norm_bias,
     label_bias,
     epsilon,
-    state,
-    output_weight,
-    output_bias,
     channels,
-    state_rows,
     groups,
     stride,
+    width,
     label_sample_stride,
+    GATED: tl.constexpr,  # noqa: N803
     ALIGNMENT: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
     DEPTH: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
-    """LayerNorm(u + mixture y + mixture_bias) at COLUMNS positions of a sample, 2 ``channels`` = H wide.
+    """LayerNorm(u + mixture y + mixture_bias) at COLUMNS positions of a sample, 2 ``channels`` = H wide, to output.
 
-    y and u [B, H, stride], of which L = groups * ALIGNMENT positions are read. Without ``state``, the result goes to
-    output, like u. With it, output is None, and state float32 [B, state_rows, L] becomes
-    [state[:channels] / sqrt 2; the rest] + output_weight gated + output_bias, gated = tanh(first half) sigmoid(second).
+    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant. With GATED, output is what
+    :func:`output_kernel` reads, [B, L + 2, width], and becomes tanh(first half) sigmoid(second half) of that.
 
-    The halves have accumulators of their own, each [CHANNELS, COLUMNS], so that the gate is pointwise; ROWS of the
-    output at a time.
+    The halves have accumulators of their own, each [CHANNELS, COLUMNS], so that the gate is pointwise.
 
-    2 B L H^2 FLOPs, and 2 B L state_rows channels; bytes: all once, if the level-2 cache serves the weights, which every
-    program reads.
+    2 B L H^2 FLOPs; bytes: all once, if the level-2 cache serves the weights, which every program reads.
     """
     length, hidden = groups * ALIGNMENT, 2 * channels
     tiles = tl.cdiv(length, COLUMNS)
@@ -200,7 +268,8 @@ def mixture_kernel(
         second = multiply_add(left, right, second, PRECISION)
         mixture += DEPTH
         y += DEPTH * stride
-    mean = (tl.sum(tl.where(mask, first, 0.0), 0) + tl.sum(tl.where(mask, second, 0.0), 0)) / hidden
+    # What lies outside is 0 by then, and stays so.
+    mean = (tl.sum(first, 0) + tl.sum(second, 0)) / hidden
     first = tl.where(mask, first - mean[None, :], 0.0)
     second = tl.where(mask, second - mean[None, :], 0.0)
     variance = (tl.sum(first * first, 0) + tl.sum(second * second, 0)) / hidden
@@ -212,30 +281,14 @@ def mixture_kernel(
         further_bias = None
     first = _affine(first * scale, norm_weight, norm_bias, label_bias, channel, channel_mask)
     second = _affine(second * scale, norm_weight + channels, norm_bias + channels, further_bias, channel, channel_mask)
-    if state is None:
+    if GATED:
+        output += sample * (length + 2) * width + width
+        value = saturated(gate(first, second), output.dtype.element_ty)
+        tl.store(output + (column[None, :] * width + channel[:, None]), value, mask=mask)
+    else:
         output += sample * hidden * stride
         tl.store(output + offsets, saturated(first, output.dtype.element_ty), mask=mask)
         tl.store(output + half + offsets, saturated(second, output.dtype.element_ty), mask=mask)
-    else:
-        gated = saturated(tl.where(mask, gate(first, second), 0.0), output_weight.dtype.element_ty)
-        row = tl.arange(0, ROWS)
-        state += sample * state_rows * length
-        state_offsets = row[:, None] * length + column[None, :]
-        weight_offsets = row[:, None] * channels + channel[None, :]
-        for start in tl.range(0, state_rows, ROWS, num_stages=2):
-            row_mask = row < state_rows - start
-            weight = tl.load(output_weight + weight_offsets, mask=row_mask[:, None] & channel_mask[None, :], other=0.0)
-            bias = tl.load(output_bias + start + row, mask=row_mask)[:, None]
-            state_mask = row_mask[:, None] & column_mask[None, :]
-            old = tl.load(state + state_offsets, mask=state_mask, other=0.0)
-            old = tl.where((row < channels - start)[:, None], old * 0.7071067811865476, old) + bias
-            tl.store(state + state_offsets, multiply_add(weight, gated, old, PRECISION), mask=state_mask)
-            state += ROWS * length
-            output_weight += ROWS * channels
-
-
-#: Most residual channels whose products a program holds at once.
-MOST_CHANNELS = 512
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -267,8 +320,9 @@ def transpose(output: Tensor, state: Tensor, channels: int) -> None:
 
 
 def taps(output: Tensor, x: Tensor, weight: Tensor, step_bias: Tensor) -> None:
-    """Fill output float32 [B, H, P] up to position L from x [B, L + 2, W], weight [H, 3 C] and step_bias [B or 1, 3, H],
-    whose last two dimensions are in one piece.
+    """Fill output float32 [B, H, P] up to position L from x [B, L + 2, W], weight [H, 3 C], step_bias [B or 1, 3, H].
+
+    The last two dimensions of step_bias are in one piece.
     """
     (batch, rows, width), (hidden, depth), stride = x.shape, weight.shape, output.shape[2]
     length = rows - 2
@@ -327,8 +381,35 @@ def _fitted(tile: Tile, rows: int, columns: int, depth: int) -> Tile:
     )
 
 
+def output(state: Tensor, gated: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Change state [B, R, L] by the output product of gated [B, L + 2, W] with weight [R, C] and bias [R]."""
+    (batch, rows, length), channels = state.shape, weight.shape[1]
+    alignment = launching.alignment(length)
+    # It adds to what it reads, so that candidates cannot be timed.
+    tile = _taps_tile(batch * length, rows, channels, dtype=weight.dtype)
+    launching.launch(
+        output_kernel,
+        (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(length, tile.columns),),
+        gated,
+        weight,
+        bias,
+        state,
+        rows,
+        channels,
+        length // alignment,
+        gated.shape[2],
+        flops=2 * batch * length * rows * channels,
+        tile=tile,
+        ALIGNMENT=alignment,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        PRECISION=precision_of(weight.dtype),
+    )
+
+
 def mixture(
-    output: Tensor | None,
+    output: Tensor,
     y: Tensor,
     u: Tensor,
     weight: Tensor,
@@ -336,26 +417,23 @@ def mixture(
     label_bias: Tensor | None,
     epsilon: float,
     length: int,
-    last: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    gated: bool,
 ) -> None:
-    """A layer's mixture, residual connection and LayerNorm: fill output, like u [B, H, P] up to position ``length``.
+    """A layer's mixture, residual connection and LayerNorm, up to position ``length``.
 
     Args:
-        output: None with ``last``.
+        output: [B, H, P] like u, or with ``gated`` [B, L + 2, W] for the gate of it.
         y, u: [B, H, P].
         weight: [H, H].
         vectors: the mixture's bias, LayerNorm's weight and bias, float32 [H].
         label_bias: float32 [B or 1, H], rows in one piece, or None.
         epsilon: of LayerNorm.
         length: positions.
-        last: the state [B, R, L], contiguous, to be changed, and weight [R, C] and bias [R] of the output product.
+        gated: whether to apply the gate.
     """
     batch, hidden, stride = u.shape
-    channels = hidden // 2
-    state, output_weight, output_bias = (None, None, None) if last is None else last
-    state_rows = 1 if state is None else state.shape[1]
     alignment = launching.alignment(length)
-    flops = 2 * batch * length * (hidden * hidden + (0 if state is None else state_rows * channels))
 
     def run(tile: Tile) -> None:
         launching.launch(
@@ -368,46 +446,42 @@ def mixture(
             *vectors,
             label_bias,
             epsilon,
-            state,
-            output_weight,
-            output_bias,
-            channels,
-            state_rows,
+            hidden // 2,
             length // alignment,
             stride,
+            output.shape[2],
             0 if label_bias is None else _sample_stride(label_bias),
-            flops=flops,
+            flops=2 * batch * length * hidden * hidden,
             tile=tile,
+            GATED=gated,
             ALIGNMENT=alignment,
-            CHANNELS=triton.next_power_of_2(max(channels, 16)),
+            CHANNELS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
-            ROWS=tile.rows,
             PRECISION=precision_of(weight.dtype),
         )
 
     heuristic, others = partial(_mixture_tile, dtype=weight.dtype), partial(_mixture_tiles, dtype=weight.dtype)
-    sizes = (batch, length, hidden)
-    if last is None:
-        tuned(run, heuristic, others, mixture_kernel, y, sizes, weight.dtype, u.dtype, label_bias is None, alignment)
-    else:
-        run(heuristic(*sizes))  # It adds to what it reads, so that it cannot be timed.
+    variant = (weight.dtype, u.dtype, output.dtype, label_bias is None, gated, alignment)
+    tuned(run, heuristic, others, mixture_kernel, y, (batch, length, hidden), *variant)
 
 
 def _mixture_tile(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> Tile:
-    """As many positions as registers hold of all channels, fewer where that leaves processors idle."""
+    """All channels of as many positions as registers hold, fewer where that leaves processors idle."""
     return _mixture_tiles(batch, length, hidden, dtype=dtype)[0]
 
 
 def _mixture_tiles(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> list[Tile]:
-    wide, few = hidden > 512, batch * length < 132 * 32
+    rows = triton.next_power_of_2(max(triton.cdiv(hidden, 2), 16))
+    few = batch * length < 132 * 32
     if dtype == torch.float32:
-        tiles = [Tile(32, 16, 16, 8, 2), Tile(32, 32, 16, 8, 2)]
+        tiles = [Tile(rows, 16, 16, 8, 2), Tile(rows, 32, 16, 8, 2)]
     elif few:
-        tiles = [Tile(64, 16, 32, 8, 3), Tile(64, 32, 32, 8, 3)]
+        tiles = [Tile(rows, 16, 32, 8, 3), Tile(rows, 32, 32, 8, 3)]
     else:
-        tiles = [Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 8, 3), Tile(64, 32, 32, 4, 3)]
-    return [_fitted(tile._replace(columns=max(tile.columns >> wide, 16)), tile.rows, length, hidden) for tile in tiles]
+        tiles = [Tile(rows, 64, 32, 8, 3), Tile(rows, 32, 32, 8, 3), Tile(rows, 32, 64, 8, 2)]
+    wide = rows > 256
+    return [_fitted(tile._replace(columns=max(tile.columns >> wide, 16)), rows, length, hidden) for tile in tiles]
 
 
 def _sample_stride(bias: Tensor) -> int:
@@ -419,6 +493,7 @@ def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights:
     """The whole block: changes state float32 [B, C + S, L], contiguous.
 
     Args:
+        state: as said.
         step_bias: float32 [B or 1, 3, H], rows in one piece.
         label_bias: float32 [B or 1, H], rows in one piece, or None.
         weights: contiguous, their filters packed for a GPU.
@@ -434,25 +509,17 @@ def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights:
     between = state.new_empty(shape, dtype=torch.float32 if exact else torch.float16)
     transpose(x, state, channels)
     taps(u, x, weights.convolution, step_bias)
-    last = state, weights.output, weights.output_bias
-    for layer, before, after in ((weights.first, u, between), (weights.second, between, None)):
+    # Once the taps have read x, the gate may take its place.
+    for layer, before, after, label in ((weights.first, u, between, label_bias), (weights.second, between, x, None)):
         packed, scales = layer.filters.packed, layer.filters.scales
         assert packed is not None
         assert scales is not None
         long_convolution.launch(
             y[..., :length], before[..., :length], packed, scales, activation=True, split=exact, saturate=not exact
         )
-        mixture(
-            after,
-            y,
-            before,
-            layer.mixture,
-            (layer.mixture_bias, layer.norm_weight, layer.norm_bias),
-            label_bias if after is not None else None,
-            layer.epsilon,
-            length,
-            None if after is not None else last,
-        )
+        vectors = layer.mixture_bias, layer.norm_weight, layer.norm_bias
+        mixture(after, y, before, layer.mixture, vectors, label, layer.epsilon, length, gated=after is x)
+    output(state, x, weights.output, weights.output_bias)
 
 
 def _up_to_16(size: int) -> int:

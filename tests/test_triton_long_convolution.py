@@ -32,8 +32,8 @@ def limit(dtype):
     """Relative L2 error of a channel.
 
     Each of eight roundings (signal, results on either side of the spectrum, spectrum, two matrices twice) has an error
-    of half a unit in the last of 11 bits at most, on average 0.6 of that; errors add as squares. Float32 has 24 bits; there
-    sums, each rounded a hundred times, make four times as much. 16 bits add the rounding of the output.
+    of half a unit in the last of 11 bits at most, on average 0.6 of that; errors add as squares. Float32 has 24 bits;
+    there sums, each rounded a hundred times, make four times as much. 16 bits add the rounding of the output.
     """
     roundings = 0.6 * math.sqrt(8)
     return 4 * roundings * 2**-24 if dtype == torch.float32 else roundings * 2**-11 + torch.finfo(dtype).eps / 2

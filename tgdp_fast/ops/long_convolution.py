@@ -33,8 +33,8 @@ class LongConvolution(NamedTuple):
         taps: [H, 2 L - 1] for lags -(L-1) .. L-1, as they were given: what the reference uses.
         packed: their spectra as the kernel of the taps' device reads them, float32 or float16: the CPU's
             [ceil(H / 16), M, 2, 16], a GPU's [H, 2, A, B] with A B = M; None where there is no such kernel.
-        scales: the CPU's a float32 for each channel, in whole groups of 16, or none of them for float32 spectra; a GPU's
-            one for each channel, which the spectra are relative to; or None.
+        scales: the CPU's a float32 for each channel, in whole groups of 16, or none of them for float32 spectra; a
+            GPU's one for each channel, which the spectra are relative to; or None.
     """
 
     taps: Tensor
