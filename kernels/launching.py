@@ -51,6 +51,14 @@ def launch(
         kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
 
 
+def alignment(*numbers: int) -> int:
+    """The largest power of two, up to 16, that divides all numbers: how many elements an access may take at once.
+
+    Triton knows of an argument only whether it is a multiple of 16; kernels take such numbers in units of this.
+    """
+    return math.gcd(16, *numbers)
+
+
 def recorded(calls: dict[str, Callable[[], object]]) -> list[Compilation]:
     """What the calls, on tensors without data, would launch: each specialisation once.
 

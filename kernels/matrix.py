@@ -34,6 +34,15 @@ def narrow(value, DTYPE: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
+def saturated(value, DTYPE: tl.constexpr):  # noqa: N803
+    """float32 rounded likewise, but to no infinity of float16; keeps NaN."""
+    if tl.float16 == DTYPE:
+        value = tl.where(value > 65504.0, 65504.0, value)
+        value = tl.where(value < -65504.0, -65504.0, value)
+    return narrow(value, DTYPE)
+
+
+@triton.jit
 def multiply_add(left, right, total, PRECISION: tl.constexpr):  # noqa: N803
     """total + left right, in float32."""
     if INTERPRETED:

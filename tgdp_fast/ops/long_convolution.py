@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import _dispatch, _triton
 
 __all__ = ["LongConvolution", "long_convolution", "long_convolution_reference", "prepare_long_convolution"]
 
@@ -22,7 +22,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 #: Sizes of transforms that the CPU kernel has.
 _POINTS = (64, 128, 256, 512, 1024)
-#: Positions of the longest signal that it serves.
+#: Positions of the longest signal that it and a GPU's serve.
 LONGEST = _POINTS[-1]
 
 
@@ -31,9 +31,10 @@ class LongConvolution(NamedTuple):
 
     Attributes:
         taps: [H, 2 L - 1] for lags -(L-1) .. L-1, as they were given: what the reference uses.
-        packed: their spectra as the CPU kernel reads them, [ceil(H / 16), M, 2, 16] float32, or float16 relative to
-            ``scales``; None where that kernel cannot serve.
-        scales: a float32 for each channel, in whole groups of 16, or none of them for float32 spectra; or None.
+        packed: their spectra as the kernel of the taps' device reads them, float32 or float16: the CPU's
+            [ceil(H / 16), M, 2, 16], a GPU's [H, 2, A, B] with A B = M; None where there is no such kernel.
+        scales: the CPU's a float32 for each channel, in whole groups of 16, or none of them for float32 spectra; a
+            GPU's one for each channel, which the spectra are relative to; or None.
     """
 
     taps: Tensor
@@ -73,8 +74,8 @@ def prepare_long_convolution(taps: Tensor, dtype: torch.dtype = torch.float32) -
             power of two for each channel: half the bytes to read, and an error of 3e-4.
 
     Returns:
-        For :func:`long_convolution`. Spectra take 8 H M bytes, or 4 H M for 16 bits, with M the power of two from L on,
-        at least 64.
+        For :func:`long_convolution` on the device of the taps. Spectra take 8 H M bytes, or 4 H M for 16 bits, with M
+        the power of two from L on, at least 64, or 256 on a GPU. A GPU's are there if Triton is.
 
     Raises:
         ValueError: a wrong shape or dtype.
@@ -86,22 +87,42 @@ def prepare_long_convolution(taps: Tensor, dtype: torch.dtype = torch.float32) -
         )
     _check_dtype("taps", taps.dtype)
     _check_dtype("dtype", dtype)
-    points = _points((taps.shape[1] + 1) // 2)
-    if _native.CPU_MISSING is not None or taps.device.type != "cpu" or points is None or dtype == torch.float64:
-        return LongConvolution(taps, None, None)
+    length = (taps.shape[1] + 1) // 2
+    packed = scales = None
     with torch.no_grad():
-        spectra = torch.view_as_real(_spectra(taps.to(torch.float64), points).contiguous())
-        packed, scales = torch.ops.tgdp_fast.pack_long_convolution(spectra, dtype in _HALF)
+        if dtype == torch.float64:
+            pass
+        elif _triton.MISSING is None and taps.device.type == _triton.DEVICE_TYPE:
+            packed, scales = _pack_for_triton(taps, length, dtype in _HALF)
+        elif _native.CPU_MISSING is None and taps.device.type == "cpu":
+            packed, scales = _pack_for_cpu(taps, length, dtype in _HALF)
     return LongConvolution(taps, packed, scales)
+
+
+def _pack_for_cpu(taps: Tensor, length: int, half: bool) -> tuple[Tensor | None, Tensor | None]:
+    points = _points(length)
+    if points is None:
+        return None, None
+    spectra = torch.view_as_real(_spectra(taps.to(torch.float64), points).contiguous())
+    packed, scales = torch.ops.tgdp_fast.pack_long_convolution(spectra, half)
+    return packed, scales
+
+
+def _pack_for_triton(taps: Tensor, length: int, half: bool) -> tuple[Tensor | None, Tensor | None]:
+    from tgdp_fast.kernels.long_convolution import pack, points_of
+
+    points = points_of(length)
+    return (None, None) if points is None else pack(_spectra(taps.to(torch.float64), points), half)
 
 
 def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True, backend: str = "auto") -> Tensor:
     """Each channel convolved with a filter over all positions before and after, and exact GELU (with erf) of that.
 
-    Precision: transforms in float32 whatever the dtype of u, in float64 if u is float64. A channel of a sample is
-    computed alike whatever the batch it is in and however many threads run; NaN stays in its channel and sample. Works
-    under inference_mode and ``torch.compile(fullgraph=True)``. Differentiable in u and the taps where the reference
-    serves the call: left to "auto", that is wherever somebody may ask for a gradient.
+    Precision: transforms in float32 whatever the dtype of u, in float64 if u is float64; for u of 16 bits on a GPU as
+    products of float16 numbers with an error of 5e-4. A channel of a sample is computed alike whatever the batch it is
+    in and however many threads run; a GPU's result may depend on the batch in the last digits. NaN stays in its channel
+    and sample. Works under inference_mode and ``torch.compile(fullgraph=True)``. Differentiable in u and the taps where
+    the reference serves the call: left to "auto", that is wherever somebody may ask for a gradient.
 
     Cost for N = B H L elements of b bytes and spectra of M >= L points in s bytes per number: 2 N b + 2 H M s bytes of
     memory traffic, and about N (8 M log2(M) / L + 25) FLOPs: 57 million for B = 1, H = 512, L = 1000. By definition it
@@ -111,8 +132,8 @@ def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True,
         u: [B, H, L] floating point.
         prepared: by :func:`prepare_long_convolution` for H channels and signals of L samples or more.
         gelu: False leaves the activation out.
-        backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32, bfloat16 and float16 and
-            L up to 1024.
+        backend: "auto", "reference", or a faster implementation by name; "cpu" and "triton" serve float32, bfloat16 and
+            float16 and L up to 1024.
 
     Returns:
         [B, H, L], contiguous, new, in the dtype of u.
@@ -167,7 +188,7 @@ def _spectra(taps: Tensor, points: int) -> Tensor:
     weighted = torch.view_as_complex(folded)
     if taps.shape[0] == 0:  # Some libraries cannot transform nothing.
         return weighted
-    angles = torch.arange(points, dtype=torch.float64) * (math.pi / (2 * points))
+    angles = torch.arange(points, dtype=torch.float64, device=taps.device) * (math.pi / (2 * points))
     return torch.fft.fft(weighted * torch.polar(torch.ones_like(angles), angles), norm="forward")
 
 
@@ -206,6 +227,14 @@ def refuses_without_taps(u: Tensor, taps: Tensor, *_: Any) -> str | None:
 
 
 def _refuses_cpu(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
+    return _refuses(u, taps, packed, for_gpu=False)
+
+
+def _refuses_triton(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
+    return _triton.refuses_device(u) or _refuses(u, taps, packed, for_gpu=True)
+
+
+def _refuses(u: Tensor, taps: Tensor, packed: Tensor | None, *, for_gpu: bool) -> str | None:
     wanted = torch.is_grad_enabled() and (u.requires_grad or taps.requires_grad)
     if wanted or torch._C._are_functorch_transforms_active():
         return "it computes no gradients, and somebody may ask for one; use torch.no_grad() where nobody does"
@@ -214,15 +243,34 @@ def _refuses_cpu(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor 
         return reason
     if u.shape[2] > LONGEST:
         return f"it serves up to {LONGEST} positions, not {u.shape[2]}"
-    if packed is None:
+    if packed is None or packed_for_gpu(packed) != for_gpu:
         return f"the taps were prepared for another device or dtype; use prepare_long_convolution(taps, {u.dtype})"
     if packed.dtype == torch.float16 and u.dtype == torch.float32:
         return "the taps were prepared for inputs of 16 bits; use prepare_long_convolution(taps, torch.float32)"
     return None
 
 
+def packed_for_gpu(packed: Tensor) -> bool:
+    """Whether packed spectra are a GPU's: of the CPU's, the second size is the number of points."""
+    return packed.shape[1] == 2
+
+
 def _call_cpu(u: Tensor, taps: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
     output: Tensor = torch.ops.tgdp_fast.long_convolution(u, packed, scales, gelu)
+    return output
+
+
+def _call_triton(u: Tensor, taps: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
+    output: Tensor = torch.ops.tgdp_fast.long_convolution_triton(u, packed, scales, gelu)
+    return output
+
+
+def _launch_triton(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
+    from tgdp_fast.kernels.long_convolution import launch
+
+    output = _fake(u, packed, scales, gelu)
+    with torch.cuda.device_of(u):
+        launch(output, u.contiguous(), packed, scales, activation=gelu, split=u.dtype == torch.float32)
     return output
 
 
@@ -233,6 +281,13 @@ def _fake(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
 if _native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::long_convolution", _fake)
     _dispatch.register(_OPERATOR, "cpu", _call_cpu, _refuses_cpu)
+
+if _triton.MISSING is None:
+    _SCHEMA = "(Tensor u, Tensor packed, Tensor scales, bool gelu) -> Tensor"
+    torch.library.define("tgdp_fast::long_convolution_triton", _SCHEMA)
+    torch.library.impl("tgdp_fast::long_convolution_triton", _triton.DEVICE_TYPE, _launch_triton)
+    torch.library.register_fake("tgdp_fast::long_convolution_triton", _fake)
+    _dispatch.register(_OPERATOR, "triton", _call_triton, _refuses_triton)
 
 
 _dispatch.register(_OPERATOR, "reference", _reference, refuses_without_taps)

@@ -11,21 +11,29 @@ x, skip = [x / sqrt 2; skip] + output (tanh(u[:C]) sigmoid(u[C:])) + output bias
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import _dispatch, _triton
 from tgdp_fast.ops.gated_activation import gated_activation_reference
-from tgdp_fast.ops.long_convolution import LONGEST, LongConvolution, long_convolution_reference, refuses_without_taps
+from tgdp_fast.ops.long_convolution import (
+    LONGEST,
+    LongConvolution,
+    long_convolution_reference,
+    packed_for_gpu,
+    refuses_without_taps,
+)
 
 __all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_block_reference_"]
 
 _OPERATOR = "residual_block_"
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Residual channels that a GPU's program has registers for.
+MOST_GPU_CHANNELS = 512
 
 
 class S4Weights(NamedTuple):
@@ -74,7 +82,8 @@ def residual_block_(
 ) -> Tensor:
     """Replaces the residual stream and the skip sum by what they are after the block. No gradients.
 
-    A sample is computed alike whatever the batch it is in and however many threads run; NaN stays in its sample.
+    A sample is computed alike whatever the batch it is in and however many threads run; on a GPU the last digits may
+    depend on the batch. NaN stays in its sample.
 
     Cost for B samples: B L (6 H C + 4 H^2 + 2 (C + S) C) FLOPs of products and two long convolutions; 8 B (C + S) L
     bytes of state and all weights once from memory, if what is between them stays in a cache: 4 B H L bytes each for u
@@ -87,7 +96,8 @@ def residual_block_(
         label_bias: float32 [B or 1, H], added to the bias of the first LayerNorm; or None.
         weights: of the block.
         backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32 and, where the processor
-            multiplies it, bfloat16, for an even C and L up to 1024.
+            multiplies it, bfloat16, for an even C and L up to 1024; "triton" all of them for C up to 512 and L up to
+            1024.
 
     Returns:
         ``state``.
@@ -230,20 +240,53 @@ def _refuses_cpu(
         return "this processor does not multiply bfloat16"
     if dtype == torch.bfloat16 and weights.output.shape[1] % 2:
         return f"in bfloat16 it serves an even number of channels, not {weights.output.shape[1]}"
-    if weights.first.filters.packed is None or weights.second.filters.packed is None:
-        return (
-            f"it serves filters of up to {LONGEST} samples that were prepared for the CPU by prepare_long_convolution"
-        )
+    return _refuses_filters(weights, for_gpu=False)
+
+
+def _refuses_triton(
+    state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
+) -> str | None:
+    reason = _triton.refuses_device(state)
+    if reason is not None:
+        return reason
+    if torch._C._are_functorch_transforms_active():
+        return "it works under no transform of torch.func"
+    if weights.output.shape[1] > MOST_GPU_CHANNELS:
+        return f"it serves up to {MOST_GPU_CHANNELS} residual channels, not {weights.output.shape[1]}"
+    if weights.output.dtype == torch.float32:
+        for layer in (weights.first, weights.second):
+            if layer.filters.packed is not None and layer.filters.packed.dtype != torch.float32:
+                return "the filters were prepared for 16 bits; use prepare_long_convolution(taps, torch.float32)"
+    return _refuses_filters(weights, for_gpu=True)
+
+
+def _refuses_filters(weights: ResidualBlockWeights, *, for_gpu: bool) -> str | None:
+    for layer in (weights.first, weights.second):
+        packed = layer.filters.packed
+        if packed is None or packed_for_gpu(packed) != for_gpu:
+            device = "a GPU" if for_gpu else "the CPU"
+            return f"it serves filters of up to {LONGEST} samples that prepare_long_convolution prepared for {device}"
     return None
 
 
 def _call_cpu(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights) -> None:
+    torch.ops.tgdp_fast.residual_block_(*_flat(state, step_bias, label_bias, weights))
+
+
+def _call_triton(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights) -> None:
+    torch.ops.tgdp_fast.residual_block_triton_(*_flat(state, step_bias, label_bias, weights))
+
+
+def _flat(
+    state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
+) -> tuple[Any, ...]:
+    """The call as operators of PyTorch take it, without the taps."""
     first, second = weights.first, weights.second
     layers = [(*layer.filters[1:], *layer[1:5]) for layer in (first, second)]
-    torch.ops.tgdp_fast.residual_block_(
+    return (
         state,
-        step_bias.contiguous(),
-        None if label_bias is None else label_bias.contiguous(),
+        step_bias if step_bias[0].is_contiguous() else step_bias.contiguous(),
+        None if label_bias is None else label_bias if label_bias.stride(1) == 1 else label_bias.contiguous(),
         weights.convolution,
         layers[0],
         first.epsilon,
@@ -254,9 +297,43 @@ def _call_cpu(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weigh
     )
 
 
+def _launch_triton(
+    state: Tensor,
+    step_bias: Tensor,
+    label_bias: Tensor | None,
+    convolution: Tensor,
+    first: list[Tensor],
+    first_epsilon: float,
+    second: list[Tensor],
+    second_epsilon: float,
+    output: Tensor,
+    output_bias: Tensor,
+) -> None:
+    from tgdp_fast.kernels.residual_block import launch
+
+    layers = (
+        S4Weights(LongConvolution(packed, packed, scales), *(tensor.contiguous() for tensor in others), epsilon)
+        for (packed, scales, *others), epsilon in ((first, first_epsilon), (second, second_epsilon))
+    )
+    weights = ResidualBlockWeights(convolution.contiguous(), *layers, output.contiguous(), output_bias.contiguous())
+    with torch.cuda.device_of(state):
+        launch(state, step_bias, label_bias, weights)
+
+
 if _native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::residual_block_", lambda *call: None)
     _dispatch.register(_OPERATOR, "cpu", _call_cpu, _refuses_cpu)
+
+
+if _triton.MISSING is None:
+    _SCHEMA = (
+        "(Tensor(a!) state, Tensor step_bias, Tensor? label_bias, Tensor convolution, Tensor[] first, "
+        "float first_epsilon, Tensor[] second, float second_epsilon, Tensor output, Tensor output_bias) -> ()"
+    )
+    torch.library.define("tgdp_fast::residual_block_triton_", _SCHEMA)
+    torch.library.impl("tgdp_fast::residual_block_triton_", _triton.DEVICE_TYPE, _launch_triton)
+    torch.library.register_fake("tgdp_fast::residual_block_triton_", lambda *call: None)
+    _dispatch.register(_OPERATOR, "triton", _call_triton, _refuses_triton)
 
 
 _dispatch.register(_OPERATOR, "reference", residual_block_reference_, _refuses_reference)

@@ -1,0 +1,381 @@
+"""The two-sided convolution of an S4 layer with its GELU, by transforms that are matrix products, in one pass.
+
+Reference twin ``tgdp_fast.ops.long_convolution.long_convolution_reference``.
+
+A channel of M = A B points, position n = B a + b, frequency k = j + A m, is transformed modulo X^M - i, where the real
+part of a product of polynomials is the convolution without wrapping (as the CPU kernel does):
+
+    U[j, b] = sum_a u[a, b] exp(-2 pi i a (j - 1/4) / A)    a matrix from the left
+    V[j, b] = U[j, b] exp(-2 pi i b (j - 1/4) / M)
+    W[j, m] = sum_b V[j, b] exp(-2 pi i b m / B)            a matrix from the right
+
+and back likewise: twelve real products of 32 x 32 matrices at M = 1024, 0.8 MFLOP for a channel of a sample where
+the definition takes 2 and split radices 0.05. Matrices from both sides leave every sample of a program in its own
+columns, then rows, so that nothing is transposed.
+
+Factors are float16, sums float32. For float32 signals a matrix is the sum of two float16 matrices and a signal that of
+three, and a product takes four (error 2^-24). Signals are scaled by a power of two so that the largest entry is in
+1 .. 2, and spectra so that theirs is in 2 .. 4: then no factor exceeds sqrt(32) 2^11 4 = 46,341, which float16 holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tgdp_fast.kernels import launching
+from tgdp_fast.kernels.autotuning import tuned
+from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.launching import Block
+from tgdp_fast.kernels.matrix import multiply_add, narrow, saturated
+
+#: A and B by the points of a transform.
+FACTORS = {256: (16, 16), 512: (32, 16), 1024: (32, 32)}
+
+
+@triton.jit
+def gelu(y):
+    """y (1 + erf(y / sqrt 2)) / 2 of float32, to 4e-7 and, where |y| < 1, to 8e-7 of itself; keeps NaN.
+
+    y / 2 + s g(s) with s = y^2, minimax on |y| <= 5.4, beyond which the value is y or 0 to 2e-7.
+    """
+    # Comparisons with NaN are false.
+    above = tl.where(y < -5.4, -5.4, y)
+    inside = tl.where(above > 5.4, 5.4, above)
+    s = inside * inside
+    t = s * 0.068587102 - 1.0
+    p = 0.000315638288 * t - 0.000962016173
+    p = p * t + 0.00109928823
+    p = p * t - 0.00137329358
+    p = p * t + 0.00340804388
+    p = p * t - 0.00651519746
+    p = p * t + 0.00978675857
+    p = p * t - 0.0140648279
+    p = p * t + 0.0196087863
+    p = p * t - 0.0257218294
+    p = p * t + 0.0321210288
+    p = p * t - 0.0392093249
+    p = p * t + 0.0484994017
+    p = p * t - 0.0653279871
+    p = p * t + 0.130928114
+    return s * p + (above - 0.5 * inside)
+
+
+@triton.jit
+def _parts(value, SPLIT: tl.constexpr):  # noqa: N803
+    """float32 as float16, and where SPLIT twice what is left of it."""
+    first = value.to(tl.float16)
+    if SPLIT:
+        rest = value - first.to(tl.float32)
+        second = rest.to(tl.float16)
+        return first, second, (rest - second.to(tl.float32)).to(tl.float16)
+    else:
+        return first, first, first
+
+
+@triton.jit
+def _minus(parts, SPLIT: tl.constexpr):  # noqa: N803
+    if SPLIT:
+        return -parts[0], -parts[1], -parts[2]
+    else:
+        minus = -parts[0]
+        return minus, minus, minus
+
+
+@triton.jit
+def _from_left(matrix, signal, total, SPLIT: tl.constexpr):  # noqa: N803
+    """total + matrix signal of what :func:`_matrix` and :func:`_parts` gave, without what is below 2^-24; small terms
+    first.
+    """
+    if SPLIT:
+        total = multiply_add(matrix[0], signal[2], total, "ieee")
+        total = multiply_add(matrix[1], signal[0], total, "ieee")
+        total = multiply_add(matrix[0], signal[1], total, "ieee")
+    return multiply_add(matrix[0], signal[0], total, "ieee")
+
+
+@triton.jit
+def _from_right(signal, matrix, total, SPLIT: tl.constexpr):  # noqa: N803
+    """total + signal matrix, likewise."""
+    if SPLIT:
+        total = multiply_add(signal[2], matrix[0], total, "ieee")
+        total = multiply_add(signal[0], matrix[1], total, "ieee")
+        total = multiply_add(signal[1], matrix[0], total, "ieee")
+    return multiply_add(signal[0], matrix[0], total, "ieee")
+
+
+@triton.jit
+def _matrix(pointer, row, column, STRIDE: tl.constexpr, SIZE: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803
+    """A matrix of float16 numbers; where SPLIT, what is left of them is SIZE further."""
+    pointer += row[:, None] * STRIDE + column[None, :]
+    first = tl.load(pointer)
+    if SPLIT:
+        return first, tl.load(pointer + SIZE)
+    else:
+        return first, first
+
+
+@triton.jit
+def long_convolution_kernel(
+    output,
+    u,
+    packed,
+    scales,
+    roots,
+    twiddles,
+    batch,
+    channels,
+    groups,
+    share,
+    output_sample_stride,
+    output_channel_stride,
+    u_sample_stride,
+    u_channel_stride,
+    GELU: tl.constexpr,  # noqa: N803
+    SATURATE: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,  # noqa: N803
+    A: tl.constexpr,  # noqa: N803
+    B: tl.constexpr,  # noqa: N803
+    SAMPLES: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """One channel of ``share`` samples, SAMPLES at a time: output = u convolved with the filter, then GELU.
+
+    output and u [batch, channels, L] with positions in one piece; L and the strides are in units of ALIGNMENT; packed
+    [channels, 2, A, B], real and imaginary parts relative to scales [channels]; roots and twiddles: :func:`_tables`.
+
+    Moves u and the output once and the spectrum once for each share; about 2^10 * (24 * 32 + 70) FLOPs for a channel of
+    a sample at 1024 points, four times the former with PRECISION "fp16x4" instead of "fp16".
+    """
+    SPLIT: tl.constexpr = PRECISION == "fp16x4"  # noqa: N806
+    length = groups * ALIGNMENT
+    parts = tl.cdiv(batch, share)
+    program = tl.program_id(0)
+    channel = (program // parts).to(tl.int64)
+    first = (program % parts) * share
+    a, b, s = tl.arange(0, A), tl.arange(0, B), tl.arange(0, SAMPLES)
+
+    left_re = _matrix(roots, a, a, A, A * A, SPLIT)
+    left_im = _matrix(roots + 2 * A * A, a, a, A, A * A, SPLIT)
+    roots += 4 * A * A
+    right_re = _matrix(roots, b, b, B, B * B, SPLIT)
+    right_im = _matrix(roots + 2 * B * B, b, b, B, B * B, SPLIT)
+    twiddles += a[:, None, None] * B + b[None, None, :]
+    packed += channel * (2 * A * B) + a[None, :, None] * B + b[None, None, :]
+    scale = tl.load(scales + channel)
+    position = a[:, None, None] * B + b[None, None, :]
+    u += channel * (u_channel_stride * ALIGNMENT) + position
+    output += channel * (output_channel_stride * ALIGNMENT) + position
+
+    for start in range(first, tl.minimum(first + share, batch), SAMPLES):
+        sample = (start + s).to(tl.int64)[None, :, None]
+        mask = (sample < batch) & (position < length)
+        x = tl.load(u + sample * (u_sample_stride * ALIGNMENT), mask=mask, other=0.0).to(tl.float32)
+        # The exponent of the largest entry; far from the ends of the range, so that its inverse is a number too.
+        largest = tl.max(tl.max(tl.abs(x), 2), 0)
+        bits = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23), 253 << 23)
+        x *= ((254 << 23) - bits).to(tl.float32, bitcast=True)[None, :, None]
+        x = _parts(tl.reshape(x, [A, SAMPLES * B]), SPLIT)
+        zeros = tl.zeros([A, SAMPLES * B], tl.float32)
+        re = tl.reshape(_from_left(left_re, x, zeros, SPLIT), [A, SAMPLES, B])
+        im = tl.reshape(_from_left(left_im, x, zeros, SPLIT), [A, SAMPLES, B])
+
+        turn_re, turn_im = tl.load(twiddles), tl.load(twiddles + A * B)
+        re, im = re * turn_re - im * turn_im, re * turn_im + im * turn_re
+        re = _parts(tl.reshape(tl.permute(re, [1, 0, 2]), [SAMPLES * A, B]), SPLIT)
+        im = _parts(tl.reshape(tl.permute(im, [1, 0, 2]), [SAMPLES * A, B]), SPLIT)
+        zeros = tl.zeros([SAMPLES * A, B], tl.float32)
+        minus = _minus(im, SPLIT)
+        spectrum_re = _from_right(minus, right_im, _from_right(re, right_re, zeros, SPLIT), SPLIT)
+        spectrum_im = _from_right(im, right_re, _from_right(re, right_im, zeros, SPLIT), SPLIT)
+
+        filter_re, filter_im = tl.load(packed).to(tl.float32), tl.load(packed + A * B).to(tl.float32)
+        re = tl.reshape(spectrum_re, [SAMPLES, A, B])
+        im = tl.reshape(spectrum_im, [SAMPLES, A, B])
+        re, im = re * filter_re - im * filter_im, re * filter_im + im * filter_re
+
+        re = _parts(tl.reshape(re, [SAMPLES * A, B]), SPLIT)
+        im = _parts(tl.reshape(im, [SAMPLES * A, B]), SPLIT)
+        minus = _minus(re, SPLIT)
+        back_re = _from_right(im, right_im, _from_right(re, right_re, zeros, SPLIT), SPLIT)
+        back_im = _from_right(minus, right_im, _from_right(im, right_re, zeros, SPLIT), SPLIT)
+        re = tl.permute(tl.reshape(back_re, [SAMPLES, A, B]), [1, 0, 2])
+        im = tl.permute(tl.reshape(back_im, [SAMPLES, A, B]), [1, 0, 2])
+        re, im = re * turn_re + im * turn_im, im * turn_re - re * turn_im
+        re = _parts(tl.reshape(re, [A, SAMPLES * B]), SPLIT)
+        im = _parts(tl.reshape(im, [A, SAMPLES * B]), SPLIT)
+        zeros = tl.zeros([A, SAMPLES * B], tl.float32)
+        back = (tl.trans(left_re[0]), tl.trans(left_re[1]))
+        y = _from_left(back, re, zeros, SPLIT)
+        back = (tl.trans(left_im[0]), tl.trans(left_im[1]))
+        y = tl.reshape(_from_left(back, im, y, SPLIT), [A, SAMPLES, B])
+        y *= (bits.to(tl.float32, bitcast=True) * scale)[None, :, None]
+        if GELU:
+            y = gelu(y)
+        y = saturated(y, output.dtype.element_ty) if SATURATE else narrow(y, output.dtype.element_ty)
+        tl.store(output + sample * (output_sample_stride * ALIGNMENT), y, mask=mask)
+
+
+def points_of(length: int) -> int | None:
+    """Points of the transform for signals of this length, or None where there is none."""
+    return next((points for points in FACTORS if points >= length), None)
+
+
+def pack(spectra: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """Spectra [H, M] complex128 as the kernel reads them.
+
+    Returns:
+        packed [H, 2, A, B], float16 where ``half``, else float32: real and imaginary parts relative to a power of two
+        for each channel; and those, float32 [H].
+    """
+    channels, points = spectra.shape
+    factors = FACTORS[points]
+    # Frequency j + A m stands at [j, m].
+    values = torch.view_as_real(spectra.unflatten(1, factors[::-1]).mT).permute(0, 3, 1, 2)
+    largest = spectra.abs().amax(1) if channels else spectra.real.new_zeros(0)
+    usable = largest.isfinite() & (largest > 0)
+    scales = torch.exp2(torch.where(usable, largest, 1.0).log2().floor() - 1.0)
+    return (values / scales[:, None, None, None]).to(
+        torch.float16 if half else torch.float32
+    ).contiguous(), scales.float()
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The constants of a transform.
+
+    For either matrix its real and its imaginary part, each as float16 and what is left of it; and the twiddle factors,
+    float32 [2, A, B].
+    """
+    a, b = FACTORS[points]
+
+    def exponentials(left: Tensor, right: Tensor, over: int) -> Tensor:
+        angles = (-2.0 * math.pi / over) * torch.remainder(left.double()[:, None] * right.double(), over)
+        return torch.stack([angles.cos(), angles.sin()])
+
+    shifted, rows, columns = torch.arange(a) - 0.25, torch.arange(a), torch.arange(b)
+    roots = []
+    for matrix in (exponentials(shifted, rows, a), exponentials(columns, columns, b)):
+        first = matrix.half()
+        roots.append(torch.stack([first, (matrix - first.double()).half()], dim=1).flatten())
+    # Made on the host, once; inference tensors could not be used elsewhere.
+    with torch.inference_mode(False):
+        twiddles = exponentials(shifted, columns, points).float()
+        return torch.cat(roots).to(device), twiddles.to(device)
+
+
+def launch(
+    output: Tensor,
+    u: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    *,
+    activation: bool,
+    split: bool,
+    saturate: bool = False,
+) -> None:
+    """Fill output [B, H, L] from u [B, H, L], whose positions are in one piece each.
+
+    With ``split``, factors have 24 bits instead of 11; with ``saturate``, what float16 does not hold is its largest
+    number instead of infinity.
+    """
+    batch, channels, length = u.shape
+    if u.numel() == 0:
+        return
+    a, b = packed.shape[2:]
+    roots, twiddles = (
+        (packed.new_empty(4 * (a * a + b * b), dtype=torch.float16), packed.new_empty(2, a, b, dtype=torch.float32))
+        if u.is_meta
+        else _tables(a * b, u.device)
+    )
+    precision = "fp16x4" if split else "fp16"
+    strides = (*output.stride()[:2], *u.stride()[:2])
+    alignment = launching.alignment(length, *strides)
+
+    def run(block: Block) -> None:
+        share = min(block.elements * _ROUNDS, batch)
+        launching.launch(
+            long_convolution_kernel,
+            (channels * triton.cdiv(batch, share),),
+            output,
+            u,
+            packed,
+            scales,
+            roots,
+            twiddles,
+            batch,
+            channels,
+            length // alignment,
+            share,
+            *(stride // alignment for stride in strides),
+            flops=batch * channels * a * b * (12 * (a + b) * (4 if split else 1) + 70),
+            tile=block,
+            GELU=activation,
+            SATURATE=saturate,
+            ALIGNMENT=alignment,
+            A=a,
+            B=b,
+            SAMPLES=block.elements,
+            PRECISION=precision,
+        )
+
+    heuristic, others = partial(_block, split=split), partial(_blocks, split=split)
+    sizes = (batch, a * b)
+    tuned(
+        run, heuristic, others, long_convolution_kernel, u, sizes, output.dtype, u.dtype, activation, alignment, split
+    )
+
+
+#: Groups of samples that a program takes one after the other, for which it loads matrices and spectrum once.
+_ROUNDS = 4
+
+
+def _block(batch: int, points: int, split: bool) -> Block:
+    """Samples that a program takes at a time: few enough for four programs of 16 bits in a multiprocessor."""
+    return _blocks(batch, points, split)[0]
+
+
+def _blocks(batch: int, points: int, split: bool) -> list[Block]:
+    """All choices, none of more samples than there are."""
+    most = triton.next_power_of_2(max(batch, 1))
+    choices = ((2, 4), (4, 8), (1, 4)) if split else ((2, 4), (4, 4), (4, 8), (8, 8))
+    return [Block(min(samples, most), warps if samples <= most else 4, 1) for samples, warps in choices]
+
+
+def _without_data(
+    shape: tuple[int, int, int], dtype: torch.dtype, output_dtype: torch.dtype | None = None
+) -> Callable[[], None]:
+    """A launch for a record."""
+    u = torch.empty(shape, dtype=dtype, device="meta")
+    points = points_of(shape[2])
+    assert points is not None
+    split = output_dtype is None and dtype == torch.float32
+    packed = u.new_empty((shape[1], 2, *FACTORS[points]), dtype=torch.float32 if split else torch.float16)
+    scales = u.new_empty(shape[1], dtype=torch.float32)
+    output = torch.empty_like(u, dtype=output_dtype)
+    return partial(launch, output, u, packed, scales, activation=True, split=split)
+
+
+def shipped() -> list[Compilation]:
+    """Layers of 512 channels on 1000 positions for one sample and for several, and odd and short signals."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    return launching.recorded(
+        {
+            "bf16": _without_data((16, 512, 1000), bf16),
+            "fp16": _without_data((16, 512, 1000), fp16),
+            "fp32": _without_data((16, 512, 1000), fp32),
+            "one": _without_data((1, 512, 1000), bf16),
+            "one fp32": _without_data((1, 512, 1000), fp32),
+            "mixed": _without_data((16, 512, 1000), fp32, bf16),
+            "odd": _without_data((3, 20, 999), bf16),
+            "short": _without_data((3, 20, 250), fp32),
+            "middle": _without_data((5, 20, 500), fp16),
+        }
+    )

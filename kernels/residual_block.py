@@ -1,0 +1,568 @@
+"""The products of a residual block of the SSSD-ECG network, with all that is pointwise or over channels in them.
+
+Reference twin ``tgdp_fast.ops.residual_block.residual_block_reference_``. Seven launches, two of them of
+``long_convolution.py``:
+
+1. ``transposed_kernel``: the residual stream, rounded to factors, with the channels of a position in one piece: what the
+   three taps of the convolution see starts at whole rows, so that their loads are wide;
+2. ``taps_kernel``: the convolution of three taps and the step's bias;
+3. and 5. the long convolution with GELU;
+4. and 6. ``mixture_kernel``: a program has all channels of some positions, so that LayerNorm follows on the product in
+   registers, and after the second layer the gate;
+7. ``output_kernel``: the residual and the skip product, which change the state.
+
+State, accumulators, statistics and the first u, which nothing bounds, are float32; u between the layers is normalised
+and in 16 bits where the products are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tgdp_fast.kernels import launching, long_convolution
+from tgdp_fast.kernels.autotuning import tuned
+from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.gated_activation import gate
+from tgdp_fast.kernels.launching import Tile
+from tgdp_fast.kernels.matrix import INTERPRETED, multiply_add, power_of_two, saturated
+
+if TYPE_CHECKING:
+    from tgdp_fast.ops import ResidualBlockWeights
+
+
+@triton.jit
+def transposed_kernel(
+    state,
+    output,
+    channels,
+    groups,
+    state_sample_stride,
+    width,
+    ALIGNMENT: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    """output[b, 1 + t, c] = state[b, c, t], and zeros at [b, 0] and [b, L + 1], with L = groups * ALIGNMENT.
+
+    output [B, L + 2, width], state float32 of ``channels`` or more. A program writes ROWS positions of COLUMNS
+    channels. Moves both once; no FLOPs to speak of.
+    """
+    length = groups * ALIGNMENT
+    tiles = tl.cdiv(length, ROWS)
+    sample, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    position = tile * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    state += sample * (state_sample_stride * ALIGNMENT) + channel[:, None].to(tl.int64) * length + position[None, :]
+    values = tl.load(state, mask=(channel < channels)[:, None] & (position < length)[None, :], other=0.0)
+    output += sample * ((length + 2) * width.to(tl.int64)) + channel
+    inside = channel < width
+    zeros = tl.zeros([COLUMNS], output.dtype.element_ty)
+    if tile == 0:
+        tl.store(output, zeros, mask=inside)
+    if tile == tiles - 1:
+        tl.store(output + (length + 1) * width, zeros, mask=inside)
+    output = output[None, :] + (1 + position)[:, None] * width
+    mask = (position < length)[:, None] & inside[None, :]
+    tl.store(output, saturated(tl.trans(values), output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _product(
+    x,
+    weight,
+    row,
+    row_mask,
+    column,
+    column_mask,
+    channels,
+    width,
+    TAPS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """[r, t] = sum over i < TAPS and c < channels of weight[r, i channels + c] x[t + i, c]; rows of x are ``width``."""
+    inner = tl.arange(0, DEPTH)
+    # Within a sample and a matrix, 32 bits are enough: there are at most 1024 rows of 1536.
+    weight_offsets = row[:, None] * (TAPS * channels) + inner[None, :]
+    x_offsets = column[None, :] * width + inner[:, None]
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    slices = tl.cdiv(channels, DEPTH)
+    for i in range(0, TAPS * slices):
+        tap, start = i // slices, i % slices * DEPTH
+        inside = inner < channels - start
+        left_mask = row_mask[:, None] & inside[None, :]
+        left = tl.load(weight + (tap * channels + start) + weight_offsets, mask=left_mask, other=0.0)
+        right_mask = inside[:, None] & column_mask[None, :]
+        right = tl.load(x + (tap * width + start) + x_offsets, mask=right_mask, other=0.0)
+        total = multiply_add(left, right, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _tile(
+    rows,
+    length,
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+):
+    """Sample, rows and positions of this program. Programs that share positions are neighbours."""
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(length, COLUMNS)
+    program = tl.program_id(0)
+    row = (program % down) * ROWS + tl.arange(0, ROWS)
+    column = (program // down % across) * COLUMNS + tl.arange(0, COLUMNS)
+    return (program // (down * across)).to(tl.int64), row, column
+
+
+@triton.jit
+def taps_kernel(
+    x,
+    weight,
+    step_bias,
+    output,
+    hidden,
+    channels,
+    length,
+    stride,
+    width,
+    step_sample_stride,
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """output[b, h, t] = sum over taps i, channels c of weight[h, i channels + c] x[b, t + i, c], and the step's bias.
+
+    output float32 [B, hidden, stride], of whose positions ``length`` are meant; x [B, length + 2, width], see
+    :func:`transposed_kernel`; weight [hidden, 3 channels]; step_bias float32 [.., 3, hidden]: what is added inside, and
+    what the first and the last position lack of it.
+
+    6 B L hidden channels FLOPs; bytes: all once, if the level-2 cache serves what several programs read.
+    """
+    sample, row, column = _tile(hidden, length, ROWS, COLUMNS)
+    row_mask, column_mask = row < hidden, column < length
+    x += sample * (length + 2) * width
+    total = _product(x, weight, row, row_mask, column, column_mask, channels, width, 3, DEPTH, PRECISION)
+    step_bias += sample * step_sample_stride + row
+    total += tl.load(step_bias, mask=row_mask, other=0.0)[:, None]
+    at_first = tl.load(step_bias + hidden, mask=row_mask, other=0.0)
+    at_last = tl.load(step_bias + 2 * hidden, mask=row_mask, other=0.0)
+    total = tl.where((column == 0)[None, :], total - at_first[:, None], total)
+    total = tl.where((column == length - 1)[None, :], total - at_last[:, None], total)
+    output += sample * hidden * stride
+    mask = row_mask[:, None] & (column < stride)[None, :]
+    tl.store(output + (row[:, None] * stride + column[None, :]), total, mask=mask)
+
+
+@triton.jit
+def output_kernel(
+    gated,
+    weight,
+    bias,
+    state,
+    rows,
+    channels,
+    groups,
+    width,
+    ALIGNMENT: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """state = [state[:, :channels] / sqrt 2; the rest] + weight gated + bias, with L = groups * ALIGNMENT.
+
+    state float32 [B, rows, L]; gated [B, L + 2, width], position t at 1 + t; weight [rows, channels]; bias float32
+    [rows].
+
+    2 B L rows channels FLOPs; bytes: the state twice, the others once.
+    """
+    length = groups * ALIGNMENT
+    sample, row, column = _tile(rows, length, ROWS, COLUMNS)
+    row_mask, column_mask = row < rows, column < length
+    gated += sample * (length + 2) * width + width
+    total = _product(gated, weight, row, row_mask, column, column_mask, channels, width, 1, DEPTH, PRECISION)
+    state += sample * rows * length
+    offsets = row[:, None] * length + column[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    old = tl.load(state + offsets, mask=mask, other=0.0)
+    total += tl.load(bias + row, mask=row_mask, other=0.0)[:, None]
+    tl.store(state + offsets, tl.where((row < channels)[:, None], old * 0.7071067811865476, old) + total, mask=mask)
+
+
+@triton.jit
+def _rows(u, bias, channel, channel_mask, mask):
+    """Half of the channels of u, with a bias, float32."""
+    shift = tl.load(bias + channel, mask=channel_mask, other=0.0)
+    return tl.load(u, mask=mask, other=0.0).to(tl.float32) + shift[:, None]
+
+
+@triton.jit
+def _affine(z, weight, bias, label_bias, channel, mask):
+    """Half of the channels of LayerNorm's output, from what has moments 0 and 1."""
+    shift = tl.load(bias + channel, mask=mask, other=0.0)
+    if label_bias is not None:
+        shift += tl.load(label_bias + channel, mask=mask, other=0.0)
+    return z * tl.load(weight + channel, mask=mask, other=0.0)[:, None] + shift[:, None]
+
+
+@triton.jit
+def mixture_kernel(
+    y,
+    mixture,
+    u,
+    output,
+    mixture_bias,
+    norm_weight,
+    norm_bias,
+    label_bias,
+    epsilon,
+    channels,
+    groups,
+    stride,
+    width,
+    label_sample_stride,
+    GATED: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,  # noqa: N803
+    CHANNELS: tl.constexpr,  # noqa: N803
+    COLUMNS: tl.constexpr,  # noqa: N803
+    DEPTH: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    """LayerNorm(u + mixture y + mixture_bias) at COLUMNS positions of a sample, 2 ``channels`` = H wide, to output.
+
+    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant. With GATED, output is what
+    :func:`output_kernel` reads, [B, L + 2, width], and becomes tanh(first half) sigmoid(second half) of that.
+
+    The halves have accumulators of their own, each [CHANNELS, COLUMNS], so that the gate is pointwise.
+
+    2 B L H^2 FLOPs; bytes: all once, if the level-2 cache serves the weights, which every program reads.
+    """
+    length, hidden = groups * ALIGNMENT, 2 * channels
+    tiles = tl.cdiv(length, COLUMNS)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    channel, inner = tl.arange(0, CHANNELS), tl.arange(0, DEPTH)
+    channel_mask, column_mask = channel < channels, column < length
+    mask = channel_mask[:, None] & column_mask[None, :]
+    # Within a sample and a matrix, 32 bits are enough: there are at most 1024 rows of 1024.
+    y += sample * hidden * stride
+    u += sample * hidden * stride
+    y_offsets = inner[:, None] * stride + column[None, :]
+    offsets, half = channel[:, None] * stride + column[None, :], channels * stride
+    first = _rows(u + offsets, mixture_bias, channel, channel_mask, mask)
+    second = _rows(u + half + offsets, mixture_bias + channels, channel, channel_mask, mask)
+    weight_offsets = channel[:, None] * hidden + inner[None, :]
+    for start in range(0, hidden, DEPTH):
+        inside = inner < hidden - start
+        left_mask = channel_mask[:, None] & inside[None, :]
+        right = tl.load(y + y_offsets, mask=inside[:, None] & column_mask[None, :], other=0.0)
+        left = tl.load(mixture + weight_offsets, mask=left_mask, other=0.0)
+        first = multiply_add(left, right, first, PRECISION)
+        left = tl.load(mixture + channels * hidden + weight_offsets, mask=left_mask, other=0.0)
+        second = multiply_add(left, right, second, PRECISION)
+        mixture += DEPTH
+        y += DEPTH * stride
+    # What lies outside is 0 by then, and stays so.
+    mean = (tl.sum(first, 0) + tl.sum(second, 0)) / hidden
+    first = tl.where(mask, first - mean[None, :], 0.0)
+    second = tl.where(mask, second - mean[None, :], 0.0)
+    variance = (tl.sum(first * first, 0) + tl.sum(second * second, 0)) / hidden
+    scale = tl.rsqrt(variance + epsilon)[None, :]
+    if label_bias is not None:
+        label_bias += sample * label_sample_stride
+        further_bias = label_bias + channels
+    else:
+        further_bias = None
+    first = _affine(first * scale, norm_weight, norm_bias, label_bias, channel, channel_mask)
+    second = _affine(second * scale, norm_weight + channels, norm_bias + channels, further_bias, channel, channel_mask)
+    if GATED:
+        output += sample * (length + 2) * width + width
+        value = saturated(gate(first, second), output.dtype.element_ty)
+        tl.store(output + (column[None, :] * width + channel[:, None]), value, mask=mask)
+    else:
+        output += sample * hidden * stride
+        tl.store(output + offsets, saturated(first, output.dtype.element_ty), mask=mask)
+        tl.store(output + half + offsets, saturated(second, output.dtype.element_ty), mask=mask)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of a dtype are taken: of float32 as six of bfloat16, with errors as those of float32."""
+    return "bf16x6" if dtype == torch.float32 and not INTERPRETED.value else "ieee"
+
+
+def transpose(output: Tensor, state: Tensor, channels: int) -> None:
+    """Fill output [B, L + 2, W], W a multiple of 16, from the first channels of state [B, R, L]."""
+    batch, rows, width = output.shape
+    length = state.shape[2]
+    alignment = launching.alignment(length, state.stride(0))
+    tile = Tile(64, 32, 1, 4, 1)
+    launching.launch(
+        transposed_kernel,
+        (batch * triton.cdiv(length, tile.rows), triton.cdiv(width, tile.columns)),
+        state,
+        output,
+        channels,
+        length // alignment,
+        state.stride(0) // alignment,
+        width,
+        flops=batch * rows * width,
+        tile=tile,
+        ALIGNMENT=alignment,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+    )
+
+
+def taps(output: Tensor, x: Tensor, weight: Tensor, step_bias: Tensor) -> None:
+    """Fill output float32 [B, H, P] up to position L from x [B, L + 2, W], weight [H, 3 C], step_bias [B or 1, 3, H].
+
+    The last two dimensions of step_bias are in one piece.
+    """
+    (batch, rows, width), (hidden, depth), stride = x.shape, weight.shape, output.shape[2]
+    length = rows - 2
+
+    def run(tile: Tile) -> None:
+        launching.launch(
+            taps_kernel,
+            (batch * triton.cdiv(hidden, tile.rows) * triton.cdiv(length, tile.columns),),
+            x,
+            weight,
+            step_bias,
+            output,
+            hidden,
+            depth // 3,
+            length,
+            stride,
+            width,
+            _sample_stride(step_bias),
+            flops=2 * batch * length * hidden * depth,
+            tile=tile,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision_of(weight.dtype),
+        )
+
+    heuristic, others = partial(_taps_tile, dtype=weight.dtype), partial(_taps_tiles, dtype=weight.dtype)
+    tuned(run, heuristic, others, taps_kernel, x, (batch * length, hidden, depth // 3), weight.dtype)
+
+
+def _taps_tile(positions: int, hidden: int, channels: int, *, dtype: torch.dtype) -> Tile:
+    """Large tiles where they fill a card, else small ones; both in 99 KB of shared memory."""
+    return _taps_tiles(positions, hidden, channels, dtype=dtype)[0]
+
+
+def _taps_tiles(positions: int, hidden: int, channels: int, *, dtype: torch.dtype) -> list[Tile]:
+    few = positions * hidden < 128 * 128 * 128
+    if dtype == torch.float32:
+        tiles = (
+            [Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3)]
+            if few
+            else [Tile(64, 64, 16, 4, 3), Tile(64, 64, 32, 8, 3)]
+        )
+    elif few:
+        tiles = [Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 3), Tile(32, 32, 128, 4, 3)]
+    else:
+        tiles = [Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 4, 4), Tile(128, 64, 64, 4, 3)]
+    return [_fitted(tile, hidden, positions, channels) for tile in tiles]
+
+
+def _fitted(tile: Tile, rows: int, columns: int, depth: int) -> Tile:
+    return tile._replace(
+        rows=power_of_two(rows, 16, tile.rows),
+        columns=power_of_two(columns, 16, tile.columns),
+        depth=power_of_two(depth, 16, tile.depth),
+    )
+
+
+def output(state: Tensor, gated: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Change state [B, R, L] by the output product of gated [B, L + 2, W] with weight [R, C] and bias [R]."""
+    (batch, rows, length), channels = state.shape, weight.shape[1]
+    alignment = launching.alignment(length)
+    # It adds to what it reads, so that candidates cannot be timed.
+    tile = _taps_tile(batch * length, rows, channels, dtype=weight.dtype)
+    launching.launch(
+        output_kernel,
+        (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(length, tile.columns),),
+        gated,
+        weight,
+        bias,
+        state,
+        rows,
+        channels,
+        length // alignment,
+        gated.shape[2],
+        flops=2 * batch * length * rows * channels,
+        tile=tile,
+        ALIGNMENT=alignment,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        PRECISION=precision_of(weight.dtype),
+    )
+
+
+def mixture(
+    output: Tensor,
+    y: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor],
+    label_bias: Tensor | None,
+    epsilon: float,
+    length: int,
+    *,
+    gated: bool,
+) -> None:
+    """A layer's mixture, residual connection and LayerNorm, up to position ``length``.
+
+    Args:
+        output: [B, H, P] like u, or with ``gated`` [B, L + 2, W] for the gate of it.
+        y, u: [B, H, P].
+        weight: [H, H].
+        vectors: the mixture's bias, LayerNorm's weight and bias, float32 [H].
+        label_bias: float32 [B or 1, H], rows in one piece, or None.
+        epsilon: of LayerNorm.
+        length: positions.
+        gated: whether to apply the gate.
+    """
+    batch, hidden, stride = u.shape
+    alignment = launching.alignment(length)
+
+    def run(tile: Tile) -> None:
+        launching.launch(
+            mixture_kernel,
+            (batch * triton.cdiv(length, tile.columns),),
+            y,
+            weight,
+            u,
+            output,
+            *vectors,
+            label_bias,
+            epsilon,
+            hidden // 2,
+            length // alignment,
+            stride,
+            output.shape[2],
+            0 if label_bias is None else _sample_stride(label_bias),
+            flops=2 * batch * length * hidden * hidden,
+            tile=tile,
+            GATED=gated,
+            ALIGNMENT=alignment,
+            CHANNELS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            PRECISION=precision_of(weight.dtype),
+        )
+
+    heuristic, others = partial(_mixture_tile, dtype=weight.dtype), partial(_mixture_tiles, dtype=weight.dtype)
+    variant = (weight.dtype, u.dtype, output.dtype, label_bias is None, gated, alignment)
+    tuned(run, heuristic, others, mixture_kernel, y, (batch, length, hidden), *variant)
+
+
+def _mixture_tile(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> Tile:
+    """All channels of as many positions as registers hold, fewer where that leaves processors idle."""
+    return _mixture_tiles(batch, length, hidden, dtype=dtype)[0]
+
+
+def _mixture_tiles(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> list[Tile]:
+    rows = triton.next_power_of_2(max(triton.cdiv(hidden, 2), 16))
+    few = batch * length < 132 * 32
+    if dtype == torch.float32:
+        tiles = [Tile(rows, 16, 16, 8, 2), Tile(rows, 32, 16, 8, 2)]
+    elif few:
+        tiles = [Tile(rows, 16, 32, 8, 3), Tile(rows, 32, 32, 8, 3)]
+    else:
+        tiles = [Tile(rows, 64, 32, 8, 3), Tile(rows, 32, 32, 8, 3), Tile(rows, 32, 64, 8, 2)]
+    wide = rows > 256
+    return [_fitted(tile._replace(columns=max(tile.columns >> wide, 16)), rows, length, hidden) for tile in tiles]
+
+
+def _sample_stride(bias: Tensor) -> int:
+    """0 where there is one row for all."""
+    return 0 if bias.shape[0] == 1 else bias.stride(0)
+
+
+def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights) -> None:
+    """The whole block: changes state float32 [B, C + S, L], contiguous.
+
+    Args:
+        state: as said.
+        step_bias: float32 [B or 1, 3, H], rows in one piece.
+        label_bias: float32 [B or 1, H], rows in one piece, or None.
+        weights: contiguous, their filters packed for a GPU.
+    """
+    batch, _, length = state.shape
+    channels, dtype = weights.output.shape[1], weights.output.dtype
+    exact = dtype == torch.float32
+    # Rows that start at multiples of what one access takes.
+    x = state.new_empty(batch, length + 2, _up_to_16(channels), dtype=dtype)
+    shape = (batch, 2 * channels, _up_to_16(length))
+    u = state.new_empty(shape)
+    y = state.new_empty(shape, dtype=dtype)
+    between = state.new_empty(shape, dtype=torch.float32 if exact else torch.float16)
+    transpose(x, state, channels)
+    taps(u, x, weights.convolution, step_bias)
+    # Once the taps have read x, the gate may take its place.
+    for layer, before, after, label in ((weights.first, u, between, label_bias), (weights.second, between, x, None)):
+        packed, scales = layer.filters.packed, layer.filters.scales
+        assert packed is not None
+        assert scales is not None
+        long_convolution.launch(
+            y[..., :length], before[..., :length], packed, scales, activation=True, split=exact, saturate=not exact
+        )
+        vectors = layer.mixture_bias, layer.norm_weight, layer.norm_bias
+        mixture(after, y, before, layer.mixture, vectors, label, layer.epsilon, length, gated=after is x)
+    output(state, x, weights.output, weights.output_bias)
+
+
+def _up_to_16(size: int) -> int:
+    return triton.cdiv(size, 16) * 16
+
+
+def _without_data(shape: tuple[int, int, int, int], dtype: torch.dtype, labels: bool = True) -> partial[None]:
+    """A launch for a record, of a block for B, C, S, L."""
+    from tgdp_fast.ops import LongConvolution, ResidualBlockWeights, S4Weights
+
+    batch, channels, skip, length = shape
+    hidden = 2 * channels
+    points = long_convolution.points_of(length)
+    assert points is not None
+
+    def empty(*size: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    packed = empty(
+        hidden, 2, *long_convolution.FACTORS[points], of=torch.float32 if dtype == torch.float32 else torch.float16
+    )
+    filters = LongConvolution(empty(hidden, 2 * length - 1), packed, empty(hidden))
+    vectors = (empty(hidden), empty(hidden), empty(hidden))
+    layers = [S4Weights(filters, empty(hidden, hidden, of=dtype), *vectors, 1e-5) for _ in range(2)]
+    weights = ResidualBlockWeights(
+        empty(hidden, 3 * channels, of=dtype),
+        *layers,
+        empty(channels + skip, channels, of=dtype),
+        empty(channels + skip),
+    )
+    label_bias = empty(batch, hidden) if labels else None
+    return partial(launch, empty(batch, channels + skip, length), empty(1, 3, hidden), label_bias, weights)
+
+
+def shipped() -> list[Compilation]:
+    """Blocks of the paper's size for several samples and for one, and small odd ones."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    calls = {
+        "bf16": _without_data((16, 256, 256, 1000), bf16),
+        "fp16": _without_data((16, 256, 256, 1000), fp16),
+        "fp32": _without_data((16, 256, 256, 1000), fp32),
+        "one": _without_data((1, 256, 256, 1000), bf16),
+        "one fp32": _without_data((1, 256, 256, 1000), fp32),
+        "odd": _without_data((3, 34, 20, 129), bf16, labels=False),
+    }
+    return [item for item in launching.recorded(calls) if not item.name.startswith("long_convolution")]
