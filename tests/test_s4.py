@@ -19,10 +19,10 @@ from tgdp_fast.models.s4 import (
     fourier_nodes,
     hippo_legs,
     length_corrected,
-    two_sided_convolution,
     two_sided_convolution_direct,
     two_sided_taps,
 )
+from tgdp_fast.ops.long_convolution import two_sided_convolution
 
 SIZES = [(3, 2, 1), (2, 4, 2), (3, 2, 3), (2, 8, 10), (3, 6, 33), (2, 64, 50), (1, 64, 250)]  # features, d_state, l_max
 

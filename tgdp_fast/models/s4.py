@@ -32,6 +32,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tgdp_fast._checks import check_choice, check_integer
+from tgdp_fast.ops.long_convolution import two_sided_convolution
 
 CAUCHY = ("pair", "half")
 DT_RANGE = (1e-3, 1e-1)
@@ -288,26 +289,8 @@ def two_sided_taps(kernels: Tensor) -> Tensor:
     return torch.cat([future[..., :-1].flip(-1), past], dim=-1)
 
 
-def two_sided_convolution(u: Tensor, taps: Tensor) -> Tensor:
-    """y[t] = sum over lags m of taps[m] u[t - m], zero outside the signal; by FFT of twice the length.
-
-    Args:
-        u: [B, H, L].
-        taps: [H, 2 L - 1], lags -(L-1) .. L-1, in the dtype of u: float32 or float64.
-
-    Returns:
-        [B, H, L].
-    """
-    if u.shape[0] == 0:  # Some libraries cannot transform nothing.
-        return u.clone()
-    length = u.shape[-1]
-    # Output t stands at index t + L - 1; circular convolution of 2 L points wraps around onto others only.
-    spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(taps, n=2 * length)
-    return torch.fft.irfft(spectrum, n=2 * length)[..., length - 1 : 2 * length - 1]
-
-
 def two_sided_convolution_direct(u: Tensor, taps: Tensor) -> Tensor:
-    """:func:`two_sided_convolution` term by term: L times the work, without the rounding of transforms."""
+    """:func:`tgdp_fast.ops.long_convolution.two_sided_convolution` term by term: L times the work, without the rounding of transforms."""
     length = u.shape[-1]
     t = torch.arange(length, device=u.device)
     matrices = taps[:, t[:, None] - t[None, :] + length - 1]
@@ -353,7 +336,7 @@ class S4Layer(nn.Module):
             dtype: float64 or float32, of the arithmetic and the result.
 
         Returns:
-            [H, 2 length - 1] for lags -(length-1) .. length-1; apply it with :func:`two_sided_convolution`.
+            [H, 2 length - 1] for lags -(length-1) .. length-1; apply it with :func:`tgdp_fast.ops.long_convolution.two_sided_convolution`.
 
         Raises:
             ValueError: a length outside 1 .. l_max, or another dtype.

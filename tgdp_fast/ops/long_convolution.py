@@ -15,7 +15,14 @@ from torch.nn import functional
 from tgdp_fast import _native
 from tgdp_fast.ops import _dispatch, _triton
 
-__all__ = ["LongConvolution", "long_convolution", "long_convolution_reference", "prepare_long_convolution"]
+__all__ = [
+    "LONGEST",
+    "LongConvolution",
+    "long_convolution",
+    "long_convolution_reference",
+    "prepare_long_convolution",
+    "two_sided_convolution",
+]
 
 _OPERATOR = "long_convolution"
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -159,16 +166,29 @@ def long_convolution_reference(u: Tensor, prepared: LongConvolution, *, gelu: bo
 
 
 def _reference(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> Tensor:
-    if u.numel() == 0:  # Some libraries cannot transform nothing.
-        return torch.empty_like(u, memory_format=torch.contiguous_format)
     precision = torch.float64 if u.dtype == torch.float64 else torch.float32
     length = u.shape[-1]
     longer = (taps.shape[1] + 1) // 2 - length
-    taps = taps[:, longer : taps.shape[1] - longer]
-    # Output t stands at index t + L - 1; what wraps around falls on others.
-    spectrum = torch.fft.rfft(u.to(precision), n=2 * length) * torch.fft.rfft(taps.to(precision), n=2 * length)
-    y = torch.fft.irfft(spectrum, n=2 * length)[..., length - 1 : 2 * length - 1]
+    y = two_sided_convolution(u.to(precision), taps[:, longer : taps.shape[1] - longer].to(precision))
     return (functional.gelu(y) if gelu else y).to(u.dtype).contiguous()
+
+
+def two_sided_convolution(u: Tensor, taps: Tensor) -> Tensor:
+    """y[t] = sum over lags m of taps[m] u[t - m], zero outside the signal; by transforms of twice the length.
+
+    Args:
+        u: [B, H, L].
+        taps: [H, 2 L - 1], lags -(L-1) .. L-1, in the dtype of u: float32 or float64.
+
+    Returns:
+        [B, H, L].
+    """
+    if u.numel() == 0:  # Some libraries cannot transform nothing.
+        return u.clone()
+    length = u.shape[-1]
+    # Output t stands at index t + L - 1; what wraps around falls on others.
+    spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(taps, n=2 * length)
+    return torch.fft.irfft(spectrum, n=2 * length)[..., length - 1 : 2 * length - 1]
 
 
 def _points(length: int) -> int | None:
