@@ -290,7 +290,7 @@ def two_sided_taps(kernels: Tensor) -> Tensor:
 
 
 def two_sided_convolution_direct(u: Tensor, taps: Tensor) -> Tensor:
-    """:func:`tgdp_fast.ops.long_convolution.two_sided_convolution` term by term: L times the work, without the rounding of transforms."""
+    """:func:`two_sided_convolution` term by term: L times the work, without the rounding of transforms."""
     length = u.shape[-1]
     t = torch.arange(length, device=u.device)
     matrices = taps[:, t[:, None] - t[None, :] + length - 1]
@@ -336,7 +336,7 @@ class S4Layer(nn.Module):
             dtype: float64 or float32, of the arithmetic and the result.
 
         Returns:
-            [H, 2 length - 1] for lags -(length-1) .. length-1; apply it with :func:`tgdp_fast.ops.long_convolution.two_sided_convolution`.
+            [H, 2 length - 1] for lags -(length-1) .. length-1; apply it with :func:`two_sided_convolution`.
 
         Raises:
             ValueError: a length outside 1 .. l_max, or another dtype.
