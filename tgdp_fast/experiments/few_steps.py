@@ -40,12 +40,14 @@ from tgdp_fast.transfer_model import Stages
 REAL = "real"
 #: Where sampling starts: N(0, I); GaussianPrior and EmpiricalPrior of the training signals.
 PRIORS = ("standard", "gaussian", "empirical")
+#: Solvers and steps beside those that are measured with every prior.
+FEW = ("dpmpp_2m/10", "dpmpp_2m/50", "dpmpp_3m/20", "ddim/10", "ddim/20", "ddim/50")
 #: "solver/steps/prior/precision of the compiled network".
 METHODS = (
     REAL,
     *(f"ddpm/200/{prior}/fp32" for prior in PRIORS),
-    *(f"{name}/{prior}/fp32" for name in ("dpmpp_2m/20", "dpmpp_3m/20") for prior in PRIORS),
-    *(f"{name}/{prior}/fp32" for name in ("ddim/20", "dpmpp_2m/10", "dpmpp_2m/50", "ddim/50") for prior in PRIORS[::2]),
+    *(f"{name}/{prior}/fp32" for name in ("dpmpp_2m/20", "dpmpp_2m_sde/20") for prior in PRIORS),
+    *(f"{name}/{prior}/fp32" for name in FEW for prior in PRIORS[::2]),
     *(f"dpmpp_2m/20/{prior}/bf16" for prior in PRIORS),
 )
 Priors = dict[str, Prior | None]
