@@ -3,8 +3,8 @@
 Reference twin ``tgdp_fast.ops.residual_block.residual_block_reference_``. Seven launches, two of them of
 ``long_convolution.py``:
 
-1. ``transposed_kernel``: the residual stream, rounded to factors, with the channels of a position in one piece: what the
-   three taps of the convolution see starts at whole rows, so that their loads are wide;
+1. ``transposed_kernel``: the residual stream, rounded to factors, with the channels of a position in one piece: what
+   the three taps of the convolution see starts at whole rows, so that their loads are wide;
 2. ``taps_kernel``: the convolution of three taps and the step's bias;
 3. and 5. the long convolution with GELU;
 4. and 6. ``mixture_kernel``: a program has all channels of some positions, so that LayerNorm follows on the product in
@@ -17,6 +17,7 @@ and in 16 bits where the products are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -526,7 +527,7 @@ def _up_to_16(size: int) -> int:
     return triton.cdiv(size, 16) * 16
 
 
-def _without_data(shape: tuple[int, int, int, int], dtype: torch.dtype, labels: bool = True) -> partial[None]:
+def _without_data(shape: tuple[int, int, int, int], dtype: torch.dtype, labels: bool = True) -> Callable[[], None]:
     """A launch for a record, of a block for B, C, S, L."""
     from tgdp_fast.ops import LongConvolution, ResidualBlockWeights, S4Weights
 
@@ -543,10 +544,11 @@ def _without_data(shape: tuple[int, int, int, int], dtype: torch.dtype, labels: 
     )
     filters = LongConvolution(empty(hidden, 2 * length - 1), packed, empty(hidden))
     vectors = (empty(hidden), empty(hidden), empty(hidden))
-    layers = [S4Weights(filters, empty(hidden, hidden, of=dtype), *vectors, 1e-5) for _ in range(2)]
+    first, second = (S4Weights(filters, empty(hidden, hidden, of=dtype), *vectors, 1e-5) for _ in range(2))
     weights = ResidualBlockWeights(
         empty(hidden, 3 * channels, of=dtype),
-        *layers,
+        first,
+        second,
         empty(channels + skip, channels, of=dtype),
         empty(channels + skip),
     )

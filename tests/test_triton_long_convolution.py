@@ -52,7 +52,7 @@ def check(got, u, taps, gelu=True):
 @interpreted
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
-@pytest.mark.parametrize("length", [1, 2, 100, 256, 499, 513, 999, 1000, 1024])
+@pytest.mark.parametrize("length", [1, 100, 257, 999, 1024])
 def test_matches_the_sum(length, dtype):
     for batch, channels, gelu in ((1, 2, True), (5, 2, False)):
         u, taps = draw(batch, channels, length, dtype)
@@ -109,8 +109,9 @@ def test_the_largest_entries_fit(dtype):
 
 
 @interpreted
-@each_dtype
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [*((dtype, math.nan) for dtype in DTYPES), (torch.bfloat16, math.inf)], ids=str
+)
 def test_nan_stays_in_its_channel_and_sample(dtype, value):
     u, taps = draw(6, 3, 100, dtype)
     prepared = prepare_long_convolution(taps, dtype)

@@ -34,7 +34,7 @@ from tgdp_fast.models.s4 import S4Block
 from tgdp_fast.models.sssd_ecg import ResidualBlock, WeightNormConv1d, diffusion_step_features
 from tgdp_fast.ops import ResidualBlockWeights, S4Weights, prepare_long_convolution, residual_block_
 from tgdp_fast.ops._dispatch import requested_backend
-from tgdp_fast.ops.residual_block import multiplies_bf16
+from tgdp_fast.ops.residual_block import MOST_GPU_CHANNELS, multiplies_bf16, samples_together
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable
 
@@ -49,7 +49,7 @@ Times = NoiseSchedule | SolverTable | Sequence[float] | np.ndarray | Tensor | No
 _AGAIN = "call network.compile_for_sampling(...) again"
 #: Bytes of the state that is kept between blocks on the CPU, where samples share one pass over the weights.
 _STATE_BYTES = 16 * 2**20
-#: Samples that pass the network together elsewhere: enough to fill a GPU, and few kernels to launch for a large batch.
+#: Samples that pass the network together in PyTorch's kernels on a GPU: enough to fill it, and few launches.
 _SAMPLES = 64
 #: Diffusion steps outside the table whose biases are kept.
 _KEPT_TIMES = 64
@@ -87,9 +87,10 @@ def _block_weights(
 
 def _s4_weights(block: S4Block, factor: Callable[[Tensor], Tensor], storage: torch.dtype, length: int) -> S4Weights:
     layer, norm = block.s4_layer, block.norm_layer
-    filters = prepare_long_convolution(layer.taps(length), storage)
+    filters, width = prepare_long_convolution(layer.taps(length), storage), len(norm.weight)
     # The packed spectra alone are four times the size of the parameters.
-    if filters.packed is not None and requested_backend() != "reference":
+    served = filters.packed is not None and (filters.packed.device.type == "cpu" or width <= 2 * MOST_GPU_CHANNELS)
+    if served and requested_backend() != "reference":
         filters = filters.without_taps()
     else:
         filters = filters._replace(taps=filters.taps.float())
@@ -182,8 +183,10 @@ class _Workspace:
 
     def __init__(self, network: CompiledSSSDECG, length: int, batch: int) -> None:
         channels = network.source.res_channels + network.source.skip_channels
-        on_host = network.device.type == "cpu"
-        most = max(1, _STATE_BYTES // (4 * channels * length)) if on_host else _SAMPLES
+        if network.device.type == "cpu":
+            most = max(1, _STATE_BYTES // (4 * channels * length))
+        else:
+            most = samples_together(network.device, network.source.res_channels, length) or _SAMPLES
         self.length = length
         self.samples = min(most, max(1, batch))
         self.is_largest = self.samples == most

@@ -34,6 +34,8 @@ _OPERATOR = "residual_block_"
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Residual channels that a GPU's program has registers for.
 MOST_GPU_CHANNELS = 512
+#: Positions of such a program at most.
+_POSITIONS = 64
 
 
 class S4Weights(NamedTuple):
@@ -223,6 +225,23 @@ def _refuses_reference(
     return None
 
 
+def samples_together(device: torch.device, channels: int, length: int) -> int | None:
+    """How many samples a GPU's kernels are best given at a time, or None where they are not.
+
+    Whole rounds of programs for LayerNorm, which have a multiprocessor each; as many rounds as the level-2 cache holds
+    what a layer reads and writes of, 8 bytes for each of 2 C L numbers.
+    """
+    if _triton.MISSING is not None or device.type != "cuda" or channels > MOST_GPU_CHANNELS or length > LONGEST:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return _whole_rounds(properties.multi_processor_count, properties.L2_cache_size, channels, length)
+
+
+def _whole_rounds(multiprocessors: int, cache: int, channels: int, length: int) -> int:
+    round_of = max(multiprocessors // math.ceil(length / _POSITIONS), 1)
+    return round_of * max(cache // (16 * channels * length * round_of), 1)
+
+
 def multiplies_bf16() -> bool:
     """Whether the CPU kernel is there and the processor multiplies bfloat16."""
     return _native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_products())
@@ -297,6 +316,14 @@ def _flat(
     )
 
 
+def _layer(tensors: list[Tensor], epsilon: float) -> S4Weights:
+    """A layer as :func:`_flat` gave it; the spectra stand for its taps, which nobody reads."""
+    packed, scales, *others = tensors
+    mixture, mixture_bias, norm_weight, norm_bias = (tensor.contiguous() for tensor in others)
+    filters = LongConvolution(packed, packed, scales)
+    return S4Weights(filters, mixture, mixture_bias, norm_weight, norm_bias, epsilon)
+
+
 def _launch_triton(
     state: Tensor,
     step_bias: Tensor,
@@ -311,11 +338,13 @@ def _launch_triton(
 ) -> None:
     from tgdp_fast.kernels.residual_block import launch
 
-    layers = (
-        S4Weights(LongConvolution(packed, packed, scales), *(tensor.contiguous() for tensor in others), epsilon)
-        for (packed, scales, *others), epsilon in ((first, first_epsilon), (second, second_epsilon))
+    weights = ResidualBlockWeights(
+        convolution.contiguous(),
+        _layer(first, first_epsilon),
+        _layer(second, second_epsilon),
+        output.contiguous(),
+        output_bias.contiguous(),
     )
-    weights = ResidualBlockWeights(convolution.contiguous(), *layers, output.contiguous(), output_bias.contiguous())
     with torch.cuda.device_of(state):
         launch(state, step_bias, label_bias, weights)
 
