@@ -61,7 +61,8 @@ deadline=520
 stage 'benchmark' "$deadline" "$python" -m tgdp_fast bench --device cuda --seconds 1 \
     --only guided_step/1e6 guided_step/1e8 guided_step_noise 'mlp*batch256-input2-width512' \
     'mlp*batch4096-input2-width512' 'mlp*batch65536-input2-width512' 'mlp*batch4096-input2-width128' \
-    trajectory fit_step 'mlp*batch256-input3904-width512' 'sampling/samples10000-width512' --json "$result"
+    trajectory fit_step 'mlp*batch256-input3904-width512' 'sampling/samples10000-width512' long_convolution/64 \
+    sssd_ecg/blocks36-width256-batch1 sssd_ecg/blocks36-width256-batch8 --json "$result"
 # The Triton kernels with measured launch configurations; choices are new every time.
 autotuned="${result%.json}-autotuned.json"
 rm -f "$autotuned"

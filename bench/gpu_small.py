@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from tgdp_fast.benchmark.problems import perceptron_inputs, step_inputs, trajectory_inputs
-from tgdp_fast.ops import BackendUnavailableError, guided_step, mlp_value_and_grad, perceptron, trajectory
+from tgdp_fast.benchmark.problems import perceptron_inputs, residual_block_inputs, step_inputs, trajectory_inputs
+from tgdp_fast.ops import (
+    BackendUnavailableError,
+    guided_step,
+    mlp_value_and_grad,
+    perceptron,
+    residual_block_,
+    trajectory,
+)
 
 
 def main() -> None:
@@ -53,6 +60,9 @@ def calls(device: torch.device, dtype: torch.dtype, backend: str):
     yield "its derivative", lambda: derivative(mlp_value_and_grad)
     samples = trajectory_inputs((70, 5), (48, 33), (40, 20, 30), dtype, device, sample_bias=True, limits=True)
     yield "trajectory", lambda: trajectory(*samples, seed=1, backend=backend)
+    # The long convolution is part of it.
+    block = residual_block_inputs((3, 34, 20, 129), dtype, device, steps="per sample")
+    yield "residual_block_", lambda: residual_block_(*block, backend=backend)
     yield "perceptron", lambda: derivative(perceptron)
 
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cuda_emulation  # noqa: E402
+import sssd_ecg_predictions  # noqa: E402
 import torch  # noqa: E402
 
 from tgdp_fast.benchmark.binaries import compile_nvidia, kernel_modules, shipped  # noqa: E402
@@ -306,6 +307,8 @@ def report() -> str:
         "most shared B",
     ]
     parts += ["## Triton", markdown_table(header, summary), f"### Predicted for {CARDS[90].name}", main_table]
+    network = sssd_ecg_predictions.table(CARDS[90], 90, compile_nvidia)
+    parts += [f"### SSSD-ECG in Triton, predicted for {CARDS[90].name}", network]
     fused = fused_table(CARDS[90])
     if fused:
         parts += [f"## Fused CUDA kernels, predicted for {CARDS[90].name}", fused]

@@ -39,13 +39,17 @@ def test_names_and_work_are_stated():
 # a row: they spill, and are correct. It is laid out for NVIDIA's GPUs.
 SPILLS_ON_AMD = ("fused_value_and_grad/",)
 
+# A program of all 512 channels of 64 positions fills the registers; accumulators come from a memory of their own there,
+# a row of 64 for each thread, and some 30 numbers of it wait for their sums over the channels.
+SPILLS = {100: ("mixture/block-bf16", "mixture/block-fp16")}
+
 
 def _check(compilation, capability):
     binary = compile_nvidia(compilation, capability)
     about = f"{compilation.name} on sm_{capability}"
     assert f".target sm_{capability}" in binary.ptx, about
     assert binary.shared <= SHARED_MEMORY[capability], about
-    assert binary.spilled == 0, about
+    assert binary.spilled == 0 or compilation.name.startswith(SPILLS.get(capability, ())), about
     assert 0 < binary.registers <= 255, about
     assert binary.tensor_cores or not compilation.tensor_cores, about
     assert binary.doubles == [], about
