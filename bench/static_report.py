@@ -5,13 +5,14 @@
 Registers, spills and shared memory are the compiler's. Blocks per multiprocessor follow from them. Bytes and FLOPs are
 what the launch must move and compute at least. floor = max(bytes / bandwidth, FLOPs / rate); predicted = floor, longer
 by what the last, partly filled, wave of blocks wastes, plus a launch. The fused CUDA kernels are predicted step by step
-(block_seconds in the script). Nothing here is measured.
+(block_seconds and cluster_seconds in the script, which state what is assumed of the card). Nothing here is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import math
 import re
 import shutil
@@ -126,29 +127,58 @@ def cuda_rows(capability: int) -> list[list[str]]:
 
 #: Cycles of a step beside its work: barrier, wait for copies, addresses.
 _STEP = 40
+#: Cycles until the level-2 cache answers, of an H100 (Luo et al.): a step waits for weights whose rows are no whole
+#: pieces of 16 bytes, which no asynchronous copy takes.
+_LEVEL_2 = 270
+#: Cycles between two products on tensor cores that add to the same sums (Luo et al.: mma.sync m16n8k16).
+_DEPENDENT = 33
+#: Between the blocks of a cluster, bytes a cycle of a multiprocessor: 3.27 TB/s of 132 at 1.755 GHz (Luo et al.).
+_BETWEEN = 14
+#: Cycles for blocks of a cluster to meet, an assumption: four times the 180 cycles from one multiprocessor to another
+#: (Luo et al.), for the fence waits until all writes are answered, and the barrier's arrivals and release take as long.
+_MEETING = 4 * 180
 #: Cycles of a multiprocessor per element: bias, SiLU and slope on the way up; slopes on the way down.
 _ACTIVATION, _SLOPE = 18 / 128, 5 / 128
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One product of a network for a block of rows: columns of its results, depth, and cycles per element after it."""
+    """One product of a network for a block of rows.
+
+    Columns of its results, depth, cycles per element after it, elements of a row of its weights, and whether it makes a
+    layer, whose columns the blocks of a cluster share.
+    """
 
     columns: int
     depth: int
     after: float = 0.0
+    row: int = 0
+    layer: bool = True
 
 
 def score_passes(size: int, widths: tuple[int, ...]) -> list[Pass]:
     """The score network's: its layers and the head."""
     sizes = (size, *widths)
-    return [Pass(b, a, _ACTIVATION) for a, b in zip(sizes, widths, strict=False)] + [Pass(size, widths[-1])]
+    up = [Pass(b, a, _ACTIVATION, a) for a, b in zip(sizes, widths, strict=False)]
+    return [*up, Pass(size, widths[-1], row=widths[-1], layer=False)]
 
 
 def guidance_passes(size: int, widths: tuple[int, ...]) -> list[Pass]:
     """The guidance network's: its layers, forward and back."""
     up = score_passes(size, widths)[:-1]
-    return up + [Pass(p.depth, p.columns, _SLOPE) for p in reversed(up)]
+    down = [Pass(p.depth, p.columns, _SLOPE, p.row) for p in reversed(up)]
+    return [*up, *down[:-1], dataclasses.replace(down[-1], layer=False)]
+
+
+def _products_per_cycle(card: Card, element_bytes: int) -> float:
+    """Of a multiprocessor: by mma.sync, or float32."""
+    rate = card.bf16 * card.mma if element_bytes == 2 else card.fp32
+    return rate / 2 / card.multiprocessors / card.clock
+
+
+def _waiting(one: Pass, element_bytes: int) -> int:
+    """Cycles that a step waits for weights that arrive through registers."""
+    return _LEVEL_2 if one.row * element_bytes % 16 else 0
 
 
 def block_seconds(card: Card, plan: cuda_emulation.LaunchPlan, passes: list[Pass], element_bytes: int) -> float:
@@ -159,8 +189,7 @@ def block_seconds(card: Card, plan: cuda_emulation.LaunchPlan, passes: list[Pass
     the tile's way from the level-2 cache, 64 bytes a cycle, or the block's share of that cache's bandwidth.
     """
     rows, panel, depth = plan.rows, plan.panel, plan.depth
-    rate = card.bf16 * card.mma if element_bytes == 2 else card.fp32
-    per_cycle = rate / 2 / card.multiprocessors / card.clock
+    per_cycle = _products_per_cycle(card, element_bytes)
     tile = panel * depth * element_bytes
     if element_bytes == 2:
         read = (4 * rows * depth + 2 * panel * depth) * element_bytes
@@ -172,21 +201,62 @@ def block_seconds(card: Card, plan: cuda_emulation.LaunchPlan, passes: list[Pass
     cycles = 0.0
     for one in passes:
         panels = math.ceil(one.columns / panel)
-        cycles += panels * math.ceil(one.depth / depth) * (step + _STEP) + panels * rows * panel * one.after
+        one_step = step + _STEP + _waiting(one, element_bytes)
+        cycles += panels * math.ceil(one.depth / depth) * one_step + panels * rows * panel * one.after
     return cycles / card.clock
+
+
+def cluster_seconds(card: Card, plan: cuda_emulation.LaunchPlan, passes: list[Pass], element_bytes: int) -> float:
+    """Time of one cluster for all passes, a multiprocessor to each of its blocks.
+
+    A step is as in block_seconds, and takes as long as its products that wait for one another. After a layer the blocks
+    exchange their columns and meet. The weights arrive meanwhile: it takes longer if they do.
+    """
+    rows, panel, depth = plan.rows, plan.panel, plan.depth
+    per_cycle = _products_per_cycle(card, element_bytes)
+    busy = min(plan.blocks, card.multiprocessors // plan.cluster * plan.cluster)
+    arriving = max(1 / 64, busy * card.clock / card.l2)
+    cycles = stream = 0.0
+    for one in passes:
+        padded = math.ceil(one.columns / depth) * depth
+        # As columns_of_block in perceptron_layers.cuh.
+        own = math.ceil(padded / plan.cluster / 8) * 8 if one.layer else one.columns
+        panels = math.ceil(own / panel)
+        # Tiles have as many columns and as much depth as there are. Four warps beside each other, of more than 16 rows
+        # two such groups.
+        columns, deep = min(own, panel), min(one.depth, depth)
+        tile = columns * deep * element_bytes
+        if element_bytes == 2:
+            groups = 1 if rows == 16 else 2
+            read = (min(math.ceil(columns / 16), 4) * rows + groups * columns) * depth * element_bytes
+            chain = depth / 16 * _DEPENDENT
+        else:
+            read, chain = (rows + 8 * panel) * depth * element_bytes, 0.0
+        step = max(rows * columns * depth / per_cycle, (read + tile) / 128, chain)
+        steps = panels * math.ceil(one.depth / depth)
+        cycles += steps * (step + _STEP + _waiting(one, element_bytes)) + panels * rows * panel * one.after
+        stream += steps * tile * arriving
+        if one.layer:
+            others = rows * (plan.cluster - 1) * own * element_bytes
+            cycles += others / _BETWEEN + _MEETING
+    return max(cycles, stream) / card.clock
 
 
 def fused_seconds(
     card: Card, plan: cuda_emulation.LaunchPlan, batch: int, passes: list[Pass], element_bytes: int
 ) -> float:
     """Time of a launch: blocks share a multiprocessor, and waves of them follow one another."""
+    if plan.cluster > 1:
+        waves = math.ceil(math.ceil(batch / plan.rows) / (card.multiprocessors // plan.cluster))
+        return waves * cluster_seconds(card, plan, passes, element_bytes) + _LAUNCH
     sharing = math.ceil(plan.blocks / card.multiprocessors)
     waves = math.ceil(math.ceil(batch / plan.rows) / plan.blocks)
     return waves * sharing * block_seconds(card, plan, passes, element_bytes) + _LAUNCH
 
 
-def _device(card: Card) -> None:
-    cuda_emulation.choose_device(card.multiprocessors, (card.shared >> 10) - 1, card.shared >> 10)
+def _device(card: Card, clusters: bool = True) -> None:
+    there = card.multiprocessors // 8 if clusters and card in (CARDS[90], CARDS[100]) else 0
+    cuda_emulation.choose_device(card.multiprocessors, (card.shared >> 10) - 1, card.shared >> 10, clusters=there)
 
 
 def _integers(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
@@ -212,9 +282,11 @@ def fused_trajectory(
     batch: int,
     evaluations: int,
     dtype: torch.dtype,
+    *,
+    clusters: bool = True,
 ) -> tuple:
     """(plan, seconds, FLOPs) of trajectory with widths of both networks and one history slot."""
-    _device(card)
+    _device(card, clusters)
     plan = cuda_emulation.trajectory_plan(size, *widths, batch, dtype)
     passes = score_passes(size, widths[0]) + guidance_passes(size, widths[1])
     flops = 2.0 * batch * sum(one.columns * one.depth for one in passes) * evaluations
@@ -244,15 +316,38 @@ def fused_table(card: Card) -> str:
                 f"trajectory [{batch}, 2], simulation, {_EVALUATIONS} evaluations",
                 fused_trajectory(card, 2, _SIMULATION, batch, _EVALUATIONS, dtype),
             )
-            for batch in (10000, 256)
+            for batch in (10000, 1024, 512, 256)
+        ]
+        calls += [
+            (
+                f"the same [{batch}, 2] without clusters",
+                fused_trajectory(card, 2, _SIMULATION, batch, _EVALUATIONS, dtype, clusters=False),
+            )
+            for batch in (1024, 512, 256)
         ]
         for name, (plan, seconds, flops) in calls:
             floor = flops / (card.bf16 if dtype == torch.bfloat16 else card.fp32)
             tile = f"{plan.rows} x {plan.panel} x {plan.depth}"
-            numbers = (plan.blocks, tile, f"{plan.shared_bytes / 1024:.0f}", f"{plan.scratch_bytes / 1e6:.3g}")
+            numbers = (
+                plan.blocks,
+                plan.cluster,
+                tile,
+                f"{plan.shared_bytes / 1024:.0f}",
+                f"{plan.scratch_bytes / 1e6:.3g}",
+            )
             work = (f"{flops / 1e9:.3g}", f"{floor * 1e6:.4g}", f"{seconds * 1e6:.4g}", f"{100 * floor / seconds:.0f}")
             body.append([name, str(dtype).removeprefix("torch."), *map(str, numbers), *work])
-    header = ["call", "dtype", "blocks", "rows x panel x depth", "shared KiB", "scratch MB", "GFLOP", "floor us"]
+    header = [
+        "call",
+        "dtype",
+        "blocks",
+        "in a cluster",
+        "rows x panel x depth",
+        "shared KiB",
+        "scratch MB",
+        "GFLOP",
+        "floor us",
+    ]
     return markdown_table([*header, "predicted us", "% of data sheet's rate"], body)
 
 

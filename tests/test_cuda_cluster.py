@@ -54,11 +54,11 @@ def assert_same_bits(call, multiprocessors=MANY):
 @pytest.mark.parametrize(
     ("size", "score_widths", "guidance_widths", "batch"),
     [
-        (1, (1,), (1,), 1),
+        (1, (1,), (130,), 1),
         (2, (130, 24, 70), (70, 30, 150), 20),
-        (37, (40, 24), (33, 20), 40),
-        (150, (33,), (20,), 20),
-        (3, (8,) * 8, (8,) * 8, 9),
+        (37, (40, 24), (133, 20), 33),
+        (150, (33,), (20,), 5),
+        (3, (8,) * 8, (*(8,) * 7, 140), 9),
     ],
 )
 def test_bit_for_bit_as_single_blocks(size, score_widths, guidance_widths, batch, dtype) -> None:
@@ -99,7 +99,7 @@ def test_the_simulation(dtype) -> None:
     ],
 )
 def test_options(changes, dtype) -> None:
-    assert_same_bits(call_of(3, (20, 30), (25, 15), 20, dtype, plan(steps=3, **changes)))
+    assert_same_bits(call_of(3, (20, 130), (25, 15), 20, dtype, plan(steps=3, **changes)))
 
 
 @each_dtype
@@ -143,7 +143,7 @@ def test_every_barrier_is_needed(dtype) -> None:
 
 
 def test_divergence_is_reported() -> None:
-    call = call_of(2, (20,), (25,), 40, FLOAT32, plan(steps=5))
+    call = call_of(2, (20,), (130,), 40, FLOAT32, plan(steps=5))
     call[1].evaluation_bias[3, 4] = torch.inf
     choose_clusters()
     rows_of(call)
@@ -165,8 +165,9 @@ def test_clusters_serve_few_samples_of_devices_that_have_them(dtype) -> None:
     assert chosen(1, 16).blocks == 8
     assert chosen(256, 0).cluster == 1
     assert chosen(10000, 16).cluster == 1
-    # Two multiprocessors have no room for many clusters, nor narrow layers a need for them.
+    # Not where clusters would wait for each other, or a layer takes less time than to meet.
     assert chosen(256, 1, multiprocessors=8).cluster == 1
+    assert chosen(256, 16, sizes=((32, 32), (32,))).cluster == 1
     # A block of 16 rows fits where none of 32 does, if only in clusters.
     wide = ((1700,), (1700,))
     if dtype != FLOAT32:

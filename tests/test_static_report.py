@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -48,7 +49,7 @@ def test_the_committed_text_names_every_kernel():
 
 
 def test_the_time_of_a_block_is_its_slowest_resource_step_by_step():
-    plan = static_report.cuda_emulation.LaunchPlan(blocks=1, rows=96, panel=256, depth=16)
+    plan = static_report.cuda_emulation.LaunchPlan(blocks=1, rows=96, panel=256, depth=16, cluster=1)
     steps = 2 * 32  # 512 columns of depth 512
     one = static_report.Pass(512, 512)
     cycles = static_report.block_seconds(H100, plan, [one], 2) * H100.clock / steps
@@ -62,6 +63,32 @@ def test_the_time_of_a_block_is_its_slowest_resource_step_by_step():
     plan.blocks = 132
     seconds = [static_report.fused_seconds(H100, plan, batch, [one], 2) - 3e-6 for batch in (132 * 96, 132 * 96 + 1)]
     assert seconds[1] == pytest.approx(2 * seconds[0])
+
+
+def test_a_cluster_takes_its_steps_and_exchanges_or_the_stream_of_its_weights():
+    plan = static_report.cuda_emulation.LaunchPlan(blocks=128, rows=16, panel=64, depth=128, cluster=8)
+    one = static_report.Pass(512, 512, row=512)
+    cycles = static_report.cluster_seconds(H100, plan, [one], 2) * H100.clock
+    # Four warps read all rows, and a tile is written and read once, at 128 bytes a cycle: longer than the products,
+    # and than eight of them one after the other at 33 cycles.
+    step = (4 * 16 * 128 + 2 * 64 * 128) * 2 / 128
+    assert step > max(8 * 33, 16 * 64 * 128 / (989e12 * 0.62 / 2 / 132 / 1.83e9))
+    exchange = 7 * 16 * 64 * 2 / 14 + 720
+    assert cycles == pytest.approx(4 * (step + 40) + exchange)
+    # Every block makes a head, whose two columns one warp has.
+    head = static_report.Pass(2, 512, row=512, layer=False)
+    chain = static_report.cluster_seconds(H100, plan, [head], 2) * H100.clock
+    assert chain == pytest.approx(4 * (8 * 33 + 40))
+    # Weights in rows of four bytes: each step waits for the level-2 cache.
+    slow = static_report.Pass(2, 512, row=2, layer=False)
+    assert static_report.cluster_seconds(H100, plan, [slow], 2) * H100.clock == pytest.approx(chain + 4 * 270)
+    # With a tenth of the level-2 cache's bandwidth the weights decide.
+    starved = dataclasses.replace(H100, l2=H100.l2 / 10)
+    seconds = static_report.cluster_seconds(starved, plan, [one], 2)
+    assert seconds == pytest.approx(128 * 512 * 64 * 2 / (H100.l2 / 10))
+    # Sixteen clusters run at once: the seventeenth, of samples 257 and on, waits.
+    times = [static_report.fused_seconds(H100, plan, batch, [one], 2) - 3e-6 for batch in (256, 257)]
+    assert times[1] == pytest.approx(2 * times[0])
 
 
 def test_launches_that_repeat_one_count_again():

@@ -46,9 +46,10 @@ struct SwizzledTile {
 };
 
 // The part of a panel that a thread holds: `kRows` rows, products of 16-bit elements on tensor cores. Eight warps stand two
-// by four, or one by eight. The wider the panel, the fewer bytes of shared memory for a product: of two by four warps, one
-// reads (kRows / 2 + kPanel / 4) kDepth elements for kRows kPanel kDepth / 8 products.
-template <typename Element_, int kRows_, int kPanel_ = 128, int kTileBytes = 8192, int kRowWarps = 2>
+// by four; where there are rows for four only, the others just copy. The wider the panel, the fewer bytes of shared memory
+// for a product: of two by four warps, one reads (kRows / 2 + kPanel / 4) kDepth elements for kRows kPanel kDepth / 8
+// products.
+template <typename Element_, int kRows_, int kPanel_ = 128, int kTileBytes = 8192>
 class TensorCoreTile {
  public:
   using Element = Element_;
@@ -60,14 +61,13 @@ class TensorCoreTile {
   template <int kColumns>
   using Layout = SwizzledTile<uint16_t, kColumns>;  // of tiles
   static constexpr int kAdjacent = 2;  // columns that a thread holds together
-  static constexpr int kColumnWarps = 8 / kRowWarps;
+  static constexpr int kRowWarps = kRows < 32 ? 1 : 2, kColumnWarps = 4;
   static constexpr int kRowTiles = kRows / (16 * kRowWarps);  // of 16 rows, of a warp
   static constexpr int kHeldRows = 2 * kRowTiles;
   static constexpr int kColumnTiles = kPanel / (8 * kColumnWarps);  // of eight columns, of a warp
   static constexpr int kHeld = 2 * kColumnTiles * kRowTiles;  // times kAdjacent values
   static constexpr int kLanesOfRow = 4;  // lanes of a warp that hold parts of the same row: neighbours
-  static_assert(kRows % (16 * kRowWarps) == 0 && kPanel % (8 * kColumnWarps) == 0);
-  static_assert(kColumnTiles == 1 || kColumnTiles % 2 == 0);
+  static_assert(kRows % (16 * kRowWarps) == 0 && kPanel % 64 == 0 && kDepth % 16 == 0);
 
   TGDP_DEVICE TensorCoreTile() { clear(); }
 
@@ -86,18 +86,19 @@ class TensorCoreTile {
   // kTransposed [kDepth, kPanel], in its Layout.
   template <bool kTransposed>
   TGDP_DEVICE void multiply(Shared<uint16_t> left, int pitch, Shared<uint16_t> tile) {
+    if (!has_columns()) return;
     const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8, row = lane % 8;
-    // Four matrices of the tile are loaded at once: 16 columns by 16 of depth, or eight columns by 32.
-    constexpr int kParts = kColumnTiles == 1 ? 2 : 1, kLoads = kColumnTiles == 1 ? 1 : kColumnTiles / 2;
-    static_assert(kDepth % (16 * kParts) == 0);
 #pragma unroll
-    for (int k = 0; k < kDepth; k += 16 * kParts) {
-      uint32_t b[kLoads][4];
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t a[kRowTiles][4], b[kColumnTiles / 2][4];
 #pragma unroll
-      for (int n = 0; n < kLoads; ++n) {
-        // Columns 0 to 7 and 8 to 15 of 16, each with both halves of the depth; or one of the four eighths of it.
-        const int column = first_column() + 16 * n + (kParts == 1 ? matrix / 2 * 8 : 0);
-        const int depth = k + (kParts == 1 ? matrix % 2 : matrix) * 8;
+      for (int i = 0; i < kRowTiles; ++i) {
+        load_matrices<false>(a[i], left + ((first_row() + 16 * i + lane % 16) * pitch + k + lane / 16 * 8));
+      }
+#pragma unroll
+      for (int n = 0; n < kColumnTiles / 2; ++n) {
+        // Columns 0 to 7 and 8 to 15 of 16, each with both halves of the depth.
+        const int column = first_column() + 16 * n + matrix / 2 * 8, depth = k + matrix % 2 * 8;
         if constexpr (kTransposed) {
           load_matrices<true>(b[n], tile + Layout<kPanel>::at(depth + row, column));
         } else {
@@ -105,21 +106,11 @@ class TensorCoreTile {
         }
       }
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        uint32_t a[kRowTiles][4];
+      for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          const int left_column = k + 16 * part + lane / 16 * 8;
-          load_matrices<false>(a[i], left + ((first_row() + 16 * i + lane % 16) * pitch + left_column));
-        }
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-          for (int n = 0; n < kColumnTiles; ++n) {
-            const int at = kParts == 1 ? n : part;
-            const uint32_t pair[2] = {b[at / 2][at % 2 * 2], b[at / 2][at % 2 * 2 + 1]};
-            mma_m16n8k16<Element>(sums_[i][n], a[i], pair);
-          }
+        for (int n = 0; n < kColumnTiles; ++n) {
+          const uint32_t pair[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
+          mma_m16n8k16<Element>(sums_[i][n], a[i], pair);
         }
       }
     }
@@ -128,6 +119,7 @@ class TensorCoreTile {
   // body(row, column, number of the row among those held, number among all held, values of kAdjacent columns)
   template <typename Body>
   TGDP_DEVICE void each(const Body& body) {
+    if (!has_columns()) return;
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -155,6 +147,10 @@ class TensorCoreTile {
   static TGDP_DEVICE void store(Shared<uint16_t> to, const float (&values)[2]) { *shared_as<uint32_t>(to) = pack(values); }
 
  private:
+  // Whether the warp holds any.
+  static TGDP_DEVICE bool has_columns() {
+    return kRowWarps * kColumnWarps == 8 || static_cast<int>(threadIdx.x) < 32 * kRowWarps * kColumnWarps;
+  }
   static TGDP_DEVICE int first_row() {
     return static_cast<int>(threadIdx.x) / (32 * kColumnWarps) * (kRows / kRowWarps);
   }

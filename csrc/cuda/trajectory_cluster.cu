@@ -10,7 +10,7 @@ namespace {
 
 // Tiles of clusters: 64 columns are the share of one of eight blocks in a layer of width 512.
 template <typename Element, int kRows>
-using ClusterTile = TensorCoreTile<Element, kRows, 64, 16384, kRows == 16 ? 1 : 2>;
+using ClusterTile = TensorCoreTile<Element, kRows, 64, 16384>;
 using FloatClusterTile = FloatTile<16, 64, 64>;
 
 template <typename Tile>
@@ -31,8 +31,8 @@ RowPlan plan_clusters(const TrajectoryKernelCall& call, const RowDemand& demand,
   // cycles until all have met and all is there, an eighth of the products, and kRows w elements from block to block.
   constexpr int64_t kMeeting = 1000 * 1024 / (sizeof(typename Tile::Storage) == 4 ? 4 : 1);
   const int64_t at_once = limits.multiprocessors < kClusterBlocks ? 1 : limits.multiprocessors / kClusterBlocks;
-  const int64_t waves = (needed + at_once - 1) / at_once, width = rounded_up(demand.widest, 128);
-  plan.cost = waves * ((Tile::kRows * 3 / 8 + 8) * width + kMeeting / width);
+  const int64_t waves = (needed + at_once - 1) / at_once;
+  plan.cost = waves * ((Tile::kRows * 3 / 8 + 8) * rounded_up(demand.widest, 128) + kMeeting / rounded_up(demand.widest, 32));
   return plan;
 }
 
