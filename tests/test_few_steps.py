@@ -124,9 +124,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(few_steps, "run", pretend)
     command = ["experiment", "few-steps", "--out", str(tmp_path), "--quiet"]
     assert main(command) == 0
-    assert main([*command, "--seeds", "3", "--num", "20", "--records", "r", "--methods", "real"]) == 0
+    assert main([*command, "--seeds", "2", "--num", "20", "--records", "r", "--methods", "real"]) == 0
     assert "a table" in capsys.readouterr().out
     assert plans[0] == few_steps.Plan(tmp_path)
-    assert plans[1] == few_steps.Plan(tmp_path, Path("r"), 3, 20, ("real",))
+    assert plans[1] == few_steps.Plan(tmp_path, Path("r"), 2, 20, ("real",))
     assert main([*command, "--methods", "reel"]) == 2
     assert "did you mean 'real'" in capsys.readouterr().err

@@ -488,7 +488,7 @@ def _parser() -> argparse.ArgumentParser:
     _quiet(command)
     command = _command(experiments, "few-steps", experiment_few_steps)
     command.add_argument("--records", type=Path, help="folder of WFDB records at 100 Hz (default: synthetic signals)")
-    command.add_argument("--seeds", type=int, default=4, help="draws (%(default)s)")
+    command.add_argument("--seeds", type=int, default=3, help="draws (%(default)s)")
     command.add_argument("--num", type=int, default=300, help="samples drawn per method (%(default)s)")
     command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
