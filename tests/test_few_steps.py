@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,28 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert plans[1] == few_steps.Plan(tmp_path, Path("r"), 2, 20, ("real",))
     assert main([*command, "--methods", "reel"]) == 2
     assert "did you mean 'real'" in capsys.readouterr().err
+
+
+def test_the_committed_results_say_what_the_texts_say() -> None:
+    folder = Path(__file__).parent.parent / "docs" / "results"
+    for name in ("few_steps", "few_steps_ptbxl"):
+        assert re.fullmatch(
+            "[0-9a-f]{40}", json.loads((folder / name / "results.json").read_text())["environment"]["commit"]
+        )
+    rows = json.loads((folder / "few_steps" / "results.json").read_text())["rows"]
+
+    def values(method: str, key: str) -> np.ndarray:
+        return np.array([row[key] for row in rows if row["method"] == method])
+
+    sw2 = {method: f"{values(method, 'sw2').mean():.2f}" for method in few_steps.METHODS}
+    assert sw2[few_steps.REAL] == "0.13"
+    for solver, found in {"ddpm/200": ("0.68", "0.40", "0.13"), "dpmpp_2m/20": ("0.68", "0.33", "0.13")}.items():
+        assert tuple(sw2[f"{solver}/{prior}/fp32"] for prior in few_steps.PRIORS) == found
+        assert values(f"{solver}/standard/fp32", "lead_std").mean() == pytest.approx(2 / 3, abs=0.02)
+    nearest = {name: values(f"{name}/20/empirical/fp32", "nearest").mean() for name in ("dpmpp_2m", "dpmpp_2m_sde")}
+    real = values(few_steps.REAL, "nearest").mean()
+    assert nearest["dpmpp_2m"] < 0.85 * real < 0.95 * real < nearest["dpmpp_2m_sde"]
+    for prior in few_steps.PRIORS:
+        for key in ("sw2", "mmd", "principal_variance", "lead_std", "spectrum_db", "nearest"):
+            single, half = (values(f"dpmpp_2m/20/{prior}/{precision}", key) for precision in ("fp32", "bf16"))
+            assert abs((half - single).mean()) < single.std(ddof=1)

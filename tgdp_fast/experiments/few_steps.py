@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,11 @@ class Signals:
     fresh: Callable[[int, int], np.ndarray]
     description: str
 
+    @cached_property
+    def principal(self) -> GaussianPrior:
+        """The first principal directions of the reference, and its variances along them."""
+        return GaussianPrior.fit(self.reference, rank=PRINCIPAL)
+
 
 def load_signals(plan: Plan) -> Signals:
     """Synthetic signals, training and reference signals apart; or windows of records, where there are too few records
@@ -243,16 +249,15 @@ def measure(x: np.ndarray, signals: Signals) -> Row:
     return {
         "sw2": sliced_wasserstein(x, reference),
         "mmd": mmd(x, reference),
-        "principal_variance": principal_variance(x, reference),
+        "principal_variance": principal_variance(x, signals.principal),
         "lead_std": float(np.sqrt(np.mean((x.std(axis=(0, 2)) / reference.std(axis=(0, 2)) - 1.0) ** 2))),
         "spectrum_db": float(np.sqrt(np.mean((_spectrum_db(x) - _spectrum_db(reference)) ** 2))),
         "nearest": nearest_distance(x.reshape(len(x), -1), signals.train.reshape(len(signals.train), -1)),
     }
 
 
-def principal_variance(x: np.ndarray, reference: np.ndarray) -> float:
-    """Variance of ``x`` along the first principal directions of the reference, as a share of the reference's."""
-    law = GaussianPrior.fit(reference, rank=PRINCIPAL)
+def principal_variance(x: np.ndarray, law: GaussianPrior) -> float:
+    """Variance of ``x`` along the principal directions of ``law``, as a share of its own."""
     along = torch.from_numpy(x).flatten(1).double() @ law.directions
     return float((along.var(dim=0) / law.variances).mean())
 
