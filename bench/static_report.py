@@ -129,11 +129,12 @@ def cuda_rows(capability: int) -> list[list[str]]:
 _STEP = 40
 #: Cycles until the level-2 cache answers, of an H100 (Luo et al.): a step waits for weights whose rows are no whole
 #: pieces of 16 bytes, which no asynchronous copy takes.
-_LEVEL_2 = 270
+_LEVEL_2 = 263
 #: Cycles between two products on tensor cores that add to the same sums (Luo et al.: mma.sync m16n8k16).
 _DEPENDENT = 33
-#: Between the blocks of a cluster, bytes a cycle of a multiprocessor: 3.27 TB/s of 132 at 1.755 GHz (Luo et al.).
-_BETWEEN = 14
+#: Between the blocks of a cluster, bytes a cycle of a multiprocessor: 2.65 TB/s of 114 at 1.755 GHz (Luo et al., for
+#: clusters of four, the largest that they measure; 3.27 TB/s for two).
+_BETWEEN = 13
 #: Cycles for blocks of a cluster to meet, an assumption: four times the 180 cycles from one multiprocessor to another
 #: (Luo et al.), for the fence waits until all writes are answered, and the barrier's arrivals and release take as long.
 _MEETING = 4 * 180
@@ -170,10 +171,33 @@ def guidance_passes(size: int, widths: tuple[int, ...]) -> list[Pass]:
     return [*up, *down[:-1], dataclasses.replace(down[-1], layer=False)]
 
 
-def _products_per_cycle(card: Card, element_bytes: int) -> float:
-    """Of a multiprocessor: by mma.sync, or float32."""
+def step_cycles(
+    card: Card, plan: cuda_emulation.LaunchPlan, columns: int, depth: int, element_bytes: int
+) -> dict[str, float]:
+    """Cycles of a step by what it needs; the longest counts.
+
+    A step multiplies [rows, plan.depth] by [plan.depth, columns]: products at the rate of mma.sync or of float32, and
+    those that add to the same sums one after the other; shared memory, 128 bytes a cycle, for what the warps read, four
+    beside each other and of more than 16 rows two such groups, and for the tile that arrives, which has `depth`; the
+    tile's way from the level-2 cache, 64 bytes a cycle, or the block's share of that cache's bandwidth.
+    """
+    rows = plan.rows
     rate = card.bf16 * card.mma if element_bytes == 2 else card.fp32
-    return rate / 2 / card.multiprocessors / card.clock
+    per_cycle = rate / 2 / card.multiprocessors / card.clock
+    tile = columns * depth * element_bytes
+    if element_bytes == 2:
+        groups = 1 if rows == 16 else 2
+        read = (min(math.ceil(columns / 16), 4) * rows + groups * columns) * plan.depth * element_bytes
+    else:
+        # A row of factors is the same for all lanes; every warp reads the whole tile.
+        read = (rows + 8 * plan.panel) * plan.depth * element_bytes
+    busy = min(plan.blocks, card.multiprocessors // plan.cluster * plan.cluster)
+    return {
+        "products": rows * columns * plan.depth / per_cycle,
+        "products in turn": plan.depth / 16 * _DEPENDENT if element_bytes == 2 else 0.0,
+        "shared memory": (read + tile) / 128,
+        "level-2 cache": tile * max(1 / 64, busy * card.clock / card.l2),
+    }
 
 
 def _waiting(one: Pass, element_bytes: int) -> int:
@@ -182,60 +206,35 @@ def _waiting(one: Pass, element_bytes: int) -> int:
 
 
 def block_seconds(card: Card, plan: cuda_emulation.LaunchPlan, passes: list[Pass], element_bytes: int) -> float:
-    """Time of one block for all passes, the multiprocessor to itself.
-
-    A step multiplies [rows, depth] by [depth, panel]. It takes the longest of: its products, at the rate of mma.sync or
-    of float32; shared memory, 128 bytes a cycle, for what eight warps, two by four, read and for the tile that arrives;
-    the tile's way from the level-2 cache, 64 bytes a cycle, or the block's share of that cache's bandwidth.
-    """
-    rows, panel, depth = plan.rows, plan.panel, plan.depth
-    per_cycle = _products_per_cycle(card, element_bytes)
-    tile = panel * depth * element_bytes
-    if element_bytes == 2:
-        read = (4 * rows * depth + 2 * panel * depth) * element_bytes
-    else:
-        # A row of factors is the same for all lanes; every warp reads the whole tile.
-        read = (rows * depth + 8 * panel * depth) * element_bytes
-    busy = min(plan.blocks, card.multiprocessors)
-    step = max(rows * panel * depth / per_cycle, (read + tile) / 128, tile / 64, tile * busy / (card.l2 / card.clock))
+    """Time of one block for all passes, the multiprocessor to itself."""
+    rows, panel = plan.rows, plan.panel
+    step = max(step_cycles(card, plan, panel, plan.depth, element_bytes).values())
     cycles = 0.0
     for one in passes:
         panels = math.ceil(one.columns / panel)
         one_step = step + _STEP + _waiting(one, element_bytes)
-        cycles += panels * math.ceil(one.depth / depth) * one_step + panels * rows * panel * one.after
+        cycles += panels * math.ceil(one.depth / plan.depth) * one_step + panels * rows * panel * one.after
     return cycles / card.clock
 
 
 def cluster_seconds(card: Card, plan: cuda_emulation.LaunchPlan, passes: list[Pass], element_bytes: int) -> float:
     """Time of one cluster for all passes, a multiprocessor to each of its blocks.
 
-    A step is as in block_seconds, and takes as long as its products that wait for one another. After a layer the blocks
-    exchange their columns and meet. The weights arrive meanwhile: it takes longer if they do.
+    After a layer the blocks exchange their columns and meet. The weights arrive meanwhile: it takes longer if they do.
     """
     rows, panel, depth = plan.rows, plan.panel, plan.depth
-    per_cycle = _products_per_cycle(card, element_bytes)
-    busy = min(plan.blocks, card.multiprocessors // plan.cluster * plan.cluster)
-    arriving = max(1 / 64, busy * card.clock / card.l2)
     cycles = stream = 0.0
     for one in passes:
         padded = math.ceil(one.columns / depth) * depth
         # As columns_of_block in perceptron_layers.cuh.
         own = math.ceil(padded / plan.cluster / 8) * 8 if one.layer else one.columns
         panels = math.ceil(own / panel)
-        # Tiles have as many columns and as much depth as there are. Four warps beside each other, of more than 16 rows
-        # two such groups.
-        columns, deep = min(own, panel), min(one.depth, depth)
-        tile = columns * deep * element_bytes
-        if element_bytes == 2:
-            groups = 1 if rows == 16 else 2
-            read = (min(math.ceil(columns / 16), 4) * rows + groups * columns) * depth * element_bytes
-            chain = depth / 16 * _DEPENDENT
-        else:
-            read, chain = (rows + 8 * panel) * depth * element_bytes, 0.0
-        step = max(rows * columns * depth / per_cycle, (read + tile) / 128, chain)
         steps = panels * math.ceil(one.depth / depth)
-        cycles += steps * (step + _STEP + _waiting(one, element_bytes)) + panels * rows * panel * one.after
-        stream += steps * tile * arriving
+        # Only columns and depth that are there arrive.
+        needs = step_cycles(card, plan, min(own, panel), min(one.depth, depth), element_bytes)
+        stream += steps * needs.pop("level-2 cache")
+        one_step = max(needs.values()) + _STEP + _waiting(one, element_bytes)
+        cycles += steps * one_step + panels * rows * panel * one.after
         if one.layer:
             others = rows * (plan.cluster - 1) * own * element_bytes
             cycles += others / _BETWEEN + _MEETING
@@ -293,6 +292,15 @@ def fused_trajectory(
     return plan, fused_seconds(card, plan, batch, passes * evaluations, dtype.itemsize), flops
 
 
+_FUSED_NOTES = f"""A step multiplies the rows of a block by a tile of weights, panel x depth, and takes as long as
+what it needs most of; but blocks of a cluster fetch weights while they exchange a layer, so that only the whole
+time of both counts. They exchange {_BETWEEN} bytes a cycle and multiprocessor and meet in {_MEETING} cycles, four
+ways of 180 cycles from one to another. Bandwidth (2.65 TB/s of 114 multiprocessors at 1.755 GHz, clusters of four,
+the largest measured) and latency between multiprocessors, latency of the level-2 cache ({_LEVEL_2} cycles) and of
+mma.sync (about {_DEPENDENT}) are taken from Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU
+Architecture", 2024, on an H800; that clusters of eight have the same bandwidth, and the number of ways, are
+assumptions."""
+
 _WIDE = (512,) * 4
 _SIMULATION = ((*_WIDE, 256), _WIDE)
 #: 25 steps of two evaluations, the first of one.
@@ -328,10 +336,13 @@ def fused_table(card: Card) -> str:
         for name, (plan, seconds, flops) in calls:
             floor = flops / (card.bf16 if dtype == torch.bfloat16 else card.fp32)
             tile = f"{plan.rows} x {plan.panel} x {plan.depth}"
+            needs = step_cycles(card, plan, plan.panel, plan.depth, dtype.itemsize)
+            longest = max(needs, key=lambda need: needs[need])
             numbers = (
                 plan.blocks,
                 plan.cluster,
                 tile,
+                f"{needs[longest]:.0f}: {longest}",
                 f"{plan.shared_bytes / 1024:.0f}",
                 f"{plan.scratch_bytes / 1e6:.3g}",
             )
@@ -343,6 +354,7 @@ def fused_table(card: Card) -> str:
         "blocks",
         "in a cluster",
         "rows x panel x depth",
+        "cycles of a step",
         "shared KiB",
         "scratch MB",
         "GFLOP",
@@ -406,7 +418,7 @@ def report() -> str:
     parts += [f"### SSSD-ECG in Triton, predicted for {CARDS[90].name}", network]
     fused = fused_table(CARDS[90])
     if fused:
-        parts += [f"## Fused CUDA kernels, predicted for {CARDS[90].name}", fused]
+        parts += [f"## Fused CUDA kernels, predicted for {CARDS[90].name}", _FUSED_NOTES, fused]
         parts[2:2] = [f"## Goals on an {CARDS[90].name}", goals_table(CARDS[90], main_times)]
     cuda = [row for capability in CARDS for row in cuda_rows(capability)]
     if cuda:

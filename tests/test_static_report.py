@@ -56,6 +56,14 @@ def test_the_time_of_a_block_is_its_slowest_resource_step_by_step():
     products = 96 * 256 * 16 / (989e12 * 0.62 / 2 / 132 / 1.83e9)
     shared = (4 * 96 * 16 + 3 * 256 * 16) * 2 / 128
     assert cycles == pytest.approx(max(products, shared) + 40)
+    needs = static_report.step_cycles(H100, plan, 256, 16, 2)
+    assert (needs["products"], needs["shared memory"]) == pytest.approx((products, shared))
+    # Alone, a block has 64 bytes a cycle of the level-2 cache; 132 share its bandwidth.
+    assert needs["level-2 cache"] == pytest.approx(256 * 16 * 2 / 64)
+    plan.blocks = 132
+    needs = static_report.step_cycles(H100, plan, 256, 16, 2)
+    assert needs["level-2 cache"] == pytest.approx(132 * 256 * 16 * 2 * 1.83e9 / 5.5e12)
+    plan.blocks = 1
     # What follows on a product counts once per panel.
     after = static_report.block_seconds(H100, plan, [static_report.Pass(512, 512, 0.1)], 2) * H100.clock
     assert after == pytest.approx(cycles * steps + 2 * 96 * 256 * 0.1)
@@ -73,7 +81,7 @@ def test_a_cluster_takes_its_steps_and_exchanges_or_the_stream_of_its_weights():
     # and than eight of them one after the other at 33 cycles.
     step = (4 * 16 * 128 + 2 * 64 * 128) * 2 / 128
     assert step > max(8 * 33, 16 * 64 * 128 / (989e12 * 0.62 / 2 / 132 / 1.83e9))
-    exchange = 7 * 16 * 64 * 2 / 14 + 720
+    exchange = 7 * 16 * 64 * 2 / 13 + 720
     assert cycles == pytest.approx(4 * (step + 40) + exchange)
     # Every block makes a head, whose two columns one warp has.
     head = static_report.Pass(2, 512, row=512, layer=False)
@@ -81,7 +89,7 @@ def test_a_cluster_takes_its_steps_and_exchanges_or_the_stream_of_its_weights():
     assert chain == pytest.approx(4 * (8 * 33 + 40))
     # Weights in rows of four bytes: each step waits for the level-2 cache.
     slow = static_report.Pass(2, 512, row=2, layer=False)
-    assert static_report.cluster_seconds(H100, plan, [slow], 2) * H100.clock == pytest.approx(chain + 4 * 270)
+    assert static_report.cluster_seconds(H100, plan, [slow], 2) * H100.clock == pytest.approx(chain + 4 * 263)
     # With a tenth of the level-2 cache's bandwidth the weights decide.
     starved = dataclasses.replace(H100, l2=H100.l2 / 10)
     seconds = static_report.cluster_seconds(starved, plan, [one], 2)
