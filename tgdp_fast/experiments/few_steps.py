@@ -17,7 +17,7 @@ from tgdp_fast._version import __version__
 from tgdp_fast.checkpoint import signature_of
 from tgdp_fast.data.arrays import Standardizer
 from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
-from tgdp_fast.data.wfdb_records import read_record
+from tgdp_fast.data.wfdb_records import read_leads
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.experiments.digits import nearest_distance
 from tgdp_fast.experiments.results import (
@@ -164,11 +164,11 @@ def record_windows(folder: Path, length: int) -> tuple[np.ndarray, int]:
     Raises:
         ValueError: no such record there.
     """
-    records = [record for path in sorted(folder.rglob("*.hea")) if (record := read_record(path)).rate == 100.0]
+    records = [read_leads(path, LEADS) for path in sorted(folder.rglob("*.hea"))]
     windows = [
-        np.lib.stride_tricks.sliding_window_view(record.select(LEADS), length, axis=1)[:, :: max(1, length // 8)]
-        for record in records
-        if record.signals.shape[1] >= length
+        np.lib.stride_tricks.sliding_window_view(signals, length, axis=1)[:, :: max(1, length // 8)]
+        for signals, rate in records
+        if rate == 100.0 and signals.shape[1] >= length
     ]
     if not windows:
         raise ValueError(
