@@ -310,10 +310,8 @@ const float* checked_floats(const Tensor& tensor, at::IntArrayRef sizes) {
 const float* bias_rows(const Tensor& bias, int64_t batch, at::IntArrayRef row, int64_t& stride) {
   TORCH_CHECK_VALUE(bias.dim() > 0 && (bias.size(0) == 1 || bias.size(0) == batch),
                     "tgdp_fast: a bias must have one row or one for each sample");
-  std::vector<int64_t> sizes{bias.size(0)};
-  sizes.insert(sizes.end(), row.begin(), row.end());
   stride = bias.size(0) == 1 ? 0 : bias.stride(0);
-  return checked_floats(bias, sizes);
+  return bias.size(0) == 0 ? nullptr : checked_floats(bias[0], row);
 }
 
 // Each layer: packed filters, their scales, mixture, and of each channel mixture bias, LayerNorm's weight and bias.

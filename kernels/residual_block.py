@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,8 +33,27 @@ from tgdp_fast.kernels.gated_activation import gate
 from tgdp_fast.kernels.launching import Tile
 from tgdp_fast.kernels.matrix import INTERPRETED, multiply_add, power_of_two, saturated
 
-if TYPE_CHECKING:
-    from tgdp_fast.ops import ResidualBlockWeights
+
+class Layer(NamedTuple):
+    """An S4 layer: ``tgdp_fast.ops.S4Weights`` with the filters as :func:`long_convolution.pack` gives them."""
+
+    packed: Tensor
+    scales: Tensor
+    mixture: Tensor
+    mixture_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    epsilon: float
+
+
+class Block(NamedTuple):
+    """``tgdp_fast.ops.ResidualBlockWeights``."""
+
+    convolution: Tensor
+    first: Layer
+    second: Layer
+    output: Tensor
+    output_bias: Tensor
 
 
 @triton.jit
@@ -496,14 +515,14 @@ def _sample_stride(bias: Tensor) -> int:
     return 0 if bias.shape[0] == 1 else bias.stride(0)
 
 
-def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights) -> None:
+def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: Block) -> None:
     """The whole block: changes state float32 [B, C + S, L], contiguous.
 
     Args:
         state: as said.
         step_bias: float32 [B or 1, 3, H], rows in one piece.
         label_bias: float32 [B or 1, H], rows in one piece, or None.
-        weights: contiguous, their filters packed for a GPU.
+        weights: contiguous.
     """
     batch, _, length = state.shape
     channels, dtype = weights.output.shape[1], weights.output.dtype
@@ -518,11 +537,9 @@ def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights:
     taps(u, x, weights.convolution, step_bias)
     # Once the taps have read x, the gate may take its place.
     for layer, before, after, label in ((weights.first, u, between, label_bias), (weights.second, between, x, None)):
-        packed, scales = layer.filters.packed, layer.filters.scales
-        assert packed is not None
-        assert scales is not None
+        filters = layer.packed, layer.scales
         long_convolution.launch(
-            y[..., :length], before[..., :length], packed, scales, activation=True, split=exact, saturate=not exact
+            y[..., :length], before[..., :length], *filters, activation=True, split=exact, saturate=not exact
         )
         vectors = layer.mixture_bias, layer.norm_weight, layer.norm_bias
         mixture(after, y, before, layer.mixture, vectors, label, layer.epsilon, length, gated=after is x)
@@ -535,8 +552,6 @@ def _up_to_16(size: int) -> int:
 
 def without_data(shape: tuple[int, int, int, int], dtype: torch.dtype, labels: bool = True) -> Callable[[], None]:
     """A launch for a record, of a block for B, C, S, L."""
-    from tgdp_fast.ops import LongConvolution, ResidualBlockWeights, S4Weights
-
     batch, channels, skip, length = shape
     hidden = 2 * channels
     points = long_convolution.points_of(length)
@@ -548,13 +563,12 @@ def without_data(shape: tuple[int, int, int, int], dtype: torch.dtype, labels: b
     packed = empty(
         hidden, 2, *long_convolution.FACTORS[points], of=torch.float32 if dtype == torch.float32 else torch.float16
     )
-    filters = LongConvolution(empty(hidden, 2 * length - 1), packed, empty(hidden))
-    vectors = (empty(hidden), empty(hidden), empty(hidden))
-    first, second = (S4Weights(filters, empty(hidden, hidden, of=dtype), *vectors, 1e-5) for _ in range(2))
-    weights = ResidualBlockWeights(
+    vector = empty(hidden)
+    layer = Layer(packed, vector, empty(hidden, hidden, of=dtype), vector, vector, vector, 1e-5)
+    weights = Block(
         empty(hidden, 3 * channels, of=dtype),
-        first,
-        second,
+        layer,
+        layer,
         empty(channels + skip, channels, of=dtype),
         empty(channels + skip),
     )

@@ -155,7 +155,7 @@ def test_the_gate_has_its_limits():
 @each_backend
 @pytest.mark.usefixtures("poisoned")
 def test_in_place_and_nothing_else(backend, dtype):
-    inputs = residual_block_inputs((2, 6, 4, 35), dtype, CPU)
+    inputs = residual_block_inputs((2, 6, 4, 35), dtype, CPU, steps="per sample")
     state, steps, labels, weights = inputs
     changed = state.clone()
     layers = [tensor for layer in (weights.first, weights.second) for tensor in (*layer.filters, *layer[1:-1])]
@@ -168,7 +168,8 @@ def test_in_place_and_nothing_else(backend, dtype):
         assert torch.equal(tensor, value)
     # Rows that do not lie side by side.
     spread = torch.stack([labels, torch.full_like(labels, math.nan)], dim=2)[..., 0]
-    again = residual_block_(state.clone(), steps, spread, weights, backend=backend)
+    apart = torch.stack([steps, torch.full_like(steps, math.nan)], dim=1)[:, 0]
+    again = residual_block_(state.clone(), apart, spread, weights, backend=backend)
     assert torch.equal(again, changed)
 
 

@@ -296,6 +296,11 @@ def _call_triton(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, we
     torch.ops.tgdp_fast.residual_block_triton_(*_flat(state, step_bias, label_bias, weights))
 
 
+def _with_whole_rows(bias: Tensor) -> Tensor:
+    """``bias``, with all numbers of a row in one piece; rows may lie apart."""
+    return bias if bias.shape[0] > 0 and bias[0].is_contiguous() else bias.contiguous()
+
+
 def _flat(
     state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
 ) -> tuple[Any, ...]:
@@ -304,8 +309,8 @@ def _flat(
     layers = [(*layer.filters[1:], *layer[1:5]) for layer in (first, second)]
     return (
         state,
-        step_bias if step_bias[0].is_contiguous() else step_bias.contiguous(),
-        None if label_bias is None else label_bias if label_bias.stride(1) == 1 else label_bias.contiguous(),
+        _with_whole_rows(step_bias),
+        None if label_bias is None else _with_whole_rows(label_bias),
         weights.convolution,
         layers[0],
         first.epsilon,
@@ -314,14 +319,6 @@ def _flat(
         weights.output,
         weights.output_bias,
     )
-
-
-def _layer(tensors: list[Tensor], epsilon: float) -> S4Weights:
-    """A layer as :func:`_flat` gave it; the spectra stand for its taps, which nobody reads."""
-    packed, scales, *others = tensors
-    mixture, mixture_bias, norm_weight, norm_bias = (tensor.contiguous() for tensor in others)
-    filters = LongConvolution(packed, packed, scales)
-    return S4Weights(filters, mixture, mixture_bias, norm_weight, norm_bias, epsilon)
 
 
 def _launch_triton(
@@ -336,12 +333,16 @@ def _launch_triton(
     output: Tensor,
     output_bias: Tensor,
 ) -> None:
-    from tgdp_fast.kernels.residual_block import launch
+    from tgdp_fast.kernels.residual_block import Block, Layer, launch
 
-    weights = ResidualBlockWeights(
+    def layer(tensors: list[Tensor], epsilon: float) -> Layer:
+        packed, scales, mixture, mixture_bias, norm_weight, norm_bias = (tensor.contiguous() for tensor in tensors)
+        return Layer(packed, scales, mixture, mixture_bias, norm_weight, norm_bias, epsilon)
+
+    weights = Block(
         convolution.contiguous(),
-        _layer(first, first_epsilon),
-        _layer(second, second_epsilon),
+        layer(first, first_epsilon),
+        layer(second, second_epsilon),
         output.contiguous(),
         output_bias.contiguous(),
     )
