@@ -56,18 +56,16 @@ def assert_same_bits(call, multiprocessors=MANY):
     [
         (1, (1,), (130,), 1),
         (2, (130, 24, 70), (70, 30, 150), 20),
-        (37, (40, 24), (133, 20), 33),
+        (37, (40, 24), (133, 20), 17),
         (150, (33,), (20,), 5),
         (3, (8,) * 8, (*(8,) * 7, 140), 9),
     ],
 )
 def test_bit_for_bit_as_single_blocks(size, score_widths, guidance_widths, batch, dtype) -> None:
-    for labels in (False, True):
-        call = call_of(size, score_widths, guidance_widths, batch, dtype, plan("dpmpp_2m_sde"), labels=labels, stride=3)
-        assert_same_bits(call)
-    # Aligned rows, by asynchronous copies.
-    call = call_of(size, score_widths, guidance_widths, batch, dtype, plan("dpmpp_2m_sde"), stride=-size % 8)
-    assert_same_bits(call)
+    numbers = plan("dpmpp_2m_sde")
+    assert_same_bits(call_of(size, score_widths, guidance_widths, batch, dtype, numbers, labels=True, stride=3))
+    # Rows of the first layers are whole pieces of 16 bytes, which come by asynchronous copies.
+    assert_same_bits(call_of(size, score_widths, guidance_widths, batch, dtype, numbers, stride=-size % 8))
 
 
 @pytest.mark.parametrize(("batch", "rows", "widest"), [(3, 16, 536), (17, 32, 536), (32, 32, 264), (33, 64, 300)])

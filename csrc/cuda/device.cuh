@@ -127,11 +127,11 @@ int clusters_at_once([[maybe_unused]] void (*kernel)(Parameters...), [[maybe_unu
   cudaFuncAttributes attributes{};
   int count = 0;
   const ClusterLaunch launch(cluster_size, cluster_size, threads, shared_bytes, nullptr);
-  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
-      allow_shared(kernel, shared_bytes) == cudaSuccess &&
-      cudaOccupancyMaxActiveClusters(&count, kernel, &launch.configuration) == cudaSuccess) {
-    return count;
-  }
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && attributes.ptxVersion < 90) return 0;
+  if (error == cudaSuccess) error = allow_shared(kernel, shared_bytes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.configuration);
+  if (error == cudaSuccess) return count;
   // Nobody else shall find the error.
   cudaGetLastError();
   return 0;
