@@ -35,11 +35,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORWARD, REVERSE, RANDOM = range(3)
 _GUARD = 64  # elements before and after an output
 
-#: For a test file that calls the emulation: which is compiled once per process.
-marks = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH"),
-    pytest.mark.xdist_group("cuda_emulation"),
-]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
 
 
 class EmulationError(RuntimeError):

@@ -13,7 +13,7 @@ from tgdp_fast import noise
 from tgdp_fast.ops.guided_step import guided_step_reference
 from tgdp_fast.ops.mlp_value_and_grad import _forward_reference
 
-pytestmark = cuda.marks
+pytestmark = cuda.needs_compiler
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 ORDERS = ((cuda.FORWARD, 0), (cuda.REVERSE, 0), (cuda.RANDOM, 1), (cuda.RANDOM, 2))

@@ -14,7 +14,7 @@ from tgdp_fast.denoiser import epsilon_scales
 from tgdp_fast.ops import TrajectoryNetwork, TrajectoryPlan
 from tgdp_fast.ops.trajectory import trajectory_reference
 
-pytestmark = cuda.marks
+pytestmark = cuda.needs_compiler
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 ORDERS = ((cuda.FORWARD, 0), (cuda.REVERSE, 0), (cuda.RANDOM, 1))

@@ -41,7 +41,7 @@ SPILLS_ON_AMD = ("fused_value_and_grad/",)
 
 # There, accumulators come from a memory of their own, a row for each thread: of 64 positions, some 30 numbers wait for
 # their sums over the channels; of a convolution whose u has another row stride, 4.
-SPILLS = {100: ("mixture/block-bf16", "mixture/block-fp16", "long_convolution/block-fp32")}
+SPILLS = {100: ("mixture/block-bf16", "mixture/block-fp16", "long_convolution/block-fp32", "long_convolution/fp32")}
 
 
 def _check(compilation, capability):
