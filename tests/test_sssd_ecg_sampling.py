@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from native import needs_extension
 from test_captured import NothingFromTheHost
 from test_sssd_ecg import MEDIUM, TINY, arguments, randomised, relative
 
@@ -26,6 +27,7 @@ from tgdp_fast import (
 from tgdp_fast.benchmark.runner import peak_memory
 from tgdp_fast.models import sssd_ecg_sampling
 from tgdp_fast.models.sssd_ecg_sampling import CompiledSSSDECG, step_bias
+from tgdp_fast.ops import BackendUnavailableError, use_backend
 
 SCHEDULE = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200))
 #: The network's float32 is within this of float64 (see test_sssd_ecg), and here less is rounded.
@@ -407,6 +409,20 @@ def test_notices_changes_of_the_network(change, name):
         fast(*call)
     with pytest.raises(RuntimeError, match=message):
         copy.deepcopy(fast)
+
+
+@needs_extension
+def test_taps_are_kept_where_they_are_read():
+    network = randomised(**TINY)
+    call = arguments(network)
+    with use_backend("reference"):
+        kept = compiled(network)
+        assert relative(kept(*call), exact(network, *call)) < FP32
+    assert not kept._blocks[0].first.filters.taps.is_meta
+    dropped = compiled(network)
+    assert dropped._blocks[0].first.filters.taps.is_meta
+    with use_backend("reference"), pytest.raises(BackendUnavailableError, match="the taps were dropped"):
+        dropped(*call)
 
 
 def test_copies_are_of_their_own():

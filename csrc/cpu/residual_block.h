@@ -49,7 +49,7 @@ void residual_block(const ResidualBlockCall& call);
 // Positions of a tile.
 constexpr int64_t kTilePositions = 64;
 
-// The moments' inputs of a LayerNorm over `rows` channels: u + bias.
+// A LayerNorm over the channels of u + bias.
 struct Normalisation {
   const float* bias = nullptr;
   const float* weight = nullptr;

@@ -125,7 +125,7 @@ class _StrongS4(nn.Module):
         super().__init__()
         taps = block.s4_layer.taps(dtype=torch.float64)
         length = (taps.shape[1] + 1) // 2
-        # The next power of two: transforms of any other length take longer.
+        # A power of two, as transforms are fast for.
         self.n = 1 << (2 * length - 2).bit_length()
         circular = torch.roll(functional.pad(taps, (0, self.n - taps.shape[1])), 1 - length, dims=1)
         self.spectrum = torch.fft.rfft(circular).to(torch.complex64)

@@ -340,9 +340,8 @@ class SSSDECG(nn.Module):
             precision: to what the factors of the blocks' products are rounded, "fp32", "bf16" or "fp16". All else is
                 float32, products add up in float32, and autocast has no effect. What a processor has no product for
                 (float16 on any CPU) is multiplied in float32: weights alone are rounded, and it is as fast as "fp32".
-            length: the longest signal, default l_max. Long convolutions cost what they do at this length. Backends are
-                chosen at each call, but a network compiled where the reference is not asked for keeps only what kernels
-                read.
+            length: the longest signal, default l_max. Long convolutions cost what they do at this length. What is
+                kept is what the backend reads that would serve a call here and now; compile again to use another.
 
         Returns:
             A module that shares this network's parameters and keeps its own tensors beside them: at the paper's size

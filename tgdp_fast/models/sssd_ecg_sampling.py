@@ -33,8 +33,7 @@ from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast.models.s4 import S4Block
 from tgdp_fast.models.sssd_ecg import ResidualBlock, WeightNormConv1d, diffusion_step_features
 from tgdp_fast.ops import ResidualBlockWeights, S4Weights, prepare_long_convolution, residual_block_
-from tgdp_fast.ops._dispatch import requested_backend
-from tgdp_fast.ops.residual_block import MOST_GPU_CHANNELS, multiplies_bf16, samples_together
+from tgdp_fast.ops.residual_block import multiplies_bf16, samples_together, without_unread_taps
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable
 
@@ -76,26 +75,22 @@ def _block_weights(
         return weight.to(rounding).to(storage).contiguous()
 
     halves = (block.res_conv, math.sqrt(0.5)), (block.skip_conv, 1.0)
-    return ResidualBlockWeights(
+    weights = ResidualBlockWeights(
         factor(_convolution(block).weight_in(torch.float64).transpose(1, 2).flatten(1)),
         _s4_weights(block.S41, factor, storage, length),
         _s4_weights(block.S42, factor, storage, length),
         factor(torch.cat([scale * half.weight_in(torch.float64)[..., 0] for half, scale in halves])),
         torch.cat([scale * half.bias.double() for half, scale in halves]).float(),
     )
+    # Taps take as much memory as packed spectra do.
+    return without_unread_taps(weights)
 
 
 def _s4_weights(block: S4Block, factor: Callable[[Tensor], Tensor], storage: torch.dtype, length: int) -> S4Weights:
     layer, norm = block.s4_layer, block.norm_layer
-    filters, width = prepare_long_convolution(layer.taps(length), storage), len(norm.weight)
-    # The packed spectra alone are four times the size of the parameters.
-    served = filters.packed is not None and (filters.packed.device.type == "cpu" or width <= 2 * MOST_GPU_CHANNELS)
-    if served and requested_backend() != "reference":
-        filters = filters.without_taps()
-    else:
-        filters = filters._replace(taps=filters.taps.float())
+    filters = prepare_long_convolution(layer.taps(length), storage)
     return S4Weights(
-        filters,
+        filters._replace(taps=filters.taps.float()),
         factor(layer.output_linear.weight.double()),
         layer.output_linear.bias.float().flatten().clone(),
         norm.weight.float().clone(),

@@ -33,7 +33,7 @@ __all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_blo
 _OPERATOR = "residual_block_"
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Residual channels that a GPU's program has registers for.
-MOST_GPU_CHANNELS = 512
+_MOST_GPU_CHANNELS = 512
 #: Positions of such a program at most.
 _POSITIONS = 64
 
@@ -225,13 +225,27 @@ def _refuses_reference(
     return None
 
 
+def without_unread_taps(weights: ResidualBlockWeights) -> ResidualBlockWeights:
+    """The weights without the taps of their filters, where a kernel would serve a call that names no backend.
+
+    Raises:
+        BackendUnavailableError: a backend is asked for around this call that cannot serve.
+    """
+    state = weights.output_bias.new_empty(1, len(weights.output_bias), 1)
+    step_bias = state.new_empty(1, 3, len(weights.first.norm_bias))
+    if _dispatch.resolve(_OPERATOR, "auto", state, step_bias, None, weights).backend == "reference":
+        return weights
+    first, second = (layer._replace(filters=layer.filters.without_taps()) for layer in (weights.first, weights.second))
+    return weights._replace(first=first, second=second)
+
+
 def samples_together(device: torch.device, channels: int, length: int) -> int | None:
     """How many samples a GPU's kernels are best given at a time, or None where they are not.
 
     Whole rounds of programs for LayerNorm, which have a multiprocessor each; as many rounds as the level-2 cache holds
     what a layer reads and writes of, 8 bytes for each of 2 C L numbers.
     """
-    if _triton.MISSING is not None or device.type != "cuda" or channels > MOST_GPU_CHANNELS or length > LONGEST:
+    if _triton.MISSING is not None or device.type != "cuda" or channels > _MOST_GPU_CHANNELS or length > LONGEST:
         return None
     properties = torch.cuda.get_device_properties(device)
     return _whole_rounds(properties.multi_processor_count, properties.L2_cache_size, channels, length)
@@ -270,8 +284,8 @@ def _refuses_triton(
         return reason
     if torch._C._are_functorch_transforms_active():
         return "it works under no transform of torch.func"
-    if weights.output.shape[1] > MOST_GPU_CHANNELS:
-        return f"it serves up to {MOST_GPU_CHANNELS} residual channels, not {weights.output.shape[1]}"
+    if weights.output.shape[1] > _MOST_GPU_CHANNELS:
+        return f"it serves up to {_MOST_GPU_CHANNELS} residual channels, not {weights.output.shape[1]}"
     if weights.output.dtype == torch.float32:
         for layer in (weights.first, weights.second):
             if layer.filters.packed is not None and layer.filters.packed.dtype != torch.float32:
@@ -304,20 +318,23 @@ def _with_whole_rows(bias: Tensor) -> Tensor:
 def _flat(
     state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
 ) -> tuple[Any, ...]:
-    """The call as operators of PyTorch take it, without the taps."""
+    """The call as operators of PyTorch take it: without the taps, and weights in one piece."""
     first, second = weights.first, weights.second
-    layers = [(*layer.filters[1:], *layer[1:5]) for layer in (first, second)]
+    layers = [
+        [tensor.contiguous() for tensor in (*layer.filters[1:], *layer[1:5]) if tensor is not None]
+        for layer in (first, second)
+    ]
     return (
         state,
         _with_whole_rows(step_bias),
         None if label_bias is None else _with_whole_rows(label_bias),
-        weights.convolution,
+        weights.convolution.contiguous(),
         layers[0],
         first.epsilon,
         layers[1],
         second.epsilon,
-        weights.output,
-        weights.output_bias,
+        weights.output.contiguous(),
+        weights.output_bias.contiguous(),
     )
 
 
@@ -336,16 +353,11 @@ def _launch_triton(
     from tgdp_fast.kernels.residual_block import Block, Layer, launch
 
     def layer(tensors: list[Tensor], epsilon: float) -> Layer:
-        packed, scales, mixture, mixture_bias, norm_weight, norm_bias = (tensor.contiguous() for tensor in tensors)
+        packed, scales, mixture, mixture_bias, norm_weight, norm_bias = tensors
         return Layer(packed, scales, mixture, mixture_bias, norm_weight, norm_bias, epsilon)
 
-    weights = Block(
-        convolution.contiguous(),
-        layer(first, first_epsilon),
-        layer(second, second_epsilon),
-        output.contiguous(),
-        output_bias.contiguous(),
-    )
+    layers = layer(first, first_epsilon), layer(second, second_epsilon)
+    weights = Block(convolution, *layers, output, output_bias)
     with torch.cuda.device_of(state):
         launch(state, step_bias, label_bias, weights)
 
