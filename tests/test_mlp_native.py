@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from native import CAPABILITIES, needs_extension, run_with
@@ -221,14 +223,15 @@ def test_a_row_depends_on_no_other_row(sizes, dtype):
     for a, b in zip(whole, spoiled, strict=True):
         assert torch.equal(a[others], b[others])
         assert not b[[7, 255]].isfinite().any()
-    # In the smallest batches too, which take another way.
+    # In the smallest batches too, which take another way: sums of as many terms as a layer is wide, in another order.
+    tolerance = 2 * math.sqrt(max(sizes)) * ROUNDOFF[dtype]
     few = mlp_value_and_grad(x[6:9], first_bias[6:9], weights, biases, backend="cpu")
     for a, b in zip(whole, few, strict=True):
-        torch.testing.assert_close(a[[6, 8]], b[[0, 2]], rtol=8 * ROUNDOFF[dtype], atol=8 * ROUNDOFF[dtype])
+        torch.testing.assert_close(a[[6, 8]], b[[0, 2]], rtol=tolerance, atol=tolerance)
     # Nor does what an earlier call left in the working memory reach a later one.
     again = mlp_value_and_grad(x[:1], first_bias[:1], weights, biases, backend="cpu")
     for a, b in zip(whole, again, strict=True):
-        torch.testing.assert_close(a[:1], b, rtol=8 * ROUNDOFF[dtype], atol=8 * ROUNDOFF[dtype])
+        torch.testing.assert_close(a[:1], b, rtol=tolerance, atol=tolerance)
 
 
 def test_results_do_not_depend_on_the_number_of_threads_and_repeat():
