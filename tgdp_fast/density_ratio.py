@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from tgdp_fast._checks import check_integer
 from tgdp_fast.training import Batches, Optimisation, derived_seed, optimise, seeded_initialisation
 
 RATIO_LOSSES = ("logistic", "ratio_mse", "poisson", "log_mse")
+
+_ROWS = 4_096  # held-out samples classified at once
 
 #: Of a domain classifier on clean data: few steps and a strong weight decay, since nothing stops it early.
 DEFAULT_SETTINGS = Optimisation(
@@ -109,7 +111,7 @@ class DensityRatio:
     target_logit: Tensor
     slope: float
     mean_ratio: float
-    classifiers: Sequence[DomainClassifier] = field(repr=False)
+    classifiers: Sequence[nn.Module] = field(repr=False)
 
 
 def fit_density_ratio(
@@ -121,6 +123,7 @@ def fit_density_ratio(
     folds: int = 5,
     width: int = 64,
     depth: int = 2,
+    build: Callable[[], nn.Module] | None = None,
     settings: Optimisation | None = None,
     clip: float = 10.0,
     seed: int = 0,
@@ -140,7 +143,10 @@ def fit_density_ratio(
         source, target: [M, ...], [N, ...].
         source_labels, target_labels: rows [., K], for the ratio q(x, y) / p(x, y).
         folds: reduced when there are fewer target samples.
-        width, depth, settings: of each classifier; default :data:`DEFAULT_SETTINGS`.
+        width, depth: of each classifier.
+        build: makes an untrained classifier of another architecture, (x [B, ...], label rows [B, K] or None) -> logit
+            [B]; default a :class:`DomainClassifier` of ``width`` and ``depth``.
+        settings: of the optimisation; default :data:`DEFAULT_SETTINGS`.
         clip: log r is limited to [-clip, clip].
         seed: of folds, weights and batches.
         progress: show a bar per fold.
@@ -157,11 +163,14 @@ def fit_density_ratio(
         data = [(source, source_labels, source_fold != fold), (target, target_labels, target_fold != fold)]
         fold_seed = derived_seed(seed, f"fold {fold}")
         with seeded_initialisation(fold_seed):
-            classifier = DomainClassifier(source[0].numel(), num_classes, width, depth).to(source.device)
+            new = DomainClassifier(source[0].numel(), num_classes, width, depth) if build is None else build()
+            classifier = new.to(source.device)
         _train_classifier(classifier, data, settings, fold_seed, progress, f"classifier {fold + 1}/{folds}")
         with torch.no_grad():
             for logits, (x, y, seen) in zip((source_logit, target_logit), data, strict=True):
-                logits[~seen] = classifier(x[~seen], None if y is None else y[~seen]).cpu()
+                rest = (~seen).nonzero()[:, 0].to(x.device)
+                for rows in rest.split(_ROWS):
+                    logits[rows.cpu()] = classifier(x[rows], None if y is None else y[rows]).cpu()
         classifiers.append(classifier)
     slope = calibration_slope(source_logit, target_logit)
     shift = torch.logsumexp(slope * source_logit.double(), 0).item() - math.log(len(source))
@@ -187,7 +196,7 @@ def _stratified_folds(count: int, folds: int, labels: Tensor | None, generator: 
 
 
 def _train_classifier(
-    classifier: DomainClassifier,
+    classifier: nn.Module,
     data: list[tuple[Tensor, Tensor | None, Tensor]],
     settings: Optimisation,
     seed: int,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tgdp_fast import distributed
 from tgdp_fast._checks import check_choice, check_device, check_integer, check_number, check_seed
 from tgdp_fast._progress import announce
 from tgdp_fast.checkpoint import (
@@ -101,6 +102,9 @@ def optimise(
             removed at the end. A folder that holds anything else is refused.
         signature: identifies the data and the model.
 
+    Several processes (:mod:`tgdp_fast.distributed`) must call it with the same arguments; gradients are averaged, and
+    the first process keeps the state.
+
     Returns:
         The loss at about 100 evenly spaced steps.
 
@@ -112,6 +116,7 @@ def optimise(
     if state_dir is not None:
         check_replaceable(Path(state_dir))
         run.load(Path(state_dir))
+        distributed.barrier()
     module.train()
     saved = time.monotonic()
     stride = max(1, settings.steps // 100)
@@ -133,7 +138,7 @@ def optimise(
                 bar.set_postfix(loss=f"{run.history[-1]:.4g}", refresh=False)
             bar.update()
             due = time.monotonic() - saved > save_every or interrupted.is_set()
-            if state_dir is not None and due and run.step < settings.steps:
+            if state_dir is not None and due and run.step < settings.steps and distributed.is_first():
                 run.save(Path(state_dir))
                 saved = time.monotonic()
             if interrupted.is_set():
@@ -141,7 +146,8 @@ def optimise(
     run.finish()
     if not all(bool(p.isfinite().all()) for p in run.parameters):
         raise TrainingDivergedError(f"{description}: the weights are not finite; lower learning_rate")
-    if state_dir is not None:
+    distributed.barrier()
+    if state_dir is not None and distributed.is_first():
         remove_checkpoint(state_dir)
     return run.history
 
@@ -178,6 +184,7 @@ class _Run:
         value = loss(self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
+        value = distributed.average_gradients(self.parameters, value)
         nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.optimizer.step()
         # The average forgets the initial weights quickly, whatever the decay.
@@ -299,7 +306,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """x_t = alpha_t x_0 + sigma_t epsilon for a batch of rows."""
+    """x_t = alpha_t x_0 + sigma_t epsilon for a batch."""
 
     x0: Tensor
     x: Tensor
@@ -311,10 +318,35 @@ class NoisedBatch:
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, t: Tensor, generator: torch.Generator) -> NoisedBatch:
     """Noise x0 [B, ...] to times t [B]; alpha and sigma come back as [B, 1, ...]."""
-    epsilon = torch.randn(x0.shape, generator=generator).to(x0.device)
-    t = t.to(x0.device)
+    return _noised(schedule, x0, t, torch.randn(x0.shape, generator=generator))
+
+
+def _noised(schedule: NoiseSchedule, x0: Tensor, t: Tensor, epsilon: Tensor) -> NoisedBatch:
+    t, epsilon = t.to(x0.device), epsilon.to(x0.device)
     alpha, sigma = per_sample(schedule.alpha(t).to(x0), x0), per_sample(schedule.sigma(t).to(x0), x0)
     return NoisedBatch(x0, alpha * x0 + sigma * epsilon, epsilon, t, alpha, sigma)
+
+
+def draw_noised(
+    batches: Batches,
+    x: Tensor,
+    labels: Tensor | None,
+    schedule: NoiseSchedule,
+    generator: torch.Generator,
+    time_distribution: str = "uniform",
+) -> tuple[Tensor, NoisedBatch, Tensor | None]:
+    """Rows of ``x`` and ``labels`` at random, noised to random times: this process's share of one batch of all.
+
+    Returns:
+        rows [B], the noised samples, labels [B, ...] or None.
+    """
+    rows = batches.draw(generator)
+    t = draw_times(schedule, len(rows), generator, time_distribution)
+    epsilon = torch.randn((len(rows), *x.shape[1:]), generator=generator)
+    own = distributed.share(len(rows))
+    rows = rows[own].to(x.device)
+    batch = _noised(schedule, x[rows], t[own], epsilon[own])
+    return rows, batch, None if labels is None else labels[rows]
 
 
 def train_denoiser(
@@ -379,10 +411,8 @@ def train_denoiser(
     frozen_schedule = denoiser.schedule
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = batches.draw(generator).to(x.device)
-        t = draw_times(frozen_schedule, len(rows), generator, time_distribution)
-        batch = add_noise(frozen_schedule, x[rows], t, generator)
-        output = denoiser(batch.x, batch.t, None if y is None else y[rows])
+        _, batch, labels = draw_noised(batches, x, y, frozen_schedule, generator, time_distribution)
+        output = denoiser(batch.x, batch.t, labels)
         if denoiser.prediction == "score":
             output = -batch.sigma * output
         target = training_target(denoiser.prediction, batch.x0, batch.epsilon, batch.alpha, batch.sigma)

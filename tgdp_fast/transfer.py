@@ -17,6 +17,7 @@ from tgdp_fast.checkpoint import signature_of
 from tgdp_fast.denoiser import evaluation_mode
 from tgdp_fast.density_ratio import (
     RATIO_LOSSES,
+    DensityRatio,
     TransferDiagnostics,
     bounded_exp,
     diagnose,
@@ -31,7 +32,6 @@ from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import (
     TIME_DISTRIBUTIONS,
     Batches,
-    NoisedBatch,
     Optimisation,
     add_noise,
     as_labels,
@@ -39,7 +39,7 @@ from tgdp_fast.training import (
     count_classes,
     derived_seed,
     device_of,
-    draw_times,
+    draw_noised,
     optimise,
     seeded_initialisation,
     warn_of_scale,
@@ -75,6 +75,7 @@ def fit_guidance(
     loss: str = "logistic",
     consistency: float | None = None,
     cycle: float = 0.0,
+    ratio: DensityRatio | None = None,
     width: int = 128,
     depth: int = 4,
     alpha_power: float = 2.0,
@@ -106,6 +107,8 @@ def fit_guidance(
             sigma_t^2) on noised target samples; default 1 with a denoiser, else 0.
         cycle: weight of the cycle term, (h - h_c)^2 on noised target samples, h_c from a time-dependent classifier that
             is trained first.
+        ratio: the clean-data classifier's density ratio at these very samples, computed before, from features of them
+            perhaps; default: fitted here to the samples as they are.
         width, depth, alpha_power, stem: of the :class:`GuidanceNetwork`.
         label_smoothing: of the logistic loss.
         settings: of the optimisation; the default depends on the number of target samples (:func:`default_settings`).
@@ -166,8 +169,15 @@ def fit_guidance(
             network = GuidanceNetwork(event_shape, schedule, num_classes=classes, **architecture)
         return network.to(x_source.device)
 
-    ratio = None
-    if diagnostics or loss != "logistic":
+    if ratio is not None and (len(ratio.source_log_ratio), len(ratio.target_log_ratio)) != (
+        len(x_source),
+        len(x_target),
+    ):
+        raise ValueError(
+            f"ratio must be that of the {len(x_source)} source and {len(x_target)} target samples, got one of "
+            f"{len(ratio.source_log_ratio)} and {len(ratio.target_log_ratio)}"
+        )
+    if ratio is None and (diagnostics or loss != "logistic"):
         ratio = fit_density_ratio(
             x_source,
             x_target,
@@ -229,7 +239,9 @@ def fit_guidance(
         progress=progress,
         description="guidance",
         state_dir=state_dir,
-        signature=signature_of(x_source, x_target, y_source, y_target, config, denoiser),
+        signature=signature_of(
+            x_source, x_target, y_source, y_target, config, denoiser, None if ratio is None else ratio.source_log_ratio
+        ),
     )
     report = None
     if diagnostics and ratio is not None:
@@ -393,17 +405,14 @@ def _objective(
     target_batches = Batches(len(data.x_target), settings.batch_size)
     needs_target = loss == "logistic" or consistency > 0 or cycle > 0
 
-    def draw(
-        batches: Batches, x: Tensor, labels: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor, NoisedBatch, Tensor | None]:
-        rows = batches.draw(generator).to(x.device)
-        t = draw_times(schedule, len(rows), generator, time_distribution)
-        return rows, add_noise(schedule, x[rows], t, generator), _rows(labels, rows)
-
     def value(generator: torch.Generator) -> Tensor:
-        rows, source, source_labels = draw(source_batches, data.x_source, data.y_source, generator)
+        rows, source, source_labels = draw_noised(
+            source_batches, data.x_source, data.y_source, schedule, generator, time_distribution
+        )
         if needs_target:
-            _, target, labels = draw(target_batches, data.x_target, data.y_target, generator)
+            _, target, labels = draw_noised(
+                target_batches, data.x_target, data.y_target, schedule, generator, time_distribution
+            )
         gradient = None
         with in_precision():
             if not needs_target:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tgdp_fast import distributed
 from tgdp_fast._checks import check_device, check_seed
 from tgdp_fast.checkpoint import (
     CheckpointError,
@@ -259,7 +260,8 @@ class TransferModel:
 class Stages:
     """Stages of a long run in a folder: a finished stage with the same signature is loaded, not computed again.
 
-    With ``folder=None`` every stage is computed and nothing is written.
+    With ``folder=None`` every stage is computed and nothing is written. Several processes
+    (:mod:`tgdp_fast.distributed`) run each stage together, on one file system; the first of them writes.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
@@ -272,21 +274,40 @@ class Stages:
         compute: Callable[[Path | None], T],
         save: Callable[[T, Path], None],
         load: Callable[[Path], T],
+        *,
+        alone: bool = False,
     ) -> T:
-        """Load stage ``name``, or ``compute(folder for its training state)`` and save it."""
+        """Load stage ``name``, or ``compute(folder for its training state)`` and save it.
+
+        Args:
+            name: of the stage's files.
+            signature: identifies what the result depends on.
+            compute, save, load: of the result.
+            alone: of several processes the first computes, and the others load what it has saved.
+
+        Returns:
+            The result.
+        """
         if self.folder is None:
             return compute(None)
         place, stamp = self.folder / name, self.folder / f"{name}.json"
-        if stamp.is_file() and _read(stamp) == signature:
+        if distributed.agreed(stamp.is_file() and _read(stamp) == signature):
             try:
                 return load(place)
             except CheckpointError:  # Damaged: compute it again.
                 pass
-        check_replaceable(place)  # Before the work, not after it.
-        stamp.unlink(missing_ok=True)
+        if distributed.is_first():
+            check_replaceable(place)  # Before the work, not after it.
+            stamp.unlink(missing_ok=True)
+        distributed.barrier()
+        if alone and not distributed.is_first():
+            distributed.barrier()
+            return load(place)
         result = compute(self.folder / f"{name}.state")
-        save(result, place)
-        write_atomic(stamp, json.dumps({"signature": signature}))
+        if distributed.is_first():
+            save(result, place)
+            write_atomic(stamp, json.dumps({"signature": signature}))
+        distributed.barrier()
         return result
 
     def remove(self, *names: str) -> None:

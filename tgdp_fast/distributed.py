@@ -1,0 +1,109 @@
+"""Several processes that work as one, started by torchrun: they share each batch, and the samples to draw.
+
+A batch is drawn whole in every process, from the same generator, and each takes its share of the rows; gradients are
+averaged. So a run of several processes is that of one, up to rounding: its state can be resumed with another number of
+them. Without a process group everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+#: How long processes wait for each other: one may have hours of work that the others have no part in.
+_PATIENCE = timedelta(days=7)
+
+
+def rank() -> int:
+    """Index of this process, 0 for the first or only one."""
+    return dist.get_rank() if _together() else 0
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _together() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if _together():
+        dist.barrier()
+
+
+def agreed(value: bool) -> bool:
+    """What the first process says."""
+    if not _together():
+        return value
+    said = torch.tensor([value], dtype=torch.uint8, device=_device())
+    dist.broadcast(said, 0)
+    return bool(said.item())
+
+
+def share(count: int, name: str = "batch_size") -> slice:
+    """This process's rows of a batch of ``count``, for which all have to be given as many.
+
+    Raises:
+        ValueError: ``count`` is no multiple of the number of processes.
+    """
+    if count % size():
+        raise ValueError(f"{name} must be a multiple of {size()}, the number of processes, got {count}")
+    return slice(rank() * (count // size()), (rank() + 1) * (count // size()))
+
+
+def part(count: int) -> range:
+    """This process's indices of ``count`` items, as equal as can be."""
+    return range(rank() * count // size(), (rank() + 1) * count // size())
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+    """Average the gradients in place over all processes, and the loss; returns the latter."""
+    if not _together():
+        return loss
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([loss.detach().reshape(1), *(gradient.reshape(-1) for gradient in gradients)])
+    dist.all_reduce(flat)
+    flat /= size()
+    mean, *parts = flat.split([1, *(gradient.numel() for gradient in gradients)])
+    for gradient, average in zip(gradients, parts, strict=True):
+        gradient.copy_(average.view_as(gradient))
+    return mean[0]
+
+
+@contextmanager
+def process_group(device: str | torch.device) -> Iterator[None]:
+    """The process group that torchrun's environment describes, for the time of the block; nothing outside torchrun.
+
+    Args:
+        device: where tensors lie: gloo serves the CPU, NCCL serves CUDA, where each process takes the GPU of its
+            LOCAL_RANK.
+    """
+    if _together() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
