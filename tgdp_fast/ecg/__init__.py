@@ -1,0 +1,1 @@
+"""ECG transfer: from two folders of records to guided samples and a report."""

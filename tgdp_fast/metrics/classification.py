@@ -1,0 +1,245 @@
+"""Multi-label classification, measured as the PTB-XL benchmark does: macro AUC, sample-centric F-max, intervals.
+
+Source: Strodthoff et al., "Deep Learning for ECG Analysis: Benchmarks and Insights from PTB-XL", IEEE Journal of
+Biomedical and Health Informatics 25 (2021), section III. F-max is that of CAFA (Radivojac et al., "A large-scale
+evaluation of computational protein function prediction", Nature Methods 10, 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tgdp_fast._checks import check_integer, check_number, check_seed
+
+_VALUES = 8_000_000  # booleans of thresholds x records x classes held at once
+_TRIES = 100  # resamplings drawn for each one that is wanted
+
+
+@dataclass(frozen=True)
+class MacroAUC:
+    """Mean area under the ROC curve over classes.
+
+    Attributes:
+        value: the mean over the classes that have both values; NaN when none has.
+        per_class: [K], NaN for those that are left out.
+        left_out: indices of classes in which all records have one value, so that there is no curve.
+    """
+
+    value: float
+    per_class: np.ndarray
+    left_out: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FMax:
+    """The largest F over thresholds, and where: ``precision`` and ``recall`` at ``threshold``."""
+
+    value: float
+    threshold: float
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class: records that have it, area under the ROC curve, and F1, precision and recall at a threshold."""
+
+    name: str
+    positives: int
+    auc: float
+    f1: float
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A statistic with its bootstrap interval.
+
+    Attributes:
+        value: on the records as they are.
+        low, high: the interval; NaN when no resampling could be used.
+        confidence: its level.
+        num: resamplings behind it.
+        rejected: resamplings drawn anew because a class had vanished.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    num: int
+    rejected: int
+
+
+def macro_auc(y: np.ndarray, score: np.ndarray) -> MacroAUC:
+    """Macro AUC, where classes that lack both values are left out and named.
+
+    Args:
+        y: statements [N, K] of 0 and 1.
+        score: probabilities or any scores [N, K]; equal scores count half.
+
+    Raises:
+        ValueError: other shapes or values.
+        ImportError: scikit-learn is missing.
+    """
+    y, score = _pair(y, score)
+    roc_auc_score = _sklearn_metrics().roc_auc_score
+    both = y.any(axis=0) & ~y.all(axis=0)
+    per_class = np.full(y.shape[1], np.nan)
+    for column in np.flatnonzero(both):
+        per_class[column] = roc_auc_score(y[:, column], score[:, column])
+    value = float(per_class[both].mean()) if both.any() else float("nan")
+    return MacroAUC(value, per_class, tuple(int(column) for column in np.flatnonzero(~both)))
+
+
+def f_max(y: np.ndarray, score: np.ndarray, thresholds: int | None = 101) -> FMax:
+    """Sample-centric F-max: the largest harmonic mean of precision and recall over thresholds.
+
+    At a threshold, a record is given the classes whose score is at least the threshold. Precision is the mean over the
+    records that are given a class, recall that over the records that have one. F is taken of these means.
+
+    Args:
+        y: statements [N, K] of 0 and 1.
+        score: probabilities [N, K] in [0, 1].
+        thresholds: number of evenly spaced ones from 0 to 1, 0 itself left out; None tries every score: exact, and slow
+            for many records. They differ by little: the default has steps of 0.01, as CAFA.
+
+    Raises:
+        ValueError: other shapes or values, or no record has a class.
+    """
+    y, score = _pair(y, score)
+    if not ((score >= 0) & (score <= 1)).all():
+        raise ValueError(f"score must be in [0, 1], got values from {score.min()} to {score.max()}")
+    if not y.any():
+        raise ValueError("y must have at least one record with a class, got only zeros: recall is not defined")
+    if thresholds is None:
+        levels = np.unique(score)
+        levels = levels[levels > 0] if (levels > 0).any() else np.array([1.0])
+    else:
+        levels = np.linspace(0.0, 1.0, check_integer("thresholds", thresholds, 2))[1:]
+    classes = y.sum(axis=1)
+    has = classes > 0
+    precision, recall = np.zeros(len(levels)), np.zeros(len(levels))
+    step = max(1, _VALUES // score.size)
+    for start in range(0, len(levels), step):
+        part = slice(start, start + step)
+        given = score[None] >= levels[part, None, None]  # [thresholds, N, K]
+        right = (given & y[None]).sum(axis=2)
+        number = given.sum(axis=2)
+        answered = (number > 0).sum(axis=1)
+        precision[part] = (right / np.maximum(number, 1)).sum(axis=1) / np.maximum(answered, 1)
+        recall[part] = (right[:, has] / classes[has]).mean(axis=1)
+    total = precision + recall
+    value = np.where(total > 0, 2.0 * precision * recall / np.where(total > 0, total, 1.0), 0.0)
+    best = int(value.argmax())
+    return FMax(float(value[best]), float(levels[best]), float(precision[best]), float(recall[best]))
+
+
+def per_class_scores(
+    y: np.ndarray, score: np.ndarray, names: Sequence[str] | None = None, threshold: float = 0.5
+) -> list[ClassScore]:
+    """AUC, and F1, precision and recall at one threshold for all, of each class.
+
+    What is not defined is NaN: the AUC of a class in which all records have one value, F1 and recall of one that no
+    record has, precision of one that no record is given.
+
+    Args:
+        y: statements [N, K] of 0 and 1.
+        score: probabilities [N, K].
+        names: of the classes; default their indices.
+        threshold: a class is given where its score is at least this; ``f_max(...).threshold`` is a choice.
+
+    Raises:
+        ValueError: other shapes or values.
+        ImportError: scikit-learn is missing.
+    """
+    auc = macro_auc(y, score).per_class
+    y, score = _pair(y, score)
+    names = [str(column) for column in range(y.shape[1])] if names is None else list(names)
+    if len(names) != y.shape[1]:
+        raise ValueError(f"names must be one for each of {y.shape[1]} classes, got {len(names)}")
+    given = score >= check_number("threshold", threshold)
+    right, positives, answers = (y & given).sum(axis=0), y.sum(axis=0), given.sum(axis=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, as said above
+        precision, recall = right / answers, right / positives
+        f1 = np.where(positives > 0, 2 * right / (positives + answers), np.nan)
+    return [
+        ClassScore(name, int(positives[k]), float(auc[k]), float(f1[k]), float(precision[k]), float(recall[k]))
+        for k, name in enumerate(names)
+    ]
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    y: np.ndarray,
+    score: np.ndarray,
+    *,
+    num: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Percentile interval of a statistic under resampling of the records.
+
+    A resampling in which a class has vanished that the records have is drawn anew, as the benchmark does. With a class
+    of few records that makes the interval a little too narrow; ``rejected`` says how often it happened. After 100 draws
+    for each resampling wanted, those found so far are used.
+
+    Args:
+        statistic: statistic(y, score) -> number; for example ``lambda y, score: macro_auc(y, score).value``.
+        y: statements [N, K] of 0 and 1.
+        score: scores [N, K].
+        num: resamplings; the benchmark has 100.
+        seed: methods that share it (and y) share their resamplings.
+        confidence: level of the interval, in (0, 1).
+
+    Raises:
+        ValueError: other shapes or values.
+    """
+    y, score = _pair(y, score)
+    check_integer("num", num, 1)
+    check_number("confidence", confidence, 0.0, 1.0, exclusive=True)
+    random = np.random.default_rng(check_seed(seed))
+    present = y.any(axis=0)
+    values: list[float] = []
+    drawn = 0
+    while len(values) < num and drawn < _TRIES * num:
+        rows = random.integers(len(y), size=len(y))
+        drawn += 1
+        if y[rows][:, present].any(axis=0).all():
+            values.append(float(statistic(y[rows].astype(np.int64), score[rows])))
+    rejected = drawn - len(values)
+    low, high = float("nan"), float("nan")
+    if values:
+        low, high = (float(v) for v in np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    value = float(statistic(y.astype(np.int64), score))
+    return Interval(value, low, high, float(confidence), len(values), rejected)
+
+
+def _pair(y: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Booleans [N, K] and float64 [N, K]."""
+    truth, found = np.asarray(y), np.asarray(score)
+    if truth.ndim != 2 or truth.shape != found.shape or truth.size == 0:
+        raise ValueError(
+            f"y and score must be of one shape [N, K] with N, K >= 1, got {list(truth.shape)} and {list(found.shape)}"
+        )
+    if not np.isin(truth, (0, 1)).all():
+        raise ValueError("y must hold 0 and 1 only; round soft labels first")
+    found = found.astype(np.float64)
+    if not np.isfinite(found).all():
+        raise ValueError(f"score must be finite, but {int((~np.isfinite(found)).sum())} values are not")
+    return truth.astype(bool), found
+
+
+def _sklearn_metrics() -> Any:
+    try:
+        import sklearn.metrics
+    except ImportError:
+        raise ImportError(
+            "the area under the ROC curve needs scikit-learn, which is not installed; run: pip install 'tgdp_fast[ecg]'"
+        ) from None
+    return sklearn.metrics
