@@ -46,6 +46,7 @@ LAYERS: dict[str, set[str] | None] = {
     "density_ratio": None,
     "transfer": None,
     "transfer_model": None,
+    "ecg": None,
     "experiments": None,
     "benchmark": None,
     "cli": None,
@@ -55,7 +56,17 @@ LAYERS: dict[str, set[str] | None] = {
 }
 
 REQUIRED = {"torch", "numpy", "safetensors", "tqdm"}
-OPTIONAL = {"matplotlib", "sklearn", "pytest_benchmark", "scipy", "wfdb", "pandas", "diffusers", "triton"}
+OPTIONAL = {
+    "matplotlib",
+    "sklearn",
+    "pytest_benchmark",
+    "scipy",
+    "wfdb",
+    "pandas",
+    "neurokit2",
+    "diffusers",
+    "triton",
+}
 
 
 def python_files(*folders: str) -> list[Path]:

@@ -50,15 +50,25 @@ def synthetic_ecg(num: int, length: int = 1000, *, rate: float = 100.0, seed: in
     Returns:
         float32 [num, 8, length] in mV; leads as in ``LEADS``.
     """
+    return synthetic_ecg_with_rates(num, length, rate=rate, seed=seed)[0]
+
+
+def synthetic_ecg_with_rates(
+    num: int, length: int = 1000, *, rate: float = 100.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The records of :func:`synthetic_ecg`, and the heart rate of each in beats per minute, float64 [num].
+
+    Single intervals between beats differ from 60 s / heart rate by 3 % (standard deviation).
+    """
     num = check_integer("num", num, 1)
     length = check_integer("length", length, 1)
     rate = check_number("rate", rate, 0.0, exclusive=True)
     random = np.random.default_rng(check_seed(seed))
     parts = [_records(min(_ROWS, num - start), length, rate, random) for start in range(0, num, _ROWS)]
-    return np.concatenate(parts)
+    return np.concatenate([signals for signals, _ in parts]), np.concatenate([beats for _, beats in parts])
 
 
-def _records(num: int, length: int, rate: float, random: np.random.Generator) -> np.ndarray:
+def _records(num: int, length: int, rate: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     time = np.arange(length) / rate
     interval = 60.0 / random.uniform(_SLOWEST, _FASTEST, num)
     beats = int(np.ceil(time[-1] * _FASTEST / 60.0)) + 3
@@ -74,7 +84,7 @@ def _records(num: int, length: int, rate: float, random: np.random.Generator) ->
     frequency, phase = random.uniform(0.15, 0.4, (num, 1, 1)), random.uniform(0.0, 2 * np.pi, (num, 8, 1))
     drift = 0.06 * random.standard_normal((num, 8, 1)) * np.sin(2 * np.pi * frequency * time + phase)
     noise = 0.015 * random.standard_normal((num, 8, length))
-    return (leads + drift + noise).astype(np.float32)
+    return (leads + drift + noise).astype(np.float32), 60.0 / interval
 
 
 def _axes(num: int, random: np.random.Generator) -> np.ndarray:

@@ -1,13 +1,55 @@
 """Metrics of generated samples."""
 
+from tgdp_fast.metrics.classification import (
+    ClassScore,
+    FMax,
+    Interval,
+    MacroAUC,
+    bootstrap_interval,
+    f_max,
+    macro_auc,
+    per_class_scores,
+)
+from tgdp_fast.metrics.ecg_intervals import (
+    ECGStatistics,
+    Spectra,
+    StatisticComparison,
+    compare_statistics,
+    ecg_statistics,
+    spectra,
+    spectral_difference,
+)
+from tgdp_fast.metrics.features import DensityCoverage, density_and_coverage, frechet_distance
+from tgdp_fast.metrics.memorisation import Memorisation, memorisation, nearest_by_correlation
 from tgdp_fast.metrics.mixture import average_likelihood, mode_mass, negative_log_likelihood
 from tgdp_fast.metrics.two_sample import median_bandwidth, mmd, sliced_wasserstein
 
 __all__ = [
+    "ClassScore",
+    "DensityCoverage",
+    "ECGStatistics",
+    "FMax",
+    "Interval",
+    "MacroAUC",
+    "Memorisation",
+    "Spectra",
+    "StatisticComparison",
     "average_likelihood",
+    "bootstrap_interval",
+    "compare_statistics",
+    "density_and_coverage",
+    "ecg_statistics",
+    "f_max",
+    "frechet_distance",
+    "macro_auc",
     "median_bandwidth",
+    "memorisation",
     "mmd",
     "mode_mass",
+    "nearest_by_correlation",
     "negative_log_likelihood",
+    "per_class_scores",
     "sliced_wasserstein",
+    "spectra",
+    "spectral_difference",
 ]

@@ -185,9 +185,10 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile interval of a statistic under resampling of the records.
 
-    A resampling in which a class has vanished that the records have is drawn anew, as the benchmark does. With a class
-    of few records that makes the interval a little too narrow; ``rejected`` says how often it happened. After 100 draws
-    for each resampling wanted, those found so far are used.
+    A resampling in which a class has vanished that the records have (or one that not all have is in all) is drawn anew,
+    as the benchmark does. With a class of few records that makes the interval a little too narrow; ``rejected`` says
+    how often it happened. After 100 draws for each resampling wanted, those found so far are used. Where the statistic
+    is NaN on a resampling, that one is left out.
 
     Args:
         statistic: statistic(y, score) -> number; for example ``lambda y, score: macro_auc(y, score).value``.
@@ -204,20 +205,22 @@ def bootstrap_interval(
     check_integer("num", num, 1)
     check_number("confidence", confidence, 0.0, 1.0, exclusive=True)
     random = np.random.default_rng(check_seed(seed))
-    present = y.any(axis=0)
+    present, absent = y.any(axis=0), ~y.all(axis=0)
     values: list[float] = []
     drawn = 0
     while len(values) < num and drawn < _TRIES * num:
         rows = random.integers(len(y), size=len(y))
         drawn += 1
-        if y[rows][:, present].any(axis=0).all():
-            values.append(float(statistic(y[rows].astype(np.int64), score[rows])))
+        found = y[rows]
+        if found[:, present].any(axis=0).all() and not found[:, absent].all(axis=0).any():
+            values.append(float(statistic(found.astype(np.int64), score[rows])))
     rejected = drawn - len(values)
+    usable = np.array(values)[np.isfinite(values)]
     low, high = float("nan"), float("nan")
-    if values:
-        low, high = (float(v) for v in np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    if len(usable):
+        low, high = (float(v) for v in np.quantile(usable, [(1 - confidence) / 2, (1 + confidence) / 2]))
     value = float(statistic(y.astype(np.int64), score))
-    return Interval(value, low, high, float(confidence), len(values), rejected)
+    return Interval(value, low, high, float(confidence), len(usable), rejected)
 
 
 def _pair(y: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tgdp_fast.models.mlp import ScoreMLP, TimeEmbedding, encode_labels
 from tgdp_fast.models.sssd_ecg import SSSDECG
+from tgdp_fast.models.xresnet1d import XResNet1d
 
 #: Architecture name in a checkpoint's config.json -> class.
 ARCHITECTURES: dict[str, type[ScoreMLP] | type[SSSDECG]] = {"score_mlp": ScoreMLP, "sssd_ecg": SSSDECG}
 
-__all__ = ["ARCHITECTURES", "SSSDECG", "ScoreMLP", "TimeEmbedding", "encode_labels"]
+__all__ = ["ARCHITECTURES", "SSSDECG", "ScoreMLP", "TimeEmbedding", "XResNet1d", "encode_labels"]

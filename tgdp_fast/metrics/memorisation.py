@@ -1,0 +1,187 @@
+"""Whether generated signals are copies of training records, against how near held-out records come to them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgdp_fast._checks import check_integer, check_number
+from tgdp_fast.metrics.two_sample import _points
+
+#: A distance below which a signal is called a copy: a correlation above 1 - 5e-7.
+COPY = 1e-3
+_VALUES = 16_000_000  # correlations of pairs and shifts held at once
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Distances of generated signals to the nearest training record, beside those of held-out records.
+
+    Attributes:
+        generated, held_out: the distances [G], [H], in 0 (equal up to scale, offset and shift) to 2.
+        nearest: index of the training record nearest to each generated signal, [G].
+        median_ratio: median of ``generated`` over that of ``held_out``. Near 1 or above: no copying.
+        low_ratio: the same of a low quantile, where copies show while they are few.
+        nearer: generated signals nearer to a training record than every held-out record is.
+        expected_nearer: of a law that is that of the held-out records: G / (H + 1).
+        copies: generated signals at a distance below 0.001.
+    """
+
+    generated: np.ndarray
+    held_out: np.ndarray
+    nearest: np.ndarray
+    median_ratio: float
+    low_ratio: float
+    nearer: int
+    expected_nearer: float
+    copies: int
+
+
+def memorisation(
+    generated: np.ndarray | Tensor,
+    train: np.ndarray | Tensor,
+    held_out: np.ndarray | Tensor,
+    *,
+    max_shift: int | None = None,
+    low: float = 0.05,
+    device: str | torch.device = "cpu",
+) -> Memorisation:
+    """Look for copies of the training records, also scaled, offset per lead, or shifted in time.
+
+    See :func:`nearest_by_correlation` for the distance. ``held_out`` must be records of the same law of which no model
+    has seen any, and of other patients.
+
+    Args:
+        generated: [G, leads, L]; train: [N, leads, L]; held_out: [H, leads, L].
+        max_shift: samples by which a copy may be shifted; default L // 10. 0 compares whole signals as they lie.
+        low: quantile of ``low_ratio``.
+        device: where it is computed.
+
+    Raises:
+        ValueError: other shapes, values that are not finite, a shift too large.
+    """
+    check_number("low", low, 0.0, 1.0)
+    found, nearest = nearest_by_correlation(generated, train, max_shift=max_shift, device=device)
+    reference, _ = nearest_by_correlation(held_out, train, max_shift=max_shift, device=device)
+    return Memorisation(
+        found,
+        reference,
+        nearest,
+        _ratio(float(np.median(found)), float(np.median(reference))),
+        _ratio(float(np.quantile(found, low)), float(np.quantile(reference, low))),
+        int((found < reference.min()).sum()),
+        len(found) / (len(reference) + 1),
+        int((found < COPY).sum()),
+    )
+
+
+def nearest_by_correlation(
+    signals: np.ndarray | Tensor,
+    train: np.ndarray | Tensor,
+    *,
+    max_shift: int | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of each signal to the nearest training record, the least over shifts in time.
+
+    The middle of a signal, L - 2 max_shift samples, is laid over each record at each of the 2 max_shift + 1 places
+    within it. Both windows lose their mean in each lead and are divided by their norm over all leads; the distance is
+    that of the two unit vectors, (2 - 2 correlation)^(1/2). Correlations come from one FFT over the pairs, in float32;
+    the distance at the best place is computed anew in float64, so that of an exact copy is 0. Memory is bounded. A
+    window without any signal correlates with nothing: distance 2^(1/2).
+
+    Args:
+        signals: [G, leads, L]; train: [N, leads, L].
+        max_shift: default L // 10.
+        device: where it is computed.
+
+    Returns:
+        distances [G] float64 and indices of records [G] int64.
+
+    Raises:
+        ValueError: other shapes, values that are not finite, a shift too large.
+    """
+    x, records = _signals("signals", signals).to(device), _signals("train", train).to(device)
+    if x.shape[1:] != records.shape[1:]:
+        raise ValueError(
+            f"signals and train must hold events of one shape, got {list(x.shape[1:])} and {list(records.shape[1:])}"
+        )
+    length = x.shape[2]
+    shift = length // 10 if max_shift is None else check_integer("max_shift", max_shift, 0)
+    window = length - 2 * shift
+    if window < 2:
+        raise ValueError(f"max_shift must leave at least two of {length} samples in the middle, got {shift}")
+    middle = x[:, :, shift : shift + window]
+    # An offset would cost digits in the sums.
+    centred = records - records.mean(dim=2, keepdim=True)
+    size = 1 << (length - 1).bit_length()
+    spectra = torch.fft.rfft(centred, size).permute(2, 1, 0).contiguous()  # [frequencies, leads, N]
+    inverse_norm = _inverse_norms(centred, window)  # [N, places]
+    places = 2 * shift + 1
+    columns = max(1, min(len(records), _VALUES // size))
+    rows = max(1, _VALUES // (size * columns))
+    distances, nearest = [], []
+    for part in middle.split(rows):
+        own = torch.fft.rfft(_unit(part), size).permute(2, 0, 1).conj()  # [frequencies, rows, leads]
+        best = torch.full((len(part),), -math.inf, device=x.device)
+        where = torch.zeros(len(part), 2, dtype=torch.int64, device=x.device)
+        for start in range(0, len(records), columns):
+            cross = (own @ spectra[:, :, start : start + columns]).permute(1, 2, 0)
+            correlation = torch.fft.irfft(cross, size)[:, :, :places] * inverse_norm[start : start + columns]
+            value, index = correlation.flatten(1).max(dim=1)
+            better = value > best
+            best = torch.where(better, value, best)
+            place = torch.stack([start + index // places, index % places], dim=1)
+            where = torch.where(better[:, None], place, where)
+        distances.append(_distance(part, records, where, window))
+        nearest.append(where[:, 0])
+    return torch.cat(distances).cpu().numpy(), torch.cat(nearest).cpu().numpy()
+
+
+def _signals(name: str, value: np.ndarray | Tensor) -> Tensor:
+    shape = np.shape(value)
+    if len(shape) != 3:
+        raise ValueError(f"{name} must have shape [N, leads, L], got {list(shape)}")
+    return _points(name, value, 1).reshape(shape).float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x without the mean of each lead, over its norm over leads and time; what has no signal becomes 0."""
+    x = x - x.mean(dim=2, keepdim=True)
+    norm = x.flatten(1).norm(dim=1)[:, None, None]
+    return torch.where(norm > 0, x / torch.where(norm > 0, norm, 1.0), 0.0)
+
+
+def _inverse_norms(records: Tensor, window: int) -> Tensor:
+    """1 / norm of the centred window at each place, [N, places]; 0 where the window has no signal."""
+    x = records.double()
+    first = torch.nn.functional.pad(x.cumsum(dim=2), (1, 0))
+    second = torch.nn.functional.pad(x.square().cumsum(dim=2), (1, 0))
+    total = first[:, :, window:] - first[:, :, :-window]
+    squares = (second[:, :, window:] - second[:, :, :-window] - total.square() / window).sum(dim=1)
+    # Below the rounding of these sums it is no signal.
+    scale = second[:, :, -1].sum(dim=1, keepdim=True)
+    some = squares > 1e-12 * scale
+    return torch.where(some, squares.clamp(min=1e-300).rsqrt(), 0.0).float()
+
+
+def _distance(middle: Tensor, records: Tensor, where: Tensor, window: int) -> Tensor:
+    """Distances [rows] in float64 at the places (record, start) [rows, 2]."""
+    columns = where[:, 1:] + torch.arange(window, device=records.device)
+    rows = records[where[:, 0]].double()
+    found = rows.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+    a, b = _unit(middle.double()), _unit(found)
+    distance = (a - b).flatten(1).norm(dim=1)
+    empty = (a.flatten(1).norm(dim=1) == 0) | (b.flatten(1).norm(dim=1) == 0)
+    return torch.where(empty, math.sqrt(2.0), distance)
+
+
+def _ratio(value: float, reference: float) -> float:
+    """value / reference; 1 for 0 / 0."""
+    if reference == 0.0:
+        return 1.0 if value == 0.0 else math.inf
+    return value / reference
