@@ -16,7 +16,7 @@ from tgdp_fast.ecg.classifier import features, predict, train_ecg_classifier
 from tgdp_fast.metrics import macro_auc
 from tgdp_fast.models import XResNet1d
 
-SMALL: dict[str, Any] = {"blocks": (1, 1), "expansion": 1, "width": 8, "stem_width": 8, "hidden": 8}
+SMALL: dict[str, Any] = {"blocks": (1, 1), "expansion": 1, "width": 8, "stem_width": 8, "hidden": 8, "dropout": 0.1}
 SETTINGS = Optimisation(steps=60, batch_size=16, learning_rate=1e-2, ema_decay=0.9, warmup=5)
 
 

@@ -10,6 +10,7 @@ from tgdp_fast.metrics.classification import (
     macro_auc,
     per_class_scores,
 )
+from tgdp_fast.metrics.copies import Memorisation, memorisation, nearest_by_correlation
 from tgdp_fast.metrics.ecg_intervals import (
     ECGStatistics,
     Spectra,
@@ -20,7 +21,6 @@ from tgdp_fast.metrics.ecg_intervals import (
     spectral_difference,
 )
 from tgdp_fast.metrics.features import DensityCoverage, density_and_coverage, frechet_distance
-from tgdp_fast.metrics.memorisation import Memorisation, memorisation, nearest_by_correlation
 from tgdp_fast.metrics.mixture import average_likelihood, mode_mass, negative_log_likelihood
 from tgdp_fast.metrics.two_sample import median_bandwidth, mmd, sliced_wasserstein
 

@@ -39,9 +39,10 @@ def frechet_distance(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
     values of X_a X_b^T, X the centred features over (N - 1)^(1/2): no root of a matrix is taken, and covariances
     without full rank are no trouble. Computed in float64.
 
-    The distance of finite sets is too large: about (1/N + 1/M) Tr(C) too much for N, M well above the number F of
-    features, and much more where N < F, when the fits have directions of no variance at all. Compare only distances
-    that have equal N and M, and beside that of two sets of real records of these sizes.
+    The distance of finite sets is too large. For two sets of one law N(m, s^2 I), N and M well above the number F of
+    features, it is (1/N + 1/M) s^2 F (F + 5) / 4 instead of 0; where N < F the fits have directions of no variance at
+    all, and it is larger still. Compare only distances that have equal N and M, and beside that of two sets of real
+    records of these sizes.
 
     Args:
         a, b: features [N, F] and [M, F], N, M >= 2.

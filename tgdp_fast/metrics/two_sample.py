@@ -140,7 +140,8 @@ def _pair(x: Tensor | np.ndarray, y: Tensor | np.ndarray, minimum: int) -> tuple
 
 
 def _points(name: str, value: Tensor | np.ndarray, minimum: int) -> Tensor:
-    tensor = torch.as_tensor(value).detach()
+    # Torch takes no arrays with negative strides.
+    tensor = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value).detach()
     if tensor.ndim < 2 or len(tensor) < minimum or tensor.numel() == 0:
         raise ValueError(f"{name} must have shape [N, ...] with N >= {minimum}, got {list(tensor.shape)}")
     tensor = tensor.flatten(1).to(torch.float64)
