@@ -215,8 +215,8 @@ def _quality(report: Report) -> str:
         return ""
     text = "Closeness to real target records, diversity, and distance to the records of training."
     notes = [
-        "Fréchet distance: of Gaussians fitted to features of a frozen ECG classifier; 0 is best. It is biased upwards: "
-        "compare with that of the real records.",
+        "Fréchet distance: of Gaussians fitted to features of a frozen ECG classifier; 0 is best. It is biased "
+        "upwards: compare with that of the real records.",
         "Density: 1 for equal laws. Coverage: share of real records with a sample near by.",
     ]
     if remembered:
@@ -296,7 +296,8 @@ def _spectra(report: Report) -> str:
             )
         )
     legend = plots.legend([(method.name, i) for i, method in shown])
-    return f'<figure>{legend}<div class="grid">{"".join(figures)}</div><figcaption>Mean power spectra (Welch)</figcaption></figure>'
+    caption = "<figcaption>Mean power spectra, by Welch's method</figcaption>"
+    return f'<figure>{legend}<div class="grid">{"".join(figures)}</div>{caption}</figure>'
 
 
 def _statistics(report: Report) -> str:
@@ -320,7 +321,7 @@ def _statistics(report: Report) -> str:
             else f"{_quartiles(s.generated)}<br><small>W₁ {_number(s.wasserstein, 1)}, n = {s.num_generated}</small>"
             for s in found
         ]
-        heading = escape(f"{titles.get(name, name)} ({first.unit})")
+        heading = f"{titles.get(name, name)} ({first.unit})"
         rows.append([heading, f"{_quartiles(first.real)}<br><small>n = {first.num_real}</small>", *cells])
     return _table(
         "Median (quartiles) over the records; W₁ is the Wasserstein-1 distance to the real records.",
@@ -380,10 +381,10 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[Report], str]]] = (
 
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, raw: bool = False) -> str:
-    """An HTML table. Cells are escaped; with ``raw`` only the first column and the header are."""
+    """An HTML table. Cells are escaped; with ``raw`` those of the first column and the header alone."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
-        f'<tr><th scope="row">{row[0] if raw and "&" in row[0] else escape(row[0])}</th>'
+        f'<tr><th scope="row">{escape(row[0])}</th>'
         + "".join(f"<td>{cell if raw else escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
@@ -477,10 +478,10 @@ background:#fff7dd;border-radius:4px}
 .warnings h2{margin:0 0 .3rem;border:0;font-size:1.1rem}
 .warnings ul{margin:0;padding-left:1.2rem}
 .scroll{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;min-width:min(100%,46rem);font-size:.92rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding-bottom:.4rem;max-width:80ch}
 th,td{padding:.32rem .8rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
-th:first-child{text-align:left}
+th:first-child{text-align:left;padding-left:0}
 td{white-space:nowrap}
 thead th{border-bottom:2px solid #9a9aa6;font-weight:600}
 tbody th{font-weight:500}
