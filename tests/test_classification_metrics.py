@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tgdp_fast.metrics import bootstrap_interval, f_max, macro_auc, per_class_scores
+from tgdp_fast.metrics import bootstrap_interval, f_max, macro_auc, macro_auc_by_ranks, per_class_scores
 
 
 def case(count: int, classes: int, seed: int, decimals: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -42,6 +42,7 @@ def test_auc_counts_pairs(seed: int) -> None:
     expected = [auc_by_pairs(y[:, k], score[:, k]) for k in range(3)]
     assert found.per_class == pytest.approx(expected, abs=1e-12)
     assert found.value == pytest.approx(np.mean(expected), abs=1e-12)
+    assert macro_auc_by_ranks(y, score) == pytest.approx(np.mean(expected), abs=1e-12)
     assert found.left_out == ()
 
 
@@ -52,6 +53,10 @@ def test_classes_with_one_value_are_left_out() -> None:
     assert found.left_out == (1, 3)
     assert np.isnan(found.per_class[[1, 3]]).all()
     assert found.value == pytest.approx((found.per_class[0] + found.per_class[2]) / 2)
+    assert macro_auc_by_ranks(y, score) == pytest.approx(found.value, abs=1e-12)
+    # One class with a curve is an own path of scikit-learn.
+    assert macro_auc(y[:, :2], score[:, :2]).per_class[0] == pytest.approx(found.per_class[0])
+    assert math.isnan(macro_auc_by_ranks(np.zeros((3, 2)), score[:3, :2]))
     assert math.isnan(macro_auc(np.zeros((3, 2)), score[:3, :2]).value)
 
 

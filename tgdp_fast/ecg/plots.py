@@ -127,8 +127,8 @@ def curves(
     y_label: str,
     *,
     heading: str = "",
-    width: int = 360,
-    height: int = 220,
+    width: int = 520,
+    height: int = 300,
     y_range: tuple[float, float] | None = None,
 ) -> str:
     """Lines over one pair of axes. Points that are not finite are left out.

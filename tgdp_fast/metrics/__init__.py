@@ -8,6 +8,7 @@ from tgdp_fast.metrics.classification import (
     bootstrap_interval,
     f_max,
     macro_auc,
+    macro_auc_by_ranks,
     per_class_scores,
 )
 from tgdp_fast.metrics.copies import Memorisation, memorisation, nearest_by_correlation
@@ -42,6 +43,7 @@ __all__ = [
     "f_max",
     "frechet_distance",
     "macro_auc",
+    "macro_auc_by_ranks",
     "median_bandwidth",
     "memorisation",
     "mmd",

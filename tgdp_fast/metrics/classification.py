@@ -91,10 +91,33 @@ def macro_auc(y: np.ndarray, score: np.ndarray) -> MacroAUC:
     roc_auc_score = _sklearn_metrics().roc_auc_score
     both = y.any(axis=0) & ~y.all(axis=0)
     per_class = np.full(y.shape[1], np.nan)
-    for column in np.flatnonzero(both):
-        per_class[column] = roc_auc_score(y[:, column], score[:, column])
+    if both.any():
+        per_class[both] = roc_auc_score(y[:, both], score[:, both], average=None)
     value = float(per_class[both].mean()) if both.any() else float("nan")
     return MacroAUC(value, per_class, tuple(int(column) for column in np.flatnonzero(~both)))
+
+
+def macro_auc_by_ranks(y: np.ndarray, score: np.ndarray) -> float:
+    """``macro_auc(y, score).value`` from the ranks of the scores, as Mann and Whitney count pairs.
+
+    The same number; ten or more times faster than scikit-learn for some thousand records, which a bootstrap feels.
+
+    Raises:
+        ValueError: other shapes or values.
+        ImportError: scipy is missing.
+    """
+    y, score = _pair(y, score)
+    try:
+        from scipy.stats import rankdata
+    except ImportError:
+        raise ImportError("ranks need scipy, which is not installed; run: pip install 'tgdp_fast[ecg]'") from None
+    both = y.any(axis=0) & ~y.all(axis=0)
+    if not both.any():
+        return float("nan")
+    truth, ranks = y[:, both], rankdata(score[:, both], axis=0)
+    positives = truth.sum(axis=0)
+    pairs = (ranks * truth).sum(axis=0) - positives * (positives + 1) / 2
+    return float((pairs / (positives * (len(truth) - positives))).mean())
 
 
 def f_max(y: np.ndarray, score: np.ndarray, thresholds: int | None = 101) -> FMax:
@@ -191,7 +214,8 @@ def bootstrap_interval(
     is NaN on a resampling, that one is left out.
 
     Args:
-        statistic: statistic(y, score) -> number; for example ``lambda y, score: macro_auc(y, score).value``.
+        statistic: statistic(y, score) -> number, such as :func:`macro_auc_by_ranks`, or
+            ``lambda y, score: f_max(y, score).value``.
         y: statements [N, K] of 0 and 1.
         score: scores [N, K].
         num: resamplings; the benchmark has 100.
