@@ -135,6 +135,9 @@ def test_spectra_of_a_tone_and_of_noise() -> None:
     twice = spectra(2 * noise, rate)
     assert spectral_difference(found, twice) == pytest.approx(20 * np.log10(2), abs=1e-6)
     assert spectral_difference(found, found) == 0.0
+    high = dataclasses.replace(found, decibels=found.decibels + np.where(found.frequency > 40, 30.0, 0.0))
+    assert spectral_difference(found, high) == 0.0
+    assert spectral_difference(found, high, None) == pytest.approx(30 * math.sqrt(20 / 100))
     assert spectra(np.zeros((1, 1, 50)), rate).decibels.max() == -300.0
 
 
@@ -146,5 +149,7 @@ def test_bad_arguments() -> None:
         ecg_statistics(x[0], 100.0, ["I", "II"])
     with pytest.raises(ValueError, match="rate must be"):
         spectra(x, 0.0)
+    with pytest.raises(ValueError, match="max_frequency must be at least 0.5 Hz, got 0.2"):
+        spectral_difference(spectra(x, 100.0), spectra(x, 100.0), 0.2)
     with pytest.raises(ValueError, match="spectra must have the same leads and frequencies"):
         spectral_difference(spectra(x, 100.0), spectra(x[:, :1], 100.0))

@@ -25,7 +25,7 @@ DASHES = ("", "6 3", "2 2", "8 2 2 2", "", "4 2", "1 3")
 
 _MARGIN = 5.0  # mm, around everything
 _PULSE = 10.0  # mm, room for the calibration pulse before each row
-_ROW = 30.0  # mm
+_ABOVE, _BELOW = (15.0, 30.0), (15.0, 20.0)  # mm of a row above and below its baseline, at least and at most
 _LARGEST = 5.0  # mV; what is beyond is cut off
 _UNIT = 100  # paths are written in hundredths of a millimetre: whole numbers are short
 
@@ -55,7 +55,8 @@ def ecg_plot(signals: np.ndarray, rate: float, leads: Sequence[str], title: str)
     """Twelve leads on ECG paper: three rows of four, each a quarter of the time, and lead II in full.
 
     Each row begins with a calibration pulse of 1 mV and 0.2 s. All leads of a column show the same seconds, as the
-    recorder prints them. Values beyond 5 mV are cut off.
+    recorder prints them. A row is as high as its signals need, within limits; beyond these they run into the next one,
+    as on paper. Values beyond 5 mV are cut off.
 
     Args:
         signals: [12, L] in mV.
@@ -76,41 +77,47 @@ def ecg_plot(signals: np.ndarray, rate: float, leads: Sequence[str], title: str)
     array = np.nan_to_num(array, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST).clip(-_LARGEST, _LARGEST)
     length = array.shape[1]
     across = length / rate * MM_PER_SECOND
-    left, top = _MARGIN + _PULSE, _MARGIN
+    left = _MARGIN + _PULSE
     # Whole large squares, so that the paper ends with a line.
     width = 5.0 * math.ceil((left + across + _MARGIN) / 5.0)
-    height = 2 * _MARGIN + 4 * _ROW
     bounds = [round(length * i / 4) for i in range(5)]
-    traces, marks, texts = [], [], []
-
-    def lead(name: str, row: int, start: int, stop: int) -> None:
-        baseline = top + (row + 0.55) * _ROW
-        x = left + np.arange(start, stop) / rate * MM_PER_SECOND
-        y = baseline - MM_PER_MILLIVOLT * array[names.index(name.lower()), start:stop]
-        traces.append(path(_UNIT * x, _UNIT * y))
-        texts.append(f'<text x="{x[0] + 1:.4g}" y="{baseline - 0.45 * _ROW:.4g}">{html.escape(name)}</text>')
-        if start:
-            marks.append(f"M{x[0]:.4g} {baseline - 5:.4g}v-3M{x[0]:.4g} {baseline + 5:.4g}v3")
-
-    for row, group in enumerate(LAYOUT):
-        for column, name in enumerate(group):
-            # One sample of overlap would join the leads; the recorder leaves them apart too.
-            lead(name, row, bounds[column], max(bounds[column] + 1, bounds[column + 1]))
-    lead(RHYTHM_LEAD, 3, 0, length)
-    pulses = "".join(f"M{_MARGIN + 1:g} {top + (row + 0.55) * _ROW:g}h2v-10h5v10h2" for row in range(4))
+    spans = [[(name, bounds[i], max(bounds[i] + 1, bounds[i + 1])) for i, name in enumerate(group)] for group in LAYOUT]
+    spans.append([(RHYTHM_LEAD, 0, length)])
+    traces, marks, texts, pulses = [], [], [], []
+    top = _MARGIN
+    for row in spans:
+        shown = [array[names.index(name.lower()), start:stop] for name, start, stop in row]
+        above = _squares(MM_PER_MILLIVOLT * max(float(y.max()) for y in shown), _ABOVE)
+        below = _squares(-MM_PER_MILLIVOLT * min(float(y.min()) for y in shown), _BELOW)
+        baseline = top + above
+        pulses.append(f"M{_MARGIN + 1:g} {baseline:g}h2v-10h5v10h2")
+        for (name, start, stop), y in zip(row, shown, strict=True):
+            x = left + np.arange(start, stop) / rate * MM_PER_SECOND
+            traces.append(path(_UNIT * x, _UNIT * (baseline - MM_PER_MILLIVOLT * y)))
+            texts.append(f'<text x="{x[0] + 1:.4g}" y="{top + 2.5:.4g}">{html.escape(name)}</text>')
+            if start:
+                marks.append(f"M{x[0]:.4g} {baseline - 5:.4g}v-3M{x[0]:.4g} {baseline + 5:.4g}v3")
+        top = baseline + below
+    height = top + _MARGIN
     return (
         f'<svg class="ecg" role="img" viewBox="0 0 {width:g} {height:g}" style="--paper-width:{width:g}mm">'
         f"<title>{html.escape(title)}</title>"
         f'<rect width="{width:g}" height="{height:g}" fill="{PAPER}"/>'
         f'<rect width="{width:g}" height="{height:g}" fill="url(#coarse-grid)"/>'
-        f'<path d="{pulses}{"".join(marks)}" fill="none" stroke="{TRACE}" stroke-width="0.3"/>'
+        f'<path d="{"".join(pulses + marks)}" fill="none" stroke="{TRACE}" stroke-width="0.3"/>'
         f'<g transform="scale({1 / _UNIT:g})" fill="none" stroke="{TRACE}" stroke-width="{0.32 * _UNIT:g}" '
         'stroke-linejoin="round">'
         f"{''.join(f'<path d={chr(34)}{d}{chr(34)}/>' for d in traces)}</g>"
-        f'<g class="leads" font-size="3.6" font-weight="600" fill="{TRACE}">{"".join(texts)}</g>'
+        f'<g font-size="3.6" font-weight="600" fill="{TRACE}" stroke="{PAPER}" stroke-width="0.9" paint-order="stroke">'
+        f"{''.join(texts)}</g>"
         f'<text x="{_MARGIN:g}" y="{height - 1.6:g}" font-size="2.8" fill="{TRACE}">25 mm/s · 10 mm/mV</text>'
         "</svg>"
     )
+
+
+def _squares(need: float, limits: tuple[float, float]) -> float:
+    """Whole large squares, 5 mm, that hold ``need`` mm, within the limits."""
+    return min(limits[1], max(limits[0], 5.0 * math.ceil(need / 5.0)))
 
 
 def path(x: np.ndarray, y: np.ndarray) -> str:

@@ -503,7 +503,7 @@ details td{white-space:normal;text-align:left;word-break:break-word}
 @media print{
 body{max-width:none;padding:0;font-size:10pt}
 nav{display:none}
-svg.ecg{width:var(--paper-width);max-width:100%;border:0}
+svg.ecg{width:var(--paper-width);max-width:100%;max-height:185mm;border:0}
 svg.ecg,.warnings{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 figure,tr{break-inside:avoid}
 h2,h3{break-after:avoid}

@@ -181,8 +181,13 @@ def spectra(signals: np.ndarray, rate: float, segment: float = 2.0) -> Spectra:
     return Spectra(frequency[1:], 10.0 * np.log10(np.maximum(total[:, 1:] / len(x), 1e-30)))
 
 
-def spectral_difference(a: Spectra, b: Spectra) -> float:
+def spectral_difference(a: Spectra, b: Spectra, max_frequency: float | None = 40.0) -> float:
     """Root mean square difference in dB over leads and frequencies.
+
+    Args:
+        a, b: of two sets, made alike.
+        max_frequency: in Hz; None for all. Near half the sampling rate records hold what anti-alias filters left, tens
+            of decibels below the rest, and would decide alone.
 
     Raises:
         ValueError: other frequencies or leads.
@@ -192,7 +197,10 @@ def spectral_difference(a: Spectra, b: Spectra) -> float:
             f"spectra must have the same leads and frequencies, got {list(a.decibels.shape)} and "
             f"{list(b.decibels.shape)}; compute both with one rate, length and segment"
         )
-    return float(np.sqrt(np.mean((a.decibels - b.decibels) ** 2)))
+    within = a.frequency <= (np.inf if max_frequency is None else check_number("max_frequency", max_frequency, 0.0))
+    if not within.any():
+        raise ValueError(f"max_frequency must be at least {a.frequency[0]:g} Hz, got {max_frequency}")
+    return float(np.sqrt(np.mean((a.decibels - b.decibels)[:, within] ** 2)))
 
 
 def _rhythm_lead(x: np.ndarray, names: list[str], shown: Sequence[str]) -> tuple[str, np.ndarray]:
