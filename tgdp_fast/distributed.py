@@ -61,9 +61,10 @@ def share(count: int, name: str = "batch_size") -> slice:
     return slice(rank() * (count // size()), (rank() + 1) * (count // size()))
 
 
-def part(count: int) -> range:
-    """This process's indices of ``count`` items, as equal as can be."""
-    return range(rank() * count // size(), (rank() + 1) * count // size())
+def parts(count: int) -> list[range]:
+    """Indices of ``count`` items for each process, as equally many as can be."""
+    bounds = [index * count // size() for index in range(size() + 1)]
+    return [range(first, stop) for first, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
