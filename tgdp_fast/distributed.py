@@ -19,6 +19,8 @@ from torch import Tensor, nn
 #: How long processes wait for each other: one may have hours of work that the others have no part in.
 _PATIENCE = timedelta(days=7)
 
+_is_alone = False
+
 
 def rank() -> int:
     """Index of this process, 0 for the first or only one."""
@@ -82,6 +84,17 @@ def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tenso
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """In the block this process is the only one: for work that the others wait for, or have done."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
+@contextmanager
 def process_group(device: str | torch.device) -> Iterator[None]:
     """The process group that torchrun's environment describes, for the time of the block; nothing outside torchrun.
 
@@ -103,7 +116,7 @@ def process_group(device: str | torch.device) -> Iterator[None]:
 
 
 def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _is_alone and dist.is_available() and dist.is_initialized()
 
 
 def _device() -> torch.device:

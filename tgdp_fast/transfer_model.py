@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -303,7 +304,8 @@ class Stages:
         if alone and not distributed.is_first():
             distributed.barrier()
             return load(place)
-        result = compute(self.folder / f"{name}.state")
+        with distributed.alone() if alone else nullcontext():
+            result = compute(self.folder / f"{name}.state")
         if distributed.is_first():
             save(result, place)
             write_atomic(stamp, json.dumps({"signature": signature}))
