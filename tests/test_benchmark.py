@@ -535,6 +535,16 @@ def test_on_a_gpu_every_provider_comes_recorded_too(monkeypatch: pytest.MonkeyPa
         runner.Options(providers=("graph",))
 
 
+def test_the_precisions_asked_for() -> None:
+    options = runner.Options(
+        seconds=0.01, least_rounds=1, most_rounds=1, providers=("reference",), precisions=("bf16", "fp32")
+    )
+    rows = runner.run_case(cases.Perceptron(5, 2, 8), options, FLOORS, lambda line: None)
+    assert [row["dtype"] for row in rows] == ["fp32", "bf16"]
+    with pytest.raises(ValueError, match="--precisions must be one of bf16, fp16, fp32; got 'float'"):
+        runner.Options(precisions=("float",))
+
+
 def test_a_recording_that_gives_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stream:
         def wait_stream(self, other: Any) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from tgdp_fast import NoiseSchedule, distributed, train_denoiser
+from tgdp_fast import Denoiser, NoiseSchedule, distributed, train_denoiser
 from tgdp_fast.checkpoint import load_checkpoint
 from tgdp_fast.data.gaussians import paper_source, paper_target
 from tgdp_fast.training import Optimisation
 from tgdp_fast.transfer import fit_guidance
+from tgdp_fast.transfer_model import Stages
 
 SETTINGS = Optimisation(steps=12, batch_size=16, learning_rate=1e-3, ema_decay=0.9, warmup=2)
 # Rounding of sums of gradients in another order, through 12 steps of Adam: a few ulps a step at a rate of 1e-3, more
@@ -43,11 +44,23 @@ def work(out: Path) -> None:
     target = paper_target().sample(20, seed=1).numpy()
     denoiser = train_denoiser(source, width=16, depth=2, settings=SETTINGS, state_dir=out / "state")
     fit = fit_guidance(source, target, denoiser=denoiser, width=16, depth=2, settings=SETTINGS, diagnostics=False)
+    stages = Stages(out / "stages")
+    before = (distributed.rank(), distributed.size())
+
+    def alone(state_dir: Path | None) -> Denoiser:
+        assert (*before, distributed.size()) == (0, before[1], 1), "only the first process computes, as the only one"
+        return train_denoiser(source, width=8, depth=1, settings=SETTINGS)
+
+    for _ in range(2):
+        lone = stages.run("lone", "signature", alone, Denoiser.save, Denoiser.load, alone=True)
+        together = stages.run("both", "signature", lambda state_dir: denoiser, Denoiser.save, Denoiser.load)
     found = {
+        "lone": float(sum(p.detach().double().sum() for p in lone.parameters())),
+        "loaded": all(torch.equal(a, b) for a, b in zip(together.parameters(), denoiser.parameters(), strict=True)),
         "rank": distributed.rank(),
         "size": distributed.size(),
         "history": fit.history,
-        "part": list(distributed.part(5)),
+        "part": list(distributed.parts(5)[distributed.rank()]),
         "agreed": distributed.agreed(distributed.is_first()),
         "state_left": (out / "state").exists(),
         "weights": torch.cat([p.detach().flatten() for p in [*denoiser.parameters(), *fit.guidance.parameters()]])
@@ -84,6 +97,9 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert first["history"] == second["history"]
     assert np.abs(np.subtract(first["weights"], alone["weights"])).max() <= TOLERANCE
     assert np.allclose(first["history"], alone["history"], rtol=1e-3)
+    assert first["lone"] == second["lone"] == alone["lone"]
+    assert first["loaded"]
+    assert second["loaded"]
     assert sorted(first["part"] + second["part"]) == list(range(5))
     assert first["agreed"]
     assert second["agreed"]
@@ -106,7 +122,7 @@ def test_without_a_process_group_nothing_happens() -> None:
     assert distributed.average_gradients([], loss) is loss
     assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
     assert distributed.share(7) == slice(0, 7)
-    assert distributed.part(7) == range(7)
+    assert distributed.parts(7) == [range(7)]
     assert not distributed.agreed(False)
     with distributed.process_group("cpu"):
         assert distributed.size() == 1

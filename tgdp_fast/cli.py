@@ -187,6 +187,7 @@ def bench(options: argparse.Namespace) -> int | None:
     settings = runner.Options(
         device=torch.device(options.device),
         providers=tuple(options.providers),
+        precisions=tuple(options.precisions),
         seconds=seconds,
         least_rounds=3 if options.quick else 5,
     )
@@ -503,6 +504,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="peer, reference, compile, auto, a backend; on a GPU also with +graph (all)",
     )
+    command.add_argument("--precisions", nargs="+", default=[], help="fp32, bf16, fp16 (all)")
     command.add_argument("--seconds", type=float, help="time for the rounds of one case (10; quick: 1)")
     command.add_argument("--threads", type=int, help="threads of torch")
     command.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")

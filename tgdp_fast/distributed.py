@@ -19,6 +19,8 @@ from torch import Tensor, nn
 #: How long processes wait for each other: one may have hours of work that the others have no part in.
 _PATIENCE = timedelta(days=7)
 
+_is_alone = False
+
 
 def rank() -> int:
     """Index of this process, 0 for the first or only one."""
@@ -61,9 +63,10 @@ def share(count: int, name: str = "batch_size") -> slice:
     return slice(rank() * (count // size()), (rank() + 1) * (count // size()))
 
 
-def part(count: int) -> range:
-    """This process's indices of ``count`` items, as equal as can be."""
-    return range(rank() * count // size(), (rank() + 1) * count // size())
+def parts(count: int) -> list[range]:
+    """Indices of ``count`` items for each process, as equally many as can be."""
+    bounds = [index * count // size() for index in range(size() + 1)]
+    return [range(first, stop) for first, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
@@ -78,6 +81,17 @@ def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tenso
     for gradient, average in zip(gradients, parts, strict=True):
         gradient.copy_(average.view_as(gradient))
     return mean[0]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In the block this process is the only one: for work that the others wait for, or have done."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
 
 
 @contextmanager
@@ -102,7 +116,7 @@ def process_group(device: str | torch.device) -> Iterator[None]:
 
 
 def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _is_alone and dist.is_available() and dist.is_initialized()
 
 
 def _device() -> torch.device:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,7 +183,7 @@ class TransferModel:
             source_model,
             seed,
         )
-        result = stages.run("guidance", signature, fit, _save_fit, lambda path: _load_fit(path, device))
+        result = stages.run("guidance", signature, fit, save_fit, lambda path: load_fit(path, device))
         diagnostics = {} if result.diagnostics is None else result.diagnostics.to_dict()
         return cls(source_model, result.guidance, standardizer, diagnostics, result.config)
 
@@ -303,7 +304,8 @@ class Stages:
         if alone and not distributed.is_first():
             distributed.barrier()
             return load(place)
-        result = compute(self.folder / f"{name}.state")
+        with distributed.alone() if alone else nullcontext():
+            result = compute(self.folder / f"{name}.state")
         if distributed.is_first():
             save(result, place)
             write_atomic(stamp, json.dumps({"signature": signature}))
@@ -326,7 +328,8 @@ def _array(labels: Any) -> np.ndarray | None:
     return None if labels is None else check_labels("labels", labels, len(labels))
 
 
-def _save_fit(fit: GuidanceFit, path: Path) -> None:
+def save_fit(fit: GuidanceFit, path: Path) -> None:
+    """A finished fit as a checkpoint folder."""
     config = {
         "guidance": fit.guidance.to_config(),
         "diagnostics": None if fit.diagnostics is None else fit.diagnostics.to_dict(),
@@ -336,7 +339,8 @@ def _save_fit(fit: GuidanceFit, path: Path) -> None:
     save_checkpoint(path, "guidance_fit", config, fit.guidance.state_dict())
 
 
-def _load_fit(path: Path, device: str | torch.device | None) -> GuidanceFit:
+def load_fit(path: Path, device: str | torch.device | None) -> GuidanceFit:
+    """Inverse of :func:`save_fit`, on ``device``."""
     config, tensors = load_checkpoint(path, "guidance_fit")
     guidance = GuidanceNetwork.from_config(config["guidance"])
     load_state_dict_checked(guidance, tensors, str(path))

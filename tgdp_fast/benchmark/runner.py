@@ -19,7 +19,7 @@ from torch import Tensor
 from tgdp_fast import captured
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast._info import environment
-from tgdp_fast.benchmark.accuracy import Verdict
+from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict
 from tgdp_fast.benchmark.cases import GRAPH, PROVIDERS, Call, Case, UnservedError
 from tgdp_fast.benchmark.floors import Floors, synchronise
 from tgdp_fast.kernels import autotuning
@@ -41,6 +41,7 @@ class Options:
     Attributes:
         device: where.
         providers: names of ``PROVIDERS``; empty for all.
+        precisions: "fp32", "bf16", "fp16"; empty for all.
         seconds: time for the rounds of one case, all providers together.
         least_rounds, most_rounds: rounds of a case whatever it takes, and at most.
         warm_up: whether a round that does not count precedes them.
@@ -48,6 +49,7 @@ class Options:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     providers: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
     seconds: float = 10.0
     least_rounds: int = 5
     most_rounds: int = 101
@@ -56,6 +58,8 @@ class Options:
     def __post_init__(self) -> None:
         for name in self.providers:
             check_choice("--providers", name.removesuffix(GRAPH), PROVIDERS)
+        for precision in self.precisions:
+            check_choice("--precisions", precision, PRECISIONS)
         check_number("--seconds", self.seconds, 0.0, exclusive=True)
         check_integer("least_rounds", self.least_rounds, 1)
         check_integer("most_rounds", self.most_rounds, self.least_rounds)
@@ -88,6 +92,8 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
     failed: list[Row] = []
     chosen = [name for name in case.providers(options.device) if not options.providers or name in options.providers]
     for precision in case.precisions:
+        if options.precisions and precision not in options.precisions:
+            continue
         prepared = case.prepare(precision, options.device)
         checked: dict[str, tuple[Call, Verdict]] = {}  # each once, also where its recording follows
         for provider in chosen:
