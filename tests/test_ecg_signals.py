@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
+from tgdp_fast.data.leads import STORED_LEADS
+from tgdp_fast.data.synthetic_ecg import synthetic_ecg
 from tgdp_fast.data.wfdb_records import read_leads
 
 
@@ -27,7 +28,7 @@ def test_signals_are_reproducible_and_differ() -> None:
 def test_beats_come_at_heart_rates_and_look_like_beats() -> None:
     """Ten seconds hold 8 to 18 beats at 50 to 110 a minute; the largest deflection of I is R, of V1 it is downwards."""
     x = synthetic_ecg(60, 1000, seed=0)
-    lead_i, v1 = x[:, LEADS.index("I")], x[:, LEADS.index("V1")]
+    lead_i, v1 = x[:, STORED_LEADS.index("I")], x[:, STORED_LEADS.index("V1")]
     above = lead_i > 0.5 * lead_i.max(axis=1, keepdims=True)
     beats = (above[:, 1:] & ~above[:, :-1]).sum(axis=1)
     assert 10 <= np.median(beats) <= 16
