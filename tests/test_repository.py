@@ -46,6 +46,7 @@ LAYERS: dict[str, set[str] | None] = {
     "density_ratio": None,
     "transfer": None,
     "transfer_model": None,
+    "ecg": None,
     "experiments": None,
     "benchmark": None,
     "cli": None,

@@ -325,8 +325,8 @@ class _Build:
             # Interrupted between the last chunk and cache.json.
             os.replace(self.final, self.partial)
         if not self.partial.exists() or self.partial.stat().st_size != size:
-            for file in self.building.iterdir():
-                file.unlink()
+            for old in self.building.iterdir():
+                old.unlink()
             free = shutil.disk_usage(self.place).free
             if free < size:
                 raise OSError(f"cache_dir needs {size / 1e9:.2f} GB, but {self.place} has {free / 1e9:.2f} GB left")
@@ -448,7 +448,7 @@ def _read_chunk(
             if stop:
                 _raise_first([problem])
             problems.append((problem.record, problem.reason, problem.short))
-    content = memoryview(block[: len(rows)]).cast("B") if rows else memoryview(b"")
+    content = block[: len(rows)].tobytes()
     with open(file, "r+b") as target:
         target.seek(position)
         target.write(content)

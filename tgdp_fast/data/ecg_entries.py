@@ -7,6 +7,7 @@ import csv
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from tgdp_fast.data.leads import find_leads
@@ -124,6 +125,7 @@ def wfdb_entry(
     return ECGEntry(name, path, WFDB, header.rate, header.length, files=tuple(files)), header
 
 
+@lru_cache(maxsize=8192)  # most records share theirs with others
 def scp_labels(text: str, minimum_likelihood: float | None) -> tuple[str, ...]:
     """Statements of a column ``scp_codes``: a dict literal from statement to likelihood in percent, 0 for unknown.
 

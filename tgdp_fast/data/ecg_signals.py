@@ -42,11 +42,26 @@ def read_entry(entry: ECGEntry, root: Root, *, rate: float, seconds: float, lead
         RecordError: it is broken; the message says in which way.
         ImportError: SciPy is missing and the record is to be resampled, or is a MATLAB file.
     """
+    signals, names, found = read_whole(entry, root)
+    return fit(signals, names, found, rate=rate, seconds=seconds, leads=leads)
+
+
+def read_whole(entry: ECGEntry, root: Root) -> tuple[np.ndarray, list[str], float]:
+    """A record as it is stored: float32 [leads, samples] in mV, names of the leads, samples per second.
+
+    Raises:
+        RecordError: it is broken.
+    """
     if entry.form == WFDB:
         signals, header = read_signals(entry.path, root)
-        names, found = header.leads, header.rate
-    else:
-        signals, names, found = read_original(entry.path, root), list(TWELVE_LEADS), RATE
+        return signals, header.leads, header.rate
+    return read_original(entry.path, root), list(TWELVE_LEADS), RATE
+
+
+def fit(
+    signals: np.ndarray, names: Sequence[str], found: float, *, rate: float, seconds: float, leads: Sequence[str]
+) -> np.ndarray:
+    """What is kept of signals [leads, samples] at ``found`` samples per second; see :func:`read_entry`."""
     if found < rate:
         raise RecordError(f"it is at {found:g} Hz, fewer than the {rate:g} Hz that are asked for")
     needed = round(seconds * found)

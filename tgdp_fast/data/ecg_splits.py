@@ -34,8 +34,8 @@ def split_by_fold(
     found = tuple(np.flatnonzero(np.isin(folds, list(side))) for side in sides)
     place: dict[str, tuple[int, int]] = {}
     for side, rows in enumerate(found):
-        for row in rows:
-            other, first = place.setdefault(patients[row], (side, int(row)))
+        for row in rows.tolist():
+            other, first = place.setdefault(patients[row], (side, row))
             if other != side:
                 pair = " and ".join(names[r] if names else str(r) for r in (first, row))
                 raise ValueError(

@@ -141,7 +141,7 @@ def read_converted_icbeb(root: Root, rate: float | None, minimum_likelihood: flo
             paths = [root.join(f"{folder}/{number_}.hea") for folder in ("records500", "records100")]
             there = [path for path in paths if os.path.lexists(path)]
             if not there:
-                raise RecordError(f"{' and '.join(root.relative(path) for path in paths)} are missing")
+                raise RecordError(f"missing: {' and '.join(root.relative(path) for path in paths)}")
             entry, _ = wfdb_entry(name, there[0], root, TWELVE_LEADS, rate)
             entry = replace(
                 entry,

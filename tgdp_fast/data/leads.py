@@ -46,6 +46,11 @@ def find_leads(names: Sequence[str], wanted: Iterable[str]) -> list[int]:
     Raises:
         ValueError: a lead is missing, or there twice.
     """
+    return list(_places(tuple(names), tuple(wanted)))
+
+
+@lru_cache(maxsize=256)  # the records of a data set have the same leads
+def _places(names: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[int, ...]:
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         places.setdefault(_key(name), []).append(place)
@@ -56,7 +61,7 @@ def find_leads(names: Sequence[str], wanted: Iterable[str]) -> list[int]:
     twice = [name for name, at in zip(wanted, found, strict=True) if len(at) > 1]
     if twice:
         raise ValueError(f"the leads {', '.join(twice)} are there more than once, among {', '.join(names)}")
-    return [at[0] for at in found]
+    return tuple(at[0] for at in found)
 
 
 def twelve_leads(stored: Signals) -> Signals:
@@ -72,7 +77,7 @@ def twelve_leads(stored: Signals) -> Signals:
     if not isinstance(stored, np.ndarray):
         import torch
 
-        return torch.stack(_twelve(stored), dim=-2)  # type: ignore[return-value]
+        return torch.stack(_twelve(stored), dim=-2)
     if stored.dtype.kind != "f":
         raise ValueError(f"stored must be of floating point, got {stored.dtype}; integers go to twelve_leads_digital")
     return np.stack(_twelve(stored), axis=-2)

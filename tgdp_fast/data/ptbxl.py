@@ -17,7 +17,7 @@ from tgdp_fast.data.ecg_entries import (
 )
 from tgdp_fast.data.leads import TWELVE_LEADS
 from tgdp_fast.data.statements import STATEMENTS
-from tgdp_fast.data.wfdb_records import RecordError, Root
+from tgdp_fast.data.wfdb_records import RecordError, Root, check_relative
 
 TABLE = "ptbxl_database.csv"
 VOCABULARY = "scp_statements.csv"
@@ -49,13 +49,13 @@ def read_ptbxl(root: Root, rate: float | None, minimum_likelihood: float | None)
             if name in seen:
                 raise RecordError(f"{TABLE} has its row twice")
             seen.add(name)
-            paths = [root.join(row[column] + ".hea") for column in columns if row[column]]
-            if not paths:
+            files = [check_relative(row[column] + ".hea") for column in columns if row[column]]
+            if not files:
                 raise RecordError(f"{TABLE} names no file")
-            there = [path for path in paths if os.path.lexists(path)]
-            if not there:
-                raise RecordError(f"{' and '.join(root.relative(path) for path in paths)} are missing")
-            entry, _ = wfdb_entry(name, there[0], root, TWELVE_LEADS, rate)
+            chosen = next((file for file in files if os.path.lexists(os.path.join(root.path, file))), None)
+            if chosen is None:
+                raise RecordError(f"missing: {' and '.join(files)}")
+            entry, _ = wfdb_entry(name, root.join(chosen), root, TWELVE_LEADS, rate)
             labels = scp_labels(row["scp_codes"], minimum_likelihood)
             entry = replace(
                 entry,
@@ -69,7 +69,7 @@ def read_ptbxl(root: Root, rate: float | None, minimum_likelihood: float | None)
             listing.problems.append(Problem(name, str(error)))
             continue
         listing.entries.append(entry)
-        others += there[0] != paths[0]
+        others += chosen != files[0]
     if others:
         wanted, taken = ("100", "500") if columns[0] == "filename_lr" else ("500", "100")
         listing.notes.append(f"{others} records have no {wanted} Hz file; their {taken} Hz file is taken")

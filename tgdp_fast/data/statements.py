@@ -84,6 +84,7 @@ DESCRIPTIONS = {
 }
 #: In alphabetical order: the columns of multi-hot labels, as a multi-label binariser sorts them.
 STATEMENTS = tuple(DESCRIPTIONS)
+_PLACES = {name: index for index, name in enumerate(STATEMENTS)}
 #: Other names of statements. The conversion of ICBEB2018 for the PTB-XL benchmark has VPC for PVC.
 ALIASES = {"VPC": "PVC"}
 #: The classes of ICBEB2018's ``REFERENCE.csv`` (Liu et al. 2018) as statements of PTB-XL.
@@ -118,7 +119,7 @@ def check_statements(names: Iterable[str], vocabulary: Sequence[str] = STATEMENT
     Raises:
         ValueError: a name is not in the vocabulary.
     """
-    place = {name: index for index, name in enumerate(vocabulary)}
+    place = _PLACES if vocabulary is STATEMENTS else {name: index for index, name in enumerate(vocabulary)}
     found = set()
     for name in names:
         name = name if name in place else ALIASES.get(name, name)
@@ -158,4 +159,4 @@ def label_names(labels: np.ndarray, vocabulary: Sequence[str] = STATEMENTS) -> l
     array = np.asarray(labels)
     if array.ndim != 2 or array.shape[1] != len(vocabulary):
         raise ValueError(f"labels must have shape [N, {len(vocabulary)}], got {list(array.shape)}")
-    return [tuple(vocabulary[column] for column in np.flatnonzero(row)) for row in array]
+    return [tuple(vocabulary[int(column)] for column in np.flatnonzero(row)) for row in array]

@@ -11,7 +11,9 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,8 +37,7 @@ class RecordError(ValueError):
     """A record that cannot be used; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class SignalHeader:
+class SignalHeader(NamedTuple):
     """One signal's line of a header: where its samples are, and value = (sample - baseline) / gain in ``units``."""
 
     file: str
@@ -115,10 +116,9 @@ class Root:
 
     def relative(self, path: Path) -> str:
         """The path as seen from the folder, with slashes."""
-        try:
-            return path.relative_to(self.path).as_posix()
-        except ValueError:
-            return os.path.relpath(path, self.path)
+        text, start = str(path), str(self.path) + os.sep
+        # pathlib's own way takes as long as reading a header.
+        return text[len(start) :] if text.startswith(start) else os.path.relpath(path, self.path)
 
     def status(self, path: Path) -> os.stat_result:
         """Status of a regular file inside.
@@ -200,29 +200,39 @@ def parse_header(text: str) -> RecordHeader:
 
 def _signal(line: str, place: int) -> SignalHeader:
     fields = line.split(None, 8)
-    shape = _FORMAT.fullmatch(fields[1]) if len(fields) > 1 else None
-    gain = _GAIN.fullmatch(fields[2] if len(fields) > 2 else "0")
+    count = len(fields)
     try:
-        if shape is None or gain is None:
-            raise ValueError
-        zero = int(fields[4]) if len(fields) > 4 else 0
-        scale = float(gain[1])
-        if not np.isfinite(scale):
-            raise ValueError
+        baseline, gain, units = _gain(fields[2] if count > 2 else "0")
+        if baseline is None:
+            baseline = int(fields[4]) if count > 4 else 0
         return SignalHeader(
-            file=fields[0],
-            format=shape[1],
-            samples_per_frame=int(shape[2] or 1),
-            skew=int(shape[3] or 0),
-            offset=int(shape[4] or 0),
-            gain=scale or _DEFAULT_GAIN,
-            baseline=zero if gain[2] is None else int(gain[2]),
-            units=gain[3] or "mV",
-            checksum=int(fields[6]) if len(fields) > 6 else None,
-            name=fields[8].strip() if len(fields) > 8 else f"signal {place}",
+            fields[0],
+            *_format(fields[1]),
+            gain,
+            baseline,
+            units,
+            int(fields[6]) if count > 6 else None,
+            fields[8].strip() if count > 8 else f"signal {place}",
         )
-    except ValueError:
+    except (ValueError, IndexError):
         raise RecordError(f"the header's line of signal {place} is damaged: {line[:60]!r}") from None
+
+
+# The same few texts stand in every header of a data set.
+@lru_cache(maxsize=256)
+def _format(text: str) -> tuple[str, int, int, int]:
+    found = _FORMAT.fullmatch(text)
+    if found is None:
+        raise ValueError(text)
+    return found[1], int(found[2] or 1), int(found[3] or 0), int(found[4] or 0)
+
+
+@lru_cache(maxsize=256)
+def _gain(text: str) -> tuple[int | None, float, str]:
+    found = _GAIN.fullmatch(text)
+    if found is None or not np.isfinite(float(found[1])):
+        raise ValueError(text)
+    return None if found[2] is None else int(found[2]), float(found[1]) or _DEFAULT_GAIN, found[3] or "mV"
 
 
 def read_header(path: Path, root: Root | None = None) -> tuple[RecordHeader, list[FileStamp]]:

@@ -310,8 +310,8 @@ def report(rows: Sequence[Row], plan: Plan, signals: Signals, gain: float) -> st
     text = [
         "# Few steps, and where they start\n",
         f"One SSSD-ECG network ({plan.num_res_layers} blocks of {plan.res_channels} channels, {plan.settings.steps} "
-        f"training steps of {plan.settings.batch_size}) on {signals.description}, {len(STORED_LEADS)} leads of {plan.length} "
-        "samples at 100 Hz, standardised; the paper's schedule, alpha_bar_T = "
+        f"training steps of {plan.settings.batch_size}) on {signals.description}, {len(STORED_LEADS)} leads of "
+        f"{plan.length} samples at 100 Hz, standardised; the paper's schedule, alpha_bar_T = "
         f"{paper_schedule().alpha(199.0) ** 2:.3f}. {plan.num_samples} samples a method against "
         f"{len(signals.reference)} signals; mean ± standard deviation over {plan.seeds} seeds. All methods of a seed "
         "share their noise.\n",

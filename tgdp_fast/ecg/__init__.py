@@ -1,0 +1,1 @@
+"""Transfer of electrocardiogram models: from records to results."""
