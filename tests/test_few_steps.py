@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_ecg_signals import write_record
+from ecg_files import write_record
 
 from tgdp_fast import Optimisation
 from tgdp_fast.cli import main

@@ -311,10 +311,10 @@ def read_signals(path: Path, root: Root | None = None) -> tuple[np.ndarray, Reco
                 f"{signal.checksum & 0xFFFF}"
             )
     baseline = np.array([signal.baseline for signal in header.signals], np.float32)
-    scale = np.array([signal.millivolts / signal.gain for signal in header.signals])
+    gain = np.array([signal.gain / signal.millivolts for signal in header.signals], np.float32)
     signals = np.ascontiguousarray(samples.T, dtype=np.float32)
     signals -= baseline[:, None]
-    signals *= scale.astype(np.float32)[:, None]
+    signals /= gain[:, None]
     if missing.any():
         signals[missing.T] = np.nan
     return signals, header
