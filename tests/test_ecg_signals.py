@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ecg_files import write_record
 
-from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
+from tgdp_fast.data.leads import STORED_LEADS
+from tgdp_fast.data.synthetic_ecg import synthetic_ecg
 from tgdp_fast.data.wfdb_records import read_leads
 
 
@@ -27,7 +29,7 @@ def test_signals_are_reproducible_and_differ() -> None:
 def test_beats_come_at_heart_rates_and_look_like_beats() -> None:
     """Ten seconds hold 8 to 18 beats at 50 to 110 a minute; the largest deflection of I is R, of V1 it is downwards."""
     x = synthetic_ecg(60, 1000, seed=0)
-    lead_i, v1 = x[:, LEADS.index("I")], x[:, LEADS.index("V1")]
+    lead_i, v1 = x[:, STORED_LEADS.index("I")], x[:, STORED_LEADS.index("V1")]
     above = lead_i > 0.5 * lead_i.max(axis=1, keepdims=True)
     beats = (above[:, 1:] & ~above[:, :-1]).sum(axis=1)
     assert 10 <= np.median(beats) <= 16
@@ -53,15 +55,6 @@ def test_bad_arguments(arguments: dict[str, float], message: str) -> None:
         synthetic_ecg(**arguments)  # type: ignore[arg-type]
 
 
-def write_record(folder: Path, name: str, values: np.ndarray, leads: tuple[str, ...], rate: int = 100) -> Path:
-    """A record as PTB-XL has them, of ``values`` [samples, leads] int16."""
-    lines = [f"{name} {len(leads)} {rate} {len(values)}"]
-    lines += [f"{name}.dat 16 1000.0(0)/mV 16 0 {values[0, i]} 0 0 {lead}" for i, lead in enumerate(leads)]
-    (folder / f"{name}.hea").write_text("\n".join([*lines, "# Age: 50", ""]))
-    values.astype("<i2").tofile(folder / f"{name}.dat")
-    return folder / f"{name}.hea"
-
-
 def test_leads_by_name_in_the_headers_units(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(-3000, 3000, (11, 3)).astype(np.int16)
     header = write_record(tmp_path, "00001_lr", values, ("I", "AVF", "V1"))
@@ -69,7 +62,10 @@ def test_leads_by_name_in_the_headers_units(tmp_path: Path) -> None:
     assert rate == 100.0
     assert signals.dtype == np.float32
     assert np.allclose(signals, values.T[[2, 1]] / 1000, rtol=1e-6)
-    with pytest.raises(ValueError, match="00001_lr.hea must have the leads V2, V6, it has I, AVF, V1"):
+    with pytest.raises(
+        ValueError,
+        match="must have the leads V2, I, V6: the leads V2, V6 are missing; there are I, AVF, V1",
+    ):
         read_leads(header, ["V2", "I", "V6"])
 
 

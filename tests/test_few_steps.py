@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_ecg_signals import write_record
+from ecg_files import write_record
 
 from tgdp_fast import Optimisation
 from tgdp_fast.cli import main
-from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
+from tgdp_fast.data.leads import STORED_LEADS
+from tgdp_fast.data.synthetic_ecg import synthetic_ecg
 from tgdp_fast.experiments import few_steps
 
 SMALL = (few_steps.REAL, "dpmpp_2m/20/standard/fp32", "dpmpp_2m/20/gaussian/fp32", "dpmpp_2m/20/standard/bf16")
@@ -62,8 +63,8 @@ def test_records_take_the_place_of_synthetic_signals(tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(2):
         values = (1000 * synthetic_ecg(1, 60 + number, seed=number)[0].T).astype(np.int16)
-        write_record(folder, f"{number}_lr", values, LEADS)
-    write_record(folder, "0_hr", np.zeros((300, 8), np.int16), LEADS, rate=500)
+        write_record(folder, f"{number}_lr", values, STORED_LEADS)
+    write_record(folder, "0_hr", np.zeros((300, 8), np.int16), STORED_LEADS, rate=500)
     windows, count = few_steps.record_windows(folder, 20)
     assert windows.shape == (2 * (1 + 40 // 2), 8, 20)
     assert count == 2

@@ -12,6 +12,7 @@ from typing import Any
 
 from tgdp_fast._checks import check_choice, check_device, check_integer, check_number, check_seed
 from tgdp_fast._version import __version__
+from tgdp_fast.ecg import commands as ecg_commands
 
 #: As in tgdp_fast.solvers, which loads torch; --help does not wait for it.
 SOLVER_NAMES = (
@@ -47,15 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tgdp_fast.ops._dispatch import BackendUnavailableError
-
     try:
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except ValueError as error:
         print(f"tgdp-fast: error: {error}", file=sys.stderr)
         return 2
-    except (*EXPECTED, BackendUnavailableError) as error:
+    except Exception as error:
+        # Torch comes with it, and some commands do without.
+        from tgdp_fast.ops._dispatch import BackendUnavailableError
+
+        if not isinstance(error, (*EXPECTED, BackendUnavailableError)):
+            raise
         print(f"tgdp-fast: error: {error}", file=sys.stderr)
         if kept := _kept(options):
             print(f"tgdp-fast: {kept}", file=sys.stderr)
@@ -537,6 +541,8 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "sample", sample)
     command.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder written by transfer --save")
     _sampling(command)
+
+    ecg_commands.add_parser(commands)
     return parser
 
 

@@ -18,7 +18,7 @@ from tgdp_fast._checks import check_integer
 Samples = TypeVar("Samples", np.ndarray, Tensor)
 
 _MAPPED_BYTES = 64 * 1024**2  # larger .npy files are mapped, not read
-_ROWS = 4_096  # rows converted at once where statistics are taken in float64
+_ROWS, _VALUES = 4_096, 2**23  # rows, and values, converted at once where statistics are taken in float64
 
 
 def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
@@ -180,18 +180,29 @@ class Standardizer:
             raise ValueError("std must be positive; use 1 for constant features")
 
     @classmethod
-    def fit(cls, samples: np.ndarray | Tensor) -> Standardizer:
-        """Statistics of ``samples`` [N, D] or [N, C, ...], accumulated in float64."""
+    def fit(cls, samples: np.ndarray | Tensor, *, rows: np.ndarray | None = None) -> Standardizer:
+        """Statistics of ``samples`` [N, D] or [N, C, ...], accumulated in float64.
+
+        Args:
+            samples: an array that is mapped is read in parts.
+            rows: indices of the samples that count, such as the training part; None: all.
+        """
         array = _as_numpy("samples", samples)
-        if array.ndim < 2 or array.size == 0:
-            raise ValueError(f"samples must have shape [N, ...] and hold values, got {list(array.shape)}")
+        if array.ndim < 2 or array.size == 0 or (rows is not None and not len(rows)):
+            chosen = "" if rows is None else f", {len(rows)} rows chosen"
+            raise ValueError(f"samples must have shape [N, ...] and hold values, got {list(array.shape)}{chosen}")
         axes = (0, *range(2, array.ndim))
-        count = array.size // array.shape[1]
-        chunks = [slice(start, start + _ROWS) for start in range(0, len(array), _ROWS)]
-        mean = sum(array[rows].sum(axis=axes, dtype=np.float64) for rows in chunks) / count
+        number = len(array) if rows is None else len(rows)
+        count = number * (array[0].size // array.shape[1])
+        step = max(1, min(_ROWS, _VALUES // array[0].size))
+        chunks = [
+            slice(start, start + step) if rows is None else rows[start : start + step]
+            for start in range(0, number, step)
+        ]
+        mean = sum(array[part].sum(axis=axes, dtype=np.float64) for part in chunks) / count
         centre = mean.reshape(-1, *[1] * (array.ndim - 2))
         # Two passes: E x^2 - mean^2 would cancel.
-        squares = sum(np.square(array[rows] - centre).sum(axis=axes) for rows in chunks)
+        squares = sum(np.square(array[part] - centre).sum(axis=axes) for part in chunks)
         std = np.sqrt(squares / count)
         # A spread within float32's resolution of the value is rounding, not signal.
         std[std <= np.finfo(np.float32).eps * np.abs(mean)] = 1.0

@@ -6,10 +6,7 @@ import numpy as np
 
 from tgdp_fast._checks import check_integer, check_number, check_seed
 
-#: The independent leads of twelve, in the order of SSSD-ECG; the other four are linear combinations of I and aVF.
-LEADS = ("I", "V1", "V2", "V3", "V4", "V5", "V6", "aVF")
-
-# Directions of the leads: to the left, down, to the back. Chest leads see the heart from near by.
+# Directions of STORED_LEADS: to the left, down, to the back. Chest leads see the heart from near by.
 _LEAD_VECTORS = np.array(
     [
         [1.0, 0.0, 0.0],
@@ -48,7 +45,7 @@ def synthetic_ecg(num: int, length: int = 1000, *, rate: float = 100.0, seed: in
         seed: the same seed gives the same records.
 
     Returns:
-        float32 [num, 8, length] in mV; leads as in ``LEADS``.
+        float32 [num, 8, length] in mV; leads as in :data:`~tgdp_fast.data.leads.STORED_LEADS`.
     """
     return synthetic_ecg_with_rates(num, length, rate=rate, seed=seed)[0]
 

@@ -16,7 +16,8 @@ from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast._version import __version__
 from tgdp_fast.checkpoint import signature_of
 from tgdp_fast.data.arrays import Standardizer
-from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
+from tgdp_fast.data.leads import STORED_LEADS
+from tgdp_fast.data.synthetic_ecg import synthetic_ecg
 from tgdp_fast.data.wfdb_records import read_leads
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.experiments.digits import nearest_distance
@@ -97,8 +98,8 @@ class Plan:
         """The network, untrained."""
         channels = self.res_channels
         return SSSDECG(
-            in_channels=len(LEADS),
-            out_channels=len(LEADS),
+            in_channels=len(STORED_LEADS),
+            out_channels=len(STORED_LEADS),
             res_channels=channels,
             skip_channels=channels,
             num_res_layers=self.num_res_layers,
@@ -164,7 +165,7 @@ def record_windows(folder: Path, length: int) -> tuple[np.ndarray, int]:
     Raises:
         ValueError: no such record there.
     """
-    records = [read_leads(path, LEADS) for path in sorted(folder.rglob("*.hea"))]
+    records = [read_leads(path, STORED_LEADS) for path in sorted(folder.rglob("*.hea"))]
     windows = [
         np.lib.stride_tricks.sliding_window_view(signals, length, axis=1)[:, :: max(1, length // 8)]
         for signals, rate in records
@@ -309,8 +310,8 @@ def report(rows: Sequence[Row], plan: Plan, signals: Signals, gain: float) -> st
     text = [
         "# Few steps, and where they start\n",
         f"One SSSD-ECG network ({plan.num_res_layers} blocks of {plan.res_channels} channels, {plan.settings.steps} "
-        f"training steps of {plan.settings.batch_size}) on {signals.description}, {len(LEADS)} leads of {plan.length} "
-        "samples at 100 Hz, standardised; the paper's schedule, alpha_bar_T = "
+        f"training steps of {plan.settings.batch_size}) on {signals.description}, {len(STORED_LEADS)} leads of "
+        f"{plan.length} samples at 100 Hz, standardised; the paper's schedule, alpha_bar_T = "
         f"{paper_schedule().alpha(199.0) ** 2:.3f}. {plan.num_samples} samples a method against "
         f"{len(signals.reference)} signals; mean ± standard deviation over {plan.seeds} seeds. All methods of a seed "
         "share their noise.\n",
