@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str] | None] = {
     "_checks": set(),
     "_native": set(),
     "_progress": set(),
+    "distributed": set(),
     "captured": set(),
     "streams": set(),
     "schedule": {"_checks"},

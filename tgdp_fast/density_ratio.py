@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import update_bn
 
 from tgdp_fast._checks import check_integer
 from tgdp_fast.training import Batches, Optimisation, derived_seed, optimise, seeded_initialisation
@@ -17,6 +18,7 @@ from tgdp_fast.training import Batches, Optimisation, derived_seed, optimise, se
 RATIO_LOSSES = ("logistic", "ratio_mse", "poisson", "log_mse")
 
 _ROWS = 4_096  # held-out samples classified at once
+_CALIBRATION = 50  # batches behind the running statistics of a batch normalisation
 
 #: Of a domain classifier on clean data: few steps and a strong weight decay, since nothing stops it early.
 DEFAULT_SETTINGS = Optimisation(
@@ -207,14 +209,23 @@ def _train_classifier(
     parts = [(x[seen], None if y is None else y[seen]) for x, y, seen in data]
     batches = [Batches(len(x), settings.batch_size) for x, _ in parts]
 
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        rows = [batch.draw(generator) for batch in batches]
+        x = torch.cat([x[own] for (x, _), own in zip(parts, rows, strict=True)])
+        labels = [y[own] for (_, y), own in zip(parts, rows, strict=True) if y is not None]
+        return x, torch.cat(labels) if labels else None
+
     def loss(generator: torch.Generator) -> Tensor:
-        logits = []
-        for (x, y), batch in zip(parts, batches, strict=True):
-            rows = batch.draw(generator)
-            logits.append(classifier(x[rows], None if y is None else y[rows]))
-        return logistic_loss(*logits)
+        # Both domains in one call: batch normalisation must not see them apart.
+        return logistic_loss(*classifier(*draw(generator)).chunk(2))
 
     optimise(classifier, loss, settings, seed=seed, progress=progress, description=description)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.modules()):
+        # Its running statistics are of the last weights, and what is kept is their average.
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # of dropout
+            update_bn((draw(generator)[0] for _ in range(_CALIBRATION)), classifier)
 
 
 def calibration_slope(source_logit: Tensor, target_logit: Tensor) -> float:

@@ -57,6 +57,111 @@ def _print_inspection(found: dict[str, Any]) -> None:
         print(f"  and {count} more {kind}; --json lists all")
 
 
+def fit(options: argparse.Namespace) -> None:
+    """Read both folders, train or load the source model, fit the guidance; the model is kept in OUT/model."""
+
+    def stages(pipeline: Any) -> None:
+        for text in pipeline.model.diagnostics["warnings"]:
+            _say(f"WARNING: {text}")
+        _say(f"model saved in {pipeline.out / 'model'}")
+
+    _on_pipeline(options, stages)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Train the baselines, draw samples of every method, compare them with real records: OUT/report.html."""
+    _on_pipeline(options, _evaluated)
+
+
+def run(options: argparse.Namespace) -> None:
+    """From two folders to samples and report: fit and evaluate, and the samples of TGDP as records in OUT/records."""
+
+    def stages(pipeline: Any) -> None:
+        _evaluated(pipeline)
+        place = pipeline.write_records("tgdp")
+        _say(f"samples of TGDP as WFDB records in {place}")
+
+    _on_pipeline(options, stages)
+
+
+def _evaluated(pipeline: Any) -> None:
+    from tgdp_fast.ecg.evaluation import evaluate as evaluate_samples
+
+    report = evaluate_samples(pipeline)
+    for text in report.warnings:
+        _say(f"WARNING: {text}")
+    for method in report.methods:
+        found = [
+            f"{name} {value.value:.3f} ({value.low:.3f} to {value.high:.3f})" for name, value in method.metrics.items()
+        ]
+        found += [f"{name} {value:.3g}" for name, value in list(method.quality.items())[:1]]
+        _say(f"{method.name:14s} {'   '.join(found)}")
+    _say(f"written: {pipeline.out / 'report.html'} and results.json")
+
+
+def _on_pipeline(options: argparse.Namespace, stages: Callable[[Any], None]) -> None:
+    """Run ``stages`` of the run that the options describe; under torchrun in each process."""
+    from tgdp_fast import distributed
+    from tgdp_fast.ecg.config import load_config
+    from tgdp_fast.ecg.pipeline import Pipeline
+
+    config = load_config(
+        options.config,
+        preset=options.preset,
+        data__source=_text(options.source),
+        data__target=_text(options.target),
+        sampling__num=options.num,
+        seed=options.seed,
+        device=options.device,
+    )
+    with distributed.process_group(config.device):
+        device = config.device
+        if device == "cuda" and distributed.size() > 1:
+            device = f"cuda:{distributed.rank() % max(1, _gpus())}"
+        stages(Pipeline(config, options.out, device=device, progress=not options.quiet and distributed.is_first()))
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _say(text: str) -> None:
+    """Print in the first process alone."""
+    from tgdp_fast import distributed
+
+    if distributed.is_first():
+        print(text, flush=True)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Draw 12-lead records from a fitted model, as WFDB records with labels and a manifest."""
+    from tgdp_fast.ecg.drawing import draw_records
+
+    place = draw_records(
+        options.model,
+        options.out,
+        num=options.num,
+        statements=options.statements,
+        guided=not options.unguided,
+        solver=options.solver,
+        steps=options.steps,
+        spacing=options.spacing,
+        scale=options.scale,
+        precision=options.precision,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        device=options.device,
+        progress=not options.quiet,
+    )
+    print(f"{options.num} records written to {place}")
+
+
 # ------------------------------------------------------------------------------------------------------ parser
 
 
@@ -77,6 +182,41 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--read", action="store_true", help="read all signals: checksums, NaN, flat leads, lengths")
     command.add_argument("--strict", action="store_true", help="exit status 1 if a record is broken")
     command.add_argument("--json", action="store_true", help="machine-readable, with every problem")
+
+    for name, function in (("fit", fit), ("evaluate", evaluate), ("run", run)):
+        command = _command(names, name, function)
+        command.add_argument("--config", type=Path, help="TOML file; every entry is optional")
+        command.add_argument(
+            "--preset", help="paper, small or smoke: what the file does not say (smoke, which takes minutes)"
+        )
+        command.add_argument("--source", type=Path, help="folder of source records, such as PTB-XL")
+        command.add_argument("--target", type=Path, help="folder of target records, such as ICBEB2018")
+        command.add_argument("--num", type=int, help="samples of each method")
+        command.add_argument("--seed", type=int, help="of everything random (0)")
+        command.add_argument("--device", help="cpu, cuda, ...")
+        command.add_argument(
+            "--out", type=Path, required=True, help="folder of the run; the same command resumes there"
+        )
+        command.add_argument("--quiet", action="store_true", help="no progress")
+
+    command = _command(names, "sample", sample)
+    command.add_argument("model", metavar="MODEL_DIR", type=Path, help="OUT/model of fit or run")
+    command.add_argument("--out", type=Path, required=True, help="new folder for the records")
+    command.add_argument("--num", type=int, required=True, help="records to draw")
+    command.add_argument(
+        "--statements", nargs="+", default=["NORM"], metavar="NAMES",
+        help="of each record, names joined by commas; records take turns: NORM AFIB,CRBBB (%(default)s)",
+    )  # fmt: skip
+    command.add_argument("--unguided", action="store_true", help="samples of the source model")
+    command.add_argument("--solver", default="dpmpp_2m", help="see tgdp-fast sample --help (%(default)s)")
+    command.add_argument("--steps", type=int, default=20, help="solver steps (%(default)s)")
+    command.add_argument("--spacing", default="logsnr", help="logsnr, uniform or karras (%(default)s)")
+    command.add_argument("--scale", type=float, default=1.0, help="guidance scale; 1 is exact (%(default)s)")
+    command.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same records (%(default)s)")
+    command.add_argument("--batch-size", type=int, default=64, help="records in flight (%(default)s)")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
+    command.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:

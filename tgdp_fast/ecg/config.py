@@ -30,6 +30,7 @@ import numpy as np
 
 from tgdp_fast._checks import check_choice, check_integer, check_number, check_seed
 from tgdp_fast.density_ratio import RATIO_LOSSES
+from tgdp_fast.models.s4 import CAUCHY
 from tgdp_fast.sampling import PRECISIONS
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SOLVERS, SPACINGS
@@ -87,11 +88,12 @@ class Backbone:
     Attributes:
         checkpoint: a released SSSD-ECG checkpoint, or a denoiser saved by this package, in the place of training. Its
             architecture replaces the one here.
-        checkpoint_standardized: whether that model works on standardised signals instead of millivolts.
+        cauchy: which sum of kernels a released file was trained with, "pair" or "half" (see
+            :class:`tgdp_fast.models.SSSDECG`).
     """
 
     checkpoint: str = ""
-    checkpoint_standardized: bool = False
+    cauchy: str = "pair"
     num_res_layers: int = 36
     res_channels: int = 256
     d_state: int = 64
@@ -105,6 +107,7 @@ class Backbone:
     def __post_init__(self) -> None:
         for name in ("num_res_layers", "res_channels", "d_state", "step_features", "step_embedding", "label_dim"):
             check_integer(name, getattr(self, name), 1)
+        check_choice("cauchy", self.cauchy, CAUCHY)
         check_integer("diffusion_steps", self.diffusion_steps, 2)
         self.schedule()
 

@@ -1,0 +1,126 @@
+"""Two folders of records as the cohorts of a transfer: read, divided, standardised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tgdp_fast import distributed
+from tgdp_fast.data.arrays import Standardizer
+from tgdp_fast.data.ecg_cache import ECGDataset, build_ecg_cache
+from tgdp_fast.data.ecg_entries import Problem
+from tgdp_fast.data.ecg_folder import open_ecg_folder
+from tgdp_fast.ecg.config import Data
+
+#: PTB-XL's recommended division: folds 1 to 8 train, 9 and 10 are kept.
+_LAST_TRAINING_FOLD = 8
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Some records: float32 [N, leads, L] in mV, multi-hot statements float32 [N, K], and their names."""
+
+    signals: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.signals)
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """Source training records, target records that methods may see, target records that test; no patient in two.
+
+    Attributes:
+        standardizer: per lead, from the source training records alone.
+        rate: samples per second.
+        leads, vocabulary: names of the leads, and of the statements that labels stand for.
+        problems: records that could not be used, with the reasons, per domain.
+    """
+
+    source: Cohort
+    target: Cohort
+    test: Cohort
+    standardizer: Standardizer
+    rate: float
+    leads: tuple[str, ...]
+    vocabulary: tuple[str, ...]
+    problems: dict[str, tuple[Problem, ...]]
+
+    def statements_of(self, cohort: Cohort) -> list[str]:
+        """Statements that occur in it, in the order of the vocabulary."""
+        return [self.vocabulary[index] for index in np.flatnonzero(cohort.labels.any(axis=0))]
+
+
+def load_cohorts(data: Data, cache: Path, *, progress: bool = False) -> Cohorts:
+    """Read both folders, through caches in ``cache``, and divide them.
+
+    Raises:
+        ValueError: a folder without usable records, too few to divide; at the first broken one if ``data.on_problem``
+            is "raise".
+    """
+    datasets: dict[str, ECGDataset] = {}
+    for domain in ("source", "target"):
+        folder = getattr(data, domain)
+        if not folder:
+            raise ValueError(f"data.{domain} must be the {domain}'s folder of records; give it in the configuration")
+        place = cache / domain
+        if distributed.is_first():
+            build_ecg_cache(
+                open_ecg_folder(folder, rate=data.rate),
+                place,
+                rate=data.rate,
+                seconds=data.seconds,
+                on_problem=data.on_problem,
+                progress=progress,
+            )
+        distributed.barrier()
+        datasets[domain] = ECGDataset.load(place)
+    source, target = datasets["source"], datasets["target"]
+    kept = np.flatnonzero(source.folds <= _LAST_TRAINING_FOLD)  # -1, not known, among them
+    if len(kept) < 2:
+        raise ValueError(f"data.source: {data.source} must hold at least 2 usable training records, it has {len(kept)}")
+    seen, unseen = divide(target, data)
+    training = _cohort(source, kept)
+    return Cohorts(
+        training,
+        _cohort(target, seen),
+        _cohort(target, unseen),
+        source.standardizer(kept),
+        source.rate,
+        tuple(source.leads),
+        source.vocabulary,
+        {domain: dataset.problems for domain, dataset in datasets.items()},
+    )
+
+
+def divide(dataset: ECGDataset, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that methods may see, and rows that test: whole patients, of each statement about the fraction asked.
+
+    Raises:
+        ValueError: not enough records to have at least two on both sides.
+    """
+    count = len(dataset)
+    fraction = max(data.target_fraction, data.least_target / count)
+    if fraction * count > count - 2:
+        raise ValueError(
+            f"data.target: {count} usable records cannot be divided into {round(fraction * count)} that methods may "
+            "see and at least 2 that test; lower data.target_fraction or data.least_target, or give more records"
+        )
+    seen, rest = dataset.split_by_patient((fraction, 1.0 - fraction), data.seed)
+    if min(len(seen), len(rest)) < 2:
+        raise ValueError(
+            f"data.target: its {count} records are of too few patients to be divided; give records of more patients"
+        )
+    return seen, rest
+
+
+def _cohort(dataset: ECGDataset, rows: np.ndarray) -> Cohort:
+    return Cohort(
+        np.asarray(dataset.signals[rows], dtype=np.float32),
+        np.asarray(dataset.labels[rows], dtype=np.float32),
+        tuple(dataset.names[row] for row in rows),
+    )
