@@ -132,13 +132,14 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path: Path, monkeyp
     monkeypatch.setattr(ecg_cache, "_CHUNK_RECORDS", 10)
     monkeypatch.setattr(ecg_cache, "_BLOCK", 1 << 16)
     monkeypatch.setattr(arrays, "_VALUES", 10 * 8 * 500)
-    peaks = {}
-    for count in (30, 30, 120):  # first without counting what is loaded once
+    peaks: dict[int, int] = {}
+    # The lesser of two: at times Python enlarges tables of its own meanwhile.
+    for count in (30, 120, 30, 120):
         folder = open_ecg_folder(write_ptbxl(tmp_path / str(count), count, seconds=5.0))
         tracemalloc.start()
         dataset = build_ecg_cache(folder, tmp_path / f"cache{count}", seconds=5.0)
         dataset.standardizer(np.arange(count))
-        peaks[count] = tracemalloc.get_traced_memory()[1]
+        peaks[count] = min(peaks.get(count, 10**9), tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(dataset) == count
         shutil.rmtree(tmp_path / f"cache{count}")
