@@ -94,7 +94,7 @@ def test_digital_leads_refuse_what_int16_cannot_hold() -> None:
 
 
 def spelled(name: str) -> st.SearchStrategy[str]:
-    prefix = st.sampled_from(["", "MDC_ECG_LEAD_", "Lead ", "ECG ", "lead_", " "])
+    prefix = st.sampled_from(["", "MDC_ECG_LEAD_", "Lead ", "ECG ", "ECG Lead ", "lead_", " "])
     cases = st.lists(st.booleans(), min_size=len(name), max_size=len(name))
     return st.builds(
         lambda start, upper: start + "".join(c.upper() if u else c.lower() for c, u in zip(name, upper, strict=True)),

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from tgdp_fast import __version__
+from tgdp_fast.data import ecg_output
 from tgdp_fast.data.ecg_cache import build_ecg_cache
 from tgdp_fast.data.ecg_folder import open_ecg_folder
 from tgdp_fast.data.ecg_output import write_ecg_records
-from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, twelve_leads
+from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, twelve_leads, twelve_leads_digital
 from tgdp_fast.data.synthetic_ecg import synthetic_ecg
+from tgdp_fast.data.wfdb_records import write_record
 
 MANIFEST = {"seed": 3, "model": "0123", "solver": "dpmpp_2m", "scale": 1.5}
 LABELS = [["SR", "NORM"], ["AFIB"], []]
@@ -52,8 +54,31 @@ def test_wfdb_reads_the_records(tmp_path: Path, signals: np.ndarray) -> None:
         assert np.abs(2 * right + one + two).max() <= 1
         assert np.abs(2 * left - one + three).max() <= 1
         assert np.abs(2 * foot - two - three).max() <= 1
-        # The package wfdb computes checksums; our reader compares them.
         assert record.checksum == [int(row.sum()) % 65536 for row in digital.astype(int)]
+
+
+@pytest.mark.parametrize("rate", [100, 257.5])
+def test_records_are_those_that_wfdb_writes(tmp_path: Path, signals: np.ndarray, rate: float) -> None:
+    import wfdb
+
+    digital = twelve_leads_digital(signals[0])
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+    write_record(tmp_path / "ours", "r", digital, TWELVE_LEADS, rate, 1000, ["Labels: NORM", "Sex: Female"])
+    wfdb.wrsamp(
+        "r",
+        fs=rate,
+        units=["mV"] * 12,
+        sig_name=list(TWELVE_LEADS),
+        d_signal=digital.T.astype(np.int64),
+        fmt=["16"] * 12,
+        adc_gain=[1000.0] * 12,
+        baseline=[0] * 12,
+        comments=["Labels: NORM", "Sex: Female"],
+        write_dir=str(tmp_path / "theirs"),
+    )
+    for name in ("r.hea", "r.dat"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
 def test_labels_manifest_and_arrays(tmp_path: Path, signals: np.ndarray) -> None:
@@ -146,17 +171,15 @@ def test_folders_that_hold_something_are_refused(tmp_path: Path, signals: np.nda
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, signals: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wfdb
+    real, names = ecg_output.write_record, []
 
-    real, names = wfdb.wrsamp, []
-
-    def wrsamp(name: str, **arguments: Any) -> None:
+    def write_record(folder: Path, name: str, *arguments: Any) -> None:
         names.append(name)
         if len(names) == 2:
             raise KeyboardInterrupt
-        real(name, **arguments)
+        real(folder, name, *arguments)
 
-    monkeypatch.setattr(wfdb, "wrsamp", wrsamp)
+    monkeypatch.setattr(ecg_output, "write_record", write_record)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", signals)
     assert list(tmp_path.iterdir()) == []
