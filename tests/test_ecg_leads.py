@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ecg_files import real_data
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -104,6 +104,7 @@ def spelled(name: str) -> st.SearchStrategy[str]:
 
 
 @given(st.data())
+@settings(max_examples=40)
 def test_leads_are_found_in_any_order_and_spelling(data: st.DataObject) -> None:
     order = data.draw(st.permutations(TWELVE_LEADS))
     names = [data.draw(spelled(name)) for name in order]

@@ -1,7 +1,8 @@
 """Records of PhysioNet's WFDB: headers, and samples that are checked against them.
 
 Records of format 16 whose signals lie in one file, which PTB-XL, ICBEB2018 and most others have, are read directly:
-the package wfdb takes several milliseconds for each header. It reads every other format. Records are written directly as well.
+the package wfdb takes several milliseconds for each header. It reads every other format. Records are written directly
+as well.
 """
 
 from __future__ import annotations
