@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str] | None] = {
     "noise": {"_checks", "_native"},
     "checkpoint": {"_checks", "_version"},
     "kernels": {"_version", "checkpoint"},
-    "data": {"_checks", "schedule", "noise", "checkpoint"},
+    "data": {"_version", "_checks", "schedule", "noise", "checkpoint"},
     "metrics": {"_checks", "schedule", "noise", "checkpoint"},
     "ops": {"_checks", "_native", "noise", "kernels"},
     "solvers": {"_checks", "schedule"},
