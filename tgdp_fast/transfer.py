@@ -250,7 +250,7 @@ def fit_guidance(
     report = None
     if diagnostics and ratio is not None:
         report = diagnose(x_source, x_target, ratio)
-        report.mean_h = mean_h(network, x_source, labels=y_source, seed=seed)
+        report.add_mean_h(mean_h(network, x_source, labels=y_source, seed=seed))
     return GuidanceFit(network, report, history, config)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -302,8 +302,9 @@ class Pipeline:
         fitted = self.stages.run("guidance", signature, fit, save_fit, lambda path: load_fit(path, None))
         denoiser.cpu()
         network = fitted.guidance.cpu()
-        diagnostics.mean_h = mean_h(
-            network, torch.from_numpy(self.x_source), labels=_tensor(source_labels, "cpu"), limit=512, seed=seed
+        diagnostics = replace(diagnostics, warnings=list(diagnostics.warnings))
+        diagnostics.add_mean_h(
+            mean_h(network, torch.from_numpy(self.x_source), labels=_tensor(source_labels, "cpu"), limit=512, seed=seed)
         )
         config = {"ecg": {"rate": cohorts.rate, "leads": list(cohorts.leads), "statements": list(cohorts.vocabulary)}}
         prior = self._prior("tgdp")
