@@ -255,6 +255,28 @@ def test_a_second_run_computes_nothing(finished: Path, config: Path, monkeypatch
     assert json.loads((finished / "results.json").read_text())["methods"] == json.loads(before)["methods"]
 
 
+def test_fit_and_evaluate_say_what_they_did(
+    finished: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--config", str(config), "--out", str(finished), "--quiet"]
+    assert cli.main(["ecg", "fit", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert f"model saved in {finished / 'model'}" in said
+    assert "WARNING: 4 target samples are very few" in said
+    assert cli.main(["ecg", "evaluate", *arguments]) == 0
+    said = capsys.readouterr().out
+    for method in ("Real", "Source model", "Vanilla", "Fine-tuning", "TGDP"):
+        assert any(line.startswith(method) and "macro AUC" in line and "Fmax" in line for line in said.splitlines())
+    assert "report.html" in said
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "samples", interrupted)
+    assert cli.main(["ecg", "run", *arguments]) == 130
+    assert f"finished work is kept in {finished}: the same command goes on from there" in capsys.readouterr().err
+
+
 def test_another_setting_computes_its_stage_and_what_follows(finished: Path, config: Path, tmp_path: Path) -> None:
     """The scale enters the samples of TGDP, and nothing before them."""
     import shutil

@@ -75,7 +75,8 @@ def _kept(options: argparse.Namespace) -> str:
         places = places if options.command is transfer else places[1:]
         found = [str(place) for place in places if place.is_dir() and any(place.iterdir())]
     else:
-        found = [str(options.out)] if any(options.out.glob("rows/*")) or any(options.out.glob("source/*")) else []
+        kept = ("rows/*", "source/*", "stages/*", "cache/*")
+        found = [str(options.out)] if any(any(options.out.glob(pattern)) for pattern in kept) else []
     if not found:
         return ""
     return f"finished work is kept in {' and '.join(found)}: the same command goes on from there, or delete it"
