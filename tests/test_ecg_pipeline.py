@@ -324,8 +324,11 @@ def test_costs_add_up_over_runs(tmp_path: Path) -> None:
     assert row["parameters"] == 8
     assert 0.4 <= row["seconds"] < 20
     assert row["peak_bytes"] >= 60e6
-    with pytest.raises(RuntimeError, match="on purpose"), Costs(path, "cpu").of("broken"):
-        raise RuntimeError("on purpose")
+    with pytest.raises(KeyboardInterrupt), Costs(path, "cpu").of("training"):
+        raise KeyboardInterrupt
+    found = json.loads(path.read_text())["training"]
+    assert found["seconds"] > row["seconds"]
+    assert found["peak_bytes"] >= row["peak_bytes"]
 
 
 # ----------------------------------------------------------------------------------------- kills and processes
