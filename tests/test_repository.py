@@ -22,6 +22,7 @@ PACKAGE = ROOT / "tgdp_fast"
 LAYERS: dict[str, set[str] | None] = {
     "_version": set(),
     "_info": {"_version"},
+    "_arguments": set(),
     "_checks": set(),
     "_native": set(),
     "_progress": set(),
