@@ -289,6 +289,26 @@ def test_another_setting_computes_its_stage_and_what_follows(finished: Path, con
     assert changed == {"samples-tgdp.json"}
 
 
+def test_a_checkpoint_in_the_place_of_training(config: Path, finished: Path, tmp_path: Path) -> None:
+    """A released file works on millivolts; a model of an earlier run brings its standardisation."""
+    own = Pipeline(load_config(config), finished)
+    released = tmp_path / "100.pkl"
+    torch.save({"model_state_dict": own.source_model.network.state_dict()}, released)
+    for checkpoint, standardizer in ((released, None), (finished / "model", own.cohorts.standardizer)):
+        changes = {"backbone__checkpoint": str(checkpoint), "backbone__cauchy": "pair"}
+        pipeline = Pipeline(load_config(config, **changes), tmp_path / f"run-{checkpoint.name}")
+        for mine, theirs in zip(pipeline.source_model.parameters(), own.source_model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        if standardizer is None:
+            assert np.array_equal(pipeline.x_source, pipeline.cohorts.source.signals)
+        else:
+            assert torch.equal(pipeline.cohorts.standardizer.std, standardizer.std)
+        assert "source" not in pipeline.costs.found
+    wrong = Pipeline(load_config(config, backbone__checkpoint=str(released), data__seconds=1.1), tmp_path / "wrong")
+    with pytest.raises(ValueError, match=r"backbone.checkpoint: .* works on signals of shape \(8, 120\)"):
+        _ = wrong.source_model
+
+
 def test_the_signals_themselves_tell_the_domains(config: Path, finished: Path, tmp_path: Path) -> None:
     changes = {"guidance__domain_classifier": "xresnet1d", "guidance__loss": "poisson", "guidance__conditional": False}
     pipeline = Pipeline(load_config(config, **changes), tmp_path / "run")

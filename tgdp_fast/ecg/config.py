@@ -39,6 +39,7 @@ from tgdp_fast.training import TIME_DISTRIBUTIONS, Optimisation
 #: In the order of tables and plots.
 METHODS = ("source", "vanilla", "fine_tune", "tgdp")
 PRIORS = ("standard", "gaussian", "empirical")
+UNITS = ("mV", "standardised")
 DOMAIN_CLASSIFIERS = ("features", "xresnet1d")
 
 T = TypeVar("T")
@@ -88,11 +89,14 @@ class Backbone:
     Attributes:
         checkpoint: a released SSSD-ECG checkpoint, or a denoiser saved by this package, in the place of training. Its
             architecture replaces the one here.
+        checkpoint_units: of the signals that it works on: "mV", as released ones do, or "standardised" by the source
+            records given here. A model that ``tgdp-fast ecg fit`` has saved brings its own standardisation.
         cauchy: which sum of kernels a released file was trained with, "pair" or "half" (see
             :class:`tgdp_fast.models.SSSDECG`).
     """
 
     checkpoint: str = ""
+    checkpoint_units: str = "mV"
     cauchy: str = "pair"
     num_res_layers: int = 36
     res_channels: int = 256
@@ -107,6 +111,7 @@ class Backbone:
     def __post_init__(self) -> None:
         for name in ("num_res_layers", "res_channels", "d_state", "step_features", "step_embedding", "label_dim"):
             check_integer(name, getattr(self, name), 1)
+        check_choice("checkpoint_units", self.checkpoint_units, UNITS)
         check_choice("cauchy", self.cauchy, CAUCHY)
         check_integer("diffusion_steps", self.diffusion_steps, 2)
         self.schedule()
