@@ -177,6 +177,13 @@ def test_folds_nine_and_ten_do_not_train(tmp_path: Path) -> None:
     assert len(load_cohorts(load_config(tmp_path / "tiny.toml").data, tmp_path / "cache").source) == 16
 
 
+def test_a_folder_that_is_not_there_is_named_before_anything_is_read(config: Path, tmp_path: Path) -> None:
+    data = load_config(config, data__target=str(tmp_path / "nowhere")).data
+    with pytest.raises(ValueError, match=r"data.target: path must be a folder of records, but .*nowhere does not"):
+        load_cohorts(data, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_too_few_target_records(config: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"data.target: 8 usable records cannot be divided into 7 that methods may see"

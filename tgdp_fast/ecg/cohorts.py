@@ -62,15 +62,21 @@ def load_cohorts(data: Data, cache: Path, *, progress: bool = False) -> Cohorts:
         ValueError: a folder without usable records, too few to divide; at the first broken one if ``data.on_problem``
             is "raise".
     """
-    datasets: dict[str, ECGDataset] = {}
+    folders = {}
     for domain in ("source", "target"):
-        folder = getattr(data, domain)
-        if not folder:
+        path = getattr(data, domain)
+        if not path:
             raise ValueError(f"data.{domain} must be the {domain}'s folder of records; give it in the configuration")
+        try:
+            folders[domain] = open_ecg_folder(path, rate=data.rate)
+        except ValueError as error:
+            raise ValueError(f"data.{domain}: {error}") from None
+    datasets: dict[str, ECGDataset] = {}
+    for domain, folder in folders.items():
         place = cache / domain
         if distributed.is_first():
             build_ecg_cache(
-                open_ecg_folder(folder, rate=data.rate),
+                folder,
                 place,
                 rate=data.rate,
                 seconds=data.seconds,
