@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg, synthetic_ecg_with_rates
+from tgdp_fast.data.leads import STORED_LEADS
+from tgdp_fast.data.synthetic_ecg import synthetic_ecg, synthetic_ecg_with_rates
 from tgdp_fast.data.wfdb_records import read_leads
 from tgdp_fast.metrics import compare_statistics, ecg_statistics, spectra, spectral_difference
 from tgdp_fast.metrics.ecg_intervals import STATISTICS
@@ -46,7 +47,7 @@ def test_heart_rates_are_those_of_the_construction() -> None:
     assert np.array_equal(x, synthetic_ecg(12, 1000, seed=4))
     assert rates.min() >= 50
     assert rates.max() <= 110
-    found = ecg_statistics(x, 100.0, LEADS)
+    found = ecg_statistics(x, 100.0, STORED_LEADS)
     assert found.lead == "II"
     assert found.failed == 0
     assert found.heart_rate == pytest.approx(rates, rel=0.05)
@@ -70,8 +71,8 @@ def test_intervals_follow_the_waves() -> None:
 
 def test_lead_ii_from_others() -> None:
     x = synthetic_ecg(3, 1000, seed=1)
-    second = x[:, LEADS.index("aVF")] + 0.5 * x[:, LEADS.index("I")]
-    derived = ecg_statistics(x, 100.0, LEADS)
+    second = x[:, STORED_LEADS.index("aVF")] + 0.5 * x[:, STORED_LEADS.index("I")]
+    derived = ecg_statistics(x, 100.0, STORED_LEADS)
     stored = ecg_statistics(np.stack([x[:, 3], second], axis=1), 100.0, ["v3", "ii"])
     for name in STATISTICS:
         assert np.allclose(getattr(derived, name), getattr(stored, name), equal_nan=True)
@@ -83,7 +84,7 @@ def test_records_without_beats_are_counted() -> None:
     x[1] = 0.0
     x[3] = 0.0
     x[3, :, 500] = 1.0  # one spike is no heart beat
-    found = ecg_statistics(x, 100.0, LEADS)
+    found = ecg_statistics(x, 100.0, STORED_LEADS)
     assert found.failed == 2
     assert np.isnan(found.heart_rate).tolist() == [False, True, False, True]
     assert np.isnan(found.qt).tolist() == [False, True, False, True]
@@ -91,7 +92,7 @@ def test_records_without_beats_are_counted() -> None:
 
 def test_comparison_of_two_sets() -> None:
     """W1 of values moved by d is d; of an equal set 0."""
-    real = ecg_statistics(synthetic_ecg(7, 1000, seed=3), 100.0, LEADS)
+    real = ecg_statistics(synthetic_ecg(7, 1000, seed=3), 100.0, STORED_LEADS)
     moved = dataclasses.replace(real, heart_rate=real.heart_rate + 7.0, qt=np.full(7, np.nan))
     rows = {row.name: row for row in compare_statistics(real, moved)}
     assert list(rows) == list(STATISTICS)

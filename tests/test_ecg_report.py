@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tgdp_fast.data.synthetic_ecg import LEADS, synthetic_ecg
+from tgdp_fast.data.leads import STORED_LEADS
+from tgdp_fast.data.synthetic_ecg import synthetic_ecg
 from tgdp_fast.ecg import plots
 from tgdp_fast.ecg.report import Cost, Method, Report, render, write_report
 from tgdp_fast.metrics import ClassScore, Interval, Memorisation, Spectra, StatisticComparison
@@ -27,11 +28,11 @@ NAN = float("nan")
 def twelve(count: int, seed: int) -> np.ndarray:
     """[count, 12, 1000] mV, by the relations of Einthoven and Goldberger."""
     x = synthetic_ecg(count, 1000, seed=seed)
-    first, foot = x[:, LEADS.index("I")], x[:, LEADS.index("aVF")]
+    first, foot = x[:, STORED_LEADS.index("I")], x[:, STORED_LEADS.index("aVF")]
     second = foot + first / 2
     third = second - first
     limbs = [first, second, third, -(first + second) / 2, first - second / 2, foot]
-    chest = [x[:, LEADS.index(f"V{i}")] for i in range(1, 7)]
+    chest = [x[:, STORED_LEADS.index(f"V{i}")] for i in range(1, 7)]
     return np.stack([*limbs, *chest], axis=1)
 
 
