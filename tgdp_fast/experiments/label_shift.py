@@ -257,9 +257,8 @@ def mixture(beats: Beats, share: float, count: int | None, generator: np.random.
     rhythms = [np.flatnonzero(beats.fibrillation == value) for value in (True, False)]
     if count is None:
         count = math.floor(min(len(rhythms[0]) / share, len(rhythms[1]) / (1 - share)))
+        count -= count - round(share * count) > len(rhythms[1])  # by rounding
     positive = round(share * count)
-    if count - positive > len(rhythms[1]):  # by rounding
-        count -= 1
     rows = []
     for rhythm, wanted, there in zip((True, False), (positive, count - positive), rhythms, strict=True):
         if not 0 < wanted <= len(there):
@@ -443,8 +442,8 @@ def report(rows: Sequence[Row], plan: Plan, beats: Beats) -> str:
         [
             "# Label shift: a transfer whose truth is known\n",
             f"Single beats of {_data(plan, beats)}: lead I at 100 Hz, {rhythm_beats.LENGTH} samples around R, each "
-            "with mean 0 and variance 1. Records are divided in three for every seed: those of the judge, of the source "
-            "and of the target. Besides, source and target differ in the share of atrial fibrillation (AF): "
+            "with mean 0 and variance 1. Records are divided in three for every seed: those of the judge, of the "
+            "source and of the target. Besides, source and target differ in the share of atrial fibrillation (AF): "
             f"{plan.source_share:.0%} of the source's beats, {plan.target_share:.0%} of the {plan.num_target} target "
             "beats; the others are of sinus rhythm (SNR). Models draw the first "
             f"{plan.num_components} principal components of the source set; {plan.num_samples} samples a model; mean ± "
