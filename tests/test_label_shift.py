@@ -333,3 +333,21 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert plans[1] == label_shift.Plan(tmp_path, Path("r"), 2, 20, 30)
     assert main([*command, "--n", "1"]) == 2
     assert "num_target must be" in capsys.readouterr().err
+
+
+def test_the_committed_results_say_what_their_text_says() -> None:
+    folder = Path(__file__).parent.parent / "docs" / "results" / "label_shift"
+    content = json.loads((folder / "results.json").read_text())
+    assert re.fullmatch("[0-9a-f]{40}", content["environment"]["commit"])
+    rows, text = content["rows"], (folder / "results.md").read_text()
+    assert [(row["seed"], row["method"]) for row in rows] == [(s, m) for s in range(3) for m in label_shift.METHODS]
+    for paragraph in label_shift.findings(rows, label_shift.Plan(folder)):
+        assert paragraph in text
+    shares = [row["share"] for row in rows if row["method"] == "tgdp"]
+    assert abs(np.mean(shares) - 0.6) <= label_shift.TOLERANCE
+    for row in rows:
+        called, true, false = (
+            Rate(row[name], row.get(f"{name}_error", 0.0)) for name in ("called", "true_positive", "false_positive")
+        )
+        assert row["share"] == pytest.approx(corrected_share(called, true, false).value)
+        assert f"{row['share']:.1%} ± {row['share_error']:.1%}" in text
