@@ -125,10 +125,18 @@ def arguments() -> dict:
     extensions = [extension for extension in (cpu_extension(), cuda_extension()) if extension is not None]
     if not extensions:
         return {}
+    import torch
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         """A build that reports what went wrong and leaves the rest of the installation alone."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.editable_mode:
+                # Setuptools' temporary folder would compile everything anew at each installation. ninja follows our
+                # own headers, but not those of torch.
+                self.build_temp = os.path.join("build", f"{sys.implementation.cache_tag}-torch{torch.__version__}")
 
         def run(self) -> None:
             try:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tgdp_fast.benchmark import accuracy, cases, eager, floors, problems, report, runner, sssd_ecg, validate
+from tgdp_fast.benchmark.cases import ecg_fit_step
 from tgdp_fast.cli import main
 from tgdp_fast.ops import _dispatch
 from tgdp_fast.ops.mlp_value_and_grad import _forward_reference
@@ -533,6 +534,23 @@ def test_on_a_gpu_every_provider_comes_recorded_too(monkeypatch: pytest.MonkeyPa
     runner.Options(providers=("reference+graph",))
     with pytest.raises(ValueError, match="--providers must be one of auto"):
         runner.Options(providers=("graph",))
+
+
+@pytest.mark.parametrize("consistency", [False, True])
+def test_a_step_of_the_ecg_guidance_is_the_same_in_all_ways(consistency: bool) -> None:
+    lines: list[str] = []
+    case = cases.ECGFitStep(consistency=consistency, blocks=1, channels=4, batch=2)
+    rows = runner.run_case(case, runner.Options(seconds=0.01, least_rounds=1, most_rounds=1), FLOORS, lines.append)
+    assert [row["provider"] for row in rows] == ["published", "reference", "auto"], lines
+    assert all(0 <= row["max_error"] < 1e-5 and row["median_s"] > 0 for row in rows)
+    # The gate notices another ratio.
+    prepared = case.prepare("fp32", torch.device("cpu"))
+    assert isinstance(prepared, ecg_fit_step._PreparedECGFitStep)
+    call = prepared.call("reference")
+    prepared.log_ratio = prepared.log_ratio + 1.0
+    value = call()
+    prepared.log_ratio = prepared.log_ratio - 1.0
+    assert not prepared.check("reference", lambda: value).passed
 
 
 def test_the_precisions_asked_for() -> None:

@@ -14,6 +14,7 @@ from tgdp_fast import Optimisation
 from tgdp_fast.data.gaussians import GaussianMixture, log_density_ratio, paper_source, paper_target
 from tgdp_fast.density_ratio import (
     DensityRatio,
+    TransferDiagnostics,
     area_under_curve,
     bounded_exp,
     calibration_error,
@@ -307,3 +308,18 @@ def test_the_papers_target_is_not_called_outside() -> None:
     for n in (10, 100):
         source, target = paper_source().sample(3000, seed=0), paper_target().sample(n, seed=1)
         assert outside_fraction(source, target) < 0.34
+
+
+def test_a_fitted_ratio_whose_mean_is_far_from_one_is_warned_of() -> None:
+    def diagnostics() -> TransferDiagnostics:
+        return TransferDiagnostics(100, 20, 0.7, 0.05, 1.0, 50.0, 1.0, 0.0)
+
+    sound = diagnostics()
+    sound.add_mean_h([(0.0, 0.7, 0.1), (0.5, 4.0, 0.1), (1.0, 54.0, 20.0)])  # The last is within three errors of 5.
+    assert not sound.warnings
+    low, high = diagnostics(), diagnostics()
+    low.add_mean_h([(0.0, 1e-12, 1e-12), (1.0, 1.0, 0.1)])
+    high.add_mean_h([(0.0, 1.0, 0.1), (0.5, 9.0, 1.0)])
+    assert "mean of the fitted ratio h over the source is 1e-12 at t = 0 and should be 1" in low.warnings[0]
+    assert "is 9 at t = 0.5" in high.warnings[0]
+    assert low.mean_h[0] == (0.0, 1e-12, 1e-12)

@@ -118,18 +118,19 @@ def test_the_real_ptbxl() -> None:
     assert folder.problems == []
     assert {e.name for e in folder.entries} == set(rows)
     assert all(e.fold == int(rows[e.name]["strat_fold"]) for e in folder.entries)
-    assert all(f"{e.patient}.0" == rows[e.name]["patient_id"] for e in folder.entries)
+    # Without a patient: record 139, which later versions dropped as a duplicate.
+    known = {n: f"{float(row['patient_id']):.0f}" if row["patient_id"] else None for n, row in rows.items()}
+    assert {e.name: e.patient for e in folder.entries} == known
     assert {e.rate for e in folder.entries} == {100.0, 500.0}
     both = {e.name: e for e in open_ecg_folder(path, rate=500).entries}
-    compared = 0
-    for low in folder.entries:
-        if low.rate == 100 and low.name in both and compared < 8:
-            a, b = signal(low, path, seconds=10.0), signal(both[low.name], path, seconds=10.0)
-            assert a.shape == b.shape == (12, 1000)
-            # PTB-XL's own 100 Hz files come from the same 500 Hz ones, by another filter.
-            assert min(np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)) > 0.94
-            compared += 1
-    assert compared == 8
+    # PTB-XL's own 100 Hz files come from the same recordings by another filter, 2 ms later, and lack some slow parts.
+    correlations = []
+    for low in [entry for entry in folder.entries if entry.rate == 100 and entry.name in both][:8]:
+        a, b = signal(low, path, seconds=10.0), signal(both[low.name], path, seconds=10.0)
+        assert a.shape == b.shape == (12, 1000)
+        correlations += [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)]
+    assert len(correlations) == 96
+    assert np.median(correlations) > 0.98
 
 
 # ICBEB2018 --------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def test_labels_of_icbeb_that_are_none(tmp_path: Path, line: str, problem: str) 
     (tmp_path / "REFERENCE.csv").write_text(f"Recording,First_label,Second_label,Third_label\n{line}\n")
     folder = open_ecg_folder(tmp_path)
     assert [str(p) for p in folder.problems] == [problem]
-    assert len(folder.entries) == (1 if "A0001:" not in problem else 0)
+    assert len(folder.entries) == (0 if problem.startswith("record A0001:") else 1)
 
 
 def test_icbeb_without_reference(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ecg_files import real_data
 
 from tgdp_fast import Optimisation
 from tgdp_fast.cli import main
@@ -224,6 +225,23 @@ def test_beats_are_cut_at_r_peaks_of_the_records_that_are_wanted(tmp_path: Path)
     assert len(cut_beats([(np.zeros(6000), False), (signals["a"], False), (signals["d"], True)])) == len(quiet)
     with pytest.raises(ValueError, match="records must have beats of SNR, but none was found"):
         cut_beats([(np.zeros(6000), False), (signals["d"], True)])
+
+
+def test_beats_of_real_records() -> None:
+    pytest.importorskip("neurokit2")
+    records = rhythm_beats.read_rhythm_records(real_data("icbeb2018_lead_I"))
+    assert sum(fibrillation for _, fibrillation in records) == 198
+    assert len(records) == 198 + 184
+    chosen = [record for rhythm in (True, False) for record in [r for r in records if r[1] == rhythm][:4]]
+    beats = cut_beats(chosen)
+    counts = np.bincount(beats.records)
+    # Records of 8 s and more, 40 to 200 beats a minute.
+    assert len(counts) == 8
+    assert counts.min() >= 4
+    # R, in the middle, is what all beats of a record have in common: their mean is largest there.
+    for number in range(8):
+        mean = np.abs(beats.signals[beats.records == number].mean(axis=0))
+        assert abs(int(mean.argmax()) - rhythm_beats.BEFORE) <= 6
 
 
 def test_fibrillation_has_no_p_waves_and_irregular_beats() -> None:

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "tgdp_fast"
 LAYERS: dict[str, set[str] | None] = {
     "_version": set(),
     "_info": {"_version"},
+    "_arguments": set(),
     "_checks": set(),
     "_native": set(),
     "_progress": set(),
@@ -32,7 +33,7 @@ LAYERS: dict[str, set[str] | None] = {
     "noise": {"_checks", "_native"},
     "checkpoint": {"_checks", "_version"},
     "kernels": {"_version", "checkpoint"},
-    "data": {"_checks", "schedule", "noise", "checkpoint"},
+    "data": {"_version", "_checks", "schedule", "noise", "checkpoint"},
     "metrics": {"_checks", "schedule", "noise", "checkpoint"},
     "ops": {"_checks", "_native", "noise", "kernels"},
     "solvers": {"_checks", "schedule"},

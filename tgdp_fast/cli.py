@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tgdp_fast._arguments import add_command, add_quiet
 from tgdp_fast._checks import check_choice, check_device, check_integer, check_number, check_seed
 from tgdp_fast._version import __version__
 from tgdp_fast.ecg import commands as ecg_commands
@@ -75,7 +76,8 @@ def _kept(options: argparse.Namespace) -> str:
         places = places if options.command is transfer else places[1:]
         found = [str(place) for place in places if place.is_dir() and any(place.iterdir())]
     else:
-        found = [str(options.out)] if any(options.out.glob("rows/*")) or any(options.out.glob("source/*")) else []
+        kept = ("rows/*", "source/*", "stages/*", "cache/*")
+        found = [str(options.out)] if any(any(options.out.glob(pattern)) for pattern in kept) else []
     if not found:
         return ""
     return f"finished work is kept in {' and '.join(found)}: the same command goes on from there, or delete it"
@@ -477,16 +479,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tgdp-fast {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(commands, "info", info)
+    command = add_command(commands, "info", info)
     command.add_argument("--json", action="store_true", help="machine-readable")
 
-    command = _command(commands, "demo", demo)
+    command = add_command(commands, "demo", demo)
     command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for table and plots (%(default)s)")
-    _quiet(command)
+    add_quiet(command)
 
     experiment = commands.add_parser("experiment", help="an experiment with its table and plots")
     experiments = experiment.add_subparsers(title="experiments", required=True, metavar="NAME")
-    command = _command(experiments, "gaussians", experiment_gaussians)
+    command = add_command(experiments, "gaussians", experiment_gaussians)
     command.add_argument("--n", type=int, nargs="+", default=[10, 100, 1000], help="target samples (10 100 1000)")
     command.add_argument("--seeds", type=int, default=5, help="draws of the target samples (%(default)s)")
     command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
@@ -495,21 +497,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=25, help="solver steps (%(default)s)")
     command.add_argument("--jobs", type=int, default=1, help="processes (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
-    _quiet(command)
-    command = _command(experiments, "digits", experiment_digits)
+    add_quiet(command)
+    command = add_command(experiments, "digits", experiment_digits)
     command.add_argument("--digits", type=int, nargs=2, default=[3, 8], help="target digits (3 8)")
     command.add_argument("--n", type=int, default=20, help="target images (%(default)s)")
     command.add_argument("--seeds", type=int, default=3, help="draws of the target images (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
-    _quiet(command)
-    command = _command(experiments, "few-steps", experiment_few_steps)
+    add_quiet(command)
+    command = add_command(experiments, "few-steps", experiment_few_steps)
     command.add_argument("--records", type=Path, help="folder of WFDB records at 100 Hz (default: synthetic signals)")
     command.add_argument("--seeds", type=int, default=3, help="draws (%(default)s)")
     command.add_argument("--num", type=int, default=300, help="samples drawn per method (%(default)s)")
     command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
-    _quiet(command)
-    command = _command(experiments, "label-shift", experiment_label_shift)
+    add_quiet(command)
+    command = add_command(experiments, "label-shift", experiment_label_shift)
     command.add_argument(
         "--records", type=Path, help="folder with records.csv and .npz files of lead I (default: synthetic records)"
     )
@@ -517,9 +519,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, default=3, help="divisions of the records (%(default)s)")
     command.add_argument("--num", type=int, default=1000, help="samples drawn per method (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
-    _quiet(command)
+    add_quiet(command)
 
-    command = _command(commands, "bench", bench)
+    command = add_command(commands, "bench", bench)
     command.add_argument("--quick", action="store_true", help="few and small cases, few rounds")
     command.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases: part of a name, or a pattern")
     command.add_argument(
@@ -534,14 +536,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     command.add_argument("--json", type=Path, help="write the results there, after every case")
     command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    command = _command(commands, "bench-report", bench_report)
+    command = add_command(commands, "bench-report", bench_report)
     command.add_argument("files", type=Path, nargs="+", help="files written by bench --json")
     command.add_argument("--out", type=Path, help="folder for report.md and plots")
-    command = _command(commands, "validate", validate)
+    command = add_command(commands, "validate", validate)
     command.add_argument("--backend", help="this one alone (all that are there)")
     command.add_argument("--json", type=Path, help="write the table there")
 
-    command = _command(commands, "transfer", transfer)
+    command = add_command(commands, "transfer", transfer)
     command.add_argument("--source", type=Path, required=True, help="source samples, .npy or .npz, [M, ...]")
     command.add_argument("--target", type=Path, required=True, help="target samples, .npy or .npz, [N, ...]")
     command.add_argument(
@@ -558,18 +560,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--cycle", type=float, default=0.0, help="weight of the cycle term (%(default)s)")
     _sampling(command)
 
-    command = _command(commands, "sample", sample)
+    command = add_command(commands, "sample", sample)
     command.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder written by transfer --save")
     _sampling(command)
 
     ecg_commands.add_parser(commands)
-    return parser
-
-
-def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-    text = function.__doc__ or ""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(command=function)
     return parser
 
 
@@ -595,11 +590,7 @@ def _sampling(command: argparse.ArgumentParser) -> None:
         help="auto, reference, cpu, triton or cuda, as far as tgdp-fast info lists them (%(default)s: the fastest)",
     )
     command.add_argument("--device", help="cpu, cuda, ... (default: cpu)")
-    _quiet(command)
-
-
-def _quiet(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--quiet", action="store_true", help="no progress")
+    add_quiet(command)
 
 
 if __name__ == "__main__":

@@ -319,6 +319,18 @@ class TransferDiagnostics:
     mean_h: list[tuple[float, float, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    def add_mean_h(self, rows: list[tuple[float, float, float]]) -> None:
+        """Take the rows of ``mean_h``, and a warning where they are far from 1."""
+        self.mean_h = rows
+        wrong = [(t, mean) for t, mean, error in rows if mean + 3 * error < 0.2 or mean - 3 * error > 5.0]
+        if wrong:
+            t, mean = max(wrong, key=lambda row: abs(math.log(max(row[1], 1e-30))))
+            self.warnings.append(
+                f"the guidance does not hold: the mean of the fitted ratio h over the source is {mean:.2g} at "
+                f"t = {t:.4g} and should be 1. It has learned the given target samples by heart; use fewer steps, "
+                "more weight_decay, or a regression loss (poisson)."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {**vars(self), "mean_h": [list(row) for row in self.mean_h], "warnings": list(self.warnings)}

@@ -72,6 +72,7 @@ def fit_guidance(
     source_labels: np.ndarray | Tensor | None = None,
     target_labels: np.ndarray | Tensor | None = None,
     num_classes: int | None = None,
+    conditional: bool = True,
     loss: str = "logistic",
     consistency: float | None = None,
     cycle: float = 0.0,
@@ -101,6 +102,8 @@ def fit_guidance(
         denoiser: the frozen source model; needed for the consistency term.
         source_labels, target_labels: class indices or rows; both or neither.
         num_classes: default from the labels.
+        conditional: whether the guidance takes the labels (TGDP Theorem 3.3); otherwise they are for a conditional
+            denoiser alone.
         loss: "logistic" (time-dependent domain classifier), "ratio_mse", "poisson" or "log_mse" (regression on the
             density ratio of a cross-fitted classifier on clean data).
         consistency: weight of 1/2 || epsilon_p - sigma_t grad log h - epsilon ||^2 (summed over elements, lambda(t) =
@@ -166,7 +169,7 @@ def fit_guidance(
 
     def new_network(initial_seed: int) -> GuidanceNetwork:
         with seeded_initialisation(initial_seed):
-            network = GuidanceNetwork(event_shape, schedule, num_classes=classes, **architecture)
+            network = GuidanceNetwork(event_shape, schedule, num_classes=classes if conditional else 0, **architecture)
         return network.to(x_source.device)
 
     if ratio is not None and (len(ratio.source_log_ratio), len(ratio.target_log_ratio)) != (
@@ -181,8 +184,8 @@ def fit_guidance(
         ratio = fit_density_ratio(
             x_source,
             x_target,
-            source_labels=None if y_source is None else encode_labels(y_source, classes),
-            target_labels=None if y_target is None else encode_labels(y_target, classes),
+            source_labels=None if y_source is None or not conditional else encode_labels(y_source, classes),
+            target_labels=None if y_target is None or not conditional else encode_labels(y_target, classes),
             seed=seed,
             progress=progress,
         )
@@ -223,6 +226,7 @@ def fit_guidance(
     config = {
         "loss": loss,
         "precision": precision,
+        "conditional": conditional,
         "consistency": consistency,
         "cycle": cycle,
         "time_distribution": time_distribution,
@@ -246,7 +250,7 @@ def fit_guidance(
     report = None
     if diagnostics and ratio is not None:
         report = diagnose(x_source, x_target, ratio)
-        report.mean_h = mean_h(network, x_source, labels=y_source, seed=seed)
+        report.add_mean_h(mean_h(network, x_source, labels=y_source, seed=seed))
     return GuidanceFit(network, report, history, config)
 
 
@@ -254,6 +258,7 @@ def check_fit_arguments(
     event_shape: tuple[int, ...],
     schedule: NoiseSchedule,
     *,
+    conditional: bool = True,
     loss: str = "logistic",
     consistency: float | None = None,
     cycle: float = 0.0,
@@ -315,6 +320,7 @@ def check_losses(
 
 
 _FIT_ARGUMENTS = (
+    "conditional",
     "loss",
     "consistency",
     "cycle",
@@ -413,15 +419,17 @@ def _objective(
             _, target, labels = draw_noised(
                 target_batches, data.x_target, data.y_target, schedule, generator, time_distribution
             )
+            own_labels = labels_for(network, labels)
         gradient = None
+        own_source = labels_for(network, source_labels)
         with in_precision():
             if not needs_target:
-                f_source = network.log_ratio(source.x, source.t, source_labels).float()
+                f_source = network.log_ratio(source.x, source.t, own_source).float()
             elif consistency > 0:
-                f_source = network.log_ratio(source.x, source.t, source_labels).float()
-                f_target, gradient = (value.float() for value in network(target.x, target.t, labels))
+                f_source = network.log_ratio(source.x, source.t, own_source).float()
+                f_target, gradient = (value.float() for value in network(target.x, target.t, own_labels))
             else:  # Both in one call.
-                both = None if labels is None or source_labels is None else torch.cat([source_labels, labels])
+                both = None if own_labels is None or own_source is None else torch.cat([own_source, own_labels])
                 x, t = torch.cat([source.x, target.x]), torch.cat([source.t, target.t])
                 f_source, f_target = network.log_ratio(x, t, both).float().split([len(source.x), len(target.x)])
         total = f_source.new_zeros(())
@@ -440,7 +448,7 @@ def _objective(
         if cycle > 0:
             assert classifier is not None
             with torch.no_grad():
-                h_classifier = bounded_exp(classifier.log_ratio(target.x, target.t, labels), 10.0)
+                h_classifier = bounded_exp(classifier.log_ratio(target.x, target.t, own_labels), 10.0)
             total = total + cycle * (bounded_exp(f_target, 10.0) - h_classifier).square().mean()
         return total
 
@@ -470,6 +478,6 @@ def mean_h(
         t = float(np.round(t)) if schedule.is_discrete else float(t)
         noised = add_noise(schedule, x0, torch.full((len(x0),), t), generator)
         with torch.no_grad():
-            h = guidance.log_ratio(noised.x, t, y).double().clamp_max(50.0).exp()
+            h = guidance.log_ratio(noised.x, t, labels_for(guidance, y)).double().clamp_max(50.0).exp()
         rows.append((t, float(h.mean()), float(h.std() / len(h) ** 0.5)))
     return rows

@@ -288,9 +288,12 @@ class _Build:
     def run(self, workers: int, progress: bool) -> None:
         if not self.entries:
             raise _nothing(self.problems)
+        # What earlier calls that were killed have left.
         for other in self.place.glob("building-*"):
             if other != self.building:
                 shutil.rmtree(other)
+        for other in self.place.glob(f".{_STATE}.*.partial"):
+            other.unlink()
         offset = self._prepare()
         chunks = {start: self._finished(start, offset) for start in range(0, len(self.entries), self.chunk)}
         waiting = [start for start, found in chunks.items() if found is None]

@@ -20,6 +20,7 @@ from tgdp_fast._version import __version__
 from tgdp_fast.checkpoint import save_json, write_atomic
 from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, find_leads, twelve_leads, twelve_leads_digital
 from tgdp_fast.data.statements import check_statements, multi_hot
+from tgdp_fast.data.wfdb_records import write_record
 
 #: Of the records: int16 in microvolts, as PTB-XL has them.
 UNITS_PER_MILLIVOLT = 1000
@@ -64,14 +65,7 @@ def write_ecg_records(
     Raises:
         ValueError: bad arguments, an unknown label, a sample that int16 cannot hold, limb leads that contradict each
             other, or a folder that is not empty.
-        ImportError: wfdb is missing.
     """
-    try:
-        import wfdb
-    except ImportError:
-        raise ImportError(
-            "writing WFDB records needs wfdb, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
     rate = check_number("rate", rate, 0.0, exclusive=True)
     signals = _check_shape(signals_mV)
     given = _given_leads(signals, leads)
@@ -94,18 +88,8 @@ def write_ecg_records(
                 digital = twelve_leads_digital(signal[places], UNITS_PER_MILLIVOLT)
             except ValueError as error:
                 raise ValueError(f"signals_mV, record {index}: {error}") from None
-            wfdb.wrsamp(
-                name,
-                fs=int(rate) if rate == int(rate) else rate,
-                units=["mV"] * 12,
-                sig_name=list(TWELVE_LEADS),
-                d_signal=np.ascontiguousarray(digital.T, dtype=np.int64),
-                fmt=["16"] * 12,
-                adc_gain=[float(UNITS_PER_MILLIVOLT)] * 12,
-                baseline=[0] * 12,
-                comments=[] if statements is None else [f"Labels: {', '.join(statements[index])}"],
-                write_dir=str(partial / RECORDS),
-            )
+            comments = [] if statements is None else [f"Labels: {', '.join(statements[index])}"]
+            write_record(partial / RECORDS, name, digital, TWELVE_LEADS, rate, UNITS_PER_MILLIVOLT, comments)
         write_atomic(partial / LABELS, _labels_csv(record_names, statements))
         _write_arrays(partial / ARRAYS, signals, given, rate, record_names, statements)
         files = sorted(path for path in partial.rglob("*") if path.is_file())

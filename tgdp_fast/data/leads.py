@@ -20,7 +20,7 @@ TWELVE_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "
 STORED_LEADS = ("I", "V1", "V2", "V3", "V4", "V5", "V6", "aVF")
 
 _BY_NAME = {name.lower(): name for name in TWELVE_LEADS}
-_PREFIXES = ("mdc_ecg_lead_", "mdc_ecg_", "lead", "ecg")
+_PREFIXES = ("mdc_ecg_lead_", "mdc_ecg_", "ecg", "lead")
 _SMALLEST, _LARGEST = -32767, 32767  # of int16; -32768 means "no sample" in WFDB
 
 # Lines: TWELVE_LEADS; columns: STORED_LEADS. Einthoven: III = II - I; Goldberger: aVR = -(I + II) / 2,

@@ -63,7 +63,7 @@ def load_rhythm_beats(folder: Path) -> Beats:
             record of a rhythm.
         ImportError: neurokit2 or scipy is missing.
     """
-    return cut_beats(_read_records(folder))
+    return cut_beats(read_rhythm_records(folder))
 
 
 def synthetic_rhythm_beats(num_records: int, seed: int = 0) -> Beats:
@@ -136,8 +136,12 @@ def _beats_of(signal: np.ndarray) -> np.ndarray:
     return (windows / spread)[spread[:, 0] > 0].astype(np.float32)
 
 
-def _read_records(folder: Path) -> list[tuple[np.ndarray, bool]]:
-    """Signals of the records with the one label SNR or AF, in the order of the table."""
+def read_rhythm_records(folder: Path) -> list[tuple[np.ndarray, bool]]:
+    """Signals [samples] of the records with the one label SNR or AF, in the order of the table, and whether it is AF.
+
+    Raises:
+        ValueError: as :func:`load_rhythm_beats`.
+    """
     table = folder / "records.csv"
     if not table.is_file():
         raise ValueError(

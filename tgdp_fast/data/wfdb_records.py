@@ -1,7 +1,8 @@
 """Records of PhysioNet's WFDB: headers, and samples that are checked against them.
 
 Records of format 16 whose signals lie in one file, which PTB-XL, ICBEB2018 and most others have, are read directly:
-the package wfdb takes several milliseconds for each header. It reads every other format.
+the package wfdb takes several milliseconds for each header. It reads every other format. Records are written directly
+as well.
 """
 
 from __future__ import annotations
@@ -376,3 +377,26 @@ def read_leads(header: str | os.PathLike[str], leads: Sequence[str]) -> tuple[np
         return signals[find_leads(found.leads, leads)], found.rate
     except ValueError as error:
         raise ValueError(f"{path} must have the leads {', '.join(leads)}: {error}") from None
+
+
+def write_record(
+    folder: Path, name: str, digital: np.ndarray, leads: Sequence[str], rate: float, units: int, comments: Sequence[str]
+) -> None:
+    """Write a record of format 16 byte for byte as the package wfdb does, in a small part of the time.
+
+    Args:
+        folder: it gets ``name.hea`` and ``name.dat``.
+        name: of letters, digits, "_" and "-".
+        digital: int16 [leads, samples], not -32768.
+        leads: names.
+        rate: samples per second.
+        units: per mV.
+        comments: lines of the header.
+    """
+    sums = digital.sum(axis=1, dtype=np.int64) & 0xFFFF
+    lines = [f"{name} {len(leads)} {int(rate) if rate == int(rate) else rate} {digital.shape[1]}"]
+    for lead, first, checksum in zip(leads, digital[:, 0].tolist(), sums.tolist(), strict=True):
+        lines.append(f"{name}.dat 16 {float(units)}(0)/mV 16 0 {first} {checksum} 0 {lead}")
+    lines += [f"# {comment}" for comment in comments]
+    (folder / f"{name}.hea").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    np.ascontiguousarray(digital.T, dtype="<i2").tofile(folder / f"{name}.dat")

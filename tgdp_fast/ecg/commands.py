@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tgdp_fast._arguments import add_command, add_quiet
+
 _SHOWN = 20  # problems, and labels, that are printed one by one
 
 
@@ -170,7 +172,7 @@ def add_parser(commands: Any) -> None:
     ecg = commands.add_parser("ecg", help="electrocardiograms: from folders of records to samples and results")
     names = ecg.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(names, "inspect", inspect)
+    command = add_command(names, "inspect", inspect)
     command.add_argument("folder", metavar="DIR", type=Path, help="PTB-XL, ICBEB2018, or any WFDB records")
     command.add_argument(
         "--rate", type=float, default=100.0, help="samples per second wanted; 0: the highest there is (%(default)g)"
@@ -184,7 +186,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="machine-readable, with every problem")
 
     for name, function in (("fit", fit), ("evaluate", evaluate), ("run", run)):
-        command = _command(names, name, function)
+        command = add_command(names, name, function)
         command.add_argument("--config", type=Path, help="TOML file; every entry is optional")
         command.add_argument(
             "--preset", help="paper, small or smoke: what the file does not say (smoke, which takes minutes)"
@@ -197,9 +199,9 @@ def add_parser(commands: Any) -> None:
         command.add_argument(
             "--out", type=Path, required=True, help="folder of the run; the same command resumes there"
         )
-        command.add_argument("--quiet", action="store_true", help="no progress")
+        add_quiet(command)
 
-    command = _command(names, "sample", sample)
+    command = add_command(names, "sample", sample)
     command.add_argument("model", metavar="MODEL_DIR", type=Path, help="OUT/model of fit or run")
     command.add_argument("--out", type=Path, required=True, help="new folder for the records")
     command.add_argument("--num", type=int, required=True, help="records to draw")
@@ -216,11 +218,4 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same records (%(default)s)")
     command.add_argument("--batch-size", type=int, default=64, help="records in flight (%(default)s)")
     command.add_argument("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
-    command.add_argument("--quiet", action="store_true", help="no progress")
-
-
-def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-    text = function.__doc__ or ""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(command=function)
-    return parser
+    add_quiet(command)

@@ -21,7 +21,8 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class Costs:
-    """Costs by the names of stages; a stage that was cut off and went on later has what all its runs cost.
+    """Costs by the names of stages; a stage that was interrupted and went on later has what all its runs cost (but for
+    one that was killed outright).
 
     Args:
         path: the JSON file; what it holds is kept.
@@ -44,16 +45,16 @@ class Costs:
         """Measure the block as (a part of) ``stage``, which trains ``network``."""
         if network is not None:
             self.count(stage, network)
-        started = time.monotonic()
-        with self._memory() as peak:
-            try:
+        started, peak = time.monotonic(), [0]
+        try:
+            with self._memory(peak):
                 yield
-            finally:
-                row = self.found.setdefault(stage, {})
-                row["seconds"] = row.get("seconds", 0.0) + time.monotonic() - started
-                row["processes"] = distributed.size()
-        row["peak_bytes"] = max(row.get("peak_bytes", 0), peak[0])
-        self._save()
+        finally:
+            row = self.found.setdefault(stage, {})
+            row["seconds"] = row.get("seconds", 0.0) + time.monotonic() - started
+            row["processes"] = distributed.size()
+            row["peak_bytes"] = max(row.get("peak_bytes", 0), peak[0])
+            self._save()
 
     def count(self, stage: str, network: nn.Module) -> None:
         """Note the number of parameters that ``stage`` trains."""
@@ -64,12 +65,11 @@ class Costs:
             save_json(self.path, self.found)
 
     @contextmanager
-    def _memory(self) -> Iterator[list[int]]:
-        """The most bytes in use meanwhile, in a list of one that is right after the block."""
-        peak = [0]
+    def _memory(self, peak: list[int]) -> Iterator[None]:
+        """Note the most bytes in use meanwhile as the one entry of ``peak``."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            yield peak
+            yield
             peak[0] = torch.cuda.max_memory_allocated(self.device)
             return
         ended, before = threading.Event(), resident_bytes()
@@ -81,7 +81,7 @@ class Costs:
         watcher = threading.Thread(target=look, daemon=True)
         watcher.start()
         try:
-            yield peak
+            yield
         finally:
             ended.set()
             watcher.join()

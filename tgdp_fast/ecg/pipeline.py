@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tgdp_fast.checkpoint import (
     save_json,
     signature_of,
 )
+from tgdp_fast.data.arrays import Standardizer
 from tgdp_fast.data.ecg_output import write_ecg_records
 from tgdp_fast.data.statements import label_names
 from tgdp_fast.denoiser import Denoiser
@@ -84,13 +85,16 @@ class Pipeline:
 
     @cached_property
     def cohorts(self) -> Cohorts:
-        """Records of both domains, divided and standardised."""
-        return load_cohorts(self.config.data, self.out / "cache", progress=self.progress)
-
-    @cached_property
-    def schedule(self) -> Any:
-        """The noise schedule of every denoiser here."""
-        return self.config.backbone.schedule()
+        """Records of both domains, divided, and how they are standardised."""
+        cohorts = load_cohorts(self.config.data, self.out / "cache", progress=self.progress)
+        if not self.config.backbone.checkpoint:
+            return cohorts
+        model = self._given
+        if isinstance(model, TransferModel):
+            return replace(cohorts, standardizer=model.standardizer)
+        if self.config.backbone.checkpoint_units == "standardised":
+            return cohorts
+        return replace(cohorts, standardizer=Standardizer.identity(cohorts.source.signals.shape[1:]))
 
     @cached_property
     def x_source(self) -> np.ndarray:
@@ -121,13 +125,13 @@ class Pipeline:
                 l_max=length,
                 d_state=backbone.d_state,
             )
-        return Denoiser(network, self.schedule)
+        return Denoiser(network, self.config.backbone.schedule())
 
     @cached_property
     def source_model(self) -> Denoiser:
         """Trained on the source, or loaded from the checkpoint that the configuration names."""
         if self.config.backbone.checkpoint:
-            return self._released(Path(self.config.backbone.checkpoint))
+            return self._released()
         return self._trained("source", self.untrained("source"), self.config.source)
 
     @cached_property
@@ -161,13 +165,19 @@ class Pipeline:
         signature = signature_of(x, data.labels, initial, asdict(settings), seed)
         return self.stages.run(name, signature, train, Denoiser.save, Denoiser.load)
 
-    def _released(self, path: Path) -> Denoiser:
-        """A checkpoint in the place of training: one of this package, or the released file of SSSD-ECG."""
-        if path.is_dir():
-            kind = checkpoint_kind(path)
-            denoiser = TransferModel.load(path).denoiser if kind == "transfer_model" else Denoiser.load(path)
-        else:
-            denoiser = Denoiser(SSSDECG.from_checkpoint(path, cauchy=self.config.backbone.cauchy), self.schedule)
+    @cached_property
+    def _given(self) -> Denoiser | TransferModel:
+        """The model that the configuration names: one of this package, or a released file of SSSD-ECG."""
+        backbone = self.config.backbone
+        path = Path(backbone.checkpoint)
+        if not path.is_dir():
+            return Denoiser(SSSDECG.from_checkpoint(path, cauchy=backbone.cauchy), backbone.schedule())
+        return TransferModel.load(path) if checkpoint_kind(path) == "transfer_model" else Denoiser.load(path)
+
+    def _released(self) -> Denoiser:
+        """That model's denoiser, for signals of this length and these statements."""
+        path, model = self.config.backbone.checkpoint, self._given
+        denoiser = model.denoiser if isinstance(model, TransferModel) else model
         wanted = tuple(self.cohorts.source.signals.shape[1:])
         if denoiser.event_shape != wanted or denoiser.num_classes != len(self.cohorts.vocabulary):
             raise ValueError(
@@ -270,11 +280,12 @@ class Pipeline:
                 fitted = fit_guidance(
                     self.x_source,
                     self.x_target,
-                    self.schedule if compiled is None else None,
+                    denoiser.schedule if compiled is None else None,
                     denoiser=compiled,
-                    source_labels=source_labels,
-                    target_labels=target_labels,
-                    num_classes=len(cohorts.vocabulary) if guidance.conditional else None,
+                    source_labels=cohorts.source.labels,
+                    target_labels=cohorts.target.labels,
+                    num_classes=len(cohorts.vocabulary),
+                    conditional=guidance.conditional,
                     loss=guidance.loss,
                     consistency=guidance.consistency,
                     cycle=guidance.cycle,
@@ -301,8 +312,9 @@ class Pipeline:
         fitted = self.stages.run("guidance", signature, fit, save_fit, lambda path: load_fit(path, None))
         denoiser.cpu()
         network = fitted.guidance.cpu()
-        diagnostics.mean_h = mean_h(
-            network, torch.from_numpy(self.x_source), labels=_tensor(source_labels, "cpu"), limit=512, seed=seed
+        diagnostics = replace(diagnostics, warnings=list(diagnostics.warnings))
+        diagnostics.add_mean_h(
+            mean_h(network, torch.from_numpy(self.x_source), labels=_tensor(source_labels, "cpu"), limit=512, seed=seed)
         )
         config = {"ecg": {"rate": cohorts.rate, "leads": list(cohorts.leads), "statements": list(cohorts.vocabulary)}}
         prior = self._prior("tgdp")
@@ -358,7 +370,7 @@ class Pipeline:
             with self.costs.of(name):
                 folder = state_dir.with_suffix(".parts")
                 folder.mkdir(parents=True, exist_ok=True)
-                table = solver_table(sampling.solver, self.schedule, sampling.steps, spacing=sampling.spacing)
+                table = solver_table(sampling.solver, denoiser.schedule, sampling.steps, spacing=sampling.spacing)
                 compiled = denoiser.to(self.device).compile_for_sampling(table, precision=sampling.precision)
                 parts = distributed.parts(sampling.num)
                 files = [folder / f"{part.start}-{part.stop}.npy" for part in parts]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from tgdp_fast.benchmark.cases.base import GRAPH, PROVIDERS, Call, Case, UnservedError
+from tgdp_fast.benchmark.cases.ecg_fit_step import ECGFitStep
 from tgdp_fast.benchmark.cases.fit_step import FitStep
 from tgdp_fast.benchmark.cases.guided_step import GuidedStep
 from tgdp_fast.benchmark.cases.long_convolution import Convolution
@@ -28,6 +29,7 @@ __all__ = [
     "Call",
     "Case",
     "Convolution",
+    "ECGFitStep",
     "FitStep",
     "GuidedStep",
     "Perceptron",
@@ -56,6 +58,7 @@ def all_cases() -> list[Case]:
         for width in (128, 512)
         for consistency in (False, True)
     ]
+    cases += [ECGFitStep(consistency=consistency) for consistency in (False, True)]
     cases += [Convolution(batch, quick=batch == 1) for batch in (1, 8, 64)]
     cases += [Block(batch, quick=batch == 1) for batch in (1, 8, 64)]
     cases += [Trajectory(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
