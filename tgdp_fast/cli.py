@@ -175,6 +175,17 @@ def experiment_few_steps(options: argparse.Namespace) -> None:
     print((plan.out / "results.md").read_text())
 
 
+def experiment_label_shift(options: argparse.Namespace) -> None:
+    """Beats of two rhythms, of which source and target have known shares, and what every method makes of them."""
+    from tgdp_fast.experiments import label_shift
+
+    plan = label_shift.Plan(
+        options.out, options.records, options.seeds, options.num, options.n, progress=not options.quiet
+    )
+    label_shift.run(plan)
+    print((plan.out / "results.md").read_text())
+
+
 def bench(options: argparse.Namespace) -> int | None:
     """Time the operators, a training step and sampling, beside public ways to do the same."""
     import torch
@@ -498,6 +509,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, default=3, help="draws (%(default)s)")
     command.add_argument("--num", type=int, default=300, help="samples drawn per method (%(default)s)")
     command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
+    command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
+    add_quiet(command)
+    command = add_command(experiments, "label-shift", experiment_label_shift)
+    command.add_argument(
+        "--records", type=Path, help="folder with records.csv and .npz files of lead I (default: synthetic records)"
+    )
+    command.add_argument("--n", "--target-beats", type=int, default=300, help="target beats (%(default)s)")
+    command.add_argument("--seeds", type=int, default=3, help="divisions of the records (%(default)s)")
+    command.add_argument("--num", type=int, default=1000, help="samples drawn per method (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
     add_quiet(command)
 
