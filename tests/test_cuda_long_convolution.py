@@ -258,19 +258,24 @@ def test_whose_spectra_are_kept(monkeypatch):
     monkeypatch.setattr(_native, "CUDA_MISSING", None)
     monkeypatch.setattr(_triton, "MISSING", None)
     monkeypatch.setattr(_triton, "DEVICE_TYPE", "cuda")
-    # No device has measured the two: Triton as before.
-    assert _reader("cuda", "auto") == "triton"
-    with use_backend("cuda"):
-        assert _reader("cuda", "auto") == "cuda"
-        assert _reader("cuda", "triton") == "triton"
-    assert _reader("cuda", "cuda") == "cuda"
-    assert _reader("cuda", "reference") is None
-    assert _reader("cpu", "cuda") is None
+    # As they are predicted: test_static_report.py.
+    assert _reader("cuda", FLOAT32, "auto") == "cuda"
+    assert _reader("cuda", BFLOAT16, "auto") == _reader("cuda", FLOAT16, "auto") == "triton"
+    for dtype in DTYPES:
+        for around in ("cuda", "triton"):
+            with use_backend(around):
+                assert _reader("cuda", dtype, "auto") == around
+                assert _reader("cuda", dtype, "triton") == "triton"
+        with use_backend("reference"):
+            assert _reader("cuda", dtype, "auto") is not None
+        assert _reader("cuda", dtype, "cuda") == "cuda"
+        assert _reader("cuda", dtype, "reference") is None
+        assert _reader("cpu", dtype, "cuda") is None
     monkeypatch.setattr(_triton, "MISSING", "not here")
-    assert _reader("cuda", "auto") == "cuda"
-    assert _reader("cuda", "triton") is None
+    assert _reader("cuda", BFLOAT16, "auto") == "cuda"
+    assert _reader("cuda", FLOAT32, "triton") is None
     monkeypatch.setattr(_native, "CUDA_MISSING", "not here")
-    assert _reader("cuda", "auto") is None
+    assert _reader("cuda", FLOAT32, "auto") is None
 
 
 def test_refusals(monkeypatch):

@@ -227,6 +227,7 @@ struct ConvolutionShape {
   static constexpr int kSignals = 32 / kColumns;                   // of a warp
   static constexpr int kRow = kColumns + 1, kSize = kRows * kRow;  // in pairs, of a signal
   static constexpr size_t kSharedBytes = sizeof(float2) * kSize * kSignals * kConvolutionWarps;
+  static_assert(kSharedBytes <= size_t{48} << 10, "no more than every device has without being asked");
 };
 
 // R1 = kRows, R2 = kColumns.

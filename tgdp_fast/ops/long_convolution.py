@@ -88,9 +88,10 @@ def prepare_long_convolution(
         dtype: of the inputs that are to come. For float16 and bfloat16 the spectra are kept in float16, relative to a
             power of two for each channel: half the bytes to read, and an error of 3e-4.
         backend: whose kernel is to read the spectra, for each has a layout of its own; the others then refuse them.
-            "auto" is the device's: on a GPU Triton, which is predicted to be faster in 16 bits (no device has measured
-            either), and CUDA where there is no Triton or where it is asked for around this call
-            (:func:`tgdp_fast.ops.use_backend`, TGDP_BACKEND).
+            "auto" is what is asked for around this call (:func:`tgdp_fast.ops.use_backend`, TGDP_BACKEND), else the
+            device's: on a GPU CUDA for float32 and Triton for 16 bits, as they are predicted to be the faster ones
+            (docs/gpu_predictions.md; no device has measured them), or the one that there is. Residual blocks on a GPU
+            (:func:`tgdp_fast.ops.residual_block_`) read what is prepared for "triton", in any dtype.
 
     Returns:
         For :func:`long_convolution` on the device of the taps. Spectra take 8 H M bytes, or 4 H M for 16 bits, with M
@@ -109,14 +110,14 @@ def prepare_long_convolution(
     _check_dtype("dtype", dtype)
     length = (taps.shape[1] + 1) // 2
     packed = scales = None
-    reader = None if dtype == torch.float64 else _reader(taps.device.type, backend)
+    reader = None if dtype == torch.float64 else _reader(taps.device.type, dtype, backend)
     if reader is not None:
         with torch.no_grad():
             packed, scales = _PACKERS[reader](taps, length, dtype in _HALF)
     return LongConvolution(taps, packed, scales)
 
 
-def _reader(device_type: str, backend: str) -> str | None:
+def _reader(device_type: str, dtype: torch.dtype, backend: str) -> str | None:
     """The backend that spectra on a device are packed for, or None where there is no kernel for them."""
     there = {
         "triton": _triton.MISSING is None and device_type == _triton.DEVICE_TYPE,
@@ -125,9 +126,11 @@ def _reader(device_type: str, backend: str) -> str | None:
     }
     if backend != "auto":
         return backend if there.get(backend, False) else None
-    if there["cuda"] and _dispatch.requested_backend() == "cuda":
-        return "cuda"
-    return next((name for name, is_there in there.items() if is_there), None)
+    around = _dispatch.requested_backend()
+    if there.get(around, False):
+        return around
+    order = ("triton", "cuda", "cpu") if dtype in _HALF else ("cuda", "triton", "cpu")
+    return next((name for name in order if there[name]), None)
 
 
 def _pack_for_cpu(taps: Tensor, length: int, half: bool) -> tuple[Tensor | None, Tensor | None]:

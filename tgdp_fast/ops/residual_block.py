@@ -42,7 +42,7 @@ class S4Weights(NamedTuple):
     """An S4 layer with its residual connection and LayerNorm.
 
     Attributes:
-        filters: its long convolution, D included, for signals of at least L samples.
+        filters: its long convolution, D included, for signals of at least L samples; on a GPU prepared for "triton".
         mixture: [H, H], in the dtype that the factors of its product are rounded to.
         mixture_bias, norm_weight, norm_bias: float32 [H].
         epsilon: of LayerNorm.
