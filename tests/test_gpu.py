@@ -40,9 +40,8 @@ def test_a_signal_of_a_long_convolution_does_not_depend_on_its_batch_in_cuda(len
     prepared = prepare_long_convolution(taps, dtype, backend="cuda")
     u = torch.randn(9, 7, length, device="cuda").to(dtype)
     together = long_convolution(u, prepared, backend="cuda")
-    for sample in (0, 4, 8):
-        alone = long_convolution(u[sample : sample + 1], prepared, backend="cuda")
-        assert torch.equal(alone[0], together[sample])
+    for i in (0, 4, 8):
+        assert torch.equal(long_convolution(u[i : i + 1], prepared, backend="cuda")[0], together[i])
     # Left alone, who prepares and who serves agree.
     with torch.no_grad():
         chosen = long_convolution(u, prepare_long_convolution(taps, dtype))
