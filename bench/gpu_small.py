@@ -8,8 +8,10 @@ from tgdp_fast.benchmark.problems import perceptron_inputs, residual_block_input
 from tgdp_fast.ops import (
     BackendUnavailableError,
     guided_step,
+    long_convolution,
     mlp_value_and_grad,
     perceptron,
+    prepare_long_convolution,
     residual_block_,
     trajectory,
 )
@@ -60,7 +62,12 @@ def calls(device: torch.device, dtype: torch.dtype, backend: str):
     yield "its derivative", lambda: derivative(mlp_value_and_grad)
     samples = trajectory_inputs((70, 5), (48, 33), (40, 20, 30), dtype, device, sample_bias=True, limits=True)
     yield "trajectory", lambda: trajectory(*samples, seed=1, backend=backend)
-    # The long convolution is part of it.
+    # Transforms of every size, blocks that are not full.
+    for batch, channels, length in ((3, 5, 129), (2, 3, 500), (3, 2, 999)):
+        taps = torch.randn(channels, 2 * length - 1, device=device) * length**-0.5
+        prepared = prepare_long_convolution(taps, dtype, backend=backend)
+        u = torch.randn(batch, channels, length, device=device).to(dtype)
+        yield f"long_convolution {length}", lambda u=u, p=prepared: long_convolution(u, p, backend=backend)
     block = residual_block_inputs((3, 34, 20, 129), dtype, device, steps="per sample")
     yield "residual_block_", lambda: residual_block_(*block, backend=backend)
     yield "perceptron", lambda: derivative(perceptron)

@@ -13,7 +13,7 @@ from tgdp_fast.kernels import launching
 from tgdp_fast.kernels.residual_block import without_data
 
 #: Seconds between kernels of a CUDA graph that wait for one another.
-_NODE = 1.2e-6
+NODE = 1.2e-6
 #: Part of the data sheet's rate that products of large tiles reach where a warp group issues them together.
 _REACHED = 0.76
 BLOCKS = 36
@@ -58,14 +58,18 @@ def _size_of(item: Any, argument: str) -> int:
 
 
 def launch_seconds(card: Any, item: Any, samples: int, wgmma: bool) -> float:
-    """Time of a launch: its programs' reads at the level-2 cache's rate, or the multiprocessor with most programs, by
-    64 bytes a cycle from that cache or by arithmetic.
+    """Time of a launch of a block."""
+    return seconds_of(card, item.programs, *program_work(item, samples), wgmma)
+
+
+def seconds_of(card: Any, programs: int, moved: float, products: float, other: float, wgmma: bool) -> float:
+    """Time of a launch of programs that have such work each: their reads at the level-2 cache's rate, or the
+    multiprocessor with most programs, by 64 bytes a cycle from that cache or by arithmetic.
     """
-    moved, products, other = program_work(item, samples)
     rate = card.bf16 * (_REACHED if wgmma else card.mma)
-    most = math.ceil(item.programs / card.multiprocessors)
+    most = math.ceil(programs / card.multiprocessors)
     arithmetic = most * card.multiprocessors * (products / rate + other / card.fp32)
-    return max(item.programs * moved / card.l2, most * moved / (64 * card.clock), arithmetic) + _NODE
+    return max(programs * moved / card.l2, most * moved / (64 * card.clock), arithmetic) + NODE
 
 
 def weight_bytes(size: int) -> float:

@@ -5,7 +5,8 @@
 Registers, spills and shared memory are the compiler's. Blocks per multiprocessor follow from them. Bytes and FLOPs are
 what the launch must move and compute at least. floor = max(bytes / bandwidth, FLOPs / rate); predicted = floor, longer
 by what the last, partly filled, wave of blocks wastes, plus a launch. The fused CUDA kernels are predicted step by step
-(block_seconds and cluster_seconds in the script, which state what is assumed of the card). Nothing here is measured.
+(block_seconds and cluster_seconds in the script, which state what is assumed of the card), the long convolution by what
+it needs most of (long_convolution_predictions.py). Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cuda_emulation  # noqa: E402
+import long_convolution_predictions  # noqa: E402
 import sssd_ecg_predictions  # noqa: E402
 import torch  # noqa: E402
 
@@ -103,14 +105,14 @@ def triton_table(capability: int) -> tuple[str, list[tuple[int, int, int]], dict
     return markdown_table([*header, "floor us", "predicted us"], body), sizes, times
 
 
-def cuda_rows(capability: int) -> list[list[str]]:
+def cuda_rows(capability: int, sources: str = "*.cu") -> list[list[str]]:
     """Name, architecture, registers, spilled bytes and static shared memory of every CUDA kernel; none without nvcc."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return []
     architecture = f"sm_{capability}{'a' * (capability == 90)}"
     rows = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for source in sorted((ROOT / "csrc" / "cuda").glob(sources)):
         with tempfile.TemporaryDirectory() as folder:
             command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", str(source)]
             done = subprocess.run([*command, "-o", f"{folder}/kernel"], capture_output=True, text=True, check=True)
@@ -420,6 +422,10 @@ def report() -> str:
     if fused:
         parts += [f"## Fused CUDA kernels, predicted for {CARDS[90].name}", _FUSED_NOTES, fused]
         parts[2:2] = [f"## Goals on an {CARDS[90].name}", goals_table(CARDS[90], main_times)]
+    if (nvcc := shutil.which("nvcc")) is not None:
+        convolutions = long_convolution_predictions.table(CARDS[90], 90, nvcc, compile_nvidia)
+        title = f"## Long convolution in CUDA, predicted for {CARDS[90].name}"
+        parts += [title, long_convolution_predictions.NOTES, convolutions]
     cuda = [row for capability in CARDS for row in cuda_rows(capability)]
     if cuda:
         parts += [

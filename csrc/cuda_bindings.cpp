@@ -207,6 +207,41 @@ std::string trajectory_refusal(int64_t device, at::ScalarType dtype, int64_t siz
   return reason == nullptr ? "" : reason;
 }
 
+// packed: [H, M, 2], float16 with scales [H], or float32 with none.
+Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  TORCH_CHECK_VALUE(u.dim() == 3, "tgdp_fast: u must be [B, H, L]");
+  const int64_t channels = u.size(1), length = u.size(2);
+  const bool half = packed.scalar_type() == at::kHalf;
+  TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(0) == channels && packed.size(1) >= length && packed.size(2) == 2 &&
+                        packed.is_contiguous() && packed.device() == u.device() &&
+                        (half || packed.scalar_type() == at::kFloat),
+                    "tgdp_fast: packed must be [H, M, 2], float32 or float16, in one piece, with M at least L, on ",
+                    u.device());
+  TORCH_CHECK_VALUE(scales.dim() == 1 && scales.size(0) == (half ? channels : 0) && scales.scalar_type() == at::kFloat &&
+                        scales.is_contiguous() && scales.device() == u.device(),
+                    "tgdp_fast: scales must be float32, one for each channel of float16 spectra, on ", u.device());
+  const Tensor held = u.stride(2) == 1 || length <= 1 ? u : u.contiguous();
+  Tensor y = at::empty(u.sizes(), u.options());
+  tgdp::LongConvolutionKernelCall call;
+  call.dtype = tgdp::dtype_of(u);
+  call.batch = u.size(0);
+  call.channels = channels;
+  call.length = length;
+  call.u = held.const_data_ptr();
+  call.u_sample = held.stride(0);
+  call.u_channel = held.stride(1);
+  call.y = y.mutable_data_ptr();
+  call.y_sample = channels * length;
+  call.y_channel = length;
+  call.points = packed.size(1);
+  call.spectra = packed.const_data_ptr();
+  call.scales = half ? scales.const_data_ptr<float>() : nullptr;
+  call.gelu = gelu;
+  check(tgdp_cuda_long_convolution(&call, c10::cuda::getCurrentCUDAStream().stream()));
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
@@ -220,6 +255,7 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {
   library.impl("guided_step", &guided_step);
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
   library.impl("trajectory", &trajectory);
+  library.impl("long_convolution", &long_convolution);
 }
 
 // The operators register themselves when the library is loaded; this only makes it a Python module.

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.noise import key_words
-from tgdp_fast.ops import TrajectoryNetwork, TrajectoryPlan
+from tgdp_fast.ops import LongConvolution, TrajectoryNetwork, TrajectoryPlan
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "csrc/cuda/guided_step.cu",
+    "csrc/cuda/long_convolution.cu",
     "csrc/cuda/mlp_value_and_grad.cu",
     "csrc/cuda/trajectory.cu",
     "csrc/cuda/trajectory_cluster.cu",
@@ -101,6 +102,25 @@ class MlpValueAndGradCall(ctypes.Structure):
     ]
 
 
+class LongConvolutionKernelCall(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("u", ctypes.c_void_p),
+        ("u_sample", ctypes.c_int64),
+        ("u_channel", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        ("y_sample", ctypes.c_int64),
+        ("y_channel", ctypes.c_int64),
+        ("points", ctypes.c_int64),
+        ("spectra", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("gelu", ctypes.c_bool),
+    ]
+
+
 class LaunchPlan(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
@@ -166,6 +186,7 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(linked)
     for name in (
         "tgdp_cuda_guided_step",
+        "tgdp_cuda_long_convolution",
         "tgdp_cuda_mlp_value_and_grad",
         "tgdp_cuda_mlp_plan",
         "tgdp_cuda_trajectory",
@@ -173,6 +194,7 @@ def library() -> ctypes.CDLL:
         "test_fault",
         "test_cluster_fault",
         "test_product",
+        "test_strided_accesses",
     ):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
@@ -204,6 +226,12 @@ def bank_conflicts() -> int:
     """Matrices loaded for tensor cores whose rows share banks of shared memory, since the last answer."""
     library().tgdp_emulation_bank_conflicts.restype = ctypes.c_int64
     return int(library().tgdp_emulation_bank_conflicts())
+
+
+def access_conflicts(*, watch: bool) -> int:
+    """Turns beside the first that accesses of a warp to shared memory took since the last answer, while watched."""
+    library().tgdp_emulation_access_conflicts.restype = ctypes.c_int64
+    return int(library().tgdp_emulation_access_conflicts(int(watch)))
 
 
 class Output:
@@ -273,6 +301,28 @@ def _elements(tensor: Tensor | None) -> Elements:
         return Elements(None, 0)
     assert tensor.is_contiguous()
     return Elements(tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def long_convolution(
+    u: Tensor, prepared: LongConvolution, *, gelu: bool = True, room: int = 0, shift: int = 0
+) -> Tensor:
+    """As long_convolution_reference, of what _pack_for_cuda packed; rows of the output have `room` elements more."""
+    assert u.stride(2) == 1 or u.shape[2] == 1
+    packed, scales = prepared.packed, prepared.scales
+    assert packed is not None
+    assert scales is not None
+    assert packed.is_contiguous()
+    batch, channels, length = u.shape
+    output = Output((batch, channels, length + room), u.dtype, shift)
+    call = LongConvolutionKernelCall(
+        DTYPES[u.dtype], batch, channels, length, u.data_ptr(), u.stride(0), u.stride(1),
+        output.values.data_ptr(), channels * (length + room), length + room,
+        packed.shape[1], packed.data_ptr(), scales.data_ptr() if len(scales) else None, gelu,
+    )  # fmt: skip
+    check(library().tgdp_cuda_long_convolution(ctypes.byref(call), None))
+    values = output.finish()
+    assert bool(values[..., length:].isnan().all()), "written behind a row of the output"
+    return values[..., :length]
 
 
 def mlp_value_and_grad(

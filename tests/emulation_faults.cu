@@ -140,6 +140,15 @@ __global__ void product(const uint16_t* a, const uint16_t* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
 }
 
+// Every lane writes a pair of words and reads one of them, `stride` pairs from the next lane's.
+__global__ void strided_accesses(int stride, float* out) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const Shared<float2> pairs = shared_array<float2>(0, static_cast<size_t>(31 * stride + 1));
+  pairs[lane * stride] = float2{1.0f, 2.0f};
+  __syncwarp();
+  out[lane] = shared_as<float>(pairs)[2 * lane * stride];
+}
+
 }  // namespace
 
 extern "C" {
@@ -148,6 +157,10 @@ int test_faults() { return kFaults; }
 
 const char* test_fault(int fault, const void* from, uint32_t* out) {
   return launch(&faulty, 1, kThreads, kThreads * 20, nullptr, fault, static_cast<const uint4*>(from), out);
+}
+
+const char* test_strided_accesses(int stride, float* out) {
+  return launch(&strided_accesses, 1, 32, static_cast<size_t>(31 * stride + 1) * sizeof(float2), nullptr, stride, out);
 }
 
 int test_cluster_faults() { return kClusterFaults; }

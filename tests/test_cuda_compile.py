@@ -8,10 +8,12 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
@@ -70,6 +72,29 @@ def check(source: str, architecture: str, folder: Path) -> None:
         instructions += ["UCGABAR_ARV", "UCGABAR_WAIT"] if source in CLUSTERS else []
         for instruction in instructions:
             assert instruction in shown.stdout
+
+
+@pytest.mark.slow(ci=True)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+def test_bindings_are_valid(tmp_path: Path) -> None:
+    """Against the headers of this torch and this toolkit; they can only be linked with a torch that has CUDA."""
+    headers = Path(torch.__file__).parent / "include"
+    planned = subprocess.run(
+        [str(NVCC), "--dryrun", "-c", str(ROOT / "csrc" / "cuda" / SOURCES[0])], capture_output=True, text=True
+    )
+    top = re.search(r"^#\$ TOP=(.*)$", planned.stderr, re.MULTILINE)
+    toolkit = Path(top[1] if top else "") / "include"
+    if not (headers / "c10" / "cuda" / "CUDAGuard.h").is_file() or not (toolkit / "cuda_runtime_api.h").is_file():
+        pytest.skip("this torch or toolkit comes without its headers for CUDA")
+    # Written when a torch with CUDA is built.
+    made = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    made.parent.mkdir(parents=True)
+    made.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{tmp_path}"]
+    folders = (headers, headers / "torch" / "csrc" / "api" / "include", toolkit, sysconfig.get_paths()["include"])
+    command += [part for folder in folders for part in ("-isystem", str(folder))]
+    done = subprocess.run([*command, str(ROOT / "csrc" / "cuda_bindings.cpp")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_there_are_sources() -> None:

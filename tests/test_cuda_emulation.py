@@ -112,6 +112,24 @@ def test_bank_conflicts_are_counted() -> None:
     assert cuda.bank_conflicts() == 0
 
 
+@pytest.mark.parametrize(
+    ("stride", "turns"),
+    [
+        (1, 0 + 1),  # half a warp's pairs have banks of their own; the first words of all pairs are on 16 banks
+        (2, 2 * 1 + 3),
+        (16, 2 * 15 + 31),  # all on two banks
+        (17, 0 + 1),
+    ],
+)
+def test_further_turns_of_accesses_are_counted(stride: int, turns: int) -> None:
+    out = torch.zeros(32)
+    for watch, expected in ((True, turns), (False, 0)):
+        cuda.access_conflicts(watch=watch)
+        cuda.check(cuda.library().test_strided_accesses(stride, ctypes.c_void_p(out.data_ptr())))
+        assert cuda.access_conflicts(watch=False) == expected
+    assert out.eq(1.0).all()
+
+
 CLUSTER_FAULTS = (
     ("nothing", None),
     ("no barrier at the start", "a block that may not have started"),

@@ -10,7 +10,7 @@ from tgdp_fast import captured, sample
 from tgdp_fast.benchmark.cases.networks import guidance_network, source_denoiser
 from tgdp_fast.benchmark.validate import failures, validate
 from tgdp_fast.kernels import autotuning
-from tgdp_fast.ops import backend_report, mlp_value_and_grad
+from tgdp_fast.ops import backend_report, long_convolution, mlp_value_and_grad, prepare_long_convolution
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
@@ -28,6 +28,24 @@ def test_operators_against_float64_with_poisoned_outputs(filled_with_nan, backen
     if all(states[backend] != "available" for states in backend_report().values()):
         pytest.skip(f"no operator has the backend {backend} here")
     assert failures(validate(backend)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [129, 500, 999])
+def test_a_signal_of_a_long_convolution_does_not_depend_on_its_batch_in_cuda(length, dtype):
+    reason = backend_report()["long_convolution"]["cuda"]
+    if reason != "available":
+        pytest.skip(reason)
+    taps = torch.randn(7, 2 * length - 1, device="cuda") * length**-0.5
+    prepared = prepare_long_convolution(taps, dtype, backend="cuda")
+    u = torch.randn(9, 7, length, device="cuda").to(dtype)
+    together = long_convolution(u, prepared, backend="cuda")
+    for i in (0, 4, 8):
+        assert torch.equal(long_convolution(u[i : i + 1], prepared, backend="cuda")[0], together[i])
+    # Left alone, who prepares and who serves agree.
+    with torch.no_grad():
+        chosen = long_convolution(u, prepare_long_convolution(taps, dtype))
+    torch.testing.assert_close(chosen, together, rtol=1e-2, atol=1e-2 if dtype != torch.float32 else 1e-4)
 
 
 def models(device: str, width: int = 128):

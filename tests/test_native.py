@@ -130,7 +130,7 @@ def test_the_reason_for_no_cuda_extension_names_what_to_do(bare: Path) -> None:
 
 def test_cuda_operators_give_the_reason() -> None:
     report = backend_report()
-    for operator in ("guided_step", "mlp_value_and_grad"):
+    for operator in ("guided_step", "mlp_value_and_grad", "long_convolution"):
         assert report[operator]["cuda"] == (_native.CUDA_MISSING or "available")
     assert "no derivative" in report["mlp_value_and_grad_backward"]["cuda"]
 

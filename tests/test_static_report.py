@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from tgdp_fast.benchmark.binaries import kernel_modules, shipped
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 sys.path.append(str(ROOT / "bench"))
 
+import long_convolution_predictions as predictions
 import static_report
 
 H100 = static_report.CARDS[90]
@@ -102,3 +104,45 @@ def test_a_cluster_takes_its_steps_and_exchanges_or_the_stream_of_its_weights():
 def test_launches_that_repeat_one_count_again():
     times = {"up/m/0": 1.0, "up/m/1": 2.0, "last/m/3": 5.0, "up/other/0": 7.0}
     assert static_report.layered_seconds(times, "m") == 1.0 + 2.0 + 2.0 + 5.0
+
+
+def test_the_committed_text_names_every_cuda_kernel():
+    text = (ROOT / "docs" / "gpu_predictions.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    kernels = set(re.findall(r"\b(\w+_kernel)\(", sources))
+    assert {"guided_step_kernel", "long_convolution_kernel", "trajectory_kernel"} <= kernels
+    missing = [name for name in kernels if f"cuda::{name}<" not in text]
+    assert not missing, "run python bench/static_report.py --out docs/gpu_predictions.md"
+
+
+def test_a_long_convolution_takes_what_it_needs_most_of():
+    shape = (64, 512, 1000)
+    moved, flops = predictions.work(shape, 4)
+    assert moved == 2 * 4 * 512 * (64 * 1000 + 1024)
+    assert flops == 64 * 512 * (8 * 1024 * 10 + 25 * 1000)
+    needs = predictions.needs(H100, shape, 4, 3000)
+    # 8192 blocks of four warps: 63 at most for a multiprocessor, which issues four instructions a cycle.
+    assert needs["instructions"] == pytest.approx(63 * 3000 / 1.83e9)
+    # Two exchanges, roots twice, spectrum, signal and result.
+    touched = 4 * 8192 + 2 * 8192 + 8192 + 8000
+    assert needs["shared memory"] == pytest.approx(63 * 4 * touched / 128 / 1.83e9)
+    assert needs["level-2 cache"] == pytest.approx(8192 * (4 * 8000 + 8192) / 5.5e12)
+    assert needs["memory"] == pytest.approx(moved / 3.35e12)
+    # Of 500 positions two signals go into a warp, which reads roots once for both.
+    needs = predictions.needs(H100, (2, 3, 500), 2, 3000)
+    touched = 2 * (4 * 4096 + 2048 + 2000) + 2 * 4096
+    assert needs["shared memory"] == pytest.approx(4 * touched / 128 / 1.83e9)
+    # A block of eight signals, four channels' spectra at most.
+    assert needs["level-2 cache"] == pytest.approx((8 * 2000 + 4 * 2048) / 5.5e12)
+
+
+def test_the_committed_text_supports_whose_kernel_is_taken_first():
+    """long_convolution.py: CUDA for float32, Triton for 16 bits."""
+    text = (ROOT / "docs" / "gpu_predictions.md").read_text()
+    rows = re.findall(r"^\| \[\d+, 512, 1000\] +\| (\w+) .*\| ([\d.]+) +\| ([\d.]+) +\|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for dtype, cuda, triton in rows:
+        if dtype == "float32":
+            assert float(cuda) < float(triton)
+    large = [(dtype, float(cuda) < float(triton)) for dtype, cuda, triton in rows][::3]
+    assert large == [("float32", True), ("bfloat16", False)]

@@ -21,6 +21,12 @@ int tgdp_emulation_barriers() { return static_cast<int>(tgdp::emulation::setting
 // Matrices loaded for tensor cores whose rows share banks, since the last answer.
 int64_t tgdp_emulation_bank_conflicts() { return std::exchange(tgdp::emulation::settings.bank_conflicts, int64_t{0}); }
 
+// Further turns of other accesses to shared memory, since the last answer; from now on they are counted, or not.
+int64_t tgdp_emulation_access_conflicts(int watch) {
+  tgdp::emulation::settings.watch_accesses = watch != 0;
+  return std::exchange(tgdp::emulation::settings.access_conflicts, int64_t{0});
+}
+
 // Bytes of shared memory; clusters that run at once.
 void tgdp_emulation_device(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int clusters) {
   auto& settings = tgdp::emulation::settings;

@@ -91,6 +91,10 @@ struct Settings {
   int left_out = -1;            // number of a barrier that is left out, in the order of `barriers`
   std::vector<Place> barriers;  // those that were met so far
   int64_t bank_conflicts = 0;   // of matrices loaded for tensor cores
+  // Of other accesses, where they are watched: of lanes that access shared memory equally often between barriers, the
+  // further turns that an access takes.
+  bool watch_accesses = false;
+  int64_t access_conflicts = 0;
   // Of the device: as sm_90 but for its size, and as long as tests do not ask for them, without clusters.
   int multiprocessors = 2, shared_per_block = 227 << 10, shared_per_multiprocessor = 228 << 10;
   int clusters = 0;  // that run at once
@@ -177,6 +181,7 @@ struct Thread {
   void* operand = nullptr;  // of the operation of its warp
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> copies;  // of the group that is not committed yet
+  std::vector<std::pair<uint32_t, uint32_t>> accesses;  // offset and bytes, since the last barrier, if watched
 
   int warp() const { return number / kLanes; }
   int lane() const { return number % kLanes; }
@@ -250,6 +255,7 @@ class Block {
       thread.state = State::ready;
       thread.groups.clear();
       thread.copies.clear();
+      thread.accesses.clear();
       thread.flow.start(thread.stack.get(), kStackBytes, &Block::enter);
     }
   }
@@ -274,7 +280,10 @@ class Block {
       throw Error("threads diverge: " + describe(first) + " " + whereabouts(first) + ", " + describe(thread) + " " +
                   whereabouts(thread));
     }
-    if (first.state == State::ended) return Progress::ended;
+    if (first.state == State::ended) {
+      for (size_t w = 0; w < warps_.size(); ++w) count_conflicts(static_cast<int>(w));
+      return Progress::ended;
+    }
     if (first.state == State::at_cluster_barrier) return Progress::at_cluster_barrier;
     if (first.state != State::at_barrier) throw Error("threads wait for lanes that never come");
     release();
@@ -287,6 +296,7 @@ class Block {
   // Ends a barrier.
   void release() {
     ++epoch_;
+    for (size_t w = 0; w < warps_.size(); ++w) count_conflicts(static_cast<int>(w));
     for (Thread& thread : threads_) thread.state = State::ready;
   }
 
@@ -299,6 +309,14 @@ class Block {
   }
   void cluster_barrier(Place place) {
     if (!left_out(place)) wait(State::at_cluster_barrier, place);
+  }
+  void warp_barrier(Place place) {
+    char none = 0;
+    if (left_out(place)) return;
+    meet("__syncwarp", place, none, [this](char**, Warp& warp) {
+      ++warp.epoch;
+      count_conflicts(static_cast<int>(&warp - warps_.data()));
+    });
   }
 
   // The lanes of a warp meet; the last to come performs the operation on the operands of all.
@@ -346,10 +364,12 @@ class Block {
       if (conflicts(granule.write, self)) race(self, "reads", "wrote", granule.write);
       remember(granule.read, self);
     }
+    watch(offset, bytes);
     std::memcpy(to, memory_ + offset, bytes);
   }
 
   void write(uint32_t offset, const void* from, size_t bytes, bool pending = false) {
+    if (!pending) watch(offset, bytes);
     write(*this, offset, from, bytes, pending);
   }
 
@@ -421,6 +441,36 @@ class Block {
     } else {
       std::memcpy(owner.memory_ + offset, from, bytes);
     }
+  }
+
+  void watch(uint32_t offset, size_t bytes) {
+    if (settings.watch_accesses) thread().accesses.emplace_back(offset, static_cast<uint32_t>(bytes));
+  }
+
+  // The n-th accesses of the lanes of a warp are taken for one instruction. Lanes come together as far as they ask for 128
+  // bytes; each turn serves one word of four bytes of each of 32 banks.
+  void count_conflicts(int warp) {
+    if (!settings.watch_accesses) return;
+    const auto first = threads_.begin() + warp * kLanes, last = first + warps_[static_cast<size_t>(warp)].size;
+    const size_t count = first->accesses.size();
+    const bool alike = std::all_of(first, last, [&](const Thread& lane) { return lane.accesses.size() == count; });
+    for (size_t i = 0; alike && i < count; ++i) {
+      const auto together = static_cast<std::ptrdiff_t>(128 / std::max(first->accesses[i].second, 4u));
+      for (auto begin = first; begin < last; begin += std::min(together, last - begin)) {
+        std::vector<uint32_t> words[32];
+        for (auto lane = begin; lane != begin + std::min(together, last - begin); ++lane) {
+          const auto [offset, bytes] = lane->accesses[i];
+          for (uint32_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
+            auto& bank = words[word % 32];
+            if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+          }
+        }
+        size_t turns = 1;
+        for (const auto& bank : words) turns = std::max(turns, bank.size());
+        settings.access_conflicts += static_cast<int64_t>(turns - 1);
+      }
+    }
+    for (auto lane = first; lane != last; ++lane) lane->accesses.clear();
   }
 
   void wait(State state, Place place) {
@@ -624,9 +674,7 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   if (mask != 0xffffffffu) throw tgdp::emulation::Error("only whole warps are synchronized");
-  char none = 0;
-  tgdp::emulation::Block::active->meet("__syncwarp", {file, line}, none,
-                                       [](char**, tgdp::emulation::Warp& warp) { ++warp.epoch; });
+  tgdp::emulation::Block::active->warp_barrier({file, line});
 }
 
 template <typename T>

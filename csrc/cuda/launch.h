@@ -53,6 +53,20 @@ struct TrajectoryKernelCall {
   void* scratch = nullptr;       // as many bytes as asked for
 };
 
+struct LongConvolutionKernelCall {
+  Dtype dtype = Dtype::f32;  // of u and y
+  int64_t batch = 0, channels = 0, length = 0;
+  // Element (b, h, t) of u at b u_sample + h u_channel + t; likewise y.
+  const void* u = nullptr;
+  int64_t u_sample = 0, u_channel = 0;
+  void* y = nullptr;
+  int64_t y_sample = 0, y_channel = 0;
+  int64_t points = 0;             // M, at least the length
+  const void* spectra = nullptr;  // [channels, M] pairs of float, or of float16 over scales, 8 or 4 bytes aligned
+  const float* scales = nullptr;  // [channels], or null for float
+  bool gelu = true;
+};
+
 // How a call is cut into blocks on a device.
 struct LaunchPlan {
   int64_t blocks = 0, rows = 0;          // rows of a batch per block
@@ -82,4 +96,7 @@ const char* tgdp_cuda_trajectory(const tgdp::TrajectoryKernelCall* call, void* s
 
 // As tgdp_cuda_mlp_plan.
 const char* tgdp_cuda_trajectory_plan(const tgdp::TrajectoryKernelCall* call, tgdp::LaunchPlan* plan);
+
+// Reference twin tgdp_fast.ops.long_convolution.long_convolution_reference. 256, 512 or 1024 points.
+const char* tgdp_cuda_long_convolution(const tgdp::LongConvolutionKernelCall* call, void* stream);
 }

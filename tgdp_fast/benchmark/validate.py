@@ -28,7 +28,6 @@ from tgdp_fast.experiments.results import markdown_table
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import (
     BackendUnavailableError,
-    LongConvolution,
     TrajectoryNetwork,
     _dispatch,
     gated_activation,
@@ -332,12 +331,12 @@ def _convolution(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
         # Sums of L terms of about the size of u.
         scale = length**-0.5
         taps = (scale * torch.randn(channels, 2 * length - 1, generator=generator, dtype=torch.float64)).to(device)
-        prepared = prepare_long_convolution(taps, dtype)
         placed = place(u, shape.layout)
 
         def outputs(
-            backend: str, placed: Tensor = placed, prepared: LongConvolution = prepared, gelu: bool = shape.gelu
+            backend: str, placed: Tensor = placed, taps: Tensor = taps, gelu: bool = shape.gelu
         ) -> Sequence[Tensor]:
+            prepared = prepare_long_convolution(taps, dtype, backend=backend)
             return [long_convolution(placed, prepared, gelu=gelu, backend=backend)]
 
         # Some libraries cannot transform nothing.

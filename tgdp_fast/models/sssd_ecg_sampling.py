@@ -88,7 +88,9 @@ def _block_weights(
 
 def _s4_weights(block: S4Block, factor: Callable[[Tensor], Tensor], storage: torch.dtype, length: int) -> S4Weights:
     layer, norm = block.s4_layer, block.norm_layer
-    filters = prepare_long_convolution(layer.taps(length), storage)
+    taps = layer.taps(length)
+    # A GPU's residual blocks are Triton's.
+    filters = prepare_long_convolution(taps, storage, backend="triton" if taps.is_cuda else "auto")
     return S4Weights(
         filters._replace(taps=filters.taps.float()),
         factor(layer.output_linear.weight.double()),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _dispatch, _triton
+from tgdp_fast._checks import check_choice
+from tgdp_fast.ops import _cuda, _dispatch, _triton
 
 __all__ = [
     "LONGEST",
@@ -29,8 +30,12 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HALF = (torch.float16, torch.bfloat16)
 #: Sizes of transforms that the CPU kernel has.
 _POINTS = (64, 128, 256, 512, 1024)
-#: Positions of the longest signal that it and a GPU's serve.
+#: And those of the CUDA kernel.
+_CUDA_POINTS = (256, 512, 1024)
+#: Positions of the longest signal that these and the Triton kernel serve.
 LONGEST = _POINTS[-1]
+#: Of float16 spectra over their scales: small parts keep their digits.
+_LARGEST_HALF = 16384.0
 
 
 class LongConvolution(NamedTuple):
@@ -38,10 +43,11 @@ class LongConvolution(NamedTuple):
 
     Attributes:
         taps: [H, 2 L - 1] for lags -(L-1) .. L-1, as they were given: what the reference uses.
-        packed: their spectra as the kernel of the taps' device reads them, float32 or float16: the CPU's
-            [ceil(H / 16), M, 2, 16], a GPU's [H, 2, A, B] with A B = M; None where there is no such kernel.
-        scales: the CPU's a float32 for each channel, in whole groups of 16, or none of them for float32 spectra; a
-            GPU's one for each channel, which the spectra are relative to; or None.
+        packed: their spectra as one kernel for the taps' device reads them, float32 or float16: the CPU's
+            [ceil(H / 16), M, 2, 16], Triton's [H, 2, A, B] with A B = M, CUDA's [H, M, 2]; None where there is no such
+            kernel.
+        scales: float32, what the spectra are relative to: the CPU's for each channel, in whole groups of 16, or none of
+            them for float32 spectra; Triton's for each channel; CUDA's for each channel, or none of them; or None.
     """
 
     taps: Tensor
@@ -69,7 +75,9 @@ class LongConvolution(NamedTuple):
         return self._replace(taps=self.taps.to("meta"))
 
 
-def prepare_long_convolution(taps: Tensor, dtype: torch.dtype = torch.float32) -> LongConvolution:
+def prepare_long_convolution(
+    taps: Tensor, dtype: torch.dtype = torch.float32, *, backend: str = "auto"
+) -> LongConvolution:
     """Everything about a layer's filters that does not depend on its input, computed in float64.
 
     Changing ``taps`` later does not change what was prepared from them.
@@ -79,14 +87,20 @@ def prepare_long_convolution(taps: Tensor, dtype: torch.dtype = torch.float32) -
             See :func:`tgdp_fast.models.s4.two_sided_taps`.
         dtype: of the inputs that are to come. For float16 and bfloat16 the spectra are kept in float16, relative to a
             power of two for each channel: half the bytes to read, and an error of 3e-4.
+        backend: whose kernel is to read the spectra, for each has a layout of its own; the others then refuse them.
+            "auto" is what is asked for around this call (:func:`tgdp_fast.ops.use_backend`, TGDP_BACKEND), else the
+            device's: on a GPU CUDA for float32 and Triton for 16 bits, as they are predicted to be the faster ones
+            (docs/gpu_predictions.md; no device has measured them), or the one that there is. Residual blocks on a GPU
+            (:func:`tgdp_fast.ops.residual_block_`) read what is prepared for "triton", in any dtype.
 
     Returns:
         For :func:`long_convolution` on the device of the taps. Spectra take 8 H M bytes, or 4 H M for 16 bits, with M
-        the power of two from L on, at least 64, or 256 on a GPU. A GPU's are there if Triton is.
+        the power of two from L on, at least 64, or 256 on a GPU. There are none where the backend is not installed.
 
     Raises:
-        ValueError: a wrong shape or dtype.
+        ValueError: a wrong shape or dtype, or an unknown backend.
     """
+    check_choice("backend", backend, (*_dispatch.BACKENDS, "auto"))
     if taps.ndim != 2 or taps.shape[1] % 2 == 0:
         raise ValueError(
             f"taps must have shape [H, 2 L - 1], an odd number for each channel with lag 0 in the middle, got "
@@ -96,14 +110,27 @@ def prepare_long_convolution(taps: Tensor, dtype: torch.dtype = torch.float32) -
     _check_dtype("dtype", dtype)
     length = (taps.shape[1] + 1) // 2
     packed = scales = None
-    with torch.no_grad():
-        if dtype == torch.float64:
-            pass
-        elif _triton.MISSING is None and taps.device.type == _triton.DEVICE_TYPE:
-            packed, scales = _pack_for_triton(taps, length, dtype in _HALF)
-        elif _native.CPU_MISSING is None and taps.device.type == "cpu":
-            packed, scales = _pack_for_cpu(taps, length, dtype in _HALF)
+    reader = None if dtype == torch.float64 else _reader(taps.device.type, dtype, backend)
+    if reader is not None:
+        with torch.no_grad():
+            packed, scales = _PACKERS[reader](taps, length, dtype in _HALF)
     return LongConvolution(taps, packed, scales)
+
+
+def _reader(device_type: str, dtype: torch.dtype, backend: str) -> str | None:
+    """The backend that spectra on a device are packed for, or None where there is no kernel for them."""
+    there = {
+        "triton": _triton.MISSING is None and device_type == _triton.DEVICE_TYPE,
+        "cuda": _native.CUDA_MISSING is None and device_type == "cuda",
+        "cpu": _native.CPU_MISSING is None and device_type == "cpu",
+    }
+    if backend != "auto":
+        return backend if there.get(backend, False) else None
+    around = _dispatch.requested_backend()
+    if there.get(around, False):
+        return around
+    order = ("triton", "cuda", "cpu") if dtype in _HALF else ("cuda", "triton", "cpu")
+    return next((name for name in order if there[name]), None)
 
 
 def _pack_for_cpu(taps: Tensor, length: int, half: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -122,14 +149,32 @@ def _pack_for_triton(taps: Tensor, length: int, half: bool) -> tuple[Tensor | No
     return (None, None) if points is None else pack(_spectra(taps.to(torch.float64), points), half)
 
 
+def _pack_for_cuda(taps: Tensor, length: int, half: bool) -> tuple[Tensor | None, Tensor | None]:
+    points = next((points for points in _CUDA_POINTS if points >= length), None)
+    if points is None:
+        return None, None
+    spectra = _spectra(taps.to(torch.float64), points)
+    scales = spectra.real.new_empty(0)
+    if half:
+        # Powers of two round nothing.
+        largest = torch.view_as_real(spectra).abs().amax((1, 2)) if len(spectra) else scales
+        usable = largest.isfinite() & (largest > 0)
+        scales = torch.exp2((torch.where(usable, largest, _LARGEST_HALF) / _LARGEST_HALF).log2().ceil())
+        spectra = spectra / scales[:, None]
+    return torch.view_as_real(spectra).to(torch.float16 if half else torch.float32).contiguous(), scales.float()
+
+
+_PACKERS = {"triton": _pack_for_triton, "cuda": _pack_for_cuda, "cpu": _pack_for_cpu}
+
+
 def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True, backend: str = "auto") -> Tensor:
     """Each channel convolved with a filter over all positions before and after, and exact GELU (with erf) of that.
 
-    Precision: transforms in float32 whatever the dtype of u, in float64 if u is float64; for u of 16 bits on a GPU as
+    Precision: transforms in float32 whatever the dtype of u, in float64 if u is float64; by Triton for u of 16 bits as
     products of float16 numbers with an error of 5e-4. A channel of a sample is computed alike whatever the batch it is
-    in and however many threads run; a GPU's result may depend on the batch in the last digits. NaN stays in its channel
-    and sample. Works under inference_mode and ``torch.compile(fullgraph=True)``. Differentiable in u and the taps where
-    the reference serves the call: left to "auto", that is wherever somebody may ask for a gradient.
+    in and however many threads run; Triton's result may depend on the batch in the last digits. NaN stays in its
+    channel and sample. Works under inference_mode and ``torch.compile(fullgraph=True)``. Differentiable in u and the
+    taps where the reference serves the call: left to "auto", that is wherever somebody may ask for a gradient.
 
     Cost for N = B H L elements of b bytes and spectra of M >= L points in s bytes per number: 2 N b + 2 H M s bytes of
     memory traffic, and about N (8 M log2(M) / L + 25) FLOPs: 57 million for B = 1, H = 512, L = 1000. By definition it
@@ -139,8 +184,8 @@ def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True,
         u: [B, H, L] floating point.
         prepared: by :func:`prepare_long_convolution` for H channels and signals of L samples or more.
         gelu: False leaves the activation out.
-        backend: "auto", "reference", or a faster implementation by name; "cpu" and "triton" serve float32, bfloat16 and
-            float16 and L up to 1024.
+        backend: "auto", "reference", or a faster implementation by name; "cpu", "triton" and "cuda" serve float32,
+            bfloat16 and float16 and L up to 1024, with what was prepared for them.
 
     Returns:
         [B, H, L], contiguous, new, in the dtype of u.
@@ -247,14 +292,21 @@ def refuses_without_taps(u: Tensor, taps: Tensor, *_: Any) -> str | None:
 
 
 def _refuses_cpu(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
-    return _refuses(u, taps, packed, for_gpu=False)
+    return _refuses(u, taps, packed, "cpu")
 
 
 def _refuses_triton(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
-    return _triton.refuses_device(u) or _refuses(u, taps, packed, for_gpu=True)
+    return _triton.refuses_device(u) or _refuses(u, taps, packed, "triton")
 
 
-def _refuses(u: Tensor, taps: Tensor, packed: Tensor | None, *, for_gpu: bool) -> str | None:
+def _refuses_cuda(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
+    reason = _refuses(u, taps, packed, "cuda") or _cuda.refuses_device(u)
+    if reason is None and u.shape[0] * u.shape[1] >= 2**31:
+        return f"it serves fewer than 2^31 signals, not {u.shape[0]} x {u.shape[1]}"
+    return reason
+
+
+def _refuses(u: Tensor, taps: Tensor, packed: Tensor | None, backend: str) -> str | None:
     wanted = torch.is_grad_enabled() and (u.requires_grad or taps.requires_grad)
     if wanted or torch._C._are_functorch_transforms_active():
         return "it computes no gradients, and somebody may ask for one; use torch.no_grad() where nobody does"
@@ -263,19 +315,23 @@ def _refuses(u: Tensor, taps: Tensor, packed: Tensor | None, *, for_gpu: bool) -
         return reason
     if u.shape[2] > LONGEST:
         return f"it serves up to {LONGEST} positions, not {u.shape[2]}"
-    if packed is None or packed_for_gpu(packed) != for_gpu:
-        return f"the taps were prepared for another device or dtype; use prepare_long_convolution(taps, {u.dtype})"
+    if packed is None or packed_for(packed) != backend:
+        call = f"prepare_long_convolution(taps, {u.dtype}, backend={backend!r})"
+        return f"the taps were prepared for another device or dtype or backend; use {call}"
     if packed.dtype == torch.float16 and u.dtype == torch.float32:
         return "the taps were prepared for inputs of 16 bits; use prepare_long_convolution(taps, torch.float32)"
     return None
 
 
-def packed_for_gpu(packed: Tensor) -> bool:
-    """Whether packed spectra are a GPU's: of the CPU's, the second size is the number of points."""
-    return packed.shape[1] == 2
+def packed_for(packed: Tensor) -> str:
+    """The backend that packed spectra are for: of the CPU's, the second size is the number of points."""
+    if packed.ndim == 3:
+        return "cuda"
+    return "triton" if packed.shape[1] == 2 else "cpu"
 
 
-def _call_cpu(u: Tensor, taps: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
+# The same operator on tensors of either device.
+def _call_native(u: Tensor, taps: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
     output: Tensor = torch.ops.tgdp_fast.long_convolution(u, packed, scales, gelu)
     return output
 
@@ -300,7 +356,9 @@ def _fake(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
 
 if _native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::long_convolution", _fake)
-    _dispatch.register(_OPERATOR, "cpu", _call_cpu, _refuses_cpu)
+    _dispatch.register(_OPERATOR, "cpu", _call_native, _refuses_cpu)
+
+_dispatch.register(_OPERATOR, "cuda", _call_native, _refuses_cuda, missing=_native.CUDA_MISSING)
 
 if _triton.MISSING is None:
     _SCHEMA = "(Tensor u, Tensor packed, Tensor scales, bool gelu) -> Tensor"

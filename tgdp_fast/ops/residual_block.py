@@ -24,7 +24,7 @@ from tgdp_fast.ops.long_convolution import (
     LONGEST,
     LongConvolution,
     long_convolution_reference,
-    packed_for_gpu,
+    packed_for,
     refuses_without_taps,
 )
 
@@ -42,7 +42,7 @@ class S4Weights(NamedTuple):
     """An S4 layer with its residual connection and LayerNorm.
 
     Attributes:
-        filters: its long convolution, D included, for signals of at least L samples.
+        filters: its long convolution, D included, for signals of at least L samples; on a GPU prepared for "triton".
         mixture: [H, H], in the dtype that the factors of its product are rounded to.
         mixture_bias, norm_weight, norm_bias: float32 [H].
         epsilon: of LayerNorm.
@@ -273,7 +273,7 @@ def _refuses_cpu(
         return "this processor does not multiply bfloat16"
     if dtype == torch.bfloat16 and weights.output.shape[1] % 2:
         return f"in bfloat16 it serves an even number of channels, not {weights.output.shape[1]}"
-    return _refuses_filters(weights, for_gpu=False)
+    return _refuses_filters(weights, "cpu")
 
 
 def _refuses_triton(
@@ -290,14 +290,14 @@ def _refuses_triton(
         for layer in (weights.first, weights.second):
             if layer.filters.packed is not None and layer.filters.packed.dtype != torch.float32:
                 return "the filters were prepared for 16 bits; use prepare_long_convolution(taps, torch.float32)"
-    return _refuses_filters(weights, for_gpu=True)
+    return _refuses_filters(weights, "triton")
 
 
-def _refuses_filters(weights: ResidualBlockWeights, *, for_gpu: bool) -> str | None:
+def _refuses_filters(weights: ResidualBlockWeights, backend: str) -> str | None:
     for layer in (weights.first, weights.second):
         packed = layer.filters.packed
-        if packed is None or packed_for_gpu(packed) != for_gpu:
-            device = "a GPU" if for_gpu else "the CPU"
+        if packed is None or packed_for(packed) != backend:
+            device = "the CPU" if backend == "cpu" else "Triton"
             return f"it serves filters of up to {LONGEST} samples that prepare_long_convolution prepared for {device}"
     return None
 

@@ -13,6 +13,7 @@ from tgdp_fast.benchmark import eager
 from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
 from tgdp_fast.benchmark.cases.base import SEED, Call, Case, Prepared, Work, bytes_of, judge
 from tgdp_fast.ops import LongConvolution, long_convolution, prepare_long_convolution
+from tgdp_fast.ops._dispatch import BACKENDS
 from tgdp_fast.ops.long_convolution import long_convolution_reference
 
 
@@ -63,7 +64,11 @@ class _PreparedConvolution(Prepared):
         return [torch.fft.rfft(taps, n=taps.shape[1] + 1) for taps in self.taps]
 
     def call(self, provider: str) -> Call:
-        layers: Sequence[LongConvolution | Tensor] = [prepare_long_convolution(taps, self.dtype) for taps in self.taps]
+        # Spectra are laid out for one backend each.
+        backend = provider if provider in BACKENDS else "auto"
+        layers: Sequence[LongConvolution | Tensor] = [
+            prepare_long_convolution(taps, self.dtype, backend=backend) for taps in self.taps
+        ]
         convolution: Callable[..., Tensor] = partial(long_convolution, backend=provider)
         if provider == "peer":
             layers, convolution = self.spectra, eager.long_convolution
