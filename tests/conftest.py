@@ -12,6 +12,8 @@ With ``--numprocesses 2 --dist worksteal`` (pytest-xdist) two processes share th
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports matplotlib: plots need no display
@@ -62,6 +64,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "TGDP_TEST_SCRATCH" not in os.environ:
+        # What is built once for all processes of a run; they find it by this variable.
+        scratch = os.environ["TGDP_TEST_SCRATCH"] = tempfile.mkdtemp(prefix="tgdp_tests_")
+        config.add_cleanup(lambda: shutil.rmtree(scratch, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop("TGDP_TEST_SCRATCH", None))
     # The tensors of tests are small: more threads only wait for each other, and for other processes.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import fcntl
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -166,23 +168,34 @@ class TrajectoryKernelCall(ctypes.Structure):
     ]
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The kernels, built once per session."""
-    folder = tempfile.mkdtemp(prefix="tgdp_emulation_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def _build(linked: Path) -> None:
     objects, running = [], []
     for source in SOURCES:
-        target = f"{folder}/{Path(source).stem}.o"
-        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-DTGDP_EMULATION", "-Wall", "-Wextra"]
-        command += ["-Werror", "-Wno-unknown-pragmas", "-x", "c++", "-c", str(ROOT / source), "-o", target]
+        target = linked.with_name(f"{Path(source).stem}.o")
+        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-DTGDP_EMULATION", "-Wall", "-Wextra"]
+        command += ["-Werror", "-Wno-unknown-pragmas", "-x", "c++", "-c", str(ROOT / source), "-o", str(target)]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        objects.append(target)
+        objects.append(str(target))
     for process in running:
         errors = process.communicate()[1]
         assert process.returncode == 0, errors
-    linked = f"{folder}/libkernels.so"
-    subprocess.run(["g++", "-shared", *objects, "-o", linked], check=True)
+    partial = linked.with_suffix(".partial")
+    subprocess.run(["g++", "-shared", *objects, "-o", str(partial)], check=True)
+    partial.rename(linked)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels, built once for all processes of a test run."""
+    scratch = os.environ.get("TGDP_TEST_SCRATCH")
+    if scratch is None:  # not under pytest
+        scratch = tempfile.mkdtemp(prefix="tgdp_emulation_")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    linked = Path(scratch) / "libkernels.so"
+    with open(linked.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not linked.exists():
+            _build(linked)
     loaded = ctypes.CDLL(linked)
     for name in (
         "tgdp_cuda_guided_step",

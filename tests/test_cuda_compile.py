@@ -103,15 +103,15 @@ def test_there_are_sources() -> None:
 
 
 def cases() -> list[Any]:
-    """Quick: what compiles in seconds. In CI also each source for Hopper, and one that is large for Blackwell.
+    """Quick: what compiles in seconds. In CI also each source for Hopper, and the small ones for all generations.
 
-    That has another compiler; the PTX of the others differs in its target alone: they are left to --run-slow=all.
+    The PTX of the large ones differs in its target alone, and each takes minutes: they are left to --run-slow=all.
     """
     found = []
     for source in SOURCES:
         for architecture in ("80", "86", "90a", "100"):
             large = source in TENSOR_CORES
-            in_ci = not large or architecture == "90a" or (source, architecture) == ("mlp_value_and_grad.cu", "100")
+            in_ci = not large or architecture == "90a"
             marks = [] if not large and architecture == "90a" else [pytest.mark.slow(ci=in_ci)]
             found.append(pytest.param(source, architecture, marks=marks))
     return found
