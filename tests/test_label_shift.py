@@ -347,7 +347,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(command) == 0
     assert main([*command, "--seeds", "2", "--num", "20", "--records", "r", "--n", "30"]) == 0
     assert "a table" in capsys.readouterr().out
-    assert plans[0] == label_shift.Plan(tmp_path)
+    assert plans[0] == label_shift.Plan(tmp_path, num_components=label_shift.SYNTHETIC_COMPONENTS)
     assert plans[1] == label_shift.Plan(tmp_path, Path("r"), 2, 20, 30)
     assert main([*command, "--n", "1"]) == 2
     assert "num_target must be" in capsys.readouterr().err

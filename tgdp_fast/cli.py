@@ -179,8 +179,15 @@ def experiment_label_shift(options: argparse.Namespace) -> None:
     """Beats of two rhythms, of which source and target have known shares, and what every method makes of them."""
     from tgdp_fast.experiments import label_shift
 
+    components = label_shift.SYNTHETIC_COMPONENTS if options.records is None else label_shift.REAL_COMPONENTS
     plan = label_shift.Plan(
-        options.out, options.records, options.seeds, options.num, options.n, progress=not options.quiet
+        options.out,
+        options.records,
+        options.seeds,
+        options.num,
+        options.n,
+        num_components=components,
+        progress=not options.quiet,
     )
     label_shift.run(plan)
     print((plan.out / "results.md").read_text())

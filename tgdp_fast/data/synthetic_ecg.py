@@ -48,8 +48,7 @@ def synthetic_ecg(
         rate: samples per second.
         seed: the same seed gives the same records.
         fibrillation: records that stand for atrial fibrillation: without P waves, and with intervals between beats that
-            vary by 20 % instead of 3 % (standard deviation). They have no fibrillatory waves, and are easier to tell
-            from the others than patients are.
+            vary by 20 % instead of 3 % (standard deviation). They have no fibrillatory waves.
 
     Returns:
         float32 [num, 8, length] in mV; leads as in :data:`~tgdp_fast.data.leads.STORED_LEADS`.

@@ -43,6 +43,9 @@ TOLERANCE = 0.1
 #: Shares of the records for the judge and for the source; the rest are the target's.
 JUDGE_PART, SOURCE_PART = 1 / 3, 5 / 12
 
+#: Principal components of real beats, and of synthetic ones, whose noise fills the others: whitened, it drowns P waves.
+REAL_COMPONENTS, SYNTHETIC_COMPONENTS = 48, 24
+
 #: Fields of a plan on which no row depends.
 _NOT_IN_ROWS = ("out", "records", "seeds", "progress")
 
@@ -58,7 +61,7 @@ class Plan:
     num_target: int = 300
     source_share: float = 0.1
     target_share: float = 0.6
-    num_components: int = 48
+    num_components: int = REAL_COMPONENTS
     num_synthetic: int = 100  # synthetic records of each rhythm
     width: int = 256
     # The source's few beats of AF teach an h that is flatter than the true one: at the scale 1, exact for an exact h,
