@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tgdp_fast.benchmark import accuracy, cases, eager, floors, problems, report, runner, sssd_ecg, validate
-from tgdp_fast.benchmark.cases import ecg_fit_step
+from tgdp_fast.benchmark.cases import ecg_guidance
 from tgdp_fast.cli import main
 from tgdp_fast.ops import _dispatch
 from tgdp_fast.ops.mlp_value_and_grad import _forward_reference
@@ -545,7 +545,7 @@ def test_a_step_of_the_ecg_guidance_is_the_same_in_all_ways(consistency: bool) -
     assert all(0 <= row["max_error"] < 1e-5 and row["median_s"] > 0 for row in rows)
     # The gate notices another ratio.
     prepared = case.prepare("fp32", torch.device("cpu"))
-    assert isinstance(prepared, ecg_fit_step._PreparedECGFitStep)
+    assert isinstance(prepared, ecg_guidance._PreparedECGFitStep)
     call = prepared.call("reference")
     prepared.log_ratio = prepared.log_ratio + 1.0
     value = call()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from tgdp_fast.benchmark.cases.base import GRAPH, PROVIDERS, Call, Case, UnservedError
-from tgdp_fast.benchmark.cases.ecg_fit_step import ECGFitStep
+from tgdp_fast.benchmark.cases.ecg_guidance import ECGFitStep
 from tgdp_fast.benchmark.cases.fit_step import FitStep
 from tgdp_fast.benchmark.cases.guided_step import GuidedStep
 from tgdp_fast.benchmark.cases.long_convolution import Convolution

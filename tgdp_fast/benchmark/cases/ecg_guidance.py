@@ -39,7 +39,7 @@ class ECGFitStep(Case):
 
     def __init__(self, *, consistency: bool, blocks: int = 4, channels: int = 64, batch: int = 128) -> None:
         self.consistency, self.blocks, self.channels, self.batch = consistency, blocks, channels, batch
-        self.name = f"ecg_fit_step/{'consistency' if consistency else 'regression'}-batch{batch}"
+        self.name = f"ecg_guidance/{'consistency' if consistency else 'regression'}-batch{batch}"
         self.shape = f"2 x [{batch}, {self.LEADS}, {self.LENGTH}], {self.DEPTH} x {self.WIDTH}, {blocks} x {channels}"
         self.precisions = ("fp32",)
         self.quick = False
