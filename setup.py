@@ -79,7 +79,7 @@ def cpu_extension() -> object | None:
         flags.append("-DTGDP_PORTABLE")
     link = ["-fopenmp"]
     if SANITIZE:
-        flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        flags += ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         link += ["-fsanitize=address,undefined"]
     sources = ["csrc/bindings.cpp", "csrc/module.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
     return CppExtension(

@@ -405,7 +405,6 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(finished: Path, con
     out = tmp_path / "run"
     for stage in (
         "source:midway",
-        "statement_classifier",
         "density_ratio",
         "guidance:midway",
         "samples-tgdp",

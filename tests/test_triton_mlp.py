@@ -29,9 +29,11 @@ def test_in_the_interpreter():
     assert run_interpreted("test_triton_mlp.py") == len(SHAPES) * len(DTYPES) * (2 + 3 + 1) + 12
 
 
+# The derivatives take minutes there; their other interpreted tests run in CI too.
 @compiled
-@pytest.mark.slow(ci=True)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    "operator", [pytest.param(name, marks=pytest.mark.slow(ci="backward" not in name)) for name in OPERATORS]
+)
 def test_validates_in_the_interpreter(operator):
     code = f"""
 import triton_interpreter, torch
