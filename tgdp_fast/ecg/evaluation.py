@@ -80,7 +80,7 @@ def evaluate(pipeline: Pipeline) -> Report:
     cohorts, settings = pipeline.cohorts, pipeline.config.evaluation
     samples = {name: pipeline.samples(name) for name in pipeline.config.methods}
     classes = np.flatnonzero(cohorts.target.labels.any(axis=0))
-    names = [cohorts.vocabulary[index] for index in classes]
+    names = cohorts.statements_of(cohorts.target)
     test = Drawn(np.asarray(cohorts.test.signals), cohorts.test.labels)
     few = Drawn(np.asarray(cohorts.target.signals), cohorts.target.labels)
     truth = test.labels[:, classes].astype(np.int64)

@@ -268,7 +268,7 @@ class Pipeline:
         """Source model and guidance with the standardisation and all that sampling needs; kept in ``<out>/model``."""
         guidance, cohorts = self.config.guidance, self.cohorts
         ratio, diagnostics = self.ratio
-        source_labels, target_labels = self._labels
+        source_labels, _ = self._labels
         denoiser = self.source_model
         stem = "ecg" if self.x_source.shape[2] >= _LONG else "none"
         seed = derived_seed(self.config.seed, "guidance")
@@ -306,8 +306,8 @@ class Pipeline:
                 return fitted
 
         signature = signature_of(
-            self.x_source, self.x_target, source_labels, target_labels, denoiser, asdict(guidance), seed,
-            ratio.source_log_ratio, stem,
+            self.x_source, self.x_target, cohorts.source.labels, cohorts.target.labels, denoiser, asdict(guidance),
+            seed, ratio.source_log_ratio, stem,
         )  # fmt: skip
         fitted = self.stages.run("guidance", signature, fit, save_fit, lambda path: load_fit(path, None))
         denoiser.cpu()
@@ -351,11 +351,9 @@ class Pipeline:
 
     def denoiser(self, method: str) -> Denoiser:
         """The denoiser that ``method`` samples with."""
-        if method == "tgdp":
-            return self.model.denoiser
-        return {"source": lambda: self.source_model, "vanilla": lambda: self.vanilla}.get(
-            method, lambda: self.fine_tuned
-        )()
+        if method == "vanilla":
+            return self.vanilla
+        return self.fine_tuned if method == "fine_tune" else self.source_model
 
     def samples(self, method: str) -> Drawn:
         """Samples of one of the methods, for :attr:`sample_labels`."""
@@ -393,6 +391,7 @@ class Pipeline:
                     )
                 distributed.barrier()
                 drawn = [np.load(file, allow_pickle=False) for file, part in zip(files, parts, strict=True) if part]
+                distributed.barrier()  # The first process removes the files when it has saved them together.
                 denoiser.cpu()
                 return self.cohorts.standardizer.invert(np.concatenate(drawn))
 
