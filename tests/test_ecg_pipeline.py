@@ -291,9 +291,15 @@ def test_another_setting_computes_its_stage_and_what_follows(finished: Path, con
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     times = {path.name: path.stat().st_mtime_ns for path in (out / "stages").glob("*.json")}
-    Pipeline(load_config(config, sampling__scale=2.0), out).samples("tgdp")
+    pipeline = Pipeline(load_config(config, sampling__scale=2.0), out)
+    pipeline.samples("tgdp")
     changed = {name for name, time in times.items() if (out / "stages" / name).stat().st_mtime_ns != time}
     assert changed == {"samples-tgdp.json"}
+    pipeline.write_records("tgdp")
+    assert json.loads((out / "records" / "manifest.json").read_text())["scale"] == 2.0
+    (out / "records" / "manifest.json").unlink()  # Then it is a folder of somebody's.
+    with pytest.raises(ValueError, match="folder must be new or empty"):
+        pipeline.write_records("tgdp")
 
 
 def test_a_checkpoint_in_the_place_of_training(config: Path, finished: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tgdp_fast.checkpoint import (
     signature_of,
 )
 from tgdp_fast.data.arrays import Standardizer
-from tgdp_fast.data.ecg_output import write_ecg_records
+from tgdp_fast.data.ecg_output import MANIFEST, write_ecg_records
 from tgdp_fast.data.statements import label_names
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.density_ratio import DensityRatio, TransferDiagnostics, diagnose, fit_density_ratio
@@ -416,7 +416,7 @@ class Pipeline:
         drawn, sampling, cohorts = self.samples(method), self.config.sampling, self.cohorts
         place = self.out / "records"
         if distributed.is_first():
-            if place.is_dir():
+            if (place / MANIFEST).is_file():  # Anything else in the way is refused by what writes.
                 shutil.rmtree(place)
             write_ecg_records(
                 place,
