@@ -501,7 +501,7 @@ def test_layouts_hold_the_values(layout: str) -> None:
 
 def test_readme_quotes_a_committed_result() -> None:
     readme = (ROOT / "README.md").read_text()
-    name = re.search(r"\(bench/results/([\w.-]+\.json)\)", readme)
+    name = re.search(r"\[one result file\]\(bench/results/([\w.-]+\.json)\)", readme)
     assert name
     result = report.load(ROOT / "bench" / "results" / name[1])
     assert report.summary(result["rows"]) in readme

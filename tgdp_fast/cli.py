@@ -259,7 +259,7 @@ def validate(options: argparse.Namespace) -> int | None:
     from tgdp_fast.benchmark import validate as checks
     from tgdp_fast.checkpoint import save_json
 
-    rows = checks.validate(options.backend)
+    rows = checks.validate(options.backend, options.operators, options.precisions)
     print(checks.table(rows))
     if options.json is not None:
         save_json(options.json, {"environment": environment(), "rows": rows})
@@ -548,6 +548,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, help="folder for report.md and plots")
     command = add_command(commands, "validate", validate)
     command.add_argument("--backend", help="this one alone (all that are there)")
+    command.add_argument("--operators", nargs="+", default=[], help="names, as in tgdp-fast info (all)")
+    command.add_argument("--precisions", nargs="+", default=[], help="fp32, bf16, fp16 (all)")
     command.add_argument("--json", type=Path, help="write the table there")
 
     command = add_command(commands, "transfer", transfer)

@@ -19,6 +19,8 @@ from tgdp_fast.ops import _dispatch, mlp_value_and_grad
 COPIES = (2**18, 2**21, 2**24, 2**29)
 #: Rows, depth and columns of the products: large squares, and the tall ones of a network's layers.
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 512, 512))
+#: Those of an accelerator besides, which smaller ones do not fill.
+LARGE_PRODUCTS = ((8192, 8192, 8192),)
 #: Precisions in which networks are timed.
 MATRIX_PRECISIONS = ("fp32", "bf16")
 _PERCEPTRON = (8192, 512)  # rows, width
@@ -96,7 +98,7 @@ def _products(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[float,
 
     The last are a lower bound on the rate of the backend's products, for its pointwise work is in the time.
     """
-    for rows, depth, columns in PRODUCTS:
+    for rows, depth, columns in PRODUCTS if device.type == "cpu" else PRODUCTS + LARGE_PRODUCTS:
         a = torch.randn(rows, depth, device=device).to(dtype)
         weight = torch.randn(columns, depth, device=device).to(dtype)
         flops = 2.0 * rows * depth * columns

@@ -87,6 +87,9 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
     if available is not None and case.memory > available:
         report(f"{case.name}: left out, needs about {case.memory / 2**30:.1f} GiB, {available / 2**30:.1f} are free")
         return []
+    if case.needs_accelerator and options.device.type == "cpu":
+        report(f"{case.name}: left out, a call takes minutes on a CPU; --device cuda times it")
+        return []
     torch._dynamo.reset()  # Its limit of versions of one function is for a program, not for a list of programs.
     entries: list[Entry] = []
     failed: list[Row] = []
@@ -123,7 +126,7 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
             peak = peak_memory(call, options.device)
             entries.append(Entry(provider, precision, call, verdict.error, peak))
     if entries:
-        if case.rounds is not None:
+        if case.rounds is not None and options.device.type == "cpu":
             most = min(options.most_rounds, case.rounds)
             least = min(options.least_rounds, most)
             # The numeric check and the measurement of memory were calls enough to warm up.

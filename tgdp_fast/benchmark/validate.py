@@ -463,17 +463,27 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[_Check]]] = {
 }
 
 
-def validate(backend: str | None = None) -> list[Row]:
+def validate(
+    backend: str | None = None, operators: Sequence[str] = (), precisions: Sequence[str] = ()
+) -> list[Row]:
     """Check every operator on every backend that is there, or on ``backend`` alone.
+
+    Args:
+        backend: a backend's name.
+        operators: names of operators, in all precisions or in ``precisions`` ("fp32", "bf16", "fp16"); empty for all.
 
     Returns:
         A row per operator, backend, dtype and shape; ``verdict`` is "passed", "failed", "unchecked" (an operator that
         has no checks here: a failure), or "refused: reason" where the backend says that it does not take such a call.
 
     Raises:
-        ValueError: no such backend, or one that no operator has here.
+        ValueError: no such backend, operator or precision, or a backend that no operator has here.
     """
     report = _dispatch.backend_report()
+    for name in operators:
+        check_choice("--operators", name, report)
+    for name in precisions:
+        check_choice("--precisions", name, PRECISIONS)
     if backend is not None:
         check_choice("--backend", backend, _dispatch.BACKENDS)
         reasons = {states[backend] for states in report.values()}
@@ -481,12 +491,14 @@ def validate(backend: str | None = None) -> list[Row]:
             raise ValueError(f"--backend must be one that is available here, got {backend!r}: {'; '.join(reasons)}")
     rows: list[Row] = []
     for operator, states in report.items():
+        if operators and operator not in operators:
+            continue
         names = [name for name, state in states.items() if state == "available" and backend in (None, name)]
         if operator not in CHECKS:
             empty = dict.fromkeys(KEYS)
             rows += [empty | {"operator": operator, "backend": name, "verdict": "unchecked"} for name in names]
             continue
-        for name, precision in itertools.product(names, PRECISIONS):
+        for name, precision in itertools.product(names, precisions or PRECISIONS):
             rows += _rows(operator, name, precision)
     return rows
 

@@ -68,6 +68,7 @@ def all_cases() -> list[Case]:
         for blocks, width in ((4, 64), (36, 256))
         for batch in (1, 8)
     ]
+    cases += [SSSDECGCall(36, 256, batch) for batch in (64, 256)]
     return cases
 
 

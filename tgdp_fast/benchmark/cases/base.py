@@ -75,7 +75,8 @@ class Case(ABC):
         operators: registered operators whose backends are providers.
         composite: whether it calls several operators, so that "auto" can mix backends.
         recordable: whether one call can be recorded in a CUDA graph.
-        rounds: of timing, at most; None where the time that is set aside for them decides.
+        rounds: of timing, at most, on a CPU; None where the time that is set aside for them decides.
+        needs_accelerator: whether a CPU would take too long.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Case(ABC):
     composite: bool = False
     recordable: bool = True
     rounds: int | None = None
+    needs_accelerator: bool = False
 
     def providers(self, device: torch.device | None = None) -> tuple[str, ...]:
         """Names of the providers that may serve it on a device (default: the CPU), each before its recording."""

@@ -41,6 +41,7 @@ class SSSDECGCall(Case):
         self.memory += 2.0e6 * width
         self.operators = ("residual_block_",)
         self.rounds = 2 if blocks * width > 1000 else None  # A published call of this size takes half a minute.
+        self.needs_accelerator = blocks * width * batch > 100_000
 
     def providers(self, device: torch.device | None = None) -> tuple[str, ...]:
         names = ("published", "strong", "reference", "sampling")
