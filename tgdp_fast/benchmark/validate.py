@@ -463,9 +463,7 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[_Check]]] = {
 }
 
 
-def validate(
-    backend: str | None = None, operators: Sequence[str] = (), precisions: Sequence[str] = ()
-) -> list[Row]:
+def validate(backend: str | None = None, operators: Sequence[str] = (), precisions: Sequence[str] = ()) -> list[Row]:
     """Check every operator on every backend that is there, or on ``backend`` alone.
 
     Args:
