@@ -115,7 +115,7 @@ def _compilation(
         constants=fixed,
         num_warps=options["num_warps"],
         num_stages=options["num_stages"],
-        tensor_cores=product and (first.dtype != torch.float32 or constants["PRECISION"] != "ieee"),
+        tensor_cores=product and (first.dtype != torch.float32 or not constants["PRECISION"].startswith("ieee")),
         problem=f"{TYPES[first.dtype]} {shape}",
         programs=math.prod(grid),
         bytes=float(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())),

@@ -21,6 +21,9 @@ from tgdp_fast.kernels.launching import Tile, launch
 # The interpreter multiplies bfloat16 numbers as integers and rounds towards zero; there, both are done in float32.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+#: A precision: that of "ieee", SUMMED products at a time. A multiple of every depth of a tile.
+IN_PARTS, SUMMED = tl.constexpr("ieee_in_parts"), tl.constexpr(256)
+
 
 @triton.jit
 def narrow(value, DTYPE: tl.constexpr):  # noqa: N803
@@ -47,7 +50,7 @@ def multiply_add(left, right, total, PRECISION: tl.constexpr):  # noqa: N803
     """total + left right, in float32."""
     if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision=PRECISION)
+    return tl.dot(left, right, total, input_precision="ieee" if PRECISION == IN_PARTS else PRECISION)
 
 
 @triton.jit
@@ -72,15 +75,92 @@ def accumulate(
     """total + left[rows, :depth] right[:depth, columns], in slices of DEPTH; rows and columns are int64.
 
     Where second_left, of the strides of left, is not None, also second_total with it in place of left: the right factor
-    is read once.
+    is read once. With PRECISION IN_PARTS, SUMMED products are added up at a time, and then these sums: the error of a
+    sum grows with the square root of its length.
     """
-    inner = tl.arange(0, DEPTH)
-    wide_inner = inner.to(tl.int64)
-    offsets = rows[:, None] * left_row_stride + wide_inner[None, :] * left_column_stride
+    inner = tl.arange(0, DEPTH).to(tl.int64)
+    offsets = rows[:, None] * left_row_stride + inner[None, :] * left_column_stride
     left += offsets
     if second_left is not None:
         second_left += offsets
-    right += wide_inner[:, None] * right_row_stride + columns[None, :] * right_column_stride
+    right += inner[:, None] * right_row_stride + columns[None, :] * right_column_stride
+    if PRECISION != IN_PARTS:
+        return _accumulate_part(
+            total,
+            second_total,
+            left,
+            second_left,
+            left_column_stride,
+            right,
+            right_row_stride,
+            row_mask,
+            column_mask,
+            depth,
+            DEPTH,
+            PRECISION,
+        )
+    left_step = tl.full([], SUMMED, tl.int64) * left_column_stride
+    right_step = tl.full([], SUMMED, tl.int64) * right_row_stride
+    for start in range(0, depth, SUMMED):
+        rest = tl.minimum(depth - start, SUMMED)
+        zeros = tl.zeros_like(total)
+        if second_left is None:
+            total += _accumulate_part(
+                zeros,
+                None,
+                left,
+                None,
+                left_column_stride,
+                right,
+                right_row_stride,
+                row_mask,
+                column_mask,
+                rest,
+                DEPTH,
+                PRECISION,
+            )
+        else:
+            part, second_part = _accumulate_part(
+                zeros,
+                zeros,
+                left,
+                second_left,
+                left_column_stride,
+                right,
+                right_row_stride,
+                row_mask,
+                column_mask,
+                rest,
+                DEPTH,
+                PRECISION,
+            )
+            total += part
+            second_total += second_part
+            second_left += left_step
+        left += left_step
+        right += right_step
+    if second_left is None:
+        return total
+    else:
+        return total, second_total
+
+
+@triton.jit
+def _accumulate_part(
+    total,
+    second_total,
+    left,
+    second_left,
+    left_column_stride,
+    right,
+    right_row_stride,
+    row_mask,
+    column_mask,
+    depth,
+    DEPTH: tl.constexpr,  # noqa: N803
+    PRECISION: tl.constexpr,  # noqa: N803
+):
+    inner = tl.arange(0, DEPTH)
     left_step = tl.full([], DEPTH, tl.int64) * left_column_stride
     right_step = tl.full([], DEPTH, tl.int64) * right_row_stride
     for start in range(0, depth, DEPTH):
@@ -251,6 +331,11 @@ def column_sum_kernel(
 def precision_of(dtype: torch.dtype, split: bool = False) -> str:
     """How products of float32 are taken: as such, or with ``split`` as three of bfloat16 (relative error 2^-16)."""
     return "bf16x3" if split and dtype == torch.float32 and not INTERPRETED.value else "ieee"
+
+
+def summed(precision: str, dtype: torch.dtype, depth: int) -> str:
+    """The precision for sums of ``depth`` products; 16-bit factors lose more than a long sum of them does."""
+    return str(IN_PARTS.value) if (precision, dtype) == ("ieee", torch.float32) and depth > 2 * SUMMED.value else precision
 
 
 def blocks(rows: int, columns: int, tile: Tile) -> int:
@@ -435,7 +520,7 @@ def weight_gradient(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
-            PRECISION=precision,
+            PRECISION=summed(precision, left.dtype, share),
         )
         if parts == 1:
             return output[0]
@@ -453,23 +538,25 @@ def launch_layer(
     kernel: Any,
     tile: Tile,
     size: tuple[int, int, int],
+    left: Tensor,
     *arguments: Any,
     products: int = 1,
     precision: str,
     **flags: bool,
 ) -> None:
-    """Launch over [batch, units] a kernel whose ``products`` are ``depth`` deep; size: (batch, units, depth)."""
+    """Launch over [batch, units] a kernel whose ``products`` of ``left`` are ``depth`` deep; size: (batch, units, depth)."""
     batch, units, depth = size
     launch(
         kernel,
         (blocks(batch, units, tile),),
+        left,
         *arguments,
         flops=2 * products * batch * units * depth,
         tile=tile,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
-        PRECISION=precision,
+        PRECISION=summed(precision, left.dtype, depth),
         **flags,
     )
 

@@ -12,6 +12,7 @@ namespace tgdp::cuda {
 
 constexpr int kProductThreads = 256;
 constexpr int kStages = 3;
+constexpr int kLongSum = 512;  // products
 
 // A matrix in global memory; its rows are in one piece.
 struct Matrix {
@@ -85,7 +86,7 @@ class TensorCoreTile {
   // Adds left times the tile: left [kRows, kDepth] with row stride `pitch`; the tile is [kPanel, kDepth], or with
   // kTransposed [kDepth, kPanel], in its Layout.
   template <bool kTransposed>
-  TGDP_DEVICE void multiply(Shared<uint16_t> left, int pitch, Shared<uint16_t> tile) {
+  TGDP_DEVICE void multiply(Shared<uint16_t> left, int pitch, Shared<uint16_t> tile, bool = false) {
     if (!has_columns()) return;
     const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8, row = lane % 8;
 #pragma unroll
@@ -159,7 +160,8 @@ class TensorCoreTile {
 };
 
 // The same in float32 with plain fused multiply-adds: every warp takes kRows / 8 rows, every lane kPanel / 32 columns of
-// them.
+// them. In long sums four products are added up before they are added to the rest: the error grows with the square root of
+// the number of additions to one sum.
 template <int kRows_, int kPanel_ = 128, int kDepth_ = 16>
 class FloatTile {
  public:
@@ -190,7 +192,16 @@ class FloatTile {
   }
 
   template <bool kTransposed>
-  TGDP_DEVICE void multiply(Shared<float> left, int pitch, Shared<float> tile) {
+  TGDP_DEVICE void multiply(Shared<float> left, int pitch, Shared<float> tile, bool long_sum = false) {
+    if (long_sum) {
+      multiply_as<kTransposed, true>(left, pitch, tile);
+    } else {
+      multiply_as<kTransposed, false>(left, pitch, tile);
+    }
+  }
+
+  template <bool kTransposed, bool kInFours>
+  TGDP_DEVICE void multiply_as(Shared<float> left, int pitch, Shared<float> tile) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int k = 0; k < kDepth; k += 4) {
@@ -214,10 +225,12 @@ class FloatTile {
         const float4 part = *shared_as<float4>(left + (row_of(i) * pitch + k));
 #pragma unroll
         for (int j = 0; j < kHeldColumns; ++j) {
-          sums_[i][j] += part.x * right[j][0];
-          sums_[i][j] += part.y * right[j][1];
-          sums_[i][j] += part.z * right[j][2];
-          sums_[i][j] += part.w * right[j][3];
+          float sum = kInFours ? 0.0f : sums_[i][j];
+          sum += part.x * right[j][0];
+          sum += part.y * right[j][1];
+          sum += part.z * right[j][2];
+          sum += part.w * right[j][3];
+          sums_[i][j] = kInFours ? sums_[i][j] + sum : sum;
         }
       }
     }
@@ -324,7 +337,8 @@ TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<ty
     const auto factor = left(part * Tile::kDepth, stage);
     // Not for columns that are not there: narrow outputs.
     if (panel * Tile::kPanel + Tile::first_column() < columns) {
-      tile.template multiply<kTransposed>(factor.data, factor.pitch, stages + stage * kStageElements<Tile>);
+      tile.template multiply<kTransposed>(factor.data, factor.pitch, stages + stage * kStageElements<Tile>,
+                                          depth > kLongSum);
     }
     if (++stage == kStages) stage = 0;
     if (++part == parts) {
