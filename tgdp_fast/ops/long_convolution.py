@@ -90,7 +90,7 @@ def prepare_long_convolution(
         backend: whose kernel is to read the spectra, for each has a layout of its own; the others then refuse them.
             "auto" is what is asked for around this call (:func:`tgdp_fast.ops.use_backend`, TGDP_BACKEND), else the
             device's: on a GPU CUDA, which was measured to be faster, or Triton where that is what there is. Residual
-            blocks on a GPU (:func:`tgdp_fast.ops.residual_block_`) read what is prepared for "triton", in any dtype.
+            blocks on a GPU (:func:`tgdp_fast.ops.residual_block_`) read either.
 
     Returns:
         For :func:`long_convolution` on the device of the taps. Spectra take 8 H M bytes, or 4 H M for 16 bits, with M
