@@ -183,8 +183,8 @@ def _accumulate_part(
 
 @triton.jit
 def exponential(x):
-    """exp(x) of float32 to about one unit in the last place, as a GPU's exponential of base 2 alone is not: its argument
-    x log2(e) is rounded, which costs |x| units. Keeps NaN.
+    """exp(x) of float32 to about one unit in the last place; keeps NaN. The exponential of base 2 alone would cost |x|
+    units, for its argument x log2(e) is rounded.
     """
     x = tl.where(x > 128.0, 128.0, x)
     x = tl.where(x < -256.0, -256.0, x)
@@ -559,7 +559,7 @@ def launch_layer(
     precision: str,
     **flags: bool,
 ) -> None:
-    """Launch over [batch, units] a kernel whose ``products`` of ``left`` are ``depth`` deep; size: (batch, units, depth)."""
+    """Launch over [batch, units] a kernel whose ``products`` of ``left`` are ``depth`` deep; (batch, units, depth)."""
     batch, units, depth = size
     launch(
         kernel,
