@@ -48,6 +48,7 @@ LAYERS: dict[str, set[str] | None] = {
     "density_ratio": None,
     "transfer": None,
     "transfer_model": None,
+    "integrations": None,
     "ecg": None,
     "experiments": None,
     "benchmark": None,

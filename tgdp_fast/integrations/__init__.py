@@ -1,0 +1,1 @@
+"""Other libraries' calling conventions: the released TGDP-ECG code, samplers with classifier guidance, diffusers."""
