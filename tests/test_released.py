@@ -132,8 +132,8 @@ def test_guided_samples_are_those_of_the_formulas(convention):
     expected = ancestral(net, qt, noise, labels, betas, 0.7, convention)
     assert found.dtype == np.float64
     assert found.shape == expected.shape
-    # "half" takes omega and z as they are stored, "pair" solves the recurrence: both at the stored nodes' accuracy,
-    # 5e-6 (measured in the tests of the network), and the kernels are float64 here.
+    # The sums over "half" are the same formula. "pair" is checked against the recurrence, and the nodes z and omega of
+    # the sums are stored in float32: 1e-7 each.
     assert relative(found, expected) < 1e-6
     # The other convention is another result, by far more than that.
     other = "released" if convention == "paper" else "paper"
