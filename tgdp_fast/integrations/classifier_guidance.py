@@ -102,7 +102,8 @@ class KDiffusionDenoiser:
         denoised_q = denoised_p + scale sigma_ve^2 alpha grad_x log h(alpha x_ve, t)
 
     which is x0 + (sigma^2 / alpha) grad log h, Theorem 3.1 for predicted data: exact with scale 1, whatever the solver
-    of k-diffusion, for all of them see denoised_q alone. (A ratio of densities is the same in both coordinates: their Jacobians cancel.)
+    of k-diffusion, for all of them see denoised_q alone. (A ratio of densities is the same in both coordinates: their
+    Jacobians cancel.)
 
     Times outside the guidance's schedule become its nearest end, t_min or t_max.
 
