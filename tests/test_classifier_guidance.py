@@ -158,7 +158,7 @@ def test_ddim_loop_reaches_the_target():
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_p_sample_loop_reaches_the_target(kind):
-    steps = 400
+    steps = 300
     denoiser, guidance = models(discrete(steps))
     generator = torch.Generator().manual_seed(7)
     drawn = p_sample_loop(
