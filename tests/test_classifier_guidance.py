@@ -171,10 +171,9 @@ def test_p_sample_loop_reaches_the_target(kind):
     )
     expected = moments_of_p_sample(steps, kind)
     assert_moments(drawn, *expected)
-    # variance * grad is not beta / sqrt(alpha) * grad; what that costs vanishes with the step.
-    assert error(expected) < 0.1
-    finer = error(moments_of_p_sample(4 * steps, kind))
-    assert finer < error(expected) / 2
+    # variance * grad is not beta / sqrt(alpha) * grad; that and the loop's own error are of first order in the step.
+    assert error(expected) < 0.15
+    assert error(moments_of_p_sample(4 * steps, kind)) == pytest.approx(error(expected) / 4, rel=0.15)
 
 
 def test_ddim_loop_is_our_sampler():

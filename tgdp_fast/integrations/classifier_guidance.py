@@ -49,7 +49,9 @@ def as_cond_fn(
       (x + beta_t score) / sqrt(alpha_t), so Theorem 3.1 asks for beta_t / sqrt(alpha_t) grad log h. A sampler whose
       variance is beta_t falls short of it by the factor sqrt(alpha_t), 1 % for beta_t = 0.02; one whose variance is
       the posterior's by sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), which is far from 1 in the last steps
-      only. The result's error vanishes with the step size; with few steps, use ``ddim_sample``.
+      only. The result's error vanishes with the step size. Between two Gaussians in 100 steps the posterior's variance
+      makes it twice that of exact guidance in the same loop, and beta_t a fifth larger. With few steps, use
+      ``ddim_sample``.
 
     Time. ``t`` is the index of the sampler's training schedule, 0 its cleanest, as a tensor [B]. With respaced steps
     the sampler maps its own index to that one before it calls. A guidance with another schedule than the sampler's gets
