@@ -1,1 +1,1 @@
-"""Other libraries' calling conventions: the released TGDP-ECG code, samplers with classifier guidance, diffusers."""
+"""Bridges to other libraries, one module each; nothing is imported before it is asked for."""
