@@ -19,8 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Target of a Markdown link: its path, and its anchor or nothing.
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-#: Cross references of docstrings, as Sphinx has them.
-_ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>~?([^<]*)</code>")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -59,11 +57,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     text = _LINK.sub(linked, _FENCE.sub(keep, markdown))
     return re.sub(r"\0(\d+)\0", lambda match: kept[int(match[1])], text)
-
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings are written for Sphinx and for people; drop the marks that Markdown does not know."""
-    return _ROLE.sub(r"<code>\1</code>", html).replace("::</p>", ":</p>")
 
 
 def example_page(source: str, path: str) -> str:
