@@ -25,9 +25,8 @@ def on_files(files: Files, config: Any) -> Files:
     """Add what pages link to, and what the navigation names, outside docs/."""
     pages = [(f"docs/{file.src_uri}", file.content_string) for file in files.documentation_pages()]
     wanted = [path for page, text in pages for path in _outside(page, text)]
-    wanted += [path for path in _paths(config.nav) if not (ROOT / "docs" / path).is_file()]
-    for path in wanted:
-        source = path.removesuffix(".md") + ".py" if path.startswith("examples/") else path
+    wanted += [_source(uri) for uri in _paths(config.nav) if not (ROOT / "docs" / uri).is_file()]
+    for source in wanted:
         place = ROOT / source
         uri = _uri(source)
         if not place.is_file() or files.get_file_from_path(uri) is not None:
@@ -42,7 +41,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links as they are in the site."""
     where = page.file.src_uri
-    home = where if page.file.generated_by else f"docs/{where}"
+    home = _source(where) if page.file.generated_by else f"docs/{where}"
 
     def linked(match: re.Match[str]) -> str:
         path = _from_root(home, match[1])
@@ -73,7 +72,16 @@ def example_page(source: str, path: str) -> str:
 
 def _uri(path: str) -> str:
     """Where a file of the repository outside docs/ lies in the site's sources."""
+    if path == "README.md":  # It would be the first page.
+        return "readme.md"
     return path.removesuffix(".py") + ".md" if path.startswith("examples/") else path
+
+
+def _source(uri: str) -> str:
+    """Inverse of :func:`_uri`."""
+    if uri == "readme.md":
+        return "README.md"
+    return uri.removesuffix(".md") + ".py" if uri.startswith("examples/") else uri
 
 
 def _from_root(page: str, link: str) -> str:

@@ -406,3 +406,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in (tmp_path / "site").rglob("*.html"):
         fetched = re.findall(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
         assert fetched == [], page
+    # Every page of docs/ is there as itself.
+    for page in PAGES[1:]:
+        title = re.search(r"^# (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert title, page
+        assert f">{title[1]}" in (tmp_path / "site" / f"{page.stem}.html").read_text()
+    assert "Where to go on" in (tmp_path / "site" / "index.html").read_text()
