@@ -32,7 +32,7 @@ print(f"{'exact guidance':28s} {distance(exact_guidance(paper_target(), paper_so
 # `consistency=0` leaves it out.
 
 # %%
-quick = tgdp.Optimisation(steps=200, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
+quick = tgdp.Optimisation(steps=150, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
 ratio = tgdp.fit_density_ratio(source.float(), target.float(), settings=quick)
 pairs = [("logistic", 1.0), ("logistic", 0.0), ("poisson", 0.0), ("ratio_mse", 0.0), ("log_mse", 0.0)]
 found = {}
