@@ -46,6 +46,7 @@ test: $(VENV)/.test-ready
 
 docs: $(VENV)/.test-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'written: build/docs/index.html'
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ MOST_LEFT_OUT = 8
 CHEAP = (
     ["info"],
     ["info", "--json"],
+    ["--log-level", "info", "info"],
     ["--version"],
     ["--help"],
     ["transfer", "--help"],
@@ -274,6 +275,18 @@ def test_every_solver_and_command_is_described() -> None:
     usage = cli._parser().format_help()
     for name in re.findall(r"^    ([a-z][\w-]+)\b", usage, re.MULTILINE):
         assert f"`tgdp-fast {name}" in command_line or f"`{name}`" in command_line, name
+
+
+def test_every_result_file_is_listed() -> None:
+    text = (DOCS / "performance.md").read_text(encoding="utf-8")
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        assert f"`{path.name}`" in text
+
+
+def test_exit_codes_are_described() -> None:
+    text = (DOCS / "command_line.md").read_text(encoding="utf-8")
+    stated = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
+    assert stated == re.findall(r"\b(\d+) [a-z]", " ".join((cli.main.__doc__ or "").split()))
 
 
 def test_every_logger_is_described() -> None:
