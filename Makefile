@@ -17,13 +17,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test lint format clean
+.PHONY: help demo bench test docs lint format clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     transfer a diffusion model to a small target set; table and plots in $(DEMO_OUT)'
 	@echo 'make test     run the tests (PYTEST_ARGS="..." is passed on; --run-slow=all runs the slow ones too)'
 	@echo 'make bench    time everything here (BENCH_ARGS="--quick --json FILE ..." is passed on)'
+	@echo 'make docs     build the documentation into build/docs'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff rewrite the sources'
 	@echo 'make clean    remove $(VENV) and all that was built'
@@ -42,6 +43,10 @@ bench: $(VENV)/.demo-ready
 # packages look for one of that name.
 test: $(VENV)/.test-ready
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+docs: $(VENV)/.test-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'written: build/docs/index.html'
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .

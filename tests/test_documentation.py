@@ -1,0 +1,427 @@
+"""The documentation holds: its code runs, its commands are ones, its links lead somewhere, its numbers are measured.
+
+A block of code is left out only by a comment with the reason just before it, ``<!-- not run: needs a GPU -->``. A
+table after ``<!-- table from FILE, section "NAME" -->`` quotes a table of results, one after
+``<!-- medians from FILE -->`` the medians of a benchmark.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import textwrap
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import tgdp_fast
+from tgdp_fast import SOLVERS, SPACINGS, cli
+from tgdp_fast.ops import _dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not here")
+
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+#: Whose links are checked too.
+LINKED = [*PAGES, *sorted(DOCS.rglob("results/**/*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+#: Most blocks of one page, and of all pages, that may be left out.
+MOST_LEFT_OUT = 8
+
+#: Commands of at most a second, which are run; all others are parsed.
+CHEAP = (
+    ["info"],
+    ["info", "--json"],
+    ["--log-level", "info", "info"],
+    ["--version"],
+    ["--help"],
+    ["transfer", "--help"],
+    ["bench", "--list"],
+)
+
+
+class Block(NamedTuple):
+    """A block of code of a page."""
+
+    page: Path
+    line: int  # of its first line of code
+    language: str
+    code: str
+    reason: str  # why it is not run, or nothing
+
+
+def blocks(page: Path, text: str) -> list[Block]:
+    pattern = re.compile(
+        r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+    )
+    found = []
+    for match in pattern.finditer(text):
+        before = re.search(r"<!-- not run: *(.*?) *-->\s*\Z", text[: match.start()])
+        line = text.count("\n", 0, match.start("code")) + 1
+        code = textwrap.dedent(match["code"])
+        found.append(Block(page, line, match["language"], code, before[1] if before else ""))
+    return found
+
+
+def page_blocks(page: Path) -> list[Block]:
+    return blocks(page, page.read_text(encoding="utf-8"))
+
+
+def commands(code: str) -> list[list[str]]:
+    """Arguments of every ``tgdp-fast`` in a block of shell, or of a console ("$ " before it, output below)."""
+    found = []
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            words = words[1:]
+        if words[:1] == ["tgdp-fast"]:
+            found.append(words[1:])
+        elif "tgdp_fast" in words and words[words.index("tgdp_fast") - 1] == "-m":
+            found.append(words[words.index("tgdp_fast") + 1 :])
+    return found
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page registers does not stay."""
+    monkeypatch.delenv("TGDP_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_registry", {k: dict(v) for k, v in _dispatch._registry.items()})
+
+
+@pytest.fixture
+def _quiet_logging() -> Any:
+    """What a page configures does not stay."""
+    import logging
+
+    handlers, level = logging.getLogger().handlers[:], logging.getLogger("tgdp_fast").level
+    yield
+    logging.getLogger().handlers[:] = handlers
+    logging.getLogger("tgdp_fast").setLevel(level)
+
+
+# code -------------------------------------------------------------------------------------------------------
+
+
+# The classifiers behind the diagnostics are quick ones here; the examples have real ones.
+@pytest.mark.usefixtures("_own_registry", "_quiet_logging", "quick_ratio")
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in page_blocks(page):
+        if block.reason:
+            continue
+        if block.language == "python":
+            # Tracebacks show the line of the page.
+            code = "\n" * (block.line - 1) + block.code
+            exec(compile(code, str(page), "exec"), namespace)
+        elif block.language in ("sh", "console"):
+            for words in commands(block.code):
+                run_or_parse(words, f"{name_of(page)}:{block.line}")
+
+
+def run_or_parse(words: list[str], where: str) -> None:
+    """Run what is cheap, or sized for it and has its files; parse everything else."""
+    sized = words[:1] == ["transfer"] and "--train-steps" in words and Path("source.npy").is_file()
+    sized |= words[:1] == ["sample"] and Path(words[1]).is_dir()
+    if words not in CHEAP and not sized:
+        parsed(words, where)
+        return
+    try:
+        status = cli.main([*words, "--quiet"] if sized else words)
+    except SystemExit as stop:  # --help and --version
+        status = int(stop.code or 0)
+    assert status == 0, f"{where}: tgdp-fast {shlex.join(words)}"
+
+
+def parsed(words: list[str], where: str) -> Namespace:
+    try:
+        options = cli._parser().parse_args(words)
+    except SystemExit as stop:
+        if stop.code:
+            pytest.fail(f"{where}: tgdp-fast {shlex.join(words)} does not parse")
+        return Namespace()  # --help
+    for name, known in (("solver", SOLVERS), ("spacing", SPACINGS), ("precision", ("fp32", "bf16", "fp16"))):
+        assert getattr(options, name, None) in (*known, None), f"{where}: --{name}"
+    return options
+
+
+def test_there_are_pages_with_code() -> None:
+    found = [block for page in PAGES for block in page_blocks(page)]
+    assert sum(block.language == "python" and not block.reason for block in found) > 10
+    assert sum(len(commands(block.code)) for block in found if block.language == "sh") > 30
+    # "```" alone would hide a block from every check; diagrams are indented instead.
+    assert {block.language for block in found} <= {"python", "sh", "console", "toml"}
+
+
+def test_few_blocks_are_left_out_and_each_has_a_reason() -> None:
+    left_out = [block for page in PAGES for block in page_blocks(page) if block.reason]
+    for block in left_out:
+        print(f"{name_of(block.page)}:{block.line} {block.language}: {block.reason}")
+        assert len(block.reason.split()) >= 2
+    assert len(left_out) <= MOST_LEFT_OUT
+    written = sum(page.read_text(encoding="utf-8").count("<!-- not run") for page in PAGES)
+    assert written == len(left_out), "a comment stands before no block"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+@pytest.mark.slow(ci=True)
+def test_example_runs(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_example_is_made_of_cells(example: Path) -> None:
+    text = example.read_text(encoding="utf-8")
+    cells = re.findall(r"^# %%(.*)$", text, re.MULTILINE)
+    assert text.startswith("# %% [markdown]\n# # ")
+    assert set(cells) == {"", " [markdown]"}
+    for part in re.split(r"^# %% \[markdown\]\n", text, flags=re.MULTILINE)[1:]:
+        prose = part.split("\n# %%", 1)[0].rstrip().splitlines()
+        assert all(line.startswith("#") for line in prose), f"a text cell holds code: {prose}"
+
+
+def test_examples_are_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert EXAMPLES
+    for example in EXAMPLES:
+        assert f"examples/{example.stem}.md" in navigation
+
+
+# links ------------------------------------------------------------------------------------------------------
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of the headings, as Python-Markdown makes them."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.*?) *#*$", prose, re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        known = target.exists() and target.is_relative_to(ROOT)
+        if known and anchor:
+            known = anchor in anchors(text if target == page else target.read_text(encoding="utf-8"))
+        if not known:
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_links_resolve(page: Path) -> None:
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_the_link_check_sees() -> None:
+    page = DOCS / "index.md"
+    bad = "[x](no_such.md) [y](faq.md#no-such) [z](#there)\n\n```\n[w](no.md)\n```\n# Here\n"
+    assert broken_links(page, bad) == ["no_such.md", "faq.md#no-such", "#there"]
+    assert broken_links(page, "[x](../pyproject.toml) [y](faq.md) `[z](no.md)` [a](#here)\n\n# Here\n") == []
+    assert broken_links(page, "[x](../../elsewhere.md)") == ["../../elsewhere.md"]
+
+
+def test_pages_are_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in LINKED[1:]:
+        assert page.relative_to(DOCS).as_posix() in navigation
+
+
+# reference --------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^::: tgdp_fast\.([\w.]+)$", text, re.MULTILINE)
+    assert len(entries) == len(set(entries))
+    assert set(tgdp_fast.__all__) <= set(entries)
+    for entry in entries:
+        value: Any = tgdp_fast
+        for part in entry.split("."):
+            value = getattr(value, part)
+
+
+def test_every_solver_and_command_is_described() -> None:
+    solvers = (DOCS / "solvers.md").read_text(encoding="utf-8")
+    for name, info in SOLVERS.items():
+        row = re.search(rf"^\| `{name}` \| (\d) \| (\d) \| (.*?) \|", solvers, re.MULTILINE)
+        assert row, name
+        assert (int(row[1]), int(row[2])) == (info.evaluations, info.order)
+        assert (row[3] == "yes") == info.stochastic
+    command_line = (DOCS / "command_line.md").read_text(encoding="utf-8")
+    usage = cli._parser().format_help()
+    for name in re.findall(r"^    ([a-z][\w-]+)\b", usage, re.MULTILINE):
+        assert f"`tgdp-fast {name}" in command_line or f"`{name}`" in command_line, name
+
+
+def test_every_result_file_is_listed() -> None:
+    text = (DOCS / "performance.md").read_text(encoding="utf-8")
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        assert f"`{path.name}`" in text
+
+
+def test_exit_codes_are_described() -> None:
+    text = (DOCS / "command_line.md").read_text(encoding="utf-8")
+    stated = re.findall(r"^\| (\d+) \|", text, re.MULTILINE)
+    assert stated == re.findall(r"\b(\d+) [a-z]", " ".join((cli.main.__doc__ or "").split()))
+
+
+def test_every_logger_is_described() -> None:
+    text = (DOCS / "command_line.md").read_text(encoding="utf-8")
+    for folder, prefix in (("tgdp_fast", "tgdp_fast"), ("kernels", "tgdp_fast.kernels")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.is_relative_to(ROOT / "tgdp_fast" / "kernels") or "getLogger(__name__)" not in path.read_text():
+                continue
+            name = ".".join([prefix, *path.relative_to(ROOT / folder).with_suffix("").parts])
+            assert f"`{name}`" in text
+
+
+def test_limits_of_the_diagnostics_are_those_of_the_code() -> None:
+    source = (ROOT / "tgdp_fast" / "density_ratio.py").read_text()
+    for text in (
+        "outside > 0.34",
+        "0.1 <= mean_ratio <= 10",
+        "size < 10",
+        "len(target) < 10",
+        "auc > 0.999 and len(target) >= 10",
+        "mean + 3 * error < 0.2 or mean - 3 * error > 5.0",
+    ):
+        assert text in source, "docs/when_it_works.md states the limits of the diagnostics: change it too"
+
+
+def test_environment_variables_are_described() -> None:
+    text = (DOCS / "backends.md").read_text(encoding="utf-8")
+    files = [ROOT / "setup.py", *(ROOT / "tgdp_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    names = {name for file in files for name in re.findall(r"\bTGDP_[A-Z_]+[A-Z]\b", file.read_text())}
+    assert "TGDP_BACKEND" in names
+    # That one is for the tests of this repository.
+    for name in names - {"TGDP_SANITIZE"}:
+        assert f"`{name}" in text, name
+
+
+# numbers ----------------------------------------------------------------------------------------------------
+
+QUOTED = re.compile(
+    r'<!-- (?P<kind>table|medians) from (?P<file>\S+?)(?:, section "(?P<section>[^"]+)")? -->\n+(?P<table>(?:\|.*\n)+)'
+)
+
+
+def rows_of(table: str) -> list[dict[str, str]]:
+    lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.strip().splitlines()]
+    return [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
+
+
+def wrong_numbers(page: Path, text: str) -> list[str]:
+    wrong = []
+    for match in QUOTED.finditer(text):
+        file = page.parent / match["file"]
+        check = _not_medians if match["kind"] == "medians" else _not_in_table
+        wrong += [f"{name_of(page)}: {problem}" for problem in check(file, match["section"], rows_of(match["table"]))]
+    return wrong
+
+
+def _not_in_table(file: Path, section: str | None, rows: list[dict[str, str]]) -> list[str]:
+    text = file.read_text(encoding="utf-8")
+    if section is not None:
+        text = text.split(f"## {section}\n", 1)[1].split("\n## ", 1)[0]
+    tables = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+    known = {next(iter(row.values())): row for row in rows_of(tables[0])}
+    wrong = []
+    for row in rows:
+        name = next(iter(row.values()))
+        if name not in known:
+            wrong.append(f"{name} is not in {file.name}")
+        else:
+            wrong += [
+                f"{name}, {k}: {v}, measured {known[name].get(k)}" for k, v in row.items() if known[name].get(k) != v
+            ]
+    return wrong
+
+
+def _not_medians(file: Path, _: str | None, rows: list[dict[str, str]]) -> list[str]:
+    measured = {
+        (row["case"], row["provider"], row["dtype"]): row["median_s"] for row in json.loads(file.read_text())["rows"]
+    }
+    wrong = []
+    for row in rows:
+        key = tuple(row[name].strip("`") for name in ("case", "provider", "dtype"))
+        value = measured.get(key)
+        if value is None or float(f"{value:.3g}") != float(row["median, s"]):
+            wrong.append(f"{key}: {row['median, s']}, measured {value}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
+def test_quoted_numbers_are_measured(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(QUOTED.findall(text)) == len(re.findall(r"<!-- (?:table|medians) ", text))
+    assert wrong_numbers(page, text) == []
+
+
+def test_the_check_of_numbers_sees() -> None:
+    page = DOCS / "losses.md"
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- table from") >= 3
+    assert len(wrong_numbers(page, text.replace("0.170 ± 0.045", "0.160 ± 0.045", 1))) == 1
+    assert len(wrong_numbers(page, text.replace("| vanilla ", "| vanilla2 ", 1))) == 1
+    page = DOCS / "performance.md"
+    text = page.read_text(encoding="utf-8")
+    assert len(wrong_numbers(page, text.replace("| 0.0124 ", "| 0.0125 ", 1))) == 1
+
+
+# the site ---------------------------------------------------------------------------------------------------
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed; run `pip install 'tgdp_fast[docs]'`")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed; run `pip install 'tgdp_fast[docs]'`")
+    pytest.importorskip("material", reason="mkdocs-material is not installed; run `pip install 'tgdp_fast[docs]'`")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.strip() == ""
+    reference = (tmp_path / "site" / "api.html").read_text()
+    for name in tgdp_fast.__all__:
+        assert f'id="tgdp_fast.{name}"' in reference
+    assert "Draw samples of the target domain" in reference
+    assert ":class:" not in reference
+    for example in EXAMPLES:
+        assert (tmp_path / "site" / "examples" / f"{example.stem}.html").is_file()
+    # Nothing is fetched from elsewhere when a page is read.
+    for page in (tmp_path / "site").rglob("*.html"):
+        fetched = re.findall(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
+        assert fetched == [], page
+    # Every page of docs/ is there as itself.
+    for page in PAGES[1:]:
+        title = re.search(r"^# (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert title, page
+        assert f">{title[1]}" in (tmp_path / "site" / f"{page.stem}.html").read_text()
+    assert "Where to go on" in (tmp_path / "site" / "index.html").read_text()
