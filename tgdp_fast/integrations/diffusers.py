@@ -150,10 +150,10 @@ class _Conventions:
         if prediction_type is None:
             prediction_type = config.get("prediction_type", "epsilon")
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-        if alphas_cumprod is not None and float(alphas_cumprod[-1]) == 0.0:
-            # Without signal h = 1 (TGDP section 3.2): no guidance at the last timestep.
-            schedule = NoiseSchedule.from_alphas_cumprod(alphas_cumprod[:-1])
+        if config.get("rescale_betas_zero_snr", False):
+            # Without signal h = 1 (TGDP section 3.2): no guidance at the last timestep. Some schedulers store a small
+            # number there, which may even exceed the one before.
+            schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod[:-1])
             return cls(schedule, prediction_type, schedule.t_max + 1.0)
         schedule = NoiseSchedule.from_diffusers(scheduler)
         return cls(schedule, prediction_type, schedule.t_max)
@@ -437,8 +437,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: as in
-            diffusers' DDPMScheduler. With a rescaled schedule the last alphas_cumprod is 2^-24, as in its
-            DPMSolverMultistepScheduler.
+            diffusers' DDPMScheduler. With a rescaled schedule the last alphas_cumprod is not 0 but 2^-24, as in its
+            DPMSolverMultistepScheduler, or half the one before where that is less.
         prediction_type: "epsilon", "sample" or "v_prediction". Channels of a learned variance are ignored.
         solver: a name in ``tgdp_fast.SOLVERS``.
         spacing: of the timesteps: "logsnr", "uniform" or "karras" of this package, or "leading", "linspace" or
@@ -497,7 +497,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.betas = self._grids.betas
         self.alphas_cumprod = self._grids.alphas_cumprod
         if rescale_betas_zero_snr:
-            self.alphas_cumprod[-1] = 2.0**-24
+            self.alphas_cumprod[-1] = min(2.0**-24, 0.5 * float(self.alphas_cumprod[-2]))
         self.schedule = NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod)
         self.order = SOLVERS[solver].evaluations
         self.init_noise_sigma = 1.0
