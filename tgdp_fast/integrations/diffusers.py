@@ -258,21 +258,18 @@ class GuidedModel:
             return 0.0
         return check_number("scale(timestep)", self.scale(timestep)) if callable(self.scale) else self.scale
 
-    def _after_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook: the model's output with guidance in it, in the form in which it came."""
-        prediction = output if isinstance(output, Tensor) else output[0]
-        names = _parameter_names(self.model)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if isinstance(output, tuple):
+            return (self._after_forward(model, args, kwargs, output[0]), *output[1:])
+        if not isinstance(output, Tensor):
+            return dataclasses.replace(output, sample=self._after_forward(model, args, kwargs, output.sample))
+        given = {**dict(zip(_parameter_names(model), args, strict=False)), **kwargs}
         x = next((given[name] for name in _INPUT_NAMES if name in given), args[0] if args else None)
         timestep = given.get("timestep", args[1] if len(args) > 1 else None)
         if x is None or timestep is None:
             raise ValueError(f"model must be called as model(sample, timestep, ...), got the arguments {sorted(given)}")
-        guided = self._guided(prediction, x, _one_timestep(timestep), given.get("class_labels"))
-        if isinstance(output, Tensor):
-            return guided
-        if isinstance(output, tuple):
-            return (guided, *output[1:])
-        return dataclasses.replace(output, sample=guided)
+        return self._guided(output, x, _one_timestep(timestep), given.get("class_labels"))
 
     def _guided(self, prediction: Tensor, x: Tensor, timestep: float, class_labels: Tensor | None) -> Tensor:
         conventions = self._conventions()
