@@ -22,7 +22,7 @@ TableScheduler = integration.TableScheduler
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
 ]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
