@@ -401,6 +401,35 @@ def test_a_learned_variance_stays_as_it_is() -> None:
     assert bool((variance == 7.0).all())
 
 
+def test_a_transformer_takes_hidden_states() -> None:
+    scheduler = make_scheduler("DDIMScheduler")
+    model, target = (GaussianModel(scheduler, law, "epsilon", "tensor") for law in (SOURCE, TARGET))
+
+    class Transformer(nn.Module):
+        def forward(self, encoder_states: Tensor, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+            return model(hidden_states, timestep)
+
+    transformer = Transformer()
+    with guide(SimpleNamespace(transformer=transformer, scheduler=scheduler), ExactRatio(model.schedule)):
+        for result in (
+            transformer(noise() + 1.0, noise(), torch.tensor(70)),
+            transformer(timestep=torch.tensor([70] * 5), hidden_states=noise(), encoder_states=noise() + 1.0),
+        ):
+            torch.testing.assert_close(result, target(noise(), 70), rtol=1e-9, atol=1e-9)
+
+
+def test_the_scheduler_may_change_meanwhile() -> None:
+    scheduler = make_scheduler("DDPMScheduler")
+    pipeline = SimpleNamespace(unet=GaussianModel(scheduler, SOURCE, "epsilon"), scheduler=scheduler)
+    with guide(pipeline, ExactRatio(pipeline.unet.schedule)):
+        pipeline.unet.prediction_type = "v_prediction"
+        pipeline.scheduler = make_scheduler("DDIMScheduler", prediction_type="v_prediction")
+        target = GaussianModel(scheduler, TARGET, "v_prediction")
+        torch.testing.assert_close(
+            predict(pipeline.unet, noise(), 9), predict(target, noise(), 9), rtol=1e-9, atol=1e-9
+        )
+
+
 def test_labels() -> None:
     scheduler = make_scheduler("DDPMScheduler")
     model = GaussianModel(scheduler, SOURCE, "epsilon")
@@ -584,11 +613,11 @@ def test_pipelines_draw_the_digits_of_the_target(
 
     time_input = "half_log_snr" if guidance == "convolutional" else "time"
     before = share()
-    with guide(pipeline, getattr(digits, guidance), time_input=time_input):
+    # Scale 2, as guidances of so few steps are flatter than the exact one.
+    with guide(pipeline, getattr(digits, guidance), scale=2.0, time_input=time_input):
         guided = share()
-    # The standard error of a share of 100 images is below 0.05, that of the difference below 0.07.
-    assert guided > before + 0.15
-    assert guided > 1.5 * before
+    # The standard error of a share of 100 images is at most 0.05, that of the difference 0.07.
+    assert guided > before + 0.2
 
 
 def test_a_list_of_generators_and_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

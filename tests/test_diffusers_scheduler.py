@@ -413,32 +413,32 @@ def test_a_saved_pipeline_loads_with_it(tmp_path: Path) -> None:
     assert torch.equal(draw(loaded), draw(pipeline))
 
 
-def test_it_steps_guided_predictions() -> None:
-    """The guided exact model of one Gaussian draws the other, to the error of the grid."""
-    pipeline = SimpleNamespace(unet=Model(), scheduler=TableScheduler(solver="dpmpp_2m"))
-    before = run_pipeline(pipeline)
+class Ratio:
+    """log q / p of Gaussians of the model's scale whose means differ by 0.5."""
 
-    class Shift:
-        """Moves the mean of the data by 0.5, were the model exact: log q / p is linear in x for equal variances."""
+    schedule = SCHEDULE
 
-        schedule = SCHEDULE
-
-        def log_ratio_and_grad(self, x: Tensor, t: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
-            gradient = torch.full_like(x, alpha * 0.5 / (alpha**2 * 0.36 + sigma**2))
-            return (gradient * x).flatten(1).sum(1), gradient
-
-    with integration.guide(pipeline, Shift()):
-        after = run_pipeline(pipeline)
-    assert 0.3 < float((after - before).mean()) < 0.7
+    def log_ratio_and_grad(self, x: Tensor, t: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
+        gradient = torch.full_like(x, alpha * 0.5 / (alpha**2 * 0.36 + sigma**2))
+        return (gradient * x).flatten(1).sum(1), gradient
 
 
-def run_pipeline(pipeline: Any) -> Tensor:
-    pipeline.scheduler.set_timesteps(15)
-    with torch.no_grad():
-        return run(
-            pipeline.scheduler, pipeline.unet, torch.randn(500, 1, 2, 2, generator=torch.Generator().manual_seed(2))
-        )
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("solver", ["ddpm", "unipc_2"])
+def test_guided_it_draws_what_sample_draws(solver: str, prediction_type: str) -> None:
+    """The whole chain: guide() on the model, then the table, against sample() with the same seed."""
+    settings: dict[str, Any] = {"scale": lambda t: 1.0 + t / 500.0, "interval": (40.0, 900.0)}
+    expected = sample(Model(), Ratio(), num=4, shape=(2, 3, 5), solver=solver, steps=9, seed=7, **settings)
+    unguided = sample(Model(), num=4, shape=(2, 3, 5), solver=solver, steps=9, seed=7)
+    model, scheduler = Model(prediction_type), TableScheduler(solver=solver, prediction_type=prediction_type)
+    scheduler.set_seed(7)
+    scheduler.set_timesteps(9)
+    x = normal(7, torch.arange(4), 30, 0).reshape(-1, 2, 3, 5)
+    with integration.guide(SimpleNamespace(unet=model, scheduler=scheduler), Ratio(), **settings):
+        result = run(scheduler, model, x)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - unguided).mean() > 0.3
 
 
 # Refusals ------------------------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ class GuidedModel:
         self._pipeline = pipeline
         self._scheduler = scheduler
         self._prediction_type = prediction_type
+        self._parameters = _parameter_names(self.model)
         self._conventions_of: tuple[Any, _Conventions] | None = None
         self._conventions()  # An unsuitable scheduler is an error here, not at the first call.
         self._undo: Callable[[], None] | None = self._install()
@@ -264,7 +265,7 @@ class GuidedModel:
             return (self._after_forward(model, args, kwargs, output[0]), *output[1:])
         if not isinstance(output, Tensor):
             return dataclasses.replace(output, sample=self._after_forward(model, args, kwargs, output.sample))
-        given = {**dict(zip(_parameter_names(model), args, strict=False)), **kwargs}
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         x = next((given[name] for name in _INPUT_NAMES if name in given), args[0] if args else None)
         timestep = given.get("timestep", args[1] if len(args) > 1 else None)
         if x is None or timestep is None:
