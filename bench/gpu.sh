@@ -9,7 +9,7 @@
 # ends before the timings. A stage that fails does not stop the next; the exit code tells.
 #
 # Environment variables: PYTHON (python3); TGDP_PREBUILT=1, the extensions are there already, do not build them;
-# TGDP_GPU_SECONDS, when to start nothing more (520).
+# TGDP_GPU_SECONDS, when to start nothing more (520); TGDP_COMMIT, what to write as the commit of a copy without history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -6,7 +6,8 @@ Registers, spills and shared memory are the compiler's. Blocks per multiprocesso
 what the launch must move and compute at least. floor = max(bytes / bandwidth, FLOPs / rate); predicted = floor, longer
 by what the last, partly filled, wave of blocks wastes, plus a launch. The fused CUDA kernels are predicted step by step
 (block_seconds and cluster_seconds in the script, which state what is assumed of the card), the long convolution by what
-it needs most of (long_convolution_predictions.py). Nothing here is measured.
+it needs most of (long_convolution_predictions.py). Nothing here is measured: what an H200 measured, and how far off
+some of this was, is in bench/NOTES.md.
 """
 
 from __future__ import annotations

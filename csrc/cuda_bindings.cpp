@@ -207,8 +207,9 @@ std::string trajectory_refusal(int64_t device, at::ScalarType dtype, int64_t siz
   return reason == nullptr ? "" : reason;
 }
 
-// packed: [H, M, 2], float16 with scales [H], or float32 with none.
-Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu) {
+// packed: [H, M, 2], float16 with scales [H], or float32 with none. y: [B, H, L], of any strides but the last.
+void long_convolution_into(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu, bool saturate,
+                           const Tensor& y) {
   const c10::cuda::CUDAGuard guard(u.device());
   TORCH_CHECK_VALUE(u.dim() == 3, "tgdp_fast: u must be [B, H, L]");
   const int64_t channels = u.size(1), length = u.size(2);
@@ -221,10 +222,12 @@ Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& sca
   TORCH_CHECK_VALUE(scales.dim() == 1 && scales.size(0) == (half ? channels : 0) && scales.scalar_type() == at::kFloat &&
                         scales.is_contiguous() && scales.device() == u.device(),
                     "tgdp_fast: scales must be float32, one for each channel of float16 spectra, on ", u.device());
+  TORCH_CHECK_VALUE(y.sizes() == u.sizes() && y.device() == u.device() && (y.stride(2) == 1 || length <= 1),
+                    "tgdp_fast: y must be [B, H, L] on ", u.device(), ", with the positions of a signal in one piece");
   const Tensor held = u.stride(2) == 1 || length <= 1 ? u : u.contiguous();
-  Tensor y = at::empty(u.sizes(), u.options());
   tgdp::LongConvolutionKernelCall call;
   call.dtype = tgdp::dtype_of(u);
+  call.result = tgdp::dtype_of(y);
   call.batch = u.size(0);
   call.channels = channels;
   call.length = length;
@@ -232,13 +235,20 @@ Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& sca
   call.u_sample = held.stride(0);
   call.u_channel = held.stride(1);
   call.y = y.mutable_data_ptr();
-  call.y_sample = channels * length;
-  call.y_channel = length;
+  call.y_sample = y.stride(0);
+  call.y_channel = y.stride(1);
   call.points = packed.size(1);
   call.spectra = packed.const_data_ptr();
   call.scales = half ? scales.const_data_ptr<float>() : nullptr;
   call.gelu = gelu;
+  call.saturate = saturate;
   check(tgdp_cuda_long_convolution(&call, c10::cuda::getCurrentCUDAStream().stream()));
+}
+
+Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  Tensor y = at::empty(u.sizes(), u.options());
+  long_convolution_into(u, packed, scales, gelu, false, y);
   return y;
 }
 
@@ -249,6 +259,9 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
       "cuda_trajectory_refusal(int device, ScalarType dtype, int size, int history, int[] score_widths, "
       "int[] guidance_widths) -> str",
       &trajectory_refusal);
+  library.def(
+      "cuda_long_convolution_(Tensor u, Tensor packed, Tensor scales, bool gelu, bool saturate, Tensor(a!) y) -> ()",
+      &long_convolution_into);
 }
 
 TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {

@@ -182,9 +182,22 @@ def _accumulate_part(
 
 
 @triton.jit
-def sigmoid(z):
-    """1 / (1 + exp(-z)) of float32; exact 0 and 1 far out."""
-    return 1.0 / (1.0 + tl.exp(-z))
+def exponential(x):
+    """exp(x) of float32 to about one unit in the last place; keeps NaN. The exponential of base 2 alone would cost |x|
+    units, for its argument x log2(e) is rounded.
+    """
+    x = tl.where(x > 128.0, 128.0, x)
+    x = tl.where(x < -256.0, -256.0, x)
+    t = x * 1.4426950216293335
+    rest = tl.fma(x, 1.4426950216293335, -t) + x * 1.925963033500011e-08
+    return tl.exp2(t) * (1.0 + rest * 0.6931471805599453)
+
+
+@triton.jit
+def sigmoid(z, EXACT: tl.constexpr):  # noqa: N803
+    """1 / (1 + exp(-z)) of float32; exact 0 and 1 far out. With EXACT to a few units in the last place."""
+    power = exponential(-z) if EXACT else tl.exp(-z)
+    return 1.0 / (1.0 + power)
 
 
 @triton.jit
@@ -335,7 +348,9 @@ def precision_of(dtype: torch.dtype, split: bool = False) -> str:
 
 def summed(precision: str, dtype: torch.dtype, depth: int) -> str:
     """The precision for sums of ``depth`` products; 16-bit factors lose more than a long sum of them does."""
-    return str(IN_PARTS.value) if (precision, dtype) == ("ieee", torch.float32) and depth > 2 * SUMMED.value else precision
+    return (
+        str(IN_PARTS.value) if (precision, dtype) == ("ieee", torch.float32) and depth > 2 * SUMMED.value else precision
+    )
 
 
 def blocks(rows: int, columns: int, tile: Tile) -> int:
@@ -544,7 +559,7 @@ def launch_layer(
     precision: str,
     **flags: bool,
 ) -> None:
-    """Launch over [batch, units] a kernel whose ``products`` of ``left`` are ``depth`` deep; size: (batch, units, depth)."""
+    """Launch over [batch, units] a kernel whose ``products`` of ``left`` are ``depth`` deep; (batch, units, depth)."""
     batch, units, depth = size
     launch(
         kernel,

@@ -99,7 +99,7 @@ def last_layer_kernel(
         PRECISION,
     )
     z = add_bias(z, bias, bias_row_stride, bias_column_stride, row, row_mask, column, column_mask, SHARED_BIAS)
-    s = sigmoid(z)
+    s = sigmoid(z, weight.dtype.element_ty == tl.float32)
     w = tl.load(head + column * head_stride, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     offsets = row[:, None] * units + column[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -159,7 +159,7 @@ def tangent_up_kernel(
     offsets = row[:, None] * units + column[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     z = tl.load(pre_activation + offsets, mask=mask, other=0.0).to(tl.float32)
-    s = sigmoid(z)
+    s = sigmoid(z, weight.dtype.element_ty == tl.float32)
     tl.store(product + offsets, narrow(v, product.dtype.element_ty), mask=mask)
     tl.store(tangent + offsets, narrow(silu_slope(z, s) * v, tangent.dtype.element_ty), mask=mask)
     if ACTIVATE:
@@ -222,7 +222,7 @@ def tangent_last_kernel(
     offsets = row[:, None] * units + column[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     z = tl.load(pre_activation + offsets, mask=mask, other=0.0).to(tl.float32)
-    s = sigmoid(z)
+    s = sigmoid(z, weight.dtype.element_ty == tl.float32)
     slope = silu_slope(z, s)
     w = tl.load(head + column * head_stride, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     zbar_block = silu_curvature(z, s) * v * w
@@ -289,7 +289,7 @@ def joint_down_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     z = tl.load(pre_activation + offsets, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(product + offsets, mask=mask, other=0.0).to(tl.float32)
-    s = sigmoid(z)
+    s = sigmoid(z, weight.dtype.element_ty == tl.float32)
     slope = silu_slope(z, s)
     zbar_block = slope * abar + silu_curvature(z, s) * v * eta
     tl.store(zbar + offsets, narrow(zbar_block, zbar.dtype.element_ty), mask=mask)

@@ -95,7 +95,11 @@ def layer_up_kernel(
     if KEEP:
         tl.store(pre_activation + offsets, narrow(z, pre_activation.dtype.element_ty), mask=mask)
     if ACTIVATE:
-        tl.store(activation + offsets, narrow(z * sigmoid(z), activation.dtype.element_ty), mask=mask)
+        tl.store(
+            activation + offsets,
+            narrow(z * sigmoid(z, weight.dtype.element_ty == tl.float32), activation.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit
@@ -158,7 +162,7 @@ def layer_down_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     if SLOPE or ACTIVATE:
         z = tl.load(pre_activation + offsets, mask=mask, other=0.0).to(tl.float32)
-        s = sigmoid(z)
+        s = sigmoid(z, weight.dtype.element_ty == tl.float32)
         if SLOPE:
             result *= silu_slope(z, s)
         if ACTIVATE:

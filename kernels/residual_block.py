@@ -537,13 +537,23 @@ def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights:
     taps(u, x, weights.convolution, step_bias)
     # Once the taps have read x, the gate may take its place.
     for layer, before, after, label in ((weights.first, u, between, label_bias), (weights.second, between, x, None)):
-        filters = layer.packed, layer.scales
-        long_convolution.launch(
-            y[..., :length], before[..., :length], *filters, activation=True, split=exact, saturate=not exact
-        )
+        convolve(y[..., :length], before[..., :length], layer, exact=exact)
         vectors = layer.mixture_bias, layer.norm_weight, layer.norm_bias
         mixture(after, y, before, layer.mixture, vectors, label, layer.epsilon, length, gated=after is x)
     output(state, x, weights.output, weights.output_bias)
+
+
+def convolve(output: Tensor, u: Tensor, layer: Layer, *, exact: bool) -> None:
+    """Fill output [B, H, L] with gelu(filters * u), by the kernel for which the layer's filters are packed."""
+    if layer.packed.ndim == _CUDA_DIMENSIONS:
+        torch.ops.tgdp_fast.cuda_long_convolution_(u, layer.packed, layer.scales, True, not exact, output)
+    else:
+        filters = layer.packed, layer.scales
+        long_convolution.launch(output, u, *filters, activation=True, split=exact, saturate=not exact)
+
+
+#: Of spectra that are packed for the CUDA kernel, [H, M, 2]; Triton's are [H, 2, A, B].
+_CUDA_DIMENSIONS = 3
 
 
 def _up_to_16(size: int) -> int:

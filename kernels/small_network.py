@@ -84,7 +84,7 @@ def finish_half(
     if KEEP:
         mask = row_mask[:, None] & (column < units)[None, :]
         tl.store(pre_activation + row[:, None] * units + column[None, :], narrow(z, DTYPE), mask=mask)
-    s = sigmoid(z)
+    s = sigmoid(z, False)
     return narrow(z * s, DTYPE), narrow(silu_slope(z, s), DTYPE)
 
 

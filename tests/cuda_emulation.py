@@ -107,6 +107,7 @@ class MlpValueAndGradCall(ctypes.Structure):
 class LongConvolutionKernelCall(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int),
+        ("result", ctypes.c_int),
         ("batch", ctypes.c_int64),
         ("channels", ctypes.c_int64),
         ("length", ctypes.c_int64),
@@ -120,6 +121,7 @@ class LongConvolutionKernelCall(ctypes.Structure):
         ("spectra", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("gelu", ctypes.c_bool),
+        ("saturate", ctypes.c_bool),
     ]
 
 
@@ -317,20 +319,31 @@ def _elements(tensor: Tensor | None) -> Elements:
 
 
 def long_convolution(
-    u: Tensor, prepared: LongConvolution, *, gelu: bool = True, room: int = 0, shift: int = 0
+    u: Tensor,
+    prepared: LongConvolution,
+    *,
+    gelu: bool = True,
+    room: int = 0,
+    shift: int = 0,
+    dtype: torch.dtype | None = None,
+    saturate: bool = False,
 ) -> Tensor:
-    """As long_convolution_reference, of what _pack_for_cuda packed; rows of the output have `room` elements more."""
+    """As long_convolution_reference, of what _pack_for_cuda packed; rows of the output have `room` elements more, and
+    `dtype`, that of u.
+    """
     assert u.stride(2) == 1 or u.shape[2] == 1
     packed, scales = prepared.packed, prepared.scales
     assert packed is not None
     assert scales is not None
     assert packed.is_contiguous()
     batch, channels, length = u.shape
-    output = Output((batch, channels, length + room), u.dtype, shift)
+    result = dtype or u.dtype
+    output = Output((batch, channels, length + room), result, shift)
     call = LongConvolutionKernelCall(
-        DTYPES[u.dtype], batch, channels, length, u.data_ptr(), u.stride(0), u.stride(1),
+        DTYPES[u.dtype], DTYPES[result], batch, channels, length, u.data_ptr(), u.stride(0), u.stride(1),
         output.values.data_ptr(), channels * (length + room), length + room,
         packed.shape[1], packed.data_ptr(), scales.data_ptr() if len(scales) else None, gelu,
+        saturate,
     )  # fmt: skip
     check(library().tgdp_cuda_long_convolution(ctypes.byref(call), None))
     values = output.finish()

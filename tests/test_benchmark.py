@@ -499,6 +499,33 @@ def test_layouts_hold_the_values(layout: str) -> None:
 # the README -------------------------------------------------------------------------------------------------
 
 
+#: Of the README's table of a GPU: cases, providers and the dtype.
+GPU_TIMES = (
+    (
+        "guided_step/1e8",
+        "mlp_value_and_grad/batch4096-input2-width128",
+        "mlp_value_and_grad/batch4096-input2-width512",
+        "mlp_value_and_grad/batch65536-input2-width512",
+        "long_convolution/64",
+        "residual_block/64",
+        "trajectory/samples256-width128",
+        "trajectory/samples10000-width128",
+    ),
+    ("peer", "reference+graph", "compile+graph", "cuda", "cuda+graph", "triton+graph"),
+    "bf16",
+)
+
+
+def test_readme_quotes_the_result_of_a_gpu() -> None:
+    readme = (ROOT / "README.md").read_text()
+    name = re.search(r"\[an H200\]\(bench/results/([\w.-]+\.json)\)", readme)
+    assert name
+    result = report.load(ROOT / "bench" / "results" / name[1])
+    assert report.times(result["rows"], *GPU_TIMES) in readme
+    assert result["environment"]["cuda"]["device"] == "NVIDIA H200"
+    assert name[1] in (ROOT / "tgdp_fast" / "ops" / "_measured.py").read_text()
+
+
 def test_readme_quotes_a_committed_result() -> None:
     readme = (ROOT / "README.md").read_text()
     name = re.search(r"\[one result file\]\(bench/results/([\w.-]+\.json)\)", readme)

@@ -335,3 +335,36 @@ def test_as_a_module_and_without_a_command() -> None:
     result = subprocess.run([sys.executable, "-m", "tgdp_fast"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "COMMAND" in result.stderr
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    run = f"{sys.executable} -m tgdp_fast bench --list | head -n 1; echo status ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=120)
+    first, status = done.stdout.splitlines()
+    assert first == "guided_step/1e4"
+    # The list may fit into the pipe before head is gone.
+    assert status in ("status 141", "status 0")
+    assert done.stderr == ""
+    closed = f"{sys.executable} -m tgdp_fast validate --backend reference --operators gated_activation >&-"
+    done = subprocess.run(["bash", "-c", closed], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_log_says_why_a_backend_does_not_serve() -> None:
+    code = """
+import sys, torch
+from tgdp_fast.cli import main
+from tgdp_fast.ops import guided_step
+main(["--log-level", sys.argv[1], "info", "--json"])
+x = torch.zeros(1, 2, dtype=torch.float64)
+guided_step(x, x, None, None, matrix=[[1.0, 0.0]])
+"""
+    for level, lines in (("info", 1), ("warning", 0)):
+        done = subprocess.run([sys.executable, "-c", code, level], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("INFO tgdp_fast.ops._dispatch: operator guided_step does not use backend cpu") == lines
+    done = subprocess.run(
+        [sys.executable, "-m", "tgdp_fast", "--log-level", "loud", "info"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "invalid choice: 'loud'" in done.stderr

@@ -88,6 +88,42 @@ def test_spectra_may_be_more_exact_than_signals(length, dtype):
 
 
 @cuda.needs_compiler
+@pytest.mark.parametrize(("before", "after"), [(FLOAT32, BFLOAT16), (FLOAT32, FLOAT16), (FLOAT16, BFLOAT16)])
+@pytest.mark.parametrize("length", [200, 400, 999])
+def test_the_result_may_be_of_another_dtype(length, before, after):
+    # As residual blocks ask for it, in rows that have room.
+    u, taps = draw(2, 3, length, before)
+    got = cuda.long_convolution(u, prepare(taps, after), room=5, dtype=after, saturate=True)
+    assert got.dtype == after
+    # Compared as if the result's dtype had been that of the input: the same bounds, with the same rounding at the end.
+    exact = oracle(u, taps, True)
+    errors, sizes = (np.linalg.norm(values, axis=2) for values in (got.double().numpy() - exact, exact))
+    floor = np.linalg.norm(oracle(u, taps, gelu=False), axis=2) * 0.5
+    np.testing.assert_array_less(errors, limit(length, after, True) * np.maximum(sizes, floor) + 1e-300)
+
+
+@cuda.needs_compiler
+@pytest.mark.parametrize("saturate", [False, True])
+def test_what_float16_does_not_hold(saturate):
+    u = torch.tensor([2e5, -2e5, 3.0, math.nan]).reshape(4, 1, 1)
+    prepared = prepare(torch.ones(1, 1, dtype=torch.float64), FLOAT16)
+    got = cuda.long_convolution(u, prepared, gelu=False, dtype=FLOAT16, saturate=saturate).flatten()
+    largest = 65504.0 if saturate else math.inf
+    assert got[:2].tolist() == [largest, -largest]
+    assert abs(float(got[2]) - 3.0) < 2**-8
+    assert bool(got[3].isnan())
+
+
+@cuda.needs_compiler
+def test_dtypes_without_a_kernel_are_refused():
+    u, taps = draw(1, 2, 40, BFLOAT16)
+    with pytest.raises(cuda.EmulationError, match="no kernel has these dtypes"):
+        cuda.long_convolution(u, prepare(taps, BFLOAT16), dtype=FLOAT16)
+    with pytest.raises(cuda.EmulationError, match="needs float16 spectra"):
+        cuda.long_convolution(u.float(), prepare(taps, FLOAT32), dtype=BFLOAT16)
+
+
+@cuda.needs_compiler
 def test_float32_is_as_exact_as_a_network_needs():
     u, taps = draw(2, 4, 1000)
     got, exact = cuda.long_convolution(u, prepare(taps, FLOAT32)), oracle(u, taps)
@@ -258,10 +294,8 @@ def test_whose_spectra_are_kept(monkeypatch):
     monkeypatch.setattr(_native, "CUDA_MISSING", None)
     monkeypatch.setattr(_triton, "MISSING", None)
     monkeypatch.setattr(_triton, "DEVICE_TYPE", "cuda")
-    # As they are predicted: test_static_report.py.
-    assert _reader("cuda", FLOAT32, "auto") == "cuda"
-    assert _reader("cuda", BFLOAT16, "auto") == _reader("cuda", FLOAT16, "auto") == "triton"
     for dtype in DTYPES:
+        assert _reader("cuda", dtype, "auto") == "cuda"  # the faster one as measured
         for around in ("cuda", "triton"):
             with use_backend(around):
                 assert _reader("cuda", dtype, "auto") == around
@@ -271,10 +305,10 @@ def test_whose_spectra_are_kept(monkeypatch):
         assert _reader("cuda", dtype, "cuda") == "cuda"
         assert _reader("cuda", dtype, "reference") is None
         assert _reader("cpu", dtype, "cuda") is None
-    monkeypatch.setattr(_triton, "MISSING", "not here")
-    assert _reader("cuda", BFLOAT16, "auto") == "cuda"
-    assert _reader("cuda", FLOAT32, "triton") is None
     monkeypatch.setattr(_native, "CUDA_MISSING", "not here")
+    assert _reader("cuda", BFLOAT16, "auto") == "triton"
+    assert _reader("cuda", FLOAT32, "cuda") is None
+    monkeypatch.setattr(_triton, "MISSING", "not here")
     assert _reader("cuda", FLOAT32, "auto") is None
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tgdp_fast.ops  # noqa: F401  (registers the operators)
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import _dispatch, _measured
 from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, register, resolve, use_backend
 
 
@@ -69,6 +69,58 @@ def test_an_operator_may_say_why_it_has_no_implementation(toy):
     assert backend_report()[toy]["triton"] == "the moon is not full"
     with pytest.raises(BackendUnavailableError, match="the moon is not full"):
         resolve(toy, "triton", torch.zeros(2))
+
+
+def test_auto_leaves_a_call_to_what_was_measured_to_be_faster(toy, monkeypatch):
+    monkeypatch.setitem(_dispatch._AUTO_ORDER, "cpu", ("triton", "cpu", "reference"))
+    register(toy, "triton", lambda x: x + 3, yields_to=lambda x: ("cpu",) if len(x) < 4 else ("reference",))
+    assert resolve(toy, "auto", torch.zeros(2)).backend == "cpu"
+    # What is faster refuses three rows.
+    assert resolve(toy, "auto", torch.zeros(3)).backend == "triton"
+    # The first that yields to none of those that accept.
+    assert resolve(toy, "auto", torch.zeros(4)).backend == "reference"
+    assert resolve(toy, "triton", torch.zeros(2)).backend == "triton"
+    with use_backend("triton"):
+        assert resolve(toy, "auto", torch.zeros(4)).backend == "triton"
+
+
+def network(batch, inputs, width, dtype):
+    """Arguments of a perceptron with four hidden layers, without data."""
+    sizes = [inputs, *[width] * 4, 1]
+    weights = [torch.empty(m, n, dtype=dtype, device="meta") for n, m in zip(sizes, sizes[1:], strict=False)]
+    x = torch.empty(batch, inputs, dtype=dtype, device="meta")
+    return x, weights[0].new_empty(width), weights, [w.new_empty(len(w)) for w in weights[1:]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "inputs", "width", "alone", "replayed"),
+    [
+        # The fastest of the committed H200 result for a call by itself, and in a CUDA graph.
+        (torch.bfloat16, 256, 2, 128, "cuda", "triton"),
+        (torch.bfloat16, 4096, 2, 128, "cuda", "triton"),
+        (torch.bfloat16, 4096, 2, 512, "reference", "triton"),
+        (torch.bfloat16, 65536, 2, 512, "triton", "triton"),
+        (torch.bfloat16, 256, 3904, 512, "reference", "triton"),
+        (torch.float32, 4096, 2, 128, "cuda", "cuda"),
+        (torch.float32, 4096, 2, 256, "cuda", "reference"),
+        (torch.float32, 4096, 2, 512, "reference", "reference"),
+        (torch.float32, 65536, 2, 128, "reference", "reference"),
+        (torch.float32, 256, 3904, 512, "reference", "reference"),
+    ],
+)
+def test_the_perceptrons_choice_on_a_gpu_is_what_was_measured(dtype, batch, inputs, width, alone, replayed):
+    yields = {"cuda": _measured.cuda_perceptron_yields_to, "triton": _measured.triton_perceptron_yields_to}
+    call = network(batch, inputs, width, dtype)
+
+    def choice():
+        for name, function in yields.items():
+            if not function(*call):
+                return name
+        return "reference"
+
+    assert choice() == alone
+    with _measured.to_be_replayed():
+        assert choice() == replayed
 
 
 def test_the_error_survives_pickling(toy):

@@ -32,6 +32,7 @@ LAYERS: dict[str, set[str] | None] = {
     "schedule": {"_checks"},
     "noise": {"_checks", "_native"},
     "checkpoint": {"_checks", "_version"},
+    "pretrained": {"checkpoint"},
     "kernels": {"_version", "checkpoint"},
     "data": {"_version", "_checks", "schedule", "noise", "checkpoint"},
     "metrics": {"_checks", "schedule", "noise", "checkpoint"},
@@ -70,6 +71,7 @@ OPTIONAL = {
     "pandas",
     "neurokit2",
     "diffusers",
+    "huggingface_hub",
     "triton",
 }
 

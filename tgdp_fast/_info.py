@@ -78,7 +78,12 @@ def _parse_cpuinfo(text: str) -> tuple[str, list[str]]:
 
 
 def _commit(root: Path) -> str | None:
-    """Return the commit checked out in ``root``, or None if that is not the top folder of a git checkout."""
+    """Return the commit checked out in ``root``, or None if that is not the top folder of a git checkout.
+
+    A copy without its history is told by the environment variable TGDP_COMMIT.
+    """
+    if os.environ.get("TGDP_COMMIT"):
+        return os.environ["TGDP_COMMIT"]
     top = _git(root, "rev-parse", "--show-toplevel")
     # A package installed below somebody else's checkout (say in its .venv) must not report their commit.
     if top is None or Path(top).resolve() != root.resolve():

@@ -30,6 +30,7 @@ FORMAT = "tgdp_fast"
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "model.safetensors"
+CARD_FILE = "README.md"
 
 _PICKLE_ADVICE = (
     "files written by torch.save or pickle are never loaded, because unpickling can run arbitrary code; "
@@ -39,6 +40,8 @@ _PICKLE_ADVICE = (
 _EXPECTED = f"expected a checkpoint folder with {CONFIG_FILE} and {TENSOR_FILE}"
 _AGAIN = "save or copy the checkpoint again"
 _LISTED = 4  # names shown per kind of mismatch
+# Files for readers and for git, which a checkpoint that replaces another one takes over.
+_KEPT = (CARD_FILE, ".gitattributes")
 
 
 class CheckpointError(ValueError):
@@ -49,9 +52,16 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    path: str | os.PathLike[str],
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    card: str | None = None,
 ) -> None:
     """Write a checkpoint folder atomically; an existing checkpoint at ``path`` is replaced as a whole.
+
+    A model card (README.md) and a .gitattributes that lie there stay.
 
     Args:
         path: folder to create or replace; parent folders are created.
@@ -59,6 +69,7 @@ def save_checkpoint(
         config: JSON-able settings that rebuild the object; finite numbers only. Tuples come back as lists.
         tensors: named dense tensors of any shape, dtype and device, usually a state dict. Views and tensors
             that share memory are stored as separate tensors.
+        card: text of README.md; None keeps the one that is there, or writes none.
 
     Raises:
         CheckpointError: ``path`` is a file or a folder that holds anything else than a checkpoint,
@@ -96,6 +107,11 @@ def save_checkpoint(
             "config": config,
         }
         write_atomic(partial / CONFIG_FILE, json.dumps(header, indent=2) + "\n")
+        for name in _KEPT:
+            if name == CARD_FILE and card is not None:
+                write_atomic(partial / name, card)
+            elif (target / name).is_file():
+                write_atomic(partial / name, (target / name).read_bytes())
         _flush(partial)
         if target.exists():
             # A complete target makes an older leftover worthless; rename needs its place free.
@@ -149,6 +165,12 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str | None = None) -> tu
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{tensor_file} is not a readable safetensors file: {error}") from None
     return header["config"], tensors
+
+
+def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
+    """Whether anything is at ``path``, or a save that was killed between its two renames left the old state beside."""
+    folder = _real_path(path)
+    return folder.exists() or _previous(folder).is_dir()
 
 
 def checkpoint_kind(path: str | os.PathLike[str]) -> str:
@@ -361,7 +383,7 @@ def check_replaceable(target: Path) -> None:
         ours = json.loads((target / CONFIG_FILE).read_text(encoding="utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         ours = False
-    others = [name for name in entries if name not in (CONFIG_FILE, TENSOR_FILE)]
+    others = [name for name in entries if name not in (CONFIG_FILE, TENSOR_FILE, *_KEPT)]
     if not ours or others:
         shown = others or entries
         raise CheckpointError(
@@ -403,7 +425,14 @@ def _read_header(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
         raise CheckpointError(f"{config_file} is damaged, not JSON ({error}); {_AGAIN}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of {FORMAT}: its {CONFIG_FILE} does not say so")
+        # What other libraries call their models in a file of this name.
+        other = (
+            next((header[name] for name in ("model_type", "_class_name", "architectures") if name in header), None)
+            if isinstance(header, dict)
+            else None
+        )
+        says = "does not say so" if other is None else f"is that of a model of another library, {other!r}"
+        raise CheckpointError(f"{path} is not a checkpoint of {FORMAT}: its {CONFIG_FILE} {says}")
     version = header.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(

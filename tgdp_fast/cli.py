@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,12 +38,20 @@ EXPECTED = (OSError, ArithmeticError, ImportError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed while running, 2 bad arguments, 130
-    interrupted).
+    interrupted, 141 nobody read the output any more).
     """
     options = argparse.Namespace()
     try:
         _parser().parse_args(arguments, options)
-        return _run(options)
+        logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+        status = _run(options)
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # As in `tgdp-fast info | head -1`. What is still to be written goes nowhere, also at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("tgdp-fast: interrupted; " + (_kept(options) or "nothing was kept"), file=sys.stderr)
         return 130
@@ -55,6 +64,8 @@ def _run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"tgdp-fast: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except Exception as error:
         # Torch comes with it, and some commands do without.
         from tgdp_fast.ops._dispatch import BackendUnavailableError
@@ -484,8 +495,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "tgdp-fast",
         description="Sample a target domain from a source diffusion model and few target samples.",
+        epilog="Exit status: 0 done, 1 failed while running, 2 bad arguments, 130 interrupted. Runs that write to a "
+        "folder go on where they stopped when the same command is given again.",
     )
     parser.add_argument("--version", action="version", version=f"tgdp-fast {__version__}")
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="warning",
+        help="what to report on standard error; info tells why a backend does not serve (%(default)s)",
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = add_command(commands, "info", info)
@@ -495,7 +514,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for table and plots (%(default)s)")
     add_quiet(command)
 
-    experiment = commands.add_parser("experiment", help="an experiment with its table and plots")
+    experiment = commands.add_parser("experiment", help="An experiment with its table and plots.")
     experiments = experiment.add_subparsers(title="experiments", required=True, metavar="NAME")
     command = add_command(experiments, "gaussians", experiment_gaussians)
     command.add_argument("--n", type=int, nargs="+", default=[10, 100, 1000], help="target samples (10 100 1000)")

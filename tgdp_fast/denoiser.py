@@ -15,6 +15,7 @@ from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked, save_checkpoint
 from tgdp_fast.models import ARCHITECTURES
 from tgdp_fast.models.sssd_ecg_sampling import CompiledSSSDECG
+from tgdp_fast.pretrained import Pretrained
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SolverTable
 
@@ -84,7 +85,7 @@ def training_target(
     return epsilon
 
 
-class Denoiser(nn.Module):
+class Denoiser(Pretrained, nn.Module):
     """A diffusion network with its noise schedule, prediction type and time convention.
 
     Args:
@@ -224,9 +225,13 @@ class Denoiser(nn.Module):
             "num_classes": self.num_classes,
         }
 
+    def to_checkpoint(self) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+        """Kind, config and tensors of the checkpoint."""
+        return "denoiser", self.to_config(), self._stored_network.state_dict()
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint folder (config.json, model.safetensors), atomically."""
-        save_checkpoint(path, "denoiser", self.to_config(), self._stored_network.state_dict())
+        """Write a checkpoint folder (config.json, model.safetensors), atomically; ``save_pretrained`` adds a card."""
+        save_checkpoint(path, *self.to_checkpoint())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], network: nn.Module | None = None) -> Denoiser:

@@ -16,7 +16,8 @@ from tgdp_fast.denoiser import Denoiser, epsilon_scales
 from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser, labels_for
 from tgdp_fast.models import ScoreMLP, encode_labels
 from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory, use_backend
-from tgdp_fast.ops._dispatch import resolve
+from tgdp_fast.ops._dispatch import requested_backend, resolve
+from tgdp_fast.ops._measured import loop_is_faster
 from tgdp_fast.solvers import SolverTable
 
 
@@ -41,6 +42,7 @@ class FusedRun:
         backend: str,
         *,
         split: bool = False,
+        samples: int | None = None,
     ) -> FusedRun | None:
         """The run of ``table``, or None where the models or the backends here need the loop.
 
@@ -50,6 +52,7 @@ class FusedRun:
             scales: guidance scale at each of its evaluations.
             dtype: of the networks' products; None for that of their parameters.
             backend, split: as for the operators.
+            samples: of the whole run, so that a choice left open goes to the loop where that is faster.
         """
         denoiser, guidance = guided.denoiser, guided.guidance
         # Exactly these: a subclass, or a hook, may compute something else.
@@ -87,6 +90,10 @@ class FusedRun:
             chosen = resolve("trajectory", backend, score.evaluation_bias, score, other, plan).backend
         except BackendUnavailableError:
             return None
+        if chosen == "cuda" and samples is not None and requested_backend(backend) == "auto":
+            networks = [network.weights for network in (score, other) if network is not None]
+            if loop_is_faster(samples, networks):
+                return None
         return None if chosen == "reference" else cls(guided, score, other, plan, split, chosen)
 
     def run(self, x: Tensor, labels: Tensor | None, seed: int, sample_index: Tensor) -> tuple[Tensor, int]:

@@ -17,6 +17,7 @@ from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_
 from tgdp_fast.denoiser import number_on, per_sample
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
 from tgdp_fast.ops import guided_epsilon, limit_gradient, mlp_value_and_grad, perceptron
+from tgdp_fast.pretrained import Pretrained
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.streams import side_by_side
 
@@ -81,7 +82,7 @@ class ECGStem(nn.Module):
         return gradient
 
 
-class GuidanceNetwork(nn.Module):
+class GuidanceNetwork(Pretrained, nn.Module):
     """log h(x, t[, y]) as an MLP, h = exp(f) > 0, so that the guidance gradient is simply grad f.
 
     f = alpha_t^k (w . a_L + c), a_l = silu(W_l a_{l-1} + b_l); time and labels add to the first bias. The factor
@@ -217,9 +218,13 @@ class GuidanceNetwork(nn.Module):
         schedule = NoiseSchedule.from_config(arguments.pop("schedule"))
         return cls(arguments.pop("event_shape"), schedule, **arguments)
 
+    def to_checkpoint(self) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+        """Kind, config and tensors of the checkpoint."""
+        return "guidance", self.to_config(), self.state_dict()
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint folder (config.json, model.safetensors), atomically."""
-        save_checkpoint(path, "guidance", self.to_config(), self.state_dict())
+        """Write a checkpoint folder (config.json, model.safetensors), atomically; ``save_pretrained`` adds a card."""
+        save_checkpoint(path, *self.to_checkpoint())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GuidanceNetwork:

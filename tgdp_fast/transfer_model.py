@@ -32,6 +32,7 @@ from tgdp_fast.data.arrays import Standardizer, check_labels, check_samples
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.density_ratio import TransferDiagnostics
 from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.pretrained import Pretrained
 from tgdp_fast.prior import Prior, prior_from_tensors
 from tgdp_fast.sampling import sample, sample_to_file
 from tgdp_fast.schedule import NoiseSchedule
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class TransferModel:
+class TransferModel(Pretrained):
     """A source denoiser with guidance towards a target domain, in the units of the data.
 
     Attributes:
@@ -216,21 +217,25 @@ class TransferModel:
         return signature_of(self.denoiser, self.guidance, *self.standardizer.to_tensors().values(), *prior)
 
     def _tensors(self) -> dict[str, Tensor]:
-        parts = {f"denoiser.{k}": v for k, v in self.denoiser.network.state_dict().items()}
+        parts = {f"denoiser.{k}": v for k, v in self.denoiser.to_checkpoint()[2].items()}
         parts |= {f"guidance.{k}": v for k, v in self.guidance.state_dict().items()}
         parts |= {f"standardizer.{k}": v for k, v in self.standardizer.to_tensors().items()}
         prior = {} if self.prior is None else self.prior.to_tensors()
         return parts | {f"prior.{k}": v for k, v in prior.items()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint folder (config.json, model.safetensors), atomically."""
+    def to_checkpoint(self) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+        """Kind, config and tensors of the checkpoint."""
         config = {
             "denoiser": self.denoiser.to_config(),
             "guidance": self.guidance.to_config(),
             "diagnostics": self.diagnostics,
             "config": self.config,
         }
-        save_checkpoint(path, KIND, config, self._tensors())
+        return KIND, config, self._tensors()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint folder (config.json, model.safetensors), atomically; ``save_pretrained`` adds a card."""
+        save_checkpoint(path, *self.to_checkpoint())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], network: nn.Module | None = None) -> TransferModel:

@@ -54,7 +54,8 @@ struct TrajectoryKernelCall {
 };
 
 struct LongConvolutionKernelCall {
-  Dtype dtype = Dtype::f32;  // of u and y
+  Dtype dtype = Dtype::f32;   // of u
+  Dtype result = Dtype::f32;  // of y: that of u, or, with spectra of float16, bfloat16 or float16 of wider or float16 numbers
   int64_t batch = 0, channels = 0, length = 0;
   // Element (b, h, t) of u at b u_sample + h u_channel + t; likewise y.
   const void* u = nullptr;
@@ -65,6 +66,7 @@ struct LongConvolutionKernelCall {
   const void* spectra = nullptr;  // [channels, M] pairs of float, or of float16 over scales, 8 or 4 bytes aligned
   const float* scales = nullptr;  // [channels], or null for float
   bool gelu = true;
+  bool saturate = false;  // what float16 does not hold is its largest number instead of infinity
 };
 
 // How a call is cut into blocks on a device.

@@ -6,7 +6,7 @@
 namespace tgdp::cuda {
 namespace {
 
-template <typename Element, typename Spectra, int kRows, int kColumns>
+template <typename Input, typename Output, typename Spectra, int kRows, int kColumns>
 const char* run(const LongConvolutionKernelCall& call, void* stream) {
   using Shape = ConvolutionShape<kRows, kColumns>;
   ConvolutionArguments arguments{};
@@ -22,27 +22,39 @@ const char* run(const LongConvolutionKernelCall& call, void* stream) {
   arguments.spectra = call.spectra;
   arguments.scales = call.scales;
   arguments.gelu = call.gelu;
+  arguments.saturate = call.saturate;
   constexpr uint32_t kInBlock = Shape::kSignals * kConvolutionWarps;
-  return launch(&long_convolution_kernel<Element, Spectra, kRows, kColumns>,
+  return launch(&long_convolution_kernel<Input, Output, Spectra, kRows, kColumns>,
                 (arguments.signals + kInBlock - 1) / kInBlock, kConvolutionThreads, Shape::kSharedBytes, stream, arguments);
 }
 
-template <typename Element, typename Spectra>
+template <typename Input, typename Output, typename Spectra>
 const char* run(const LongConvolutionKernelCall& call, void* stream) {
   switch (call.points) {
     case 256:
-      return run<Element, Spectra, 16, 16>(call, stream);
+      return run<Input, Output, Spectra, 16, 16>(call, stream);
     case 512:
-      return run<Element, Spectra, 32, 16>(call, stream);
+      return run<Input, Output, Spectra, 32, 16>(call, stream);
     default:
-      return run<Element, Spectra, 32, 32>(call, stream);
+      return run<Input, Output, Spectra, 32, 32>(call, stream);
   }
 }
 
 template <typename Element>
 const char* run_half(const LongConvolutionKernelCall& call, void* stream) {
   // Spectra may be more exact than the elements.
-  return call.scales == nullptr ? run<Element, FloatSpectra>(call, stream) : run<Element, HalfSpectra>(call, stream);
+  return call.scales == nullptr ? run<Element, Element, FloatSpectra>(call, stream)
+                                : run<Element, Element, HalfSpectra>(call, stream);
+}
+
+// y of other elements than u.
+const char* run_mixed(const LongConvolutionKernelCall& call, void* stream) {
+  if (call.scales == nullptr) return "long_convolution: another dtype of the result needs float16 spectra";
+  const bool from_float = call.dtype == Dtype::f32;
+  if (from_float && call.result == Dtype::bf16) return run<F32, Bf16, HalfSpectra>(call, stream);
+  if (from_float && call.result == Dtype::f16) return run<F32, F16, HalfSpectra>(call, stream);
+  if (call.dtype == Dtype::f16 && call.result == Dtype::bf16) return run<F16, Bf16, HalfSpectra>(call, stream);
+  return "long_convolution: no kernel has these dtypes of u and y";
 }
 
 }  // namespace
@@ -56,10 +68,11 @@ const char* tgdp_cuda_long_convolution(const tgdp::LongConvolutionKernelCall* ca
   }
   if (call->batch > 0x7fffffff / call->channels) return "long_convolution: at most 2^31 - 1 signals at a time";
   if (call->length > call->points) return "long_convolution: more positions than points";
+  if (call->result != call->dtype) return run_mixed(*call, stream);
   switch (call->dtype) {
     case tgdp::Dtype::f32:
       if (call->scales != nullptr) return "long_convolution: float32 signals need float32 spectra";
-      return run<F32, FloatSpectra>(*call, stream);
+      return run<F32, F32, FloatSpectra>(*call, stream);
     case tgdp::Dtype::bf16:
       return run_half<Bf16>(*call, stream);
     default:

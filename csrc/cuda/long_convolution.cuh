@@ -4,7 +4,7 @@
 // As in cpu/long_convolution.h: modulo X^M - i a real signal of L <= M positions takes one complex transform of M points,
 // with the weights exp(2 pi i n / (4 M)) part of its factors, and what wraps around ends in the imaginary part.
 //
-// For B samples, H channels, elements of b bytes and numbers of spectra of s bytes: B H L 2 b + 2 H M s bytes from and to
+// For B samples, H channels, elements of b bytes and numbers of spectra of s bytes: 2 B H L b + 2 H M s bytes from and to
 // memory; about B H (8 M log2 M + 25 L) FLOPs. Bound by the instructions that can be issued, about 3,400 of a warp for
 // 1024 points in float32, before memory.
 //
@@ -33,7 +33,7 @@ struct ConvolutionArguments {
   int64_t y_sample, y_channel;
   const void* spectra;  // [channels, M] pairs
   const float* scales;  // [channels], of float16 spectra
-  bool gelu;
+  bool gelu, saturate;
 };
 
 struct Complex {
@@ -196,10 +196,15 @@ struct HalfSpectra {
 };
 
 template <typename Element>
-TGDP_DEVICE typename Element::Storage narrowed(float value) {
+TGDP_DEVICE typename Element::Storage narrowed(float value, bool saturate) {
   if constexpr (Element::kDtype == Dtype::f32) {
     return value;
   } else {
+    if constexpr (Element::kDtype == Dtype::f16) {
+      // Keeps NaN.
+      if (saturate && value > 65504.0f) value = 65504.0f;
+      if (saturate && value < -65504.0f) value = -65504.0f;
+    }
     return Element::from_float(value);
   }
 }
@@ -230,12 +235,11 @@ struct ConvolutionShape {
   static_assert(kSharedBytes <= size_t{48} << 10, "no more than every device has without being asked");
 };
 
-// R1 = kRows, R2 = kColumns.
-template <typename Element, typename Spectra, int kRows, int kColumns>
+// R1 = kRows, R2 = kColumns; u holds Input, y Output.
+template <typename Input, typename Output, typename Spectra, int kRows, int kColumns>
 __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
     long_convolution_kernel(const __grid_constant__ ConvolutionArguments call) {
   using Shape = ConvolutionShape<kRows, kColumns>;
-  using Storage = typename Element::Storage;
   constexpr int kInBlock = Shape::kSignals * kConvolutionWarps;
   const int lane = static_cast<int>(threadIdx.x) % kColumns, place = static_cast<int>(threadIdx.x) / kColumns;
   const Shared<float2> shared =
@@ -250,11 +254,11 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
 
   Complex z[kRows];
   {
-    const Storage* u = static_cast<const Storage*>(call.u) + sample * call.u_sample + channel * call.u_channel + lane;
+    const auto* u = static_cast<const typename Input::Storage*>(call.u) + sample * call.u_sample + channel * call.u_channel + lane;
     float x[kRows];
 #pragma unroll
     for (int n1 = 0; n1 < kRows; ++n1) {
-      x[n1] = n1 * kColumns < length ? Element::to_float(u[n1 * kColumns]) : 0.0f;
+      x[n1] = n1 * kColumns < length ? Input::to_float(u[n1 * kColumns]) : 0.0f;
     }
     shifted_transform(x, z);
   }
@@ -299,16 +303,16 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
   float y[kRows];
   shifted_inverse(z, y);
   const float scale = Spectra::scale(call.scales, channel);
-  Storage* out = static_cast<Storage*>(call.y) + sample * call.y_sample + channel * call.y_channel + lane;
+  auto* out = static_cast<typename Output::Storage*>(call.y) + sample * call.y_sample + channel * call.y_channel + lane;
 #pragma unroll
   for (int n1 = 0; n1 < kRows; ++n1) y[n1] *= scale;
   if (call.gelu) {
 #pragma unroll
-    for (int n1 = 0; n1 < kRows; ++n1) y[n1] = Element::kDtype == Dtype::f32 ? gelu(y[n1]) : rough_gelu(y[n1]);
+    for (int n1 = 0; n1 < kRows; ++n1) y[n1] = Output::kDtype == Dtype::f32 ? gelu(y[n1]) : rough_gelu(y[n1]);
   }
 #pragma unroll
   for (int n1 = 0; n1 < kRows; ++n1) {
-    if (n1 * kColumns < length) out[n1 * kColumns] = narrowed<Element>(y[n1]);
+    if (n1 * kColumns < length) out[n1 * kColumns] = narrowed<Output>(y[n1], call.saturate);
   }
 }
 

@@ -218,7 +218,7 @@ def residual_block_inputs(
         width = 2 * channels
         taps = draw(width, 2 * length - 1, scale=length**-0.5)
         return S4Weights(
-            prepare_long_convolution(taps, dtype, backend="triton" if device.type == "cuda" else "auto"),
+            prepare_long_convolution(taps, dtype),
             draw(width, width, scale=width**-0.5).to(dtype),
             draw(width, scale=0.3),
             1 + draw(width, scale=0.2),

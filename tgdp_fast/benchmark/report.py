@@ -102,6 +102,16 @@ def summary(rows: Sequence[Row], cases: Sequence[str] = SUMMARY) -> str:
     return markdown_table(["case", *(f"`{name}`" for name in providers)], body)
 
 
+def times(rows: Sequence[Row], cases: Sequence[str], providers: Sequence[str], dtype: str) -> str:
+    """Markdown: a line per case with the medians of some providers in a dtype."""
+    found = {(row["case"], row["provider"]): row["median_s"] for row in rows if row["dtype"] == dtype}
+    body = []
+    for case in cases:
+        medians = [found.get((case, provider)) for provider in providers]
+        body.append([f"`{case}`", *("-" if median is None else _seconds(median) for median in medians)])
+    return markdown_table(["case", *(f"`{provider}`" for provider in providers)], body)
+
+
 def _cell(row: Row | None, rows: Sequence[Row]) -> str:
     if row is None:
         return "-"

@@ -169,7 +169,7 @@ def sample(options: argparse.Namespace) -> None:
 
 def add_parser(commands: Any) -> None:
     """Add ``ecg`` with its commands to the subparsers of ``tgdp-fast``."""
-    ecg = commands.add_parser("ecg", help="electrocardiograms: from folders of records to samples and results")
+    ecg = commands.add_parser("ecg", help="Electrocardiograms: from folders of records to samples and results.")
     names = ecg.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = add_command(names, "inspect", inspect)

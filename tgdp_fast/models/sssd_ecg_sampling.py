@@ -90,7 +90,7 @@ def _s4_weights(block: S4Block, factor: Callable[[Tensor], Tensor], storage: tor
     layer, norm = block.s4_layer, block.norm_layer
     taps = layer.taps(length)
     # A GPU's residual blocks are Triton's.
-    filters = prepare_long_convolution(taps, storage, backend="triton" if taps.is_cuda else "auto")
+    filters = prepare_long_convolution(taps, storage)
     return S4Weights(
         filters._replace(taps=filters.taps.float()),
         factor(layer.output_linear.weight.double()),

@@ -7,7 +7,8 @@ asks
 - an explicit ``backend=`` is honoured or raises :class:`BackendUnavailableError` with the reason;
 - ``backend="auto"`` follows ``with use_backend(name)`` if one is active, else the environment variable
   ``TGDP_BACKEND``, both as strict as an explicit choice;
-- otherwise ``auto`` takes the first of the device's backends that accepts the call, ``reference`` last.
+- otherwise ``auto`` takes the first of the device's backends that accepts the call and is not known to be slower there
+  than another one that does, ``reference`` last.
 
 Under ``torch.compile`` the choice is made while tracing and becomes part of the compiled code: a later
 ``use_backend`` or change of the environment does not reach it.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -90,12 +91,20 @@ def _restore_error(message: str, operator: str, backend: str, reason: str) -> Ba
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of one operator; ``refuses(*call)`` answers why it cannot take a call, or None."""
+    """One implementation of one operator.
+
+    Attributes:
+        operator, backend: names.
+        function: what computes it.
+        refuses: why it cannot take a call, or None.
+        yields_to: the backends that were measured to be faster for a call, if there are any.
+    """
 
     operator: str
     backend: str
     function: Callable[..., Any]
     refuses: Callable[..., str | None] | None = None
+    yields_to: Callable[..., Sequence[str]] | None = None
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -109,9 +118,11 @@ def register(
     function: Callable[..., Any],
     refuses: Callable[..., str | None] | None = None,
     *,
+    yields_to: Callable[..., Sequence[str]] | None = None,
     missing: str | None = None,
 ) -> None:
-    """Add an implementation; ``refuses`` gets the call that ``resolve`` gets and must not read tensor values.
+    """Add an implementation; ``refuses`` and ``yields_to`` get the call that ``resolve`` gets and must not read tensor
+    values.
 
     With a reason in ``missing``, nothing is added, and the reason is what a request for the backend is answered.
 
@@ -123,7 +134,7 @@ def register(
     if backend in implementations:
         raise ValueError(f"operator {operator!r} already has a {backend!r} implementation; register each once")
     if missing is None:
-        implementations[backend] = Implementation(operator, backend, function, refuses)
+        implementations[backend] = Implementation(operator, backend, function, refuses, yields_to)
     else:
         _missing[operator, backend] = missing
 
@@ -173,14 +184,20 @@ def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Impleme
         if reason is not None:
             raise BackendUnavailableError(operator, name, reason, tuple(b for b in BACKENDS if b in implementations))
         return implementations[name]
+    accepting: list[str] = []
     for candidate in _AUTO_ORDER.get(device, ("reference",)):
         implementation = implementations.get(candidate)
         if implementation is None:
             continue
         reason = _refusal(operator, implementation, candidate, device, call, keywords)
         if reason is None:
-            return implementation
-        _log_once(operator, candidate, reason)
+            accepting.append(candidate)
+        else:
+            _log_once(operator, candidate, reason)
+    for candidate in accepting:
+        yields_to = implementations[candidate].yields_to
+        if yields_to is None or not set(yields_to(*call, **keywords)).intersection(accepting):
+            return implementations[candidate]
     reason = f"no implementation takes this call on {device} tensors"
     raise BackendUnavailableError(operator, "auto", reason, tuple(implementations))
 

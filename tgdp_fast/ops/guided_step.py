@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tgdp_fast import _native, noise
 from tgdp_fast._checks import check_number
-from tgdp_fast.ops import _cuda, _dispatch, _triton
+from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton
 
 __all__ = ["GuidedStepOutput", "guided_step", "guided_step_reference"]
 
@@ -387,7 +387,12 @@ def _refuses_cuda(x: Tensor, *_: Any, matrix: Sequence[Any], **__: Any) -> str |
 
 # The same operator on tensors of another device.
 _dispatch.register(
-    "guided_step", "cuda", partial(_call_operator, "guided_step"), _refuses_cuda, missing=_native.CUDA_MISSING
+    "guided_step",
+    "cuda",
+    partial(_call_operator, "guided_step"),
+    _refuses_cuda,
+    yields_to=_measured.cuda_step_yields_to,
+    missing=_native.CUDA_MISSING,
 )
 
 

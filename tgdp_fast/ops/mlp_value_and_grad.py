@@ -41,7 +41,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _cuda, _dispatch, _triton
+from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton
 from tgdp_fast.ops.perceptron import (
     checked_call,
     fake_gradients,
@@ -375,9 +375,19 @@ if _triton.MISSING is None:
 
     torch.library.register_fake("tgdp_fast::mlp_value_and_grad_triton", _fake_forward)
     torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward_triton", _fake_backward)
-    _dispatch.register(_FORWARD, "triton", partial(_call_forward, "mlp_value_and_grad_triton"), refuses_triton)
     _dispatch.register(
-        _BACKWARD, "triton", partial(_call_backward, "mlp_value_and_grad_backward_triton"), refuses_triton
+        _FORWARD,
+        "triton",
+        partial(_call_forward, "mlp_value_and_grad_triton"),
+        refuses_triton,
+        yields_to=_measured.triton_perceptron_yields_to,
+    )
+    _dispatch.register(
+        _BACKWARD,
+        "triton",
+        partial(_call_backward, "mlp_value_and_grad_backward_triton"),
+        refuses_triton,
+        yields_to=_measured.triton_derivative_yields_to,
     )
 
 
@@ -388,7 +398,14 @@ def _refuses_cuda(x: Tensor, _: Tensor, weights: Sequence[Tensor], __: Sequence[
 
 
 # The same operator on tensors of another device; there is no kernel of its derivative.
-_dispatch.register(_FORWARD, "cuda", partial(_call_forward, _FORWARD), _refuses_cuda, missing=_native.CUDA_MISSING)
+_dispatch.register(
+    _FORWARD,
+    "cuda",
+    partial(_call_forward, _FORWARD),
+    _refuses_cuda,
+    yields_to=_measured.cuda_perceptron_yields_to,
+    missing=_native.CUDA_MISSING,
+)
 _dispatch.register(
     _BACKWARD,
     "cuda",

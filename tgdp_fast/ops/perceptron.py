@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _dispatch, _triton
+from tgdp_fast.ops import _dispatch, _measured, _triton
 
 __all__ = ["perceptron", "perceptron_backward_reference", "perceptron_reference"]
 
@@ -342,8 +342,20 @@ if _triton.MISSING is None:
 
     torch.library.register_fake("tgdp_fast::perceptron_triton", _fake_forward)
     torch.library.register_fake("tgdp_fast::perceptron_backward_triton", _fake_backward)
-    _dispatch.register(_FORWARD, "triton", partial(_call_forward, "perceptron_triton"), refuses_triton)
-    _dispatch.register(_BACKWARD, "triton", partial(_call_backward, "perceptron_backward_triton"), refuses_triton)
+    _dispatch.register(
+        _FORWARD,
+        "triton",
+        partial(_call_forward, "perceptron_triton"),
+        refuses_triton,
+        yields_to=_measured.triton_perceptron_yields_to,
+    )
+    _dispatch.register(
+        _BACKWARD,
+        "triton",
+        partial(_call_backward, "perceptron_backward_triton"),
+        refuses_triton,
+        yields_to=_measured.triton_derivative_yields_to,
+    )
 
 
 _dispatch.register(_FORWARD, "reference", _forward_reference)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgdp_fast import _native
-from tgdp_fast.ops import _dispatch, _triton
+from tgdp_fast.ops import _cuda, _dispatch, _triton
 from tgdp_fast.ops.gated_activation import gated_activation_reference
 from tgdp_fast.ops.long_convolution import (
     LONGEST,
@@ -99,7 +99,7 @@ def residual_block_(
         weights: of the block.
         backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32 and, where the processor
             multiplies it, bfloat16, for an even C and L up to 1024; "triton" all of them for C up to 512 and L up to
-            1024.
+            1024, with the CUDA long convolution where the filters are prepared for it.
 
     Returns:
         ``state``.
@@ -286,18 +286,27 @@ def _refuses_triton(
         return "it works under no transform of torch.func"
     if weights.output.shape[1] > _MOST_GPU_CHANNELS:
         return f"it serves up to {_MOST_GPU_CHANNELS} residual channels, not {weights.output.shape[1]}"
-    if weights.output.dtype == torch.float32:
-        for layer in (weights.first, weights.second):
-            if layer.filters.packed is not None and layer.filters.packed.dtype != torch.float32:
-                return "the filters were prepared for 16 bits; use prepare_long_convolution(taps, torch.float32)"
-    return _refuses_filters(weights, "triton")
-
-
-def _refuses_filters(weights: ResidualBlockWeights, backend: str) -> str | None:
+    dtype = weights.output.dtype
     for layer in (weights.first, weights.second):
         packed = layer.filters.packed
-        if packed is None or packed_for(packed) != backend:
-            device = "the CPU" if backend == "cpu" else "Triton"
+        if packed is None:
+            continue
+        if dtype == torch.float32 and packed.dtype != torch.float32:
+            return "the filters were prepared for 16 bits; use prepare_long_convolution(taps, torch.float32)"
+        if packed_for(packed) == "cuda":
+            if dtype != torch.float32 and packed.dtype == torch.float32:
+                return f"the filters were prepared for float32; use prepare_long_convolution(taps, {dtype})"
+            reason = _native.CUDA_MISSING or _cuda.refuses_device(state)
+            if reason is not None:
+                return f"the filters were prepared for CUDA: {reason}"
+    return _refuses_filters(weights, "triton", "cuda")
+
+
+def _refuses_filters(weights: ResidualBlockWeights, *backends: str) -> str | None:
+    for layer in (weights.first, weights.second):
+        packed = layer.filters.packed
+        if packed is None or packed_for(packed) not in backends:
+            device = "the CPU" if backends == ("cpu",) else "Triton or CUDA"
             return f"it serves filters of up to {LONGEST} samples that prepare_long_convolution prepared for {device}"
     return None
 

@@ -1,0 +1,566 @@
+"""The calls of the released TGDP-ECG and SSSD-ECG code, so that a script that uses them changes one line of imports.
+
+    from tgdp_fast.integrations.released import SSSD_ECG, GuidanceQt, calc_diffusion_hyperparams, sampling_label_guided
+
+Two conventions: ``convention="paper"``, the default, follows the formulas of the papers; ``convention="released"``
+follows what the released code computes where that departs from them:
+
+=====================  =================================================  =======================================
+what                   "paper"                                            "released"
+=====================  =================================================  =======================================
+guided noise           eps - s sigma_t grad f   (TGDP, Theorem 3.1)       eps + s grad f
+S4 kernels             sums over conjugate pairs, ``cauchy="pair"``       without the conjugates, ``cauchy="half"``
+=====================  =================================================  =======================================
+
+with f the guidance network, s the guidance scale and sigma_t = sqrt(1 - Alpha_bar_t).
+
+Sources: TGDP (Ouyang et al., NeurIPS 2024, arXiv 2405.16876), section 4.2; SSSD-ECG (Alcaraz & Strodthoff, 2023, arXiv
+2301.08227); DiffWave (Kong et al., ICLR 2021, arXiv 2009.09761), section 2, for the diffusion process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgdp_fast._checks import check_choice, check_integer, check_number
+from tgdp_fast.checkpoint import CheckpointError, load_state_dict_checked, read_state_dict
+from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, find_leads, twelve_leads
+from tgdp_fast.denoiser import evaluation_mode
+from tgdp_fast.guidance import ECGStem
+from tgdp_fast.models.sssd_ecg import SSSDECG
+from tgdp_fast.models.sssd_ecg_sampling import CompiledSSSDECG
+from tgdp_fast.ops import mlp_value_and_grad
+
+__all__ = [
+    "CONVENTIONS",
+    "RELEASED_LEADS",
+    "SSSD_ECG",
+    "GuidanceQt",
+    "calc_diffusion_hyperparams",
+    "generate_four_leads",
+    "sampling_label",
+    "sampling_label_guided",
+]
+
+CONVENTIONS = ("paper", "released")
+#: Order of the twelve leads in released code: there the stored eight are at the places 0, 2 to 7 and 11.
+RELEASED_LEADS = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6", "III", "aVR", "aVL", "aVF")
+
+_ENTRIES = ("T", "Alpha", "Alpha_bar", "Sigma")
+
+#: SSSD-ECG's names -> ours, where they differ; the three widths of the step embedding are one argument of ours.
+_NAMES = {
+    "s4_lmax": "l_max",
+    "s4_d_state": "d_state",
+    "label_embed_classes": "num_classes",
+    "label_embed_dim": "label_dim",
+}
+_STEP_DIMS = ("diffusion_step_embed_dim_in", "diffusion_step_embed_dim_mid", "diffusion_step_embed_dim_out")
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+class SSSD_ECG(SSSDECG):  # noqa: N801
+    """:class:`tgdp_fast.SSSDECG` with the constructor's names and the call of SSSD-ECG's code.
+
+    It is one of our networks in everything else: ``Denoiser(network, schedule)`` takes it, and so does
+    ``network.compile_for_sampling()``. The defaults are the paper's.
+
+    Args:
+        in_channels, out_channels, res_channels, skip_channels, num_res_layers: as in :class:`tgdp_fast.SSSDECG`.
+        diffusion_step_embed_dim_in, diffusion_step_embed_dim_mid, diffusion_step_embed_dim_out: widths of the diffusion
+            step's features, of the hidden layer and of the embedding.
+        s4_lmax, s4_d_state: length of the S4 kernels, and size of their state.
+        s4_dropout: acts in training only, where this network has none: training with one above 0 is refused.
+        s4_bidirectional, s4_layernorm: must be true, as in every released checkpoint.
+        label_embed_dim, label_embed_classes: width of the label embedding, and number of statements.
+        convention: "paper" for ``cauchy="pair"``, "released" for ``cauchy="half"``, which is what the released
+            repository computes as it is, without its CUDA extension. A checkpoint does not tell on which of the two it
+            was trained, and the other one changes the prediction by a third: without ``convention`` and ``cauchy`` the
+            network has "pair" and :meth:`load_state_dict` warns.
+        cauchy: "pair" or "half", against ``convention``.
+
+    Shapes: ``forward((audio [B, in_channels, L], cond, diffusion_steps [B] or [B, 1])) -> [B, out_channels, L]``, with
+    cond rows [B, label_embed_classes], class indices [B], or None for a network without labels. The call
+    ``forward(x, time, labels)`` of :class:`tgdp_fast.SSSDECG` is understood too.
+
+    Raises:
+        ValueError: an argument out of range; see :class:`tgdp_fast.SSSDECG`.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 8,
+        out_channels: int = 8,
+        num_res_layers: int = 36,
+        res_channels: int = 256,
+        skip_channels: int = 256,
+        diffusion_step_embed_dim_in: int = 128,
+        diffusion_step_embed_dim_mid: int = 512,
+        diffusion_step_embed_dim_out: int = 512,
+        s4_lmax: int = 1000,
+        s4_d_state: int = 64,
+        s4_dropout: float = 0.0,
+        s4_bidirectional: bool | int = True,
+        s4_layernorm: bool | int = True,
+        label_embed_dim: int = 128,
+        label_embed_classes: int = 71,
+        convention: str | None = None,
+        cauchy: str | None = None,
+    ) -> None:
+        for name, value in (("s4_bidirectional", s4_bidirectional), ("s4_layernorm", s4_layernorm)):
+            if not value:
+                raise ValueError(f"{name} must be true, got {value!r}; SSSD-ECG's checkpoints have no other network")
+        if convention is not None:
+            check_choice("convention", convention, CONVENTIONS)
+        self._chosen = convention is not None or cauchy is not None
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            res_channels=res_channels,
+            skip_channels=skip_channels,
+            num_res_layers=num_res_layers,
+            step_dims=(diffusion_step_embed_dim_in, diffusion_step_embed_dim_mid, diffusion_step_embed_dim_out),
+            num_classes=label_embed_classes,
+            label_dim=label_embed_dim,
+            l_max=s4_lmax,
+            d_state=s4_d_state,
+            cauchy=cauchy if cauchy is not None else "half" if convention == "released" else "pair",
+        )
+        self.s4_dropout = check_number("s4_dropout", s4_dropout, 0.0, 1.0)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | os.PathLike[str], *, cauchy: str, config: Mapping[str, Any] | None = None
+    ) -> SSSD_ECG:
+        """:meth:`tgdp_fast.SSSDECG.from_checkpoint`, ``config`` with the names of either constructor.
+
+        Returns:
+            The network in float32, on the CPU, in eval mode. Nothing but tensors is unpickled.
+
+        Raises:
+            CheckpointError, ValueError: as there.
+        """
+        plain = SSSDECG.from_checkpoint(path, cauchy=cauchy, config=_our_config(config or {}))
+        sizes = plain.to_config()
+        own = {name: sizes[ours] for name, ours in _NAMES.items()}
+        own |= dict(zip(_STEP_DIMS, sizes["step_dims"], strict=True))
+        own |= {name: value for name, value in sizes.items() if name.endswith("channels") or name == "num_res_layers"}
+        network = cls(**own, cauchy=cauchy)
+        network.load_state_dict(plain.state_dict())
+        return network.eval()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As every module's, with a warning where nothing says on which kernels the weights were trained."""
+        if not self._chosen:
+            warnings.warn(
+                "SSSD_ECG was built without convention and cauchy, so its kernels are those of cauchy='pair'. If these "
+                "weights were trained with the log line 'Falling back on slow Cauchy kernel', as the repository does "
+                "as it is, they need convention='released': the wrong kernels change the prediction by a third. Say "
+                "convention='paper' or 'released' to choose",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def forward(
+        self, x: Tensor | tuple[Tensor, Tensor | None, Tensor], time: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        if self.training and self.s4_dropout > 0.0:
+            raise ValueError(
+                f"s4_dropout must be 0 for training, got {self.s4_dropout}: there is no dropout in this network; call "
+                ".eval() to sample, which it does not change"
+            )
+        if not isinstance(x, Tensor):
+            if time is not None or labels is not None or len(x) != 3:
+                raise ValueError(
+                    f"the input must be (audio, cond, diffusion_steps), or x, time and labels, got {len(x)} entries"
+                )
+            x, labels, time = x
+        if time is None:
+            raise ValueError("diffusion_steps are missing: call network((audio, cond, diffusion_steps))")
+        return super().forward(x, time.reshape(-1), labels)
+
+
+def _our_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    result = {_NAMES.get(name, name): value for name, value in config.items() if name not in _STEP_DIMS}
+    steps = [config[name] for name in _STEP_DIMS if name in config]
+    if len(steps) not in (0, 3):
+        raise ValueError(f"config must have all of {', '.join(_STEP_DIMS)} or none, got {len(steps)} of them")
+    for name in ("s4_dropout", "s4_bidirectional", "s4_layernorm"):
+        result.pop(name, None)
+    return result | ({"step_dims": tuple(steps)} if steps else {})
+
+
+class _FourierFeatures(nn.Module):
+    """sin and cos of 2 pi W t with fixed random W [frequencies]."""
+
+    def __init__(self, frequencies: int, scale: float) -> None:
+        super().__init__()
+        self.W = nn.Parameter(scale * torch.randn(frequencies), requires_grad=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        # Up to 1e5 radians: in float32 the order of the products shows in the third digit of a sine.
+        angles = t.to(self.W.dtype)[:, None] * self.W * (2.0 * math.pi)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class GuidanceQt(ECGStem):
+    """The guidance network of the ECG experiment, f(x, t), with the tensors' names of released checkpoints.
+
+        features = conv2(conv1(x))                     two convolutions, kernel 10, stride 2, nothing between or after
+        f = qt([features, embed(t)])                   SiLU between the layers of qt; embed: Fourier features, Linear
+
+    The defaults are the paper's: 8 leads of 1,000 samples, 4 x 512, 32 time features: 2,809,169 numbers. The released
+    code trains f on log r(x_0) (``loss="log_mse"``); f is used as log h all the same, so :func:`tgdp_fast.sample` takes
+    this network as guidance, in the formula's convention.
+
+    Args:
+        in_channels, length: leads and samples of the signal.
+        width, depth: hidden layers of ``qt``.
+        time_features: number of Fourier features, even.
+        time_scale: standard deviation of their frequencies, in cycles per diffusion step.
+
+    Shapes: ``forward(x [B, in_channels, length], t [B] or [B, 1]) -> [B, 1]``, t the index of the diffusion step.
+
+    Raises:
+        ValueError: bad sizes.
+    """
+
+    num_classes = 0
+
+    def __init__(
+        self,
+        in_channels: int = 8,
+        length: int = 1000,
+        width: int = 512,
+        depth: int = 4,
+        time_features: int = 32,
+        time_scale: float = 30.0,
+    ) -> None:
+        super().__init__(
+            (check_integer("in_channels", in_channels, 1), check_integer("length", length, 1)),
+        )
+        self.event_shape = (in_channels, length)
+        width, depth = check_integer("width", width, 1), check_integer("depth", depth, 1)
+        if check_integer("time_features", time_features, 2) % 2:
+            raise ValueError(f"time_features must be even (a sine and a cosine each), got {time_features}")
+        self.embed = nn.Sequential(
+            _FourierFeatures(time_features // 2, check_number("time_scale", time_scale)),
+            nn.Linear(time_features, time_features),
+        )
+        sizes = [self.num_features + time_features] + [width] * depth + [1]
+        layers: list[nn.Module] = []
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(before, after), nn.SiLU()]
+        self.qt = nn.Sequential(*layers[:-1])
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], *, length: int = 1000) -> GuidanceQt:
+        """The network of a file of ``torch.save``, or of safetensors; other sizes than ``length`` are read off it.
+
+        Returns:
+            The network in float32, on the CPU, in eval mode. Nothing but tensors is unpickled.
+
+        Raises:
+            CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape.
+        """
+        tensors = read_state_dict(path)
+        needed = {"conv1.weight": 3, "embed.1.weight": 2, "qt.0.weight": 2}
+        for name, dimensions in needed.items():
+            if name not in tensors or tensors[name].ndim != dimensions:
+                raise CheckpointError(
+                    f"{path} is no checkpoint of GuidanceQt: {name} must be there with {dimensions} dimensions"
+                )
+        layers = {name.split(".")[1] for name in tensors if name.startswith("qt.")}
+        network = cls(
+            tensors["conv1.weight"].shape[1],
+            length,
+            width=tensors["qt.0.weight"].shape[0],
+            depth=max(1, len(layers) - 1),
+            time_features=tensors["embed.1.weight"].shape[0],
+        )
+        load_state_dict_checked(network, tensors, path)
+        return network.eval()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        """f(x, t) [B, 1], differentiable by autograd."""
+        features, times = super().forward(x), self.embed(t.reshape(-1))
+        result: Tensor = self.qt(torch.cat([features, times.expand(len(features), -1)], dim=1))
+        return result
+
+    def log_ratio_and_grad(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """f [B] and its gradient in x [B, in_channels, length], in closed form; t a number or [B], no labels.
+
+        Raises:
+            ValueError: labels were given.
+        """
+        if labels is not None:
+            raise ValueError("labels were given, but GuidanceQt is unconditional: leave them out")
+        linear = [layer for layer in self.qt if isinstance(layer, nn.Linear)]
+        first = linear[0].weight
+        times = self.embed(torch.as_tensor(t, device=x.device).reshape(-1))
+        value, gradient = mlp_value_and_grad(
+            super().forward(x),
+            times @ first[:, self.num_features :].t() + linear[0].bias,
+            [first[:, : self.num_features].contiguous(), *(layer.weight for layer in linear[1:])],
+            [layer.bias for layer in linear[1:]],
+        )
+        return value, self.transpose(gradient)
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def calc_diffusion_hyperparams(
+    T: int,  # noqa: N803
+    beta_0: float,
+    beta_T: float,  # noqa: N803
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """The diffusion process with T steps and a linear schedule, as the dictionary that the samplers take.
+
+    Beta_t = beta_0 .. beta_T; Alpha_t = 1 - Beta_t; Alpha_bar_t = product of Alpha up to t;
+    Sigma_t^2 = Beta_t (1 - Alpha_bar_{t-1}) / (1 - Alpha_bar_t), and Sigma_0^2 = Beta_0 (DiffWave, section 2).
+
+    Args:
+        T: number of diffusion steps, at least 2; 200 in the papers.
+        beta_0, beta_T: first and last beta, in (0, 1); 1e-4 and 0.02 in the papers.
+        dtype: of the tensors. They are computed in float64.
+
+    Returns:
+        "T" and the tensors "Beta", "Alpha", "Alpha_bar", "Sigma" of shape [T], on the CPU.
+        ``NoiseSchedule.from_betas(hyperparams["Beta"])`` is the same process for the rest of this package.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    steps = check_integer("T", T, 2)
+    first = check_number("beta_0", beta_0, 0.0, 1.0, exclusive=True)
+    last = check_number("beta_T", beta_T, 0.0, 1.0, exclusive=True)
+    beta = torch.linspace(first, last, steps, dtype=torch.float64)
+    alpha = 1.0 - beta
+    alpha_bar = alpha.cumprod(0)
+    variance = beta.clone()
+    variance[1:] *= (1.0 - alpha_bar[:-1]) / (1.0 - alpha_bar[1:])
+    values = {"Beta": beta, "Alpha": alpha, "Alpha_bar": alpha_bar, "Sigma": variance.sqrt()}
+    return {"T": steps, **{name: value.to(dtype) for name, value in values.items()}}
+
+
+def sampling_label(
+    net: Callable[..., Tensor],
+    size: tuple[int, ...],
+    diffusion_hyperparams: Mapping[str, Any],
+    cond: Tensor | None = None,
+    *,
+    noise: Tensor | Iterable[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Ancestral sampling of the source model, T evaluations (DDPM, algorithm 2). Both conventions agree here.
+
+    See :func:`sampling_label_guided` for the arguments, and :func:`tgdp_fast.sample` for samplers of fewer steps.
+
+    Returns:
+        [B, ...] of ``size``, on the network's device.
+    """
+    return sampling_label_guided(
+        net, None, size, diffusion_hyperparams, cond, noise=noise, generator=generator, batch_size=batch_size
+    )
+
+
+def sampling_label_guided(
+    net: Callable[..., Tensor],
+    guidance: Any,
+    size: tuple[int, ...],
+    diffusion_hyperparams: Mapping[str, Any],
+    cond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    *,
+    guidance_cond: Tensor | None = None,
+    convention: str = "paper",
+    noise: Tensor | Iterable[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Ancestral sampling with guidance, T evaluations.
+
+    For t = T - 1 .. 0, with s the guidance scale, f the guidance and z standard normal (none at t = 0)::
+
+        eps = net((x, cond, t))
+        eps = eps - s sqrt(1 - Alpha_bar_t) grad_x f(x, t)          convention="paper", TGDP Theorem 3.1
+        eps = eps + s grad_x f(x, t)                                convention="released"
+        x   = (x - Beta_t / sqrt(1 - Alpha_bar_t) eps) / sqrt(Alpha_t) + Sigma_t z
+
+    Args:
+        net: an :class:`SSSD_ECG`, what its ``compile_for_sampling`` returns (faster), a :class:`tgdp_fast.SSSDECG`, or
+            anything called as ``net((x, cond, diffusion_steps [B, 1]))``.
+        guidance: a :class:`GuidanceQt`, a :class:`tgdp_fast.GuidanceNetwork`, anything with ``log_ratio_and_grad``, or
+            anything called as ``guidance(x, t [B])`` that autograd can differentiate. None for no guidance.
+        size: of the result, batch first.
+        diffusion_hyperparams: of :func:`calc_diffusion_hyperparams`.
+        cond: labels of ``net``, one row per sample; None for a network without labels.
+        guidance_scale: s.
+        guidance_cond: labels of a conditional ``guidance``, its third argument.
+        convention: which sign and factor the gradient gets.
+        noise: x_T and then the noise of the steps T - 1 .. 1, as [T, *size] or any iterable of T tensors. Its dtype is
+            that of the state. Without, noise is drawn on the host, as released code does, or on the generator's device.
+        generator: of the noise; default PyTorch's global one.
+        batch_size: samples that the networks see at once; bounds memory, and does not change the noise.
+
+    Returns:
+        [B, ...] of ``size``, on the network's device.
+
+    Raises:
+        ValueError: a bad argument; noise of another number or shape.
+        ArithmeticError: the result is not finite.
+    """
+    check_choice("convention", convention, CONVENTIONS)
+    scale = check_number("guidance_scale", guidance_scale)
+    size = tuple(check_integer("size's entries", entry, 1) for entry in size)
+    batch_size = size[0] if batch_size is None else check_integer("batch_size", batch_size, 1)
+    if noise is not None and generator is not None:
+        raise ValueError("noise and generator were both given; leave one out")
+    steps, coefficients = _coefficients(diffusion_hyperparams)
+    for name, labels in (("cond", cond), ("guidance_cond", guidance_cond)):
+        if labels is not None and len(labels) != size[0]:
+            raise ValueError(f"{name} must have one row for each of the {size[0]} samples of size, got {len(labels)}")
+    parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+    draws = _noise(noise, generator, steps, size, parameter)
+    modules = [model for model in (net, guidance) if isinstance(model, nn.Module)]
+    with torch.no_grad(), evaluation_mode(*modules):
+        x = next(draws)
+        cond, guidance_cond = (None if each is None else each.to(x.device) for each in (cond, guidance_cond))
+        for t in reversed(range(steps)):
+            direct, from_epsilon, sigma, fresh = coefficients[t]
+            weight = -scale * sigma if convention == "paper" else scale
+            epsilon = torch.cat(
+                [
+                    _epsilon(net, guidance, x[rows], t, _rows(cond, rows), _rows(guidance_cond, rows), weight)
+                    for rows in (slice(first, first + batch_size) for first in range(0, size[0], batch_size))
+                ]
+            )
+            x = direct * x - from_epsilon * epsilon
+            if t > 0:
+                x = x + fresh * next(draws)
+    if next(draws, None) is not None:
+        raise ValueError(f"noise must have {steps} entries, one for x_T and one for each step but the last; got more")
+    if not x.isfinite().all():
+        raise ArithmeticError(
+            "sampling diverged: the result is not finite; lower guidance_scale, or check the network's weights"
+        )
+    return x
+
+
+def generate_four_leads(tensor: Tensor, *, order: str = "released") -> Tensor:
+    """Twelve leads of the eight: II = aVF + I/2, III = aVF - I/2, aVR = -3/4 I - aVF/2, aVL = 3/4 I - aVF/2.
+
+    Args:
+        tensor: [B, 8, L], leads I, V1 to V6, aVF.
+        order: of the result. "released" (:data:`RELEASED_LEADS`: I, II, V1 to V6, III, aVR, aVL, aVF), or "standard",
+            that of PTB-XL and of the rest of this package (:data:`tgdp_fast.data.leads.TWELVE_LEADS`).
+
+    Returns:
+        [B, 12, L].
+
+    Raises:
+        ValueError: another number of leads; an unknown order.
+    """
+    check_choice("order", order, ("released", "standard"))
+    if tensor.ndim != 3 or tensor.shape[1] != len(STORED_LEADS):
+        raise ValueError(
+            f"tensor must have shape [B, 8, L] with the leads {', '.join(STORED_LEADS)}, got {list(tensor.shape)}"
+        )
+    leads = twelve_leads(tensor)
+    return leads if order == "standard" else leads[:, find_leads(TWELVE_LEADS, RELEASED_LEADS)]
+
+
+# -------------------------------------------------------------------------------------------------------- helpers
+
+
+def _coefficients(hyperparams: Mapping[str, Any]) -> tuple[int, list[tuple[float, float, float, float]]]:
+    """T, and of each step the factors of x, of epsilon (subtracted), sigma_t, and the factor of fresh noise."""
+    missing = [name for name in _ENTRIES if name not in hyperparams]
+    if missing:
+        raise ValueError(
+            f"diffusion_hyperparams must have the entries {', '.join(_ENTRIES)}, {', '.join(missing)} are missing; use "
+            "calc_diffusion_hyperparams(T, beta_0, beta_T)"
+        )
+    steps = check_integer("diffusion_hyperparams['T']", hyperparams["T"], 1)
+    columns = {}
+    for name in ("Alpha", "Alpha_bar", "Sigma", "Beta"):
+        given = hyperparams[name] if name in hyperparams else 1.0 - torch.as_tensor(hyperparams["Alpha"])
+        columns[name] = torch.as_tensor(given, dtype=torch.float64, device="cpu").tolist()
+        if len(columns[name]) != steps:
+            raise ValueError(f"diffusion_hyperparams[{name!r}] must have T = {steps} entries, got {len(columns[name])}")
+    result = []
+    for alpha, alpha_bar, fresh, beta in zip(*columns.values(), strict=True):
+        sigma = math.sqrt(1.0 - alpha_bar)
+        direct = 1.0 / math.sqrt(alpha)
+        result.append((direct, direct * beta / sigma, sigma, fresh))
+    return steps, result
+
+
+def _noise(
+    noise: Tensor | Iterable[Tensor] | None,
+    generator: torch.Generator | None,
+    steps: int,
+    size: tuple[int, ...],
+    parameter: Tensor | None,
+) -> Iterator[Tensor]:
+    """``steps`` tensors of ``size`` on the device of ``parameter``, then what the caller has left over."""
+    device = None if parameter is None else parameter.device
+    if noise is None:
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        place = torch.device("cpu") if generator is None else generator.device
+        for _ in range(steps):
+            # In float32 whatever the network's dtype, so that a seed means the same noise.
+            drawn = torch.randn(size, generator=generator, device=place, dtype=torch.float32)
+            yield drawn.to(place if device is None else device, dtype)
+        return
+    given = iter(noise)
+    for count in range(steps):
+        draw = next(given, None)
+        if draw is None or tuple(draw.shape) != size:
+            came = f"{count} entries" if draw is None else f"an entry of shape {tuple(draw.shape)}"
+            raise ValueError(f"noise must have {steps} entries of shape {size}, x_T first; got {came}")
+        yield draw if device is None else draw.to(device)
+    yield from given
+
+
+def _rows(labels: Tensor | None, rows: slice) -> Tensor | None:
+    return None if labels is None else labels[rows]
+
+
+def _epsilon(
+    net: Callable[..., Tensor],
+    guidance: Any,
+    x: Tensor,
+    t: int,
+    cond: Tensor | None,
+    guidance_cond: Tensor | None,
+    weight: float,
+) -> Tensor:
+    """epsilon + weight grad f."""
+    steps = torch.full((len(x), 1), float(t), device=x.device, dtype=torch.float32)
+    ours = isinstance(net, SSSDECG | CompiledSSSDECG)
+    epsilon = net(x, steps[:, 0], cond) if ours else net((x, cond, steps))
+    if guidance is None or weight == 0.0:
+        return epsilon
+    if hasattr(guidance, "log_ratio_and_grad"):
+        return epsilon + weight * guidance.log_ratio_and_grad(x, float(t), guidance_cond)[1]
+    with torch.enable_grad():
+        state = x.detach().requires_grad_()
+        inputs = (state, steps[:, 0]) if guidance_cond is None else (state, steps[:, 0], guidance_cond)
+        (gradient,) = torch.autograd.grad(guidance(*inputs).sum(), state)
+    return epsilon + weight * gradient
