@@ -60,6 +60,8 @@ LAYERS: dict[str, set[str] | None] = {
 }
 
 REQUIRED = {"torch", "numpy", "safetensors", "tqdm"}
+# Modules whose classes extend those of an optional package, so that they can only be imported with it.
+EXTENSIONS = {"integrations.diffusers": "diffusers"}
 OPTIONAL = {
     "matplotlib",
     "sklearn",
@@ -216,7 +218,7 @@ def test_modules_need_only_required_packages_when_imported():
         f"{module_name(path)} imports {name}: do so inside the function that needs it"
         for path in python_files("tgdp_fast")
         for name in imports(ast.parse(path.read_text()), module_name(path), only_at_import=True)
-        if name.split(".")[0] not in known
+        if name.split(".")[0] not in known | {EXTENSIONS.get(module_name(path))}
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -237,8 +239,16 @@ for name in {OPTIONAL!r}:
     assert importlib.util.find_spec(name) is None, name
 import tgdp_fast
 for module in pkgutil.walk_packages(tgdp_fast.__path__, "tgdp_fast."):
+    package = {EXTENSIONS!r}.get(module.name.removeprefix("tgdp_fast."))
+    if package is not None:
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            assert f"pip install 'tgdp_fast[{{package}}]'" in str(error), error
+        else:
+            raise AssertionError(module.name)
     # A kernel needs Triton; running __main__ starts the command line.
-    if not module.name.startswith("tgdp_fast.kernels.") and not module.name.endswith("__main__"):
+    elif not module.name.startswith("tgdp_fast.kernels.") and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
         print(module.name)
 """

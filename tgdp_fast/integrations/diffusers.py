@@ -1,0 +1,683 @@
+"""TGDP inside diffusers: a pipeline's model guided for any scheduler, and our solvers as a scheduler.
+
+Conventions. diffusers' integer timestep k is the time of ``NoiseSchedule.from_diffusers(scheduler)``, where
+alpha_k^2 = alphas_cumprod[k]. What a diffusers model sees is x_k = alpha_k x_0 + sigma_k epsilon with every
+variance-preserving scheduler: those that compute in variance-exploding coordinates (Euler, Heun, LMS, ...) scale the
+model's input back. So TGDP's guidance (Ouyang et al., NeurIPS 2024, arXiv 2405.16876, Theorem 3.1) is a change of the
+model's output alone, whatever the scheduler does with it and however many outputs it remembers.
+
+With g = grad_x log h(x_k, k) and the scale w, from x = alpha x_0 + sigma epsilon and v = alpha epsilon - sigma x_0::
+
+    epsilon        epsilon - w sigma g
+    sample         x_0 + w (sigma^2 / alpha) g
+    v_prediction   v - w (sigma / alpha) g           (alpha sigma + sigma^3 / alpha = sigma / alpha)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tgdp_fast._checks import check_choice, check_integer, check_number, check_seed
+from tgdp_fast.denoiser import TIME_INPUTS, alpha_sigma, epsilon_scales, evaluation_mode, training_target
+from tgdp_fast.guidance import Guidance
+from tgdp_fast.ops import guided_step, limit_gradient
+from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.solvers import SOLVERS, SPACINGS, SolverTable, solver_table
+
+try:
+    from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+    from diffusers.utils import BaseOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError(
+        f"tgdp_fast.integrations.diffusers needs diffusers, which cannot be imported ({error}); run: "
+        "pip install 'tgdp_fast[diffusers]'"
+    ) from error
+
+__all__ = ["GuidedModel", "TableScheduler", "TableSchedulerOutput", "guide"]
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+#: Grids that diffusers defines (Lin et al., 2024, arXiv 2305.08891, table 2), with the meaning of its DDPM and DDIM.
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+_MODEL_NAMES = ("unet", "transformer")
+_INPUT_NAMES = ("sample", "hidden_states", "x")
+
+# Guided models -------------------------------------------------------------------------------------------------
+
+
+def guide(
+    pipeline: Any,
+    guidance: Guidance | Callable[..., Tensor],
+    *,
+    scale: float | Callable[[float], float] = 1.0,
+    interval: tuple[float, float] | None = None,
+    labels: Any = None,
+    scheduler: Any = None,
+    prediction_type: str | None = None,
+    time_input: str = "time",
+    gradient_norm_limit: float | None = None,
+) -> GuidedModel:
+    """Guide the model of a diffusers pipeline until ``restore()``, or for the time of a ``with``::
+
+        with guide(pipeline, guidance, scale=1.0):
+            images = pipeline(batch_size=16, num_inference_steps=25).images
+
+    Whatever calls the model meanwhile gets guided predictions: every scheduler, every pipeline, your own loop. The
+    model keeps its class, weights, dtype and device, and may be compiled (``torch.compile(model)`` or
+    ``model.compile()``); the guidance runs outside the compiled graph. Two guides at once add their gradients, that is,
+    multiply the density ratios. The guidance network, if it is a module, is in eval mode meanwhile.
+
+    Args:
+        pipeline: a pipeline with ``unet`` or ``transformer`` and ``scheduler``, or such a model alone (then pass
+            ``scheduler``). The model is the object that the pipeline holds now: compile or replace it before.
+        guidance: one of
+
+            - a :class:`tgdp_fast.GuidanceNetwork`, or anything with ``log_ratio_and_grad(x, t, labels)`` giving
+              (log h [B], grad_x log h [B, ...]);
+            - a module or function that gives log h of noised images, [B] or [B, 1], as ``f(x, t)`` or ``f(x, t,
+              labels)``; its gradient is taken by autograd.
+
+            x [B, ...] comes in the dtype of the guidance's parameters (without any: float32, or float64 if x is).
+        scale: guidance scale; 1 is exact. A function of diffusers' timestep gives a scale schedule.
+        interval: (low, high), diffusers' timesteps outside which the guidance is not run.
+        labels: of the guidance: one class index for all, [n] or [n, K]. A batch of a multiple of n repeats them, as
+            classifier-free guidance repeats the batch. Default: the ``class_labels`` that the model is called with,
+            where the guidance states ``num_classes`` > 0; else none.
+        scheduler: of a model alone: a diffusers scheduler, whose ``alphas_cumprod`` and ``prediction_type`` count, or
+            a discrete :class:`tgdp_fast.NoiseSchedule`. Default the pipeline's, as it is at each call.
+        prediction_type: "epsilon", "sample" or "v_prediction"; default that of the scheduler's config.
+        time_input: the time that the guidance receives, as a float by ``log_ratio_and_grad`` and as a tensor [B] in the
+            dtype of x by a module or function. "time": where the guidance has a ``schedule`` (a NoiseSchedule, which
+            may be another one, e.g. a continuous one), the time with the same log-SNR in that; else diffusers' timestep
+            0 .. N - 1. "half_log_snr": log(alpha / sigma).
+        gradient_norm_limit: largest per-sample L2 norm of scale * sigma * gradient; longer gradients are shortened.
+
+    Returns:
+        A :class:`GuidedModel`; guidance acts from now on.
+
+    Raises:
+        ValueError: a bad argument; when the model is called: timesteps that differ within a batch or lie outside 0 ..
+            N - 1, shapes or devices that do not fit.
+        TypeError: a scheduler without ``alphas_cumprod`` (flow matching, EDM), for which the formulas do not hold.
+    """
+    return GuidedModel(
+        pipeline,
+        guidance,
+        scale=scale,
+        interval=interval,
+        labels=labels,
+        scheduler=scheduler,
+        prediction_type=prediction_type,
+        time_input=time_input,
+        gradient_norm_limit=gradient_norm_limit,
+    )
+
+
+@dataclass(frozen=True)
+class _Conventions:
+    """What a scheduler says about its model."""
+
+    schedule: NoiseSchedule
+    prediction_type: str
+    last: float  # the last timestep; beyond schedule.t_max where that one carries no signal
+
+    @classmethod
+    def of(cls, scheduler: Any, prediction_type: str | None) -> _Conventions:
+        """Raises ValueError or TypeError where the scheduler is not variance preserving or states no known type."""
+        if isinstance(scheduler, NoiseSchedule):
+            if not scheduler.is_discrete:
+                raise ValueError(
+                    f"scheduler must be a diffusers scheduler or a discrete NoiseSchedule, got {scheduler}; diffusers' "
+                    "timesteps are the indices of its alphas_cumprod"
+                )
+            return cls(scheduler, check_choice("prediction_type", prediction_type, PREDICTION_TYPES), scheduler.t_max)
+        config = getattr(scheduler, "config", {})
+        if config.get("use_flow_sigmas", False):
+            raise ValueError(
+                f"scheduler must be variance preserving, got {type(scheduler).__name__} with use_flow_sigmas=True"
+            )
+        if prediction_type is None:
+            prediction_type = config.get("prediction_type", "epsilon")
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        if config.get("rescale_betas_zero_snr", False):
+            # Without signal h = 1 (TGDP section 3.2): no guidance at the last timestep. Some schedulers store a small
+            # number there, which may even exceed the one before.
+            schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod[:-1])
+            return cls(schedule, prediction_type, schedule.t_max + 1.0)
+        schedule = NoiseSchedule.from_diffusers(scheduler)
+        return cls(schedule, prediction_type, schedule.t_max)
+
+
+class GuidedModel:
+    """What :func:`guide` returns: a context manager that restores the model on exit, also after an exception.
+
+    Attributes:
+        model: the model that is guided.
+        scale, interval, gradient_norm_limit: as given; may be changed between two calls of the model.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        guidance: Any,
+        *,
+        scale: float | Callable[[float], float],
+        interval: tuple[float, float] | None,
+        labels: Any,
+        scheduler: Any,
+        prediction_type: str | None,
+        time_input: str,
+        gradient_norm_limit: float | None,
+    ) -> None:
+        self.model = _model_of(pipeline)
+        if not hasattr(guidance, "log_ratio_and_grad") and not callable(guidance):
+            raise ValueError(
+                "guidance must have a method log_ratio_and_grad(x, t, labels) or be callable as guidance(x, t), got "
+                f"{type(guidance).__name__}"
+            )
+        if scheduler is None and (self.model is pipeline or not hasattr(pipeline, "scheduler")):
+            raise ValueError(
+                "scheduler must be given with a model alone: the diffusers scheduler that it was trained with, or its "
+                "NoiseSchedule and prediction_type"
+            )
+        self.guidance = guidance
+        self.scale = scale if callable(scale) else check_number("scale", scale)
+        self.interval = _interval(interval)
+        self.gradient_norm_limit = (
+            None
+            if gradient_norm_limit is None
+            else check_number("gradient_norm_limit", gradient_norm_limit, 0.0, exclusive=True)
+        )
+        self.labels = None if labels is None else torch.as_tensor(labels)
+        self.time_input = check_choice("time_input", time_input, TIME_INPUTS)
+        self._pipeline = pipeline
+        self._scheduler = scheduler
+        self._prediction_type = prediction_type
+        self._parameters = _parameter_names(self.model)
+        self._conventions_of: tuple[Any, _Conventions] | None = None
+        self._conventions()  # An unsuitable scheduler is an error here, not at the first call.
+        self._undo: Callable[[], None] | None = self._install()
+        self._evaluation = evaluation_mode(guidance)
+        self._evaluation.__enter__()
+
+    def __enter__(self) -> GuidedModel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Let the model predict as it did before. A second call does nothing.
+
+        Raises:
+            RuntimeError: another guide was put on a model compiled in place after this one: restore that one first.
+        """
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+            self._evaluation.__exit__(None, None, None)
+
+    def _install(self) -> Callable[[], None]:
+        model: Any = self.model
+        compiled = getattr(model, "_compiled_call_impl", None)
+        if compiled is None:
+            return model.register_forward_hook(self._after_forward, with_kwargs=True).remove
+
+        # model.compile() would trace a hook too, and keep it: the compiled call is wrapped instead.
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._after_forward(model, args, kwargs, compiled(*args, **kwargs))
+
+        def undo() -> None:
+            if model._compiled_call_impl is not call:
+                raise RuntimeError("restore the guides of a compiled model in reverse order: another one lies on this")
+            model._compiled_call_impl = compiled
+
+        model._compiled_call_impl = call
+        return undo
+
+    def _conventions(self) -> _Conventions:
+        scheduler = self._pipeline.scheduler if self._scheduler is None else self._scheduler
+        if self._conventions_of is None or self._conventions_of[0] is not scheduler:
+            self._conventions_of = (scheduler, _Conventions.of(scheduler, self._prediction_type))
+        return self._conventions_of[1]
+
+    def scale_at(self, timestep: float) -> float:
+        """Guidance scale at diffusers' ``timestep``; 0 outside the interval, and where there is no signal."""
+        outside = self.interval is not None and not self.interval[0] <= timestep <= self.interval[1]
+        if outside or timestep > self._conventions().schedule.t_max:
+            return 0.0
+        return check_number("scale(timestep)", self.scale(timestep)) if callable(self.scale) else self.scale
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook: the model's output with guidance in it, in the form in which it came."""
+        if isinstance(output, tuple):
+            return (self._after_forward(model, args, kwargs, output[0]), *output[1:])
+        if not isinstance(output, Tensor):
+            return dataclasses.replace(output, sample=self._after_forward(model, args, kwargs, output.sample))
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        x = next((given[name] for name in _INPUT_NAMES if name in given), args[0] if args else None)
+        timestep = given.get("timestep", args[1] if len(args) > 1 else None)
+        if x is None or timestep is None:
+            raise ValueError(f"model must be called as model(sample, timestep, ...), got the arguments {sorted(given)}")
+        return self._guided(output, x, _one_timestep(timestep), given.get("class_labels"))
+
+    def _guided(self, prediction: Tensor, x: Tensor, timestep: float, class_labels: Tensor | None) -> Tensor:
+        conventions = self._conventions()
+        if not 0.0 <= timestep <= conventions.last:
+            raise ValueError(f"timestep must be in [0, {conventions.last:g}], got {timestep!r}")
+        scale = self.scale_at(timestep)
+        if scale == 0.0:
+            return prediction
+        # A model that also predicts a variance appends its channels.
+        learns_variance = prediction.ndim > 1 and prediction.shape[1] == 2 * x.shape[1]
+        mean, *variance = prediction.chunk(2, dim=1) if learns_variance else (prediction,)
+        if mean.shape != x.shape:
+            raise ValueError(
+                f"model must predict the shape of its input {tuple(x.shape)} (or twice its channels), got "
+                f"{tuple(prediction.shape)}; models with more input channels than latents cannot be guided"
+            )
+        schedule = conventions.schedule
+        alpha, sigma = schedule.alpha(timestep), schedule.sigma(timestep)
+        gradient = self._gradient(x, timestep, schedule, self._labels_of(x, class_labels))
+        if self.gradient_norm_limit is not None:
+            gradient = limit_gradient(gradient, scale * sigma, self.gradient_norm_limit)
+        factor = {"epsilon": -sigma, "sample": sigma**2 / alpha, "v_prediction": -sigma / alpha}
+        guided = (mean.to(gradient.dtype) + scale * factor[conventions.prediction_type] * gradient).to(mean.dtype)
+        return torch.cat([guided, *variance], dim=1)
+
+    def _gradient(self, x: Tensor, timestep: float, schedule: NoiseSchedule, labels: Tensor | None) -> Tensor:
+        """grad_x log h: shape of x, float32 or float64."""
+        guidance = self.guidance
+        self._check_fit(x)
+        state = x.detach().to(_dtype_of(guidance, x))
+        time = self._guidance_time(timestep, schedule)
+        if hasattr(guidance, "log_ratio_and_grad"):
+            with torch.no_grad():
+                _, gradient = guidance.log_ratio_and_grad(state, time, labels)
+        else:
+            # Pipelines run without gradients, and some callers in inference mode, whose tensors take none.
+            with torch.inference_mode(False), torch.enable_grad():
+                state = state.clone().requires_grad_()
+                times = torch.full((len(x),), time, dtype=state.dtype, device=x.device)
+                if labels is not None and labels.is_inference():
+                    labels = labels.clone()
+                log_ratio = guidance(state, times) if labels is None else guidance(state, times, labels)
+                if log_ratio.shape not in (x.shape[:1], (len(x), 1)) or not log_ratio.requires_grad:
+                    raise ValueError(
+                        f"guidance must give the log ratio of each image, [{len(x)}] or [{len(x)}, 1], as a "
+                        f"differentiable function of it; got shape {tuple(log_ratio.shape)}, requires_grad="
+                        f"{log_ratio.requires_grad}"
+                    )
+                (gradient,) = torch.autograd.grad(log_ratio.sum(), state)
+        return gradient.to(torch.float64 if torch.float64 in (x.dtype, gradient.dtype) else torch.float32)
+
+    def _guidance_time(self, timestep: float, schedule: NoiseSchedule) -> float:
+        if self.time_input == "half_log_snr":
+            return schedule.half_log_snr(timestep)
+        own = getattr(self.guidance, "schedule", None)
+        if not isinstance(own, NoiseSchedule) or own == schedule:
+            return timestep
+        return own.time_from_half_log_snr(schedule.half_log_snr(timestep))
+
+    def _labels_of(self, x: Tensor, class_labels: Tensor | None) -> Tensor | None:
+        labels = self.labels
+        if labels is None:
+            return class_labels if getattr(self.guidance, "num_classes", 0) else None
+        if labels.ndim == 0:
+            labels = labels[None]
+        if len(x) % len(labels):
+            raise ValueError(f"labels must have 1 row or one per sample of the batch of {len(x)}, got {len(labels)}")
+        return labels.to(x.device).repeat(len(x) // len(labels), *[1] * (labels.ndim - 1))
+
+    def _check_fit(self, x: Tensor) -> None:
+        event_shape = getattr(self.guidance, "event_shape", None)
+        if event_shape is not None and math.prod(event_shape) != x[:1].numel():
+            raise ValueError(
+                f"guidance must take what the model takes, samples of shape {tuple(x.shape[1:])}, but is of "
+                f"event_shape {tuple(event_shape)}; for latent diffusion, fit it to latents"
+            )
+        parameter = _first_parameter(self.guidance)
+        if parameter is not None and parameter.device != x.device:
+            raise ValueError(
+                f"guidance must be on the device of the model, {x.device}, got {parameter.device}; move it with "
+                f"guidance.to({str(x.device)!r})"
+            )
+
+
+def _model_of(pipeline: Any) -> nn.Module:
+    if isinstance(pipeline, nn.Module):
+        return pipeline
+    for name in _MODEL_NAMES:
+        model = getattr(pipeline, name, None)
+        if isinstance(model, nn.Module):
+            return model
+    raise ValueError(
+        f"pipeline must be a torch module or a pipeline with a {' or '.join(_MODEL_NAMES)}, got "
+        f"{type(pipeline).__name__}; pass its model itself, with scheduler="
+    )
+
+
+def _interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not float(interval[0]) < float(interval[1]):
+        raise ValueError(f"interval must be a pair (low, high) of timesteps with low < high, got {interval!r}")
+    return float(interval[0]), float(interval[1])
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    """Names of the arguments of a model's forward; of the model inside, where it is compiled."""
+    inner = getattr(model, "_orig_mod", model)
+    return list(inspect.signature(inner.forward).parameters)
+
+
+def _one_timestep(timestep: Any) -> float:
+    values = set(timestep.flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist())
+    if len(values) != 1:
+        raise ValueError(f"timestep must be the same for the whole batch, got {sorted(values)}")
+    return float(values.pop())
+
+
+def _first_parameter(guidance: Any) -> Tensor | None:
+    if not isinstance(guidance, nn.Module):
+        return None
+    return next((each for each in guidance.parameters() if each.is_floating_point()), None)
+
+
+def _dtype_of(guidance: Any, x: Tensor) -> torch.dtype:
+    parameter = _first_parameter(guidance)
+    if parameter is not None:
+        return parameter.dtype
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# Solver tables as a scheduler ----------------------------------------------------------------------------------
+
+
+@dataclass
+class TableSchedulerOutput(BaseOutput):
+    """What :meth:`TableScheduler.step` gives.
+
+    Attributes:
+        prev_sample: [B, ...], the state after the evaluation.
+        pred_original_sample: [B, ...], the clean sample predicted at it.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class TableScheduler(SchedulerMixin, ConfigMixin):
+    """The solvers of :func:`tgdp_fast.solver_table` as a diffusers scheduler, each step one fused operator::
+
+        pipeline.scheduler = TableScheduler.from_config(pipeline.scheduler.config, solver="unipc_2")
+
+    The state is the variance-preserving x, so ``init_noise_sigma`` is 1 and ``scale_model_input`` does nothing; the
+    last step goes to clean data. It takes any prediction type and the batch's shape and dtype as they come; sums and
+    history are in float32 for half precision.
+
+    Noise of stochastic solvers, first that applies:
+
+    1. ``generator`` of :meth:`step` (one, or one per sample): its stream, drawn as diffusers' DDPMScheduler does;
+    2. after :meth:`set_seed`: this package's counter noise, which depends on seed, sample index and evaluation alone;
+    3. torch's global stream.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: as in
+            diffusers' DDPMScheduler. With a rescaled schedule the last alphas_cumprod is not 0 but 2^-24, as in its
+            DPMSolverMultistepScheduler, or half the one before where that is less.
+        prediction_type: "epsilon", "sample" or "v_prediction". Channels of a learned variance are ignored.
+        solver: a name in ``tgdp_fast.SOLVERS``.
+        spacing: of the timesteps: "logsnr", "uniform" or "karras" of this package, or "leading", "linspace" or
+            "trailing" as diffusers' DDPM and DDIM define them. Its DPM-Solver, UniPC, ... define them otherwise: pass
+            ``set_timesteps(timesteps=...)`` to compare.
+        steps_offset: of "leading".
+        eta: of the solvers ddim and euler_ancestral; None for their default. Where it is None, the ``eta`` that a
+            pipeline hands to :meth:`step` counts for ddim.
+        clip_sample: whether to clamp predicted clean samples to ``clip_sample_range`` either side of 0; the noise is
+            recomputed from them (diffusers' ``use_clipped_model_output``).
+        thresholding: must be False; there so that another scheduler's config cannot ask for it unheard.
+
+    Raises:
+        ValueError: an unknown name, a bad number, ``thresholding``.
+    """
+
+    _compatibles = [each.name for each in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        prediction_type: str = "epsilon",
+        solver: str = "dpmpp_2m",
+        spacing: str = "logsnr",
+        steps_offset: int = 0,
+        eta: float | None = None,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+        thresholding: bool = False,
+    ) -> None:
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("solver", solver, SOLVERS)
+        check_choice("spacing", spacing, (*SPACINGS, *TIMESTEP_SPACINGS))
+        if thresholding:
+            raise ValueError("thresholding must be False: no table has it; use clip_sample, or a diffusers scheduler")
+        reach = check_number("clip_sample_range", clip_sample_range, 0.0, exclusive=True)
+        self._clamp = (-reach, reach) if clip_sample else None
+        # diffusers' own betas and grids, by the scheduler that defines them.
+        self._grids = DDPMScheduler(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            timestep_spacing=spacing if spacing in TIMESTEP_SPACINGS else "leading",
+            steps_offset=steps_offset,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+        self.betas = self._grids.betas
+        self.alphas_cumprod = self._grids.alphas_cumprod
+        if rescale_betas_zero_snr:
+            self.alphas_cumprod[-1] = min(2.0**-24, 0.5 * float(self.alphas_cumprod[-2]))
+        self.schedule = NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod)
+        self.order = SOLVERS[solver].evaluations
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._seed: int | None = None
+        self._first_index = 0
+        self._whole = self._table(times=[self.schedule.t_max])
+        self._running: SolverTable | None = None  # the part of it from where the run began
+        self._first = 0
+        self._begin_index: int | None = None
+        self._evaluation = 0
+        self._history: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @property
+    def table(self) -> SolverTable:
+        """The table in use."""
+        return self._whole
+
+    @property
+    def step_index(self) -> int | None:
+        """Number of the next evaluation; None before the first."""
+        return None if self._running is None else self._first + self._evaluation
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where a run starts; None for where its first timestep stands."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this evaluation, as pipelines that begin with an image do."""
+        self._begin_index = check_integer("begin_index", begin_index, 0)
+
+    def set_seed(self, seed: int | None, first_index: int = 0) -> None:
+        """Draw counter noise from now on, sample i of a batch being number ``first_index + i``; None: no longer.
+
+        Two batches of one set of samples need ``first_index`` that do not overlap.
+
+        Raises:
+            ValueError: a seed outside 0 .. 2^64 - 1 or a negative index.
+        """
+        self._seed = None if seed is None else check_seed(seed)
+        self._first_index = check_integer("first_index", first_index, 0)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the grid and forget the run before.
+
+        Args:
+            num_inference_steps: number of solver steps. ``self.timesteps`` gets one entry per evaluation of the model,
+                up to ``2 num_inference_steps - 1`` where a step takes two.
+            device: of ``timesteps``.
+            timesteps: the grid itself, strictly decreasing integers, instead of a number.
+
+        Raises:
+            ValueError: neither or both given, more steps than timesteps exist, an unusable grid.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"either num_inference_steps or timesteps must be given, got {num_inference_steps!r} and {timesteps!r}"
+            )
+        if timesteps is not None:
+            table = self._table(times=[float(each) for each in timesteps])
+        elif self.config.spacing in TIMESTEP_SPACINGS:
+            self._grids.set_timesteps(check_integer("num_inference_steps", num_inference_steps, 1))
+            table = self._table(times=self._grids.timesteps.tolist())
+        else:
+            table = self._table(steps=num_inference_steps, spacing=self.config.spacing)
+        self.num_inference_steps = table.steps
+        self.timesteps = torch.from_numpy(table.times.astype(np.int64)).to(device)
+        self._reset(table)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """``sample``: the state is what the model takes."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> TableSchedulerOutput | tuple[Tensor, Tensor | None]:
+        """One evaluation of the solver.
+
+        Args:
+            model_output: [B, ...], the model's prediction at ``timestep``, guided or not.
+            timestep: the entry of ``timesteps``, in their order; the first may be any that begins a solver step.
+            sample: [B, ...], the state.
+            eta: see the class.
+            use_clipped_model_output: taken because DDIMPipeline passes it; clipping always recomputes the noise.
+            generator: of the noise of stochastic solvers.
+            variance_noise: [B, ...], the noise itself.
+            return_dict: False for the pair (prev_sample, pred_original_sample).
+
+        Raises:
+            ValueError: a step after the last, a first timestep that begins no step, shapes that do not fit.
+        """
+        if self._running is None:
+            self._start(timestep, eta)
+        table, k = self._running, self._evaluation
+        if table is None or k >= table.nfe:
+            raise ValueError(f"the run of {len(self.timesteps)} evaluations is over; call set_timesteps for another")
+        if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]
+        precision = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        x = sample.to(precision)
+        alpha, sigma = float(table.alpha[k]), float(table.sigma[k])
+        of_x, of_output = epsilon_scales(self.config.prediction_type, alpha, sigma)
+        epsilon = of_output * model_output.to(precision)
+        if of_x != 0.0:
+            epsilon = epsilon + of_x * x
+        noise_scale = float(table.noise_scale[k])
+        counted = generator is None and variance_noise is None and self._seed is not None
+        indices = torch.arange(self._first_index, self._first_index + len(x), device=x.device) if counted else None
+        after, self._history, x0 = guided_step(
+            x,
+            epsilon,
+            None,
+            self._history,
+            matrix=table.matrix[k],
+            noise_scale=noise_scale if counted else 0.0,
+            alpha=alpha,
+            sigma=sigma,
+            clamp=self._clamp,
+            seed=self._seed or 0,
+            sample_index=indices,
+            evaluation=self._first + k + 1,
+        )
+        if noise_scale > 0.0 and not counted:
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype
+                )
+            after = after + noise_scale * variance_noise.to(precision)
+        self._evaluation += 1
+        after, x0 = after.to(sample.dtype), x0.to(sample.dtype)
+        return TableSchedulerOutput(after, x0) if return_dict else (after, x0)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x_0 + sigma noise. Shapes: original_samples, noise [B, ...]; timesteps [B] or []; returns [B, ...]."""
+        alpha, sigma = alpha_sigma(self.schedule, timesteps.to(original_samples.device), original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha noise - sigma x_0, the target of v_prediction. Shapes as in :meth:`add_noise`, with x_0 first."""
+        alpha, sigma = alpha_sigma(self.schedule, timesteps.to(sample.device), sample)
+        return training_target("v_prediction", sample, noise, alpha, sigma)
+
+    def _table(self, eta: float | None = None, **grid: Any) -> SolverTable:
+        eta = self.config.eta if eta is None else eta
+        return solver_table(self.config.solver, self.schedule, eta=eta, **grid)
+
+    def _reset(self, whole: SolverTable) -> None:
+        self._whole, self._running, self._history = whole, None, None
+        self._first, self._begin_index, self._evaluation = 0, None, 0
+
+    def _start(self, timestep: int | Tensor, eta: float | None) -> None:
+        """Begin a run at a timestep. A multistep solver begins with its first-order step wherever that is."""
+        whole = self._whole
+        begins = np.flatnonzero(np.concatenate([[True], whole.ends_step[:-1]]))
+        index = self._begin_index
+        if index is None:
+            index = next((int(k) for k in begins if whole.times[k] == float(timestep)), -1)
+        if index not in begins:
+            raise ValueError(
+                f"timestep must be one with which a solver step begins, {whole.times[begins].astype(int).tolist()}, "
+                f"got {float(timestep):g} (begin_index {self._begin_index}); call set_timesteps first"
+            )
+        own_eta = eta if self.config.solver == "ddim" and self.config.eta is None else None
+        self._first = index
+        self._running = whole
+        if index > 0 or own_eta is not None:
+            self._running = self._table(eta=own_eta, times=whole.times[begins[begins >= index]])
