@@ -138,6 +138,14 @@ def _forward_reference(*call: Any, save_pre_activations: bool) -> tuple[Tensor, 
     return functional.linear(activation, weights[-1], biases[-1]), saved
 
 
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# The compiler of torch before 2.12 cannot trace the question; the answer depends on its argument alone.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def checked_call(
     x: Tensor,
     first_bias: Tensor,
@@ -153,7 +161,7 @@ def checked_call(
     """
     weights, biases = tuple(weights), tuple(biases)
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, first_bias = x.to(dtype), first_bias.to(dtype)
         weights = tuple(weight.to(dtype) for weight in weights)
