@@ -348,9 +348,8 @@ def precision_of(dtype: torch.dtype, split: bool = False) -> str:
 
 def summed(precision: str, dtype: torch.dtype, depth: int) -> str:
     """The precision for sums of ``depth`` products; 16-bit factors lose more than a long sum of them does."""
-    return (
-        str(IN_PARTS.value) if (precision, dtype) == ("ieee", torch.float32) and depth > 2 * SUMMED.value else precision
-    )
+    is_long = precision == "ieee" and dtype == torch.float32 and depth > 2 * SUMMED.value
+    return str(IN_PARTS.value) if is_long else precision
 
 
 def blocks(rows: int, columns: int, tile: Tile) -> int:

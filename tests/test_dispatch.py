@@ -123,6 +123,15 @@ def test_the_perceptrons_choice_on_a_gpu_is_what_was_measured(dtype, batch, inpu
         assert choice() == replayed
 
 
+def test_large_runs_are_left_to_the_loop():
+    for dtype, samples in ((torch.bfloat16, 51_000), (torch.float32, 12_700)):  # products: 4e10 and 1e10
+        networks = [network(1, 2, 512, dtype)[2]]
+        assert sum(weight.numel() for weight in networks[0]) == 787_968
+        assert not _measured.loop_is_faster(samples - 400, networks)
+        assert _measured.loop_is_faster(samples, networks)
+        assert _measured.loop_is_faster(samples // 2, networks * 2)
+
+
 def test_the_error_survives_pickling(toy):
     with pytest.raises(BackendUnavailableError) as caught:
         resolve(toy, "cuda", torch.zeros(2))

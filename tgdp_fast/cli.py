@@ -228,8 +228,6 @@ def bench(options: argparse.Namespace) -> int | None:
     )
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ValueError(f"--json must lie in an existing folder, got {options.json}")
-    # float32 is float32 for every provider: by default torch's convolutions round factors to TF32 on a GPU.
-    torch.backends.cudnn.allow_tf32 = False
     load = runner.load_average()
     measured = floors.measure_floors(settings.device, 0.1 if options.quick else 0.5)
     rows: list[dict[str, Any]] = []

@@ -90,6 +90,9 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
     if case.needs_accelerator and options.device.type == "cpu":
         report(f"{case.name}: left out, a call takes minutes on a CPU; --device cuda times it")
         return []
+    if options.device.type == "cuda":
+        # float32 is float32 for every provider: by default torch's convolutions round their factors to TF32.
+        torch.backends.cudnn.allow_tf32 = False
     torch._dynamo.reset()  # Its limit of versions of one function is for a program, not for a list of programs.
     entries: list[Entry] = []
     failed: list[Row] = []

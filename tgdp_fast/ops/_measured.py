@@ -21,7 +21,8 @@ _LAUNCHES = 3e10
 #: And from which on the CUDA kernel, with few warps to hide its waits, takes longer than PyTorch's launches.
 _CUDA_PRODUCTS, _CUDA_PRODUCTS_FP32 = 3e9, 1e9
 #: The same for a run whose evaluations are one CUDA kernel, and as many in the loop: 0.7 ms an evaluation for 10,000
-#: samples and two networks of width 512, 1.6e10 products, where the loop's kernels take a third of it.
+#: samples and two networks of width 512, 1.6e10 products, where the loop's kernels should take a third, by the sum of
+#: their parts.
 _RUN_PRODUCTS, _RUN_PRODUCTS_FP32 = 4e10, 1e10
 #: Elements from which on the Triton step moves more bytes a second than CUDA's in 16 bits.
 _LARGE_STEP = 2**24
@@ -52,7 +53,7 @@ def cuda_step_yields_to(x: Tensor, epsilon: Tensor, *_: object, **__: object) ->
 
 def cuda_perceptron_yields_to(x: Tensor, _: Tensor, weights: Sequence[Tensor], *__: object) -> Sequence[str]:
     """For ``mlp_value_and_grad`` of CUDA."""
-    widest, products = max(weight.shape[0] for weight in weights), _products(x, weights)
+    widest, products = max(weight.shape[0] for weight in weights), _products(len(x), weights)
     if x.dtype == torch.float32:
         # 80 us and PyTorch's 86 us for 4,096 samples of width 128; 849 and 400 us of width 512.
         slow = widest > 256 or products > _CUDA_PRODUCTS_FP32 or (_replayed() and widest > 128)
@@ -72,14 +73,14 @@ def triton_perceptron_yields_to(x: Tensor, _: Tensor, weights: Sequence[Tensor],
     if _replayed() or fits(x, weights):
         return ()
     # 659 us and 262 us for 4,096 samples of width 512, as long for 65,536.
-    return ("reference",) if _products(x, weights) < _LAUNCHES else ()
+    return ("reference",) if _products(len(x), weights) < _LAUNCHES else ()
 
 
 def triton_derivative_yields_to(x: Tensor, _: Tensor, weights: Sequence[Tensor], *__: object) -> Sequence[str]:
     """For the derivatives of both, given the call whose derivative it is: several launches a layer. A step of fitting
     takes 4.8 ms, and 3.4 ms with PyTorch's.
     """
-    eager = not _replayed() and _products(x, weights) < _LAUNCHES
+    eager = not _replayed() and _products(len(x), weights) < _LAUNCHES
     return ("reference",) if eager or x.dtype == torch.float32 else ()
 
 
@@ -90,9 +91,9 @@ def loop_is_faster(samples: int, networks: Sequence[Sequence[Tensor]]) -> bool:
         samples: of the run.
         networks: weights of the score network and of the guidance network.
     """
-    products = float(samples) * sum(weight.numel() for weights in networks for weight in weights)
+    products = sum(_products(samples, weights) for weights in networks)
     return products > (_RUN_PRODUCTS_FP32 if networks[0][0].dtype == torch.float32 else _RUN_PRODUCTS)
 
 
-def _products(x: Tensor, weights: Sequence[Tensor]) -> float:
-    return float(x.shape[0]) * sum(weight.numel() for weight in weights)
+def _products(samples: int, weights: Sequence[Tensor]) -> float:
+    return float(samples) * sum(weight.numel() for weight in weights)
