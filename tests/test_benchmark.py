@@ -229,8 +229,13 @@ def test_every_kind_of_case(case: cases.Case) -> None:
         assert row["case"] == case.name
 
 
-@pytest.mark.slow(ci=True)
-@pytest.mark.parametrize("case", [cases.GuidedStep(4), cases.FitStep(8, consistency=True, batch=16)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(cases.GuidedStep(4), marks=pytest.mark.slow(ci=False)),
+        pytest.param(cases.FitStep(8, consistency=True, batch=16), marks=pytest.mark.slow(ci=True)),
+    ],
+)
 def test_compiled_provider(case: cases.Case) -> None:
     case.precisions = ("fp32",)
     lines: list[str] = []
