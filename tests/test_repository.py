@@ -40,6 +40,7 @@ LAYERS: dict[str, set[str] | None] = {
     "solvers": {"_checks", "schedule"},
     "models": None,
     "denoiser": None,
+    "cond_fn": {"_checks", "denoiser", "schedule"},
     "guidance": None,
     "fused": None,
     "prior": {"_checks", "noise", "checkpoint", "data"},

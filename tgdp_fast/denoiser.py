@@ -267,6 +267,11 @@ class Denoiser(Pretrained, nn.Module):
         )
 
 
+def labels_for(model: Any, labels: Tensor | None) -> Tensor | None:
+    """``labels``, or None for a model that states it is unconditional (``num_classes`` 0)."""
+    return None if getattr(model, "num_classes", None) == 0 else labels
+
+
 @contextmanager
 def evaluation_mode(*modules: Any) -> Iterator[None]:
     """Put modules in eval mode (dropout and batch statistics off) and restore each on exit."""

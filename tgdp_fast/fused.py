@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from tgdp_fast.denoiser import Denoiser, epsilon_scales
-from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser, labels_for
+from tgdp_fast.denoiser import Denoiser, epsilon_scales, labels_for
+from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser
 from tgdp_fast.models import ScoreMLP, encode_labels
 from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory, use_backend
 from tgdp_fast.ops._dispatch import requested_backend, resolve

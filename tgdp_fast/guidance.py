@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
-from tgdp_fast.denoiser import number_on, per_sample
+from tgdp_fast.cond_fn import as_cond_fn
+from tgdp_fast.denoiser import labels_for, number_on, per_sample
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
 from tgdp_fast.ops import guided_epsilon, limit_gradient, mlp_value_and_grad, perceptron
 from tgdp_fast.pretrained import Pretrained
@@ -199,6 +200,12 @@ class GuidanceNetwork(Pretrained, nn.Module):
         result: tuple[Tensor, Tensor] = self(x, t, labels)
         return result
 
+    def as_cond_fn(
+        self, schedule: NoiseSchedule | None = None, *, scale: float = 1.0, labels: str = "y", time_scale: float = 1.0
+    ) -> Callable[..., Tensor]:
+        """``cond_fn(x, t, **model_kwargs)`` for samplers with that hook: :func:`tgdp_fast.cond_fn.as_cond_fn`."""
+        return as_cond_fn(self, schedule, scale=scale, labels=labels, time_scale=time_scale)
+
     def to_config(self) -> dict[str, Any]:
         """Everything but the weights, JSON-able."""
         return {
@@ -330,11 +337,6 @@ class GuidedDenoiser:
         return guided_epsilon(x, evaluation.epsilon, evaluation.gradient, evaluation.weight, alpha, sigma, self.clamp)[
             0
         ]
-
-
-def labels_for(model: Any, labels: Tensor | None) -> Tensor | None:
-    """``labels``, or None for a model that states it is unconditional (``num_classes`` 0)."""
-    return None if getattr(model, "num_classes", None) == 0 else labels
 
 
 def _check_pair(name: str, pair: tuple[float, float] | None, finite: bool = False) -> tuple[float, float] | None:

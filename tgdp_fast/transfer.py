@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tgdp_fast._checks import check_choice, check_integer, check_number, check_seed
 from tgdp_fast.checkpoint import signature_of
-from tgdp_fast.denoiser import evaluation_mode
+from tgdp_fast.denoiser import evaluation_mode, labels_for
 from tgdp_fast.density_ratio import (
     RATIO_LOSSES,
     DensityRatio,
@@ -25,7 +25,7 @@ from tgdp_fast.density_ratio import (
     logistic_loss,
     ratio_loss,
 )
-from tgdp_fast.guidance import EpsilonModel, GuidanceNetwork, labels_for
+from tgdp_fast.guidance import EpsilonModel, GuidanceNetwork
 from tgdp_fast.models.mlp import encode_labels
 from tgdp_fast.sampling import PRECISIONS
 from tgdp_fast.schedule import NoiseSchedule
