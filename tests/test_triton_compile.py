@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +60,9 @@ SPILLS = {
 
 
 MOST_SPILLED = 128  # bytes of a thread
+CONSTRAINTS = Path(__file__).resolve().parent.parent / ".ci" / "constraints.txt"
+# The lists above are those of the Triton that the constraints name; another one may spill a little elsewhere.
+LISTED = f"triton=={version('triton')}\n" in CONSTRAINTS.read_text() if why_not() is None else False
 
 
 def _check(compilation, capability):
@@ -65,7 +70,7 @@ def _check(compilation, capability):
     about = f"{compilation.name} on sm_{capability}"
     assert f".target sm_{capability}" in binary.ptx, about
     assert binary.shared <= SHARED_MEMORY[capability], about
-    assert binary.spilled == 0 or compilation.name.startswith(SPILLS.get(capability, ())), about
+    assert binary.spilled == 0 or compilation.name.startswith(SPILLS.get(capability, ())) or not LISTED, about
     assert binary.spilled <= MOST_SPILLED, about
     assert 0 < binary.registers <= 255, about
     assert binary.tensor_cores or not compilation.tensor_cores, about

@@ -49,6 +49,14 @@ if _triton.INTERPRETED:
         return rounded.view(torch.int16).numpy().view(np.uint16)
 
     interpreter._convert_float = _round
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_index(tensor: Any, *scope: Any) -> None:
+        """Ends of loops are arrays of one number, which NumPy 2.5 no longer takes for one; Triton 3.6 relies on it."""
+        _patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = _patch_index
 
 
 class Far:
