@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tgdp_fast import SSSDECG, CheckpointError, Denoiser, NoiseSchedule, sample,
 from tgdp_fast.integrations.released import (
     RELEASED_LEADS,
     SSSD_ECG,
+    Bandit_Critic_Guide,
     GuidanceQt,
     calc_diffusion_hyperparams,
     generate_four_leads,
@@ -52,7 +54,7 @@ def network(**arguments) -> SSSD_ECG:
 
 def guidance() -> GuidanceQt:
     """A network whose gradient is of the size of the noise."""
-    net = GuidanceQt(3, LENGTH, width=11, depth=2, time_features=6, time_scale=0.3)
+    net = GuidanceQt(in_channels=3, length=LENGTH, width=11, depth=2, time_features=6, time_scale=0.3)
     with torch.no_grad():
         for layer in (net.conv1, net.conv2, net.qt[0], net.qt[2]):
             layer.weight.mul_(3.0)
@@ -329,6 +331,90 @@ def test_the_network_is_ours(cauchy):
         assert torch.equal(net(x, steps[:, 0], labels), expected)
 
 
+def test_arguments_by_place_are_those_of_released_code():
+    by_place = SSSD_ECG(3, 4, 5, 2, 2, 6, 7, 9, LENGTH, 4, 0.0, 1, 1, 8, 10)
+    by_name = SSSD_ECG(
+        in_channels=3,
+        res_channels=4,
+        skip_channels=5,
+        out_channels=2,
+        num_res_layers=2,
+        diffusion_step_embed_dim_in=6,
+        diffusion_step_embed_dim_mid=7,
+        diffusion_step_embed_dim_out=9,
+        s4_lmax=LENGTH,
+        s4_d_state=4,
+        label_embed_classes=8,
+        label_embed_dim=10,
+    )
+    assert by_place.to_config() == by_name.to_config()
+    assert GuidanceQt(3904, 0).to(torch.float64).num_classes == 0
+    with pytest.raises(ValueError, match="action_dim must be 3904, .* got 3900"):
+        GuidanceQt(3900, 0)
+
+
+def test_a_condition_comes_last():
+    """The condition acts as further features behind those of time, which leaves the gradient's formula as it is."""
+    qt = GuidanceQt(None, 2, in_channels=3, length=LENGTH, width=11, depth=2, time_features=6, time_scale=0.3).double()
+    x, t = torch.randn(3, 3, LENGTH, dtype=torch.float64), torch.tensor([0.0, 2.0, 4.0])
+    condition = torch.tensor([[0.5, -1.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    values, gradients = qt.log_ratio_and_grad(x, t, condition)
+    assert torch.allclose(qt(x, t, condition)[:, 0], values, rtol=1e-12)
+    # With the condition's part in the bias it is an unconditional network.
+    for row in range(3):
+        state = {name: value.numpy().copy() for name, value in qt.state_dict().items()}
+        state["qt.0.bias"] += state["qt.0.weight"][:, -2:] @ condition[row].numpy()
+        state["qt.0.weight"] = state["qt.0.weight"][:, :-2]
+        value, gradient = qt_and_gradient(state, x[row].numpy(), int(t[row]))
+        assert values[row].item() == pytest.approx(value, rel=1e-6)
+        assert relative(gradients[row].detach(), gradient) < 1e-6
+    # One time for all, and class indices.
+    chosen = torch.eye(2, dtype=torch.float64)[[1, 0, 1]]
+    assert torch.equal(
+        qt.log_ratio_and_grad(x, 2.0, torch.tensor([1, 0, 1]))[0], qt.log_ratio_and_grad(x, 2.0, chosen)[0]
+    )
+    with pytest.raises(ValueError, match="labels are required"):
+        qt(x, t)
+
+
+def test_the_class_of_released_scripts_guides():
+    """Ours, and one as a script has it: with a gradient of its own and nothing else."""
+    net, qt = network(), guidance()
+    sizes = {"in_channels": 3, "length": LENGTH, "width": 11, "depth": 2, "time_features": 6, "time_scale": 0.3}
+    ours = Bandit_Critic_Guide(qt.num_features, 0, SimpleNamespace(device="cpu", alpha=3.0), **sizes).double()
+    ours.qt.load_state_dict(qt.state_dict())
+    ours.guidance_scale = 0.7
+
+    class Theirs:
+        def calculate_guidance(self, a, t, condition=None):
+            assert condition is None
+            assert t.shape == (2, 1)
+            with torch.enable_grad():
+                a.requires_grad_(True)
+                return 0.7 * torch.autograd.grad(qt(a, t).sum(), a)[0]
+
+    noise = torch.randn(STEPS, 2, 3, LENGTH, dtype=torch.float64)
+    hyperparams = calc_diffusion_hyperparams(STEPS, 0.02, 0.3, dtype=torch.float64)
+    cond = torch.eye(4, dtype=torch.float64)[:2]
+    for convention in ("paper", "released"):
+        expected = sampling_label_guided(
+            net, qt, noise.shape[1:], hyperparams, cond, 0.7, convention=convention, noise=noise
+        )
+        for each in (ours, Theirs()):
+            found = sampling_label_guided(
+                net, guidance_net=each, size=noise.shape[1:], diffusion_hyperparams=hyperparams, cond=cond,
+                convention=convention, noise=noise,
+            )  # fmt: skip
+            assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+            assert not found.requires_grad
+    x, steps = noise[0], torch.full((2, 1), 3.0)
+    assert torch.allclose(ours.calculate_guidance(x, steps), 0.7 * qt.log_ratio_and_grad(x, 3.0)[1], rtol=1e-12)
+    assert not ours.calculate_guidance(x, steps).requires_grad
+    guided = sample(Denoiser(network(label_embed_classes=0).float(), NoiseSchedule.from_betas(hyperparams["Beta"])),
+                    ours.float(), num=2, steps=3)  # fmt: skip
+    assert guided.isfinite().all()
+
+
 def test_conventions_choose_the_kernels():
     assert SSSD_ECG(**SIZES).cauchy == "pair"
     assert SSSD_ECG(**SIZES, convention="paper").cauchy == "pair"
@@ -348,8 +434,6 @@ def test_what_the_network_refuses():
         SSSD_ECG(**SIZES, s4_bidirectional=0)
     with pytest.raises(ValueError, match="convention must be one of"):
         SSSD_ECG(**SIZES, convention="ours")
-    with pytest.raises(TypeError):
-        SSSD_ECG(3, 3)  # places are not part of what is known of the released constructor
     net, inputs = SSSD_ECG(**SIZES, s4_dropout=0.1), (torch.randn(1, 3, LENGTH), torch.tensor([0]), torch.tensor([[1]]))
     with pytest.raises(ValueError, match="s4_dropout must be 0 for training"):
         net(inputs)
@@ -400,6 +484,8 @@ def test_files_are_read(tmp_path: Path, bare):
     assert torch.equal(loaded_qt(x0, torch.tensor([3.0])), qt(x0, torch.tensor([3.0])))
     with pytest.raises(CheckpointError, match=r"other shape: qt\.0\.weight"):
         GuidanceQt.from_checkpoint(file, length=LENGTH + 8)
+    with pytest.raises(CheckpointError, match=r"other shape: qt\.0\.weight"):
+        GuidanceQt.from_checkpoint(file, length=LENGTH, state_dim=2)
     write(net)
     with pytest.raises(CheckpointError, match=r"no checkpoint of GuidanceQt: conv1\.weight"):
         GuidanceQt.from_checkpoint(file)

@@ -1,6 +1,6 @@
 """The calls of the released TGDP-ECG and SSSD-ECG code, so that a script that uses them changes one line of imports.
 
-    from tgdp_fast.integrations.released import SSSD_ECG, GuidanceQt, calc_diffusion_hyperparams, sampling_label_guided
+    from tgdp_fast.integrations.released import SSSD_ECG, Bandit_Critic_Guide, sampling_label_guided
 
 Two conventions: ``convention="paper"``, the default, follows the formulas of the papers; ``convention="released"``
 follows what the released code computes where that departs from them:
@@ -34,6 +34,7 @@ from tgdp_fast.checkpoint import CheckpointError, load_state_dict_checked, read_
 from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, find_leads, twelve_leads
 from tgdp_fast.denoiser import evaluation_mode
 from tgdp_fast.guidance import ECGStem
+from tgdp_fast.models.mlp import check_labels_given, encode_labels
 from tgdp_fast.models.sssd_ecg import SSSDECG
 from tgdp_fast.models.sssd_ecg_sampling import CompiledSSSDECG
 from tgdp_fast.ops import mlp_value_and_grad
@@ -42,6 +43,7 @@ __all__ = [
     "CONVENTIONS",
     "RELEASED_LEADS",
     "SSSD_ECG",
+    "Bandit_Critic_Guide",
     "GuidanceQt",
     "calc_diffusion_hyperparams",
     "generate_four_leads",
@@ -75,13 +77,14 @@ class SSSD_ECG(SSSDECG):  # noqa: N801
     ``network.compile_for_sampling()``. The defaults are the paper's.
 
     Args:
-        in_channels, out_channels, res_channels, skip_channels, num_res_layers: as in :class:`tgdp_fast.SSSDECG`.
+        in_channels, res_channels, skip_channels, out_channels, num_res_layers: as in :class:`tgdp_fast.SSSDECG`.
         diffusion_step_embed_dim_in, diffusion_step_embed_dim_mid, diffusion_step_embed_dim_out: widths of the diffusion
             step's features, of the hidden layer and of the embedding.
         s4_lmax, s4_d_state: length of the S4 kernels, and size of their state.
         s4_dropout: acts in training only, where this network has none: training with one above 0 is refused.
         s4_bidirectional, s4_layernorm: must be true, as in every released checkpoint.
-        label_embed_dim, label_embed_classes: width of the label embedding, and number of statements.
+        label_embed_classes, label_embed_dim: number of statements, and width of their embedding. Released code takes 0
+            classes, an unconditional network, where none are given.
         convention: "paper" for ``cauchy="pair"``, "released" for ``cauchy="half"``, which is what the released
             repository computes as it is, without its CUDA extension. A checkpoint does not tell on which of the two it
             was trained, and the other one changes the prediction by a third: without ``convention`` and ``cauchy`` the
@@ -98,12 +101,11 @@ class SSSD_ECG(SSSDECG):  # noqa: N801
 
     def __init__(
         self,
-        *,
         in_channels: int = 8,
-        out_channels: int = 8,
-        num_res_layers: int = 36,
         res_channels: int = 256,
         skip_channels: int = 256,
+        out_channels: int = 8,
+        num_res_layers: int = 36,
         diffusion_step_embed_dim_in: int = 128,
         diffusion_step_embed_dim_mid: int = 512,
         diffusion_step_embed_dim_out: int = 512,
@@ -112,8 +114,9 @@ class SSSD_ECG(SSSDECG):  # noqa: N801
         s4_dropout: float = 0.0,
         s4_bidirectional: bool | int = True,
         s4_layernorm: bool | int = True,
-        label_embed_dim: int = 128,
         label_embed_classes: int = 71,
+        label_embed_dim: int = 128,
+        *,
         convention: str | None = None,
         cauchy: str | None = None,
     ) -> None:
@@ -218,28 +221,32 @@ class GuidanceQt(ECGStem):
     """The guidance network of the ECG experiment, f(x, t), with the tensors' names of released checkpoints.
 
         features = conv2(conv1(x))                     two convolutions, kernel 10, stride 2, nothing between or after
-        f = qt([features, embed(t)])                   SiLU between the layers of qt; embed: Fourier features, Linear
+        f = qt([features, embed(t), condition])        SiLU between the layers of qt; embed: Fourier features, Linear
 
     The defaults are the paper's: 8 leads of 1,000 samples, 4 x 512, 32 time features: 2,809,169 numbers. The released
     code trains f on log r(x_0) (``loss="log_mse"``); f is used as log h all the same, so :func:`tgdp_fast.sample` takes
     this network as guidance, in the formula's convention.
 
     Args:
+        action_dim: features that the convolutions make of a signal; follows from its size, so it may be left out.
+        state_dim: width of the condition, 0 for none.
         in_channels, length: leads and samples of the signal.
         width, depth: hidden layers of ``qt``.
         time_features: number of Fourier features, even.
         time_scale: standard deviation of their frequencies, in cycles per diffusion step.
 
-    Shapes: ``forward(x [B, in_channels, length], t [B] or [B, 1]) -> [B, 1]``, t the index of the diffusion step.
+    Shapes: ``forward(x [B, in_channels, length], t [B] or [B, 1], condition [B, state_dim]) -> [B, 1]``, t the index of
+    the diffusion step.
 
     Raises:
-        ValueError: bad sizes.
+        ValueError: bad sizes, or an ``action_dim`` that signals of this size do not have.
     """
-
-    num_classes = 0
 
     def __init__(
         self,
+        action_dim: int | None = None,
+        state_dim: int = 0,
+        *,
         in_channels: int = 8,
         length: int = 1000,
         width: int = 512,
@@ -251,6 +258,12 @@ class GuidanceQt(ECGStem):
             (check_integer("in_channels", in_channels, 1), check_integer("length", length, 1)),
         )
         self.event_shape = (in_channels, length)
+        if action_dim not in (None, self.num_features):
+            raise ValueError(
+                f"action_dim must be {self.num_features}, what the convolutions make of {in_channels} leads of "
+                f"{length} samples, got {action_dim!r}; give in_channels and length of other signals"
+            )
+        self.num_classes = check_integer("state_dim", state_dim, 0)
         width, depth = check_integer("width", width, 1), check_integer("depth", depth, 1)
         if check_integer("time_features", time_features, 2) % 2:
             raise ValueError(f"time_features must be even (a sine and a cosine each), got {time_features}")
@@ -258,15 +271,15 @@ class GuidanceQt(ECGStem):
             _FourierFeatures(time_features // 2, check_number("time_scale", time_scale)),
             nn.Linear(time_features, time_features),
         )
-        sizes = [self.num_features + time_features] + [width] * depth + [1]
+        sizes = [self.num_features + time_features + self.num_classes] + [width] * depth + [1]
         layers: list[nn.Module] = []
         for before, after in zip(sizes, sizes[1:], strict=False):
             layers += [nn.Linear(before, after), nn.SiLU()]
         self.qt = nn.Sequential(*layers[:-1])
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike[str], *, length: int = 1000) -> GuidanceQt:
-        """The network of a file of ``torch.save``, or of safetensors; other sizes than ``length`` are read off it.
+    def from_checkpoint(cls, path: str | os.PathLike[str], *, length: int = 1000, state_dim: int = 0) -> GuidanceQt:
+        """The network of a file of ``torch.save``, or of safetensors; sizes that are not given are read off it.
 
         Returns:
             The network in float32, on the CPU, in eval mode. Nothing but tensors is unpickled.
@@ -283,8 +296,9 @@ class GuidanceQt(ECGStem):
                 )
         layers = {name.split(".")[1] for name in tensors if name.startswith("qt.")}
         network = cls(
-            tensors["conv1.weight"].shape[1],
-            length,
+            state_dim=state_dim,
+            in_channels=tensors["conv1.weight"].shape[1],
+            length=length,
             width=tensors["qt.0.weight"].shape[0],
             depth=max(1, len(layers) - 1),
             time_features=tensors["embed.1.weight"].shape[0],
@@ -292,30 +306,84 @@ class GuidanceQt(ECGStem):
         load_state_dict_checked(network, tensors, path)
         return network.eval()
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
-        """f(x, t) [B, 1], differentiable by autograd."""
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """f(x, t, condition) [B, 1], differentiable by autograd."""
+        self._check_condition(condition)
         features, times = super().forward(x), self.embed(t.reshape(-1))
-        result: Tensor = self.qt(torch.cat([features, times.expand(len(features), -1)], dim=1))
+        rows = [features, times.expand(len(features), -1)]
+        if condition is not None:
+            rows.append(encode_labels(condition, self.num_classes, features.dtype))
+        result: Tensor = self.qt(torch.cat(rows, dim=1))
         return result
 
     def log_ratio_and_grad(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """f [B] and its gradient in x [B, in_channels, length], in closed form; t a number or [B], no labels.
+        """f [B] and its gradient in x [B, in_channels, length], in closed form; t a number or [B].
+
+        ``labels`` are the condition, rows [B, state_dim] or indices [B].
 
         Raises:
-            ValueError: labels were given.
+            ValueError: labels without a ``state_dim``, or none with one.
         """
-        if labels is not None:
-            raise ValueError("labels were given, but GuidanceQt is unconditional: leave them out")
+        self._check_condition(labels)
         linear = [layer for layer in self.qt if isinstance(layer, nn.Linear)]
         first = linear[0].weight
-        times = self.embed(torch.as_tensor(t, device=x.device).reshape(-1))
+        rows = self.embed(torch.as_tensor(t, device=x.device).reshape(-1))
+        if labels is not None:
+            condition = encode_labels(labels, self.num_classes, rows.dtype)
+            rows = torch.cat([rows.expand(len(condition), -1), condition], dim=1)
         value, gradient = mlp_value_and_grad(
             super().forward(x),
-            times @ first[:, self.num_features :].t() + linear[0].bias,
+            rows @ first[:, self.num_features :].t() + linear[0].bias,
             [first[:, : self.num_features].contiguous(), *(layer.weight for layer in linear[1:])],
             [layer.bias for layer in linear[1:]],
         )
         return value, self.transpose(gradient)
+
+    def _check_condition(self, condition: Tensor | None) -> None:
+        check_labels_given(condition, self.num_classes, "GuidanceQt", "leave them out, or build it with state_dim")
+
+
+class Bandit_Critic_Guide(nn.Module):  # noqa: N801
+    """What holds the guidance network in released scripts, for sampling: ``qt``, ``guidance_scale`` and the gradient.
+
+    It stands wherever a guidance does, here and in :func:`tgdp_fast.sample`. Of the released class it lacks what
+    belongs to training (domain classifier, target records, ``update_qt``): :func:`tgdp_fast.fit_guidance` trains.
+
+    Args:
+        adim, sdim: ``action_dim`` and ``state_dim`` of :class:`GuidanceQt`.
+        args: anything whose attribute ``device`` says where the network goes; other attributes are not looked at.
+        sizes: further arguments of :class:`GuidanceQt`, by keyword.
+
+    Attributes:
+        qt: the :class:`GuidanceQt`; checkpoints hold its tensors.
+        guidance_scale: factor of value and gradient, 1.
+
+    Raises:
+        ValueError: as there.
+    """
+
+    def __init__(self, adim: int | None = None, sdim: int = 0, args: Any = None, **sizes: Any) -> None:
+        super().__init__()
+        self.qt = GuidanceQt(adim, sdim, **sizes)
+        self.guidance_scale = 1.0
+        if getattr(args, "device", None) is not None:
+            self.qt.to(args.device)
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the condition; 0 for none."""
+        return self.qt.num_classes
+
+    def calculate_guidance(self, a: Tensor, t: float | Tensor, condition: Tensor | None = None) -> Tensor:
+        """guidance_scale * grad f: a [B, in_channels, length], t a number, [B] or [B, 1]; of the shape of ``a``."""
+        with torch.no_grad():
+            return self.log_ratio_and_grad(a, t, condition)[1]
+
+    def log_ratio_and_grad(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """guidance_scale times :meth:`GuidanceQt.log_ratio_and_grad`."""
+        scale = check_number("guidance_scale", self.guidance_scale)
+        value, gradient = self.qt.log_ratio_and_grad(x, t, labels)
+        return scale * value, scale * gradient
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -381,7 +449,7 @@ def sampling_label(
 
 def sampling_label_guided(
     net: Callable[..., Tensor],
-    guidance: Any,
+    guidance_net: Any,
     size: tuple[int, ...],
     diffusion_hyperparams: Mapping[str, Any],
     cond: Tensor | None = None,
@@ -405,13 +473,15 @@ def sampling_label_guided(
     Args:
         net: an :class:`SSSD_ECG`, what its ``compile_for_sampling`` returns (faster), a :class:`tgdp_fast.SSSDECG`, or
             anything called as ``net((x, cond, diffusion_steps [B, 1]))``.
-        guidance: a :class:`GuidanceQt`, a :class:`tgdp_fast.GuidanceNetwork`, anything with ``log_ratio_and_grad``, or
-            anything called as ``guidance(x, t [B])`` that autograd can differentiate. None for no guidance.
+        guidance_net: a :class:`Bandit_Critic_Guide`, a :class:`GuidanceQt`, a :class:`tgdp_fast.GuidanceNetwork`,
+            anything with ``log_ratio_and_grad(x, t, labels)``, with ``calculate_guidance(x, diffusion_steps [B, 1])``
+            as released code has it, or called as ``guidance_net(x, t [B])``, which autograd differentiates. None for
+            no guidance.
         size: of the result, batch first.
         diffusion_hyperparams: of :func:`calc_diffusion_hyperparams`.
         cond: labels of ``net``, one row per sample; None for a network without labels.
         guidance_scale: s.
-        guidance_cond: labels of a conditional ``guidance``, its third argument.
+        guidance_cond: labels of a conditional ``guidance_net``, its third argument.
         convention: which sign and factor the gradient gets.
         noise: x_T and then the noise of the steps T - 1 .. 1, as [T, *size] or any iterable of T tensors. Its dtype is
             that of the state. Without, noise is drawn on the host, as released code does, or on the generator's device.
@@ -437,7 +507,7 @@ def sampling_label_guided(
             raise ValueError(f"{name} must have one row for each of the {size[0]} samples of size, got {len(labels)}")
     parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
     draws = _noise(noise, generator, steps, size, parameter)
-    modules = [model for model in (net, guidance) if isinstance(model, nn.Module)]
+    modules = [model for model in (net, guidance_net) if isinstance(model, nn.Module)]
     with torch.no_grad(), evaluation_mode(*modules):
         x = next(draws)
         cond, guidance_cond = (None if each is None else each.to(x.device) for each in (cond, guidance_cond))
@@ -446,7 +516,7 @@ def sampling_label_guided(
             weight = -scale * sigma if convention == "paper" else scale
             epsilon = torch.cat(
                 [
-                    _epsilon(net, guidance, x[rows], t, _rows(cond, rows), _rows(guidance_cond, rows), weight)
+                    _epsilon(net, guidance_net, x[rows], t, _rows(cond, rows), _rows(guidance_cond, rows), weight)
                     for rows in (slice(first, first + batch_size) for first in range(0, size[0], batch_size))
                 ]
             )
@@ -559,6 +629,9 @@ def _epsilon(
         return epsilon
     if hasattr(guidance, "log_ratio_and_grad"):
         return epsilon + weight * guidance.log_ratio_and_grad(x, float(t), guidance_cond)[1]
+    if hasattr(guidance, "calculate_guidance"):
+        inputs = (x.detach(), steps) if guidance_cond is None else (x.detach(), steps, guidance_cond)
+        return epsilon + weight * guidance.calculate_guidance(*inputs)
     with torch.enable_grad():
         state = x.detach().requires_grad_()
         inputs = (state, steps[:, 0]) if guidance_cond is None else (state, steps[:, 0], guidance_cond)
