@@ -451,7 +451,6 @@ def test_two_processes_give_the_samples_of_one(finished: Path, config: Path, tmp
 
 
 @pytest.mark.slow(ci=True)
-@pytest.mark.skipif(not real_data("ptbxl").is_dir(), reason="the real records are not here")
 def test_real_records(tmp_path: Path) -> None:
     """All real records through the whole of it, with networks that have learned next to nothing."""
     config = tmp_path / "real.toml"
