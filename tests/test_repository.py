@@ -80,11 +80,14 @@ OPTIONAL = {
 
 
 def python_files(*folders: str) -> list[Path]:
-    files = {path for folder in folders for path in (ROOT / folder).rglob("*.py")}
-    # Newer versions of rglob follow links: tgdp_fast/kernels is seen once, as kernels/.
-    return sorted(
-        path for path in files if path.is_relative_to(KERNELS) or not path.is_relative_to(PACKAGE / "kernels")
-    )
+    """The kernels only where they are asked for, and once: through the link they would be seen again."""
+    wanted: set[Path] = set()
+    for folder in folders:
+        if folder == "kernels":
+            wanted.update(KERNELS.rglob("*.py"))
+        else:
+            wanted.update(p for p in (ROOT / folder).rglob("*.py") if not p.is_relative_to(PACKAGE / "kernels"))
+    return sorted(wanted)
 
 
 def module_name(path: Path) -> str:
