@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,8 +121,10 @@ def test_save_and_load_give_the_same_predictions(tmp_path: Any) -> None:
 def test_a_foreign_network_is_passed_in_at_load(tmp_path: Any) -> None:
     denoiser = Denoiser(nn.Linear(2, 2), NoiseSchedule.cosine())
     denoiser.save(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="network="):
+    with pytest.raises(CheckpointError, match="a network that is not of this package; build that .* network="):
         Denoiser.load(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"got the class Linear; build it: network=Linear\("):
+        Denoiser.load(tmp_path / "model", network=nn.Linear)  # type: ignore[arg-type]
     other = nn.Linear(2, 2)
     Denoiser.load(tmp_path / "model", network=other)
     assert torch.equal(other.weight, denoiser.network.weight)
@@ -165,6 +168,68 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_bad_network_and_schedule() -> None:
     with pytest.raises(ValueError, match="schedule must be a NoiseSchedule, got float"):
         Denoiser(Constant(), 0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("output", "came"),
+    [
+        (torch.zeros(5, 1), r"\[5, 1\]"),  # would broadcast
+        (torch.zeros(5, 4), r"\[5, 4\]"),  # a learned variance beside the mean
+        (SimpleNamespace(other=1), "no tensor"),
+        ((), "no tensor"),
+    ],
+)
+def test_a_network_must_return_the_shape_of_its_input(output: Any, came: str) -> None:
+    denoiser = Denoiser(Constant(output), NoiseSchedule.cosine())
+    for call in (denoiser, denoiser.epsilon):
+        with pytest.raises(ValueError, match=rf"of the shape of x, \[5, 2\], got {came}"):
+            call(torch.zeros(5, 2), 0.5)
+
+
+def test_a_tuple_is_unwrapped() -> None:
+    """What diffusers' models return with return_dict=False."""
+    x = torch.randn(5, 2)
+    assert torch.equal(Denoiser(Constant((x, "more")), NoiseSchedule.cosine())(x, 0.5), x)  # type: ignore[arg-type]
+
+
+def test_an_error_in_the_network_says_how_it_was_called() -> None:
+    schedule, x = NoiseSchedule.cosine(), torch.randn(5, 2)
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            result: Tensor = self.layer(x)
+            return result
+
+    with pytest.raises(RuntimeError, match="same dtype") as caught:
+        Denoiser(Plain().double(), schedule)(x, 0.5)
+    assert "network(x float32 [5, 2], time float32 [5]); its parameters are float64" in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"x float32 \[5, 3\]"):
+        Denoiser(Plain(), schedule)(torch.randn(5, 3), 0.5)
+    with pytest.raises(TypeError, match=r"labels int64 \[5\]"):
+        Denoiser(Plain(), schedule)(x, 0.5, torch.zeros(5, dtype=torch.long))
+
+    class Full(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no room$"):
+        Denoiser(Full(), schedule)(x, 0.5)
+
+
+def test_a_factor_on_the_steps_of_a_discrete_schedule_is_mentioned() -> None:
+    steps = NoiseSchedule.from_betas([0.01] * 200)
+    with pytest.warns(UserWarning, match=r"with times up to 199000; leave time_scale out"):
+        Denoiser(Constant(), steps, time_scale=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Denoiser(Constant(), steps, time_scale=5)  # rescaled to 0..1000, as guided-diffusion may do
+        Denoiser(Constant(), steps, time_scale=1000, time_input="half_log_snr")
+        Denoiser(Constant(), NoiseSchedule.from_betas([0.001] * 4000))
+        Denoiser(Constant(), NoiseSchedule.cosine(), time_scale=1000)
 
 
 def test_evaluation_mode_restores_each_module() -> None:

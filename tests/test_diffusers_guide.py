@@ -7,6 +7,7 @@ either and grad log q_t / p_t are known. Guiding the exact model of the source m
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -338,7 +339,8 @@ def test_two_guides_add_up(in_place: bool) -> None:
     if in_place:
         model.compile(backend="eager")
     first = guide(model, ratio, scheduler=scheduler, scale=1.0)
-    second = guide(model, ratio, scheduler=scheduler, scale=0.75)
+    with pytest.warns(UserWarning, match="guides the model already"):  # as a notebook cell does that runs again
+        second = guide(model, ratio, scheduler=scheduler, scale=0.75)
     torch.testing.assert_close(model(noise(), t), expected)
     if in_place:
         with pytest.raises(RuntimeError, match="reverse order"):
@@ -346,6 +348,11 @@ def test_two_guides_add_up(in_place: bool) -> None:
     second.restore()
     first.restore()
     torch.testing.assert_close(model(noise(), t), torch.tanh(noise()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guide(model, ratio, scheduler=scheduler).restore()
+        with guide(model, ratio, scheduler=scheduler), guide(model, lambda x, t: x.sum((1, 2, 3)), scheduler=scheduler):
+            pass
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import tgdp_fast
 from tgdp_fast import (
     SSSDECG,
     CheckpointError,
@@ -150,6 +151,18 @@ def test_the_card_s_code_runs(tmp_path: Path) -> None:
         names: dict[str, Any] = {"denoiser": denoiser()}
         exec(code.replace("1000", "4"), names)
         assert names["samples"].shape == (4, 3)
+
+
+def test_the_card_of_a_foreign_network_asks_for_it(tmp_path: Path) -> None:
+    make = lambda: nn.Linear(3, 3)  # noqa: E731
+    Denoiser(make(), NoiseSchedule.cosine()).save_pretrained(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    line = next(line for line in card.splitlines() if "from_pretrained" in line)
+    names: dict[str, Any] = {"tgdp_fast": tgdp_fast, "your_network": make()}
+    exec(line.replace("FOLDER", str(tmp_path / "model")), names)
+    assert isinstance(names["model"], Denoiser)
+    with pytest.raises(CheckpointError, match="network="):
+        Denoiser.from_pretrained(tmp_path / "model")
 
 
 def test_an_edited_card_stays_and_a_generated_one_is_renewed(tmp_path: Path) -> None:

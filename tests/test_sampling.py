@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,6 +282,16 @@ def test_divergence_stops_with_the_evaluation_and_advice() -> None:
         sample(Denoiser(Exploding(), SCHEDULE), num=3, shape=(2,), solver="ddim", steps=10, spacing="uniform")
     assert caught.value.evaluation == int(np.argmax(table.times < 0.5))
     assert caught.value.time == table.times[caught.value.evaluation]
+    # At the first evaluation it is not the run that diverged.
+    broken = Denoiser(Exploding(), NoiseSchedule.cosine(t_max=0.4))
+    with pytest.raises(SamplingDivergedError, match=r"gave no finite numbers: look at denoiser\.epsilon"):
+        sample(broken, num=3, shape=(2,))
+
+
+def test_the_result_of_a_fit_is_no_guidance_but_has_one() -> None:
+    fitted = SimpleNamespace(guidance=GuidanceNetwork((2,), SCHEDULE, width=4))
+    with pytest.raises(ValueError, match="got SimpleNamespace; pass its attribute guidance"):
+        sample(Denoiser(Exploding(), SCHEDULE), fitted, num=3, shape=(2,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

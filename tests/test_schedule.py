@@ -270,6 +270,7 @@ def test_from_alphas_cumprod_refuses(values: object, message: str) -> None:
         ([0.1, 0.0], r"betas must be in \(0, 1\), got 0.0 at index 1"),
         ([0.1, math.nan], r"betas must be in \(0, 1\), got nan"),
         ([0.1], "betas must be one-dimensional"),
+        ([0.99, 0.6, 0.1], "fall from 0.99 to 0.1; if they are alphas_cumprod use NoiseSchedule.from_alphas_cumprod"),
     ],
 )
 def test_from_betas_refuses(values: object, message: str) -> None:
@@ -295,8 +296,10 @@ def test_from_diffusers_is_duck_typed() -> None:
     scheduler.alphas_cumprod = torch.tensor([0.75, 0.5, 0.0])
     with pytest.raises(ValueError, match="rescale_betas_zero_snr=False"):
         NoiseSchedule.from_diffusers(scheduler)
-    with pytest.raises(TypeError, match="alphas_cumprod array, got SimpleNamespace"):
+    with pytest.raises(TypeError, match="alphas_cumprod array, got SimpleNamespace; pass the scheduler itself"):
         NoiseSchedule.from_diffusers(SimpleNamespace())
+    with pytest.raises(TypeError, match="pass its attribute scheduler"):
+        NoiseSchedule.from_diffusers(SimpleNamespace(scheduler=scheduler))  # a pipeline
 
 
 def test_from_config_refuses() -> None:

@@ -138,6 +138,35 @@ def test_conditional_transfer() -> None:
         assert float(drawn.mean()) == pytest.approx(centre, abs=0.25)
 
 
+def test_classes_that_no_source_sample_has_are_named() -> None:
+    source, target = torch.randn(60, 2), torch.randn(20, 2)
+    source_labels = np.arange(60) % 2
+
+    def warned(target_labels: np.ndarray, **arguments: Any) -> list[str]:
+        fit = fit_guidance(
+            source, target, source_labels=source_labels, target_labels=target_labels, settings=TINY, **arguments
+        )
+        assert fit.diagnostics is not None
+        return [text for text in fit.diagnostics.warnings if "source sample does" in text]
+
+    assert warned(np.arange(20) % 2) == []
+    (text,) = warned(np.where(np.arange(20) < 7, 3, 1))
+    assert text.startswith("do not use samples of class 3: 7 of 20 target samples have it")
+    # Where the guidance does not take them the denoiser does.
+    (text,) = warned(np.where(np.arange(20) < 7, 3, 2), conditional=False)
+    assert text.startswith("do not use samples of class 2, 3: 20 of 20")
+
+
+def test_columns_of_labels_that_no_source_sample_has_are_named() -> None:
+    source, target = torch.randn(60, 2), torch.randn(20, 2)
+    rows, seen = np.zeros((20, 3)), np.zeros((60, 3))
+    seen[:, 0] = rows[:, 0] = 1
+    rows[:2, 2] = 0.5
+    fit = fit_guidance(source, target, source_labels=seen, target_labels=rows, settings=TINY)
+    assert fit.diagnostics is not None
+    assert any(text.startswith("do not use samples of class 2: 2 of 20") for text in fit.diagnostics.warnings)
+
+
 def test_without_a_denoiser_there_is_no_consistency_term() -> None:
     fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), settings=TINY, diagnostics=False)
     assert fit.config["consistency"] == 0.0

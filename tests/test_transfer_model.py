@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from tgdp_fast import CheckpointError, Denoiser, GaussianPrior, NoiseSchedule, Optimisation, TransferModel
+from tgdp_fast import (
+    CheckpointError,
+    Denoiser,
+    EmpiricalPrior,
+    GaussianPrior,
+    NoiseSchedule,
+    Optimisation,
+    TransferModel,
+)
 from tgdp_fast.transfer_model import Stages
 
 TINY = Optimisation(steps=8, batch_size=16, ema_decay=0.5, warmup=1)
@@ -217,3 +226,16 @@ def test_guided_samples_start_from_the_prior_which_is_saved(tmp_path: Path) -> N
     assert not np.allclose(drawn, guided, rtol=1e-4)
     assert np.array_equal(loaded.sample(5, steps=3, prior=None), guided)
     assert np.array_equal(loaded.sample(5, steps=3, guided=False), plain)
+
+
+def test_a_prior_in_the_units_of_the_data_is_mentioned(tmp_path: Path) -> None:
+    model = fit(diagnostics=False)
+    raw = 500.0 + 20.0 * np.random.default_rng(0).standard_normal((50, 2))
+    for prior in (GaussianPrior.fit(raw), EmpiricalPrior(raw)):
+        with pytest.warns(UserWarning, match="fit it to model.standardizer.apply"):
+            model.sample(2, steps=1, prior=prior)
+        with pytest.warns(UserWarning, match="fit it to model.standardizer.apply"):
+            model.sample_to_file(tmp_path / "x.npy", 2, steps=1, prior=prior)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sample(2, steps=1, prior=GaussianPrior.fit((raw - 500.0) / 20.0))

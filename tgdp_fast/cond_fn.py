@@ -59,11 +59,12 @@ def as_cond_fn(
         ValueError: no discrete schedule; a bad scale; the guidance has no ``log_ratio_and_grad``.
     """
     check_guidance(guidance)
-    own = getattr(guidance, "schedule", None)
+    own, given = getattr(guidance, "schedule", None), schedule is not None
     schedule = own if schedule is None else schedule
     if not isinstance(schedule, NoiseSchedule) or not schedule.is_discrete:
+        came = f"got {schedule!r}" if given else f"but none was given and the guidance's own is {schedule!r}"
         raise ValueError(
-            f"schedule must be the sampler's discrete NoiseSchedule, got {schedule!r}; build it with "
+            f"schedule must be the sampler's discrete NoiseSchedule, {came}; build it with "
             "NoiseSchedule.from_betas(diffusion.betas)"
         )
     sampler_schedule = schedule
@@ -79,10 +80,18 @@ def as_cond_fn(
     return cond_fn
 
 
+def hint_of_guidance(value: Any) -> str:
+    """For messages about what is no guidance: where one is inside it, as in the result of a fit."""
+    return "; pass its attribute guidance" if hasattr(getattr(value, "guidance", None), "log_ratio_and_grad") else ""
+
+
 def check_guidance(guidance: Any) -> None:
     """Raises ValueError for what has no ``log_ratio_and_grad``."""
     if not hasattr(guidance, "log_ratio_and_grad"):
-        raise ValueError(f"guidance must have a method log_ratio_and_grad(x, t, labels), got {type(guidance).__name__}")
+        raise ValueError(
+            f"guidance must have a method log_ratio_and_grad(x, t, labels), got {type(guidance).__name__}"
+            f"{hint_of_guidance(guidance)}"
+        )
 
 
 def time_at(schedule: NoiseSchedule, noise_level: Tensor) -> Tensor:

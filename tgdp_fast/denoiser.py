@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,14 +90,15 @@ class Denoiser(Pretrained, nn.Module):
     """A diffusion network with its noise schedule, prediction type and time convention.
 
     Args:
-        network: any module, called as ``network(x, time)`` or ``network(x, time, labels)``; a result with an attribute
-            ``sample`` (diffusers) is unwrapped. With an attribute ``takes_host_time`` that is true, it gets the time of
-            a float on the host instead of the device of x.
+        network: any module, called as ``network(x, time)`` or ``network(x, time, labels)``, that returns the shape of
+            x; a result with an attribute ``sample`` (diffusers) and a tuple are unwrapped. With an attribute
+            ``takes_host_time`` that is true, it gets the time of a float on the host instead of the device of x.
         schedule: the noise schedule it was trained with.
         prediction: "epsilon", "sample" (x0), "v_prediction" (alpha epsilon - sigma x0) or "score".
         time_input: what the network receives as time, as a float32 tensor [B]: "time" (the schedule's t times
             ``time_scale``; for discrete schedules the integer step) or "half_log_snr".
-        time_scale: factor on t, e.g. 1000 for a continuous schedule and a network trained on 0..999.
+        time_scale: factor on t, e.g. 1000 for a continuous schedule and a network trained on 0..999. The t of a
+            discrete schedule is such a step already.
         integer_time: pass the time as int64 (embedding tables need it).
         num_classes: number of label classes, 0 for an unconditional network; default what the network states, and None
             (unknown, labels are passed on as they come) where it states nothing.
@@ -126,6 +128,13 @@ class Denoiser(Pretrained, nn.Module):
         self.prediction = check_choice("prediction", prediction, PREDICTIONS)
         self.time_input = check_choice("time_input", time_input, TIME_INPUTS)
         self.time_scale = check_number("time_scale", time_scale, 0.0, exclusive=True)
+        last = schedule.t_max * self.time_scale
+        if schedule.is_discrete and self.time_input == "time" and last > max(1000.0, schedule.t_max):
+            warnings.warn(
+                f"time_scale {self.time_scale:g} multiplies the steps 0..{schedule.t_max:g} of a discrete schedule, so "
+                f"the network is called with times up to {last:g}; leave time_scale out for a network trained on steps",
+                stacklevel=2,
+            )
         self.integer_time = bool(integer_time)
         stated = getattr(network, "num_classes", None) if num_classes is None else num_classes
         self.num_classes = None if stated is None else check_integer("num_classes", stated, 0)
@@ -145,8 +154,35 @@ class Denoiser(Pretrained, nn.Module):
         if not getattr(self.network, "takes_host_time", False):
             times = number_on(times, x.device)
         times = times.expand(x.shape[0])
-        output = self.network(x, times) if labels is None else self.network(x, times, labels)
-        return output if isinstance(output, Tensor) else output.sample
+        arguments = (x, times) if labels is None else (x, times, labels)
+        try:
+            output = self.network(*arguments)
+        except (RuntimeError, TypeError, IndexError) as error:
+            if type(error) not in (RuntimeError, TypeError, IndexError):
+                raise  # Out of memory, for one, has a type of its own that callers look for.
+            raise type(error)(f"{error}\n{self._call(arguments)}") from error
+        if not isinstance(output, Tensor):
+            output = output[0] if isinstance(output, tuple | list) and output else getattr(output, "sample", None)
+        if not isinstance(output, Tensor) or output.shape != x.shape:
+            came = list(output.shape) if isinstance(output, Tensor) else "no tensor"
+            raise ValueError(f"network must return a tensor of the shape of x, {list(x.shape)}, got {came}")
+        return output
+
+    def _call(self, arguments: tuple[Tensor, ...]) -> str:
+        """How the network was called, for the message of an error inside it."""
+        names = ("x", "time", "labels")
+        shown = ", ".join(
+            f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+            for name, value in zip(names, arguments, strict=False)
+        )
+        found = sorted(
+            {str(p.dtype).removeprefix("torch.") for p in self.network.parameters() if p.is_floating_point()}
+        )
+        return (
+            f"denoiser.network was called as network({shown}); its parameters are {' and '.join(found) or 'none'}. It "
+            "must take these: convert it with network.float(), pass labels only to a network that has them "
+            "(num_classes=0 says that it has none), and data of the shape it was made for"
+        )
 
     def network_time(self, t: float | Tensor) -> Tensor:
         """What the network receives as time for schedule time ``t``: a tensor of its shape, float32 or int64."""
@@ -239,6 +275,7 @@ class Denoiser(Pretrained, nn.Module):
 
         Raises:
             CheckpointError: damaged, of another kind or architecture, or a network is needed and none was given.
+            ValueError: ``network`` is a class.
         """
         config, tensors = load_checkpoint(path, "denoiser")
         return cls.from_parts(config, tensors, network, where=str(path))
@@ -247,12 +284,26 @@ class Denoiser(Pretrained, nn.Module):
     def from_parts(
         cls, config: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module | None, where: str
     ) -> Denoiser:
+        """The denoiser of a checkpoint's config and tensors, ``where`` they come from being for messages.
+
+        Raises:
+            CheckpointError, ValueError: as :meth:`load`.
+        """
+        if isinstance(network, type):
+            raise ValueError(
+                f"network must be a module, got the class {network.__name__}; build it: network={network.__name__}(...)"
+            )
         if network is None:
             architecture = config["architecture"]
+            if architecture is None:
+                raise CheckpointError(
+                    f"{where} holds the weights of a network that is not of this package; build that network and pass "
+                    "it as network=..."
+                )
             if architecture not in ARCHITECTURES:
                 raise CheckpointError(
                     f"{where} holds a network of architecture {architecture!r}, known are "
-                    f"{', '.join(sorted(ARCHITECTURES))}; build the network and pass it as load(path, network=...)"
+                    f"{', '.join(sorted(ARCHITECTURES))}; build the network and pass it as network=..."
                 )
             network = ARCHITECTURES[architecture](**config["network"])
         load_state_dict_checked(network, tensors, where)

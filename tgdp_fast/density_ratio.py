@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 from tgdp_fast._checks import check_integer
+from tgdp_fast.models.mlp import encode_labels
 from tgdp_fast.training import Batches, Optimisation, derived_seed, optimise, seeded_initialisation
 
 RATIO_LOSSES = ("logistic", "ratio_mse", "poisson", "log_mse")
@@ -329,6 +330,19 @@ class TransferDiagnostics:
                 f"the guidance does not hold: the mean of the fitted ratio h over the source is {mean:.2g} at "
                 f"t = {t:.4g} and should be 1. It has learned the given target samples by heart; use fewer steps, "
                 "more weight_decay, or a regression loss (poisson)."
+            )
+
+    def add_labels(self, source: Tensor, target: Tensor, num_classes: int) -> None:
+        """A warning where target samples have classes that no source sample has; labels [N], or rows [N, K]."""
+        has_source, has_target = ((encode_labels(labels, num_classes) > 0) for labels in (source, target))
+        unseen = has_target.any(0) & ~has_source.any(0)
+        if unseen.any():
+            classes = ", ".join(str(k) for k in unseen.nonzero().flatten().tolist())
+            affected = int(has_target[:, unseen].any(1).sum())
+            self.warnings.append(
+                f"do not use samples of class {classes}: {affected} of {self.num_target} target samples have it and no "
+                "source sample does, so there is no density to re-weight. Add such samples to the source, or leave "
+                "them out of the target."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -143,6 +143,8 @@ def model_card(
         kind, config, tensors: of the checkpoint.
         license: identifier for the front matter.
     """
+    foreign = "architecture" in _parts(config) and _parts(config)["architecture"] is None
+    network = ", network=your_network" if foreign else ""
     front = ["library_name: tgdp_fast", *([f"license: {license}"] if license else []), "tags:"]
     front += [f"- {tag}" for tag in ("tgdp_fast", "diffusion", "transfer-learning", kind.replace("_", "-"))]
     numbers = sum(tensor.numel() for tensor in tensors.values())
@@ -160,7 +162,7 @@ def model_card(
         "```python",
         "import tgdp_fast",
         "",
-        f'model = tgdp_fast.{name}.from_pretrained("FOLDER")  # or ("OWNER/NAME", hub=True)',
+        f'model = tgdp_fast.{name}.from_pretrained("FOLDER"{network})  # or ("OWNER/NAME", hub=True{network})',
         _USE.get(kind, ""),
         "```",
         "",
@@ -181,6 +183,12 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _parts(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that describes a denoiser, which may be the whole."""
+    inside: Mapping[str, Any] = config.get("denoiser", config)
+    return inside
 
 
 def _facts(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -55,10 +55,15 @@ class SamplingDivergedError(ArithmeticError):
     def __init__(self, evaluation: int, time: float, table: SolverTable) -> None:
         self.evaluation = evaluation
         self.time = time
+        advice = (
+            "Lower scale, set gradient_norm_limit or clamp, use more steps, or a first-order solver (ddim)"
+            if evaluation > 0
+            else "At the first one the models themselves gave no finite numbers: look at denoiser.epsilon(x, t) and at "
+            "guidance.log_ratio_and_grad(x, t) of standard normal x"
+        )
         super().__init__(
             f"sampling diverged: x is not finite after evaluation {evaluation} of {table.nfe} (t = {time:.4g}, solver "
-            f"{table.solver}, {table.spacing} spacing). Lower scale, set gradient_norm_limit or clamp, use more steps, "
-            "or a first-order solver (ddim)"
+            f"{table.solver}, {table.spacing} spacing). {advice}"
         )
 
 

@@ -99,12 +99,18 @@ class NoiseSchedule:
             betas: [N] numbers in (0, 1), N >= 2: list, numpy array or tensor.
 
         Raises:
-            ValueError: if the array is not one-dimensional, is too short, or holds a value outside (0, 1).
+            ValueError: if the array is not one-dimensional, is too short, holds a value outside (0, 1), or falls from
+                above to below 1/2 as only alphas_cumprod do.
         """
         values = _host_array("betas", betas)
         if values[-1] == 1.0:
             raise _zero_terminal_snr("betas ends with 1")
         _check_open_unit_interval("betas", values)
+        if values[0] > 0.5 > values[-1]:
+            raise ValueError(
+                f"betas must be the noise of each step, got numbers that fall from {values[0]:.4g} to "
+                f"{values[-1]:.4g}; if they are alphas_cumprod use NoiseSchedule.from_alphas_cumprod"
+            )
         return cls.from_alphas_cumprod(np.cumprod(1.0 - values))
 
     @classmethod
@@ -141,9 +147,11 @@ class NoiseSchedule:
         """
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
+            inside = hasattr(getattr(scheduler, "scheduler", None), "alphas_cumprod")
             raise TypeError(
-                f"scheduler must have an alphas_cumprod array, got {type(scheduler).__name__}; use a "
-                "variance-preserving scheduler such as DDPMScheduler, or another constructor of NoiseSchedule"
+                f"scheduler must have an alphas_cumprod array, got {type(scheduler).__name__}; "
+                + ("pass its attribute scheduler" if inside else "pass the scheduler itself, not its config, and ")
+                + ("" if inside else "a variance-preserving one such as DDPMScheduler")
             )
         return cls.from_alphas_cumprod(alphas_cumprod)
 

@@ -251,6 +251,8 @@ def fit_guidance(
     if diagnostics and ratio is not None:
         report = diagnose(x_source, x_target, ratio)
         report.add_mean_h(mean_h(network, x_source, labels=y_source, seed=seed))
+        if y_source is not None and y_target is not None:
+            report.add_labels(y_source, y_target, classes)
     return GuidanceFit(network, report, history, config)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -191,9 +192,10 @@ class TransferModel(Pretrained):
     def sample(self, num: int, *, guided: bool = True, **arguments: Any) -> np.ndarray:
         """Samples of the target domain (of the source with ``guided=False``): float32 [num, ...] in data units.
 
-        ``arguments`` are those of :func:`tgdp_fast.sample`; a ``prior`` among them replaces that of the model.
+        ``arguments`` are those of :func:`tgdp_fast.sample`; a ``prior`` among them replaces that of the model, and is
+        in standardised coordinates like it: fit it to ``model.standardizer.apply(samples)``.
         """
-        arguments.setdefault("prior", self.prior if guided else None)
+        self._add_prior(arguments, guided)
         drawn = sample(self.denoiser, self.guidance if guided else None, num=num, **arguments)
         return self.standardizer.invert(drawn.cpu().numpy())
 
@@ -201,7 +203,7 @@ class TransferModel(Pretrained):
         self, path: str | os.PathLike[str], num: int, *, guided: bool = True, **arguments: Any
     ) -> np.ndarray:
         """:meth:`sample`, written atomically to ``path`` (.npy) and resumable."""
-        arguments.setdefault("prior", self.prior if guided else None)
+        self._add_prior(arguments, guided)
         return sample_to_file(
             path,
             self.denoiser,
@@ -210,6 +212,18 @@ class TransferModel(Pretrained):
             finish=self.standardizer.invert,
             **arguments,
         )
+
+    def _add_prior(self, arguments: dict[str, Any], guided: bool) -> None:
+        """The model's prior where none was given; a warning for one that can hardly be in standardised coordinates."""
+        given = arguments.setdefault("prior", self.prior if guided else None)
+        if isinstance(given, Prior) and given is not self.prior:
+            size = float(given.to("cpu").start(0, torch.arange(256), 1.0, 0.0).double().square().mean().sqrt())
+            if size > 10:
+                warnings.warn(
+                    "prior should be in standardised coordinates, but its samples have a root mean square of "
+                    f"{size:.3g}; fit it to model.standardizer.apply(samples)",
+                    stacklevel=3,
+                )
 
     def signature(self) -> str:
         """Hash of every weight and setting: the same for two models exactly when they draw the same samples."""

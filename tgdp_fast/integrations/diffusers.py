@@ -18,15 +18,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tgdp_fast._checks import check_choice, check_integer, check_number, check_seed
+from tgdp_fast.cond_fn import hint_of_guidance
 from tgdp_fast.denoiser import TIME_INPUTS, alpha_sigma, epsilon_scales, evaluation_mode, training_target
 from tgdp_fast.guidance import Guidance
 from tgdp_fast.ops import guided_step, limit_gradient
@@ -53,6 +56,9 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 _MODEL_NAMES = ("unet", "transformer")
 _INPUT_NAMES = ("sample", "hidden_states", "x")
 
+#: What guides a model now, to tell who guides it twice with the same, as a notebook cell that is run again does.
+_active: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
 # Guided models -------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +82,8 @@ def guide(
     Whatever calls the model meanwhile gets guided predictions: every scheduler, every pipeline, your own loop. The
     model keeps its class, weights, dtype and device, and may be compiled (``torch.compile(model)`` or
     ``model.compile()``); the guidance runs outside the compiled graph. Two guides at once add their gradients, that is,
-    multiply the density ratios. The guidance network, if it is a module, is in eval mode meanwhile.
+    multiply the density ratios; the same guidance twice is worth a warning. The guidance network, if it is a module,
+    is in eval mode meanwhile.
 
     Args:
         pipeline: a pipeline with ``unet`` or ``transformer`` and ``scheduler``, or such a model alone (then pass
@@ -184,7 +191,7 @@ class GuidedModel:
         if not hasattr(guidance, "log_ratio_and_grad") and not callable(guidance):
             raise ValueError(
                 "guidance must have a method log_ratio_and_grad(x, t, labels) or be callable as guidance(x, t), got "
-                f"{type(guidance).__name__}"
+                f"{type(guidance).__name__}{hint_of_guidance(guidance)}"
             )
         if scheduler is None and (self.model is pipeline or not hasattr(pipeline, "scheduler")):
             raise ValueError(
@@ -207,7 +214,15 @@ class GuidedModel:
         self._parameters = _parameter_names(self.model)
         self._conventions_of: tuple[Any, _Conventions] | None = None
         self._conventions()  # An unsuitable scheduler is an error here, not at the first call.
+        active = _active.setdefault(self.model, [])
+        if any(other is guidance for other in active):
+            warnings.warn(
+                "this guidance guides the model already, and both add up; restore() the earlier one first, or guide in "
+                "a `with`",
+                stacklevel=3,
+            )
         self._undo: Callable[[], None] | None = self._install()
+        active.append(guidance)
         self._evaluation = evaluation_mode(guidance)
         self._evaluation.__enter__()
 
@@ -226,6 +241,8 @@ class GuidedModel:
         if self._undo is not None:
             self._undo()
             self._undo = None
+            active = _active[self.model]
+            active.pop(next(index for index, other in enumerate(active) if other is self.guidance))
             self._evaluation.__exit__(None, None, None)
 
     def _install(self) -> Callable[[], None]:
