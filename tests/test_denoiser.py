@@ -186,6 +186,12 @@ def test_a_network_must_return_the_shape_of_its_input(output: Any, came: str) ->
             call(torch.zeros(5, 2), 0.5)
 
 
+def test_its_conventions_are_printed() -> None:
+    shown = repr(Denoiser(nn.Linear(2, 2), NoiseSchedule.cosine(), "v_prediction", time_scale=1000))
+    assert "cosine" in shown
+    assert "prediction='v_prediction', time_input='time' * 1000" in shown
+
+
 def test_a_tuple_is_unwrapped() -> None:
     """What diffusers' models return with return_dict=False."""
     x = torch.randn(5, 2)

@@ -287,6 +287,19 @@ def test_a_target_outside_the_source_is_said_plainly() -> None:
     assert "WARNING" not in report.summary()
 
 
+def test_numbers_that_say_nothing_say_so() -> None:
+    x = torch.randn(500, 2)
+    zero = DensityRatio(torch.zeros(500), torch.zeros(40), torch.zeros(500), torch.zeros(40), 0.03, 1.0, [])
+    within = diagnose(x, x[:40] + 0.01, zero).summary()
+    assert "calibration slope 0.03 (says nothing at this AUC)" in within
+    assert "500 of 500 (100.0%)\n" in within + "\n"
+    outside = diagnose(x, x[:40] + 50.0, zero)
+    assert "500 of 500 (100.0%), which says nothing: the target lies outside the source" in outside.summary()
+    outside.add_mean_h([(0.1, 2.781e21, 4.72e19), (1.0, 1.0, 0.01)])
+    assert "2.78e+21 +- 4.72e+19" in outside.summary()
+    assert "1.000 +- 0.010" in outside.summary()
+
+
 def test_a_ratio_of_the_wrong_mean_has_no_effective_sample_size() -> None:
     x = torch.randn(500, 2)
     logit = 0.01 * torch.randn(500)  # Separable domains: hardly any spread over the source, and far from 0.

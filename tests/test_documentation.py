@@ -304,7 +304,7 @@ def test_every_logger_is_described() -> None:
 def test_limits_of_the_diagnostics_are_those_of_the_code() -> None:
     source = (ROOT / "tgdp_fast" / "density_ratio.py").read_text()
     for text in (
-        "outside > 0.34",
+        "_MOST_OUTSIDE = 0.34",
         "0.1 <= mean_ratio <= 10",
         "size < 10",
         "len(target) < 10",

@@ -243,7 +243,7 @@ if __name__ == "__main__":
         # Standard error closes when the last of the workers, which share it, is gone.
         errors = process.communicate(timeout=20)[1]
         assert process.returncode == 130, errors
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15  # far less than a fit, on a busy machine too
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

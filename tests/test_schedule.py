@@ -225,6 +225,7 @@ def test_equality_repr_and_immutability() -> None:
         ({"beta_max": 0.05}, "beta_max must be finite and in"),
         ({"beta_max": math.nan}, "beta_max must be finite"),
         ({"beta_max": "x"}, "beta_max must be a number"),
+        ({"beta_max": "20"}, "beta_max must be a number, got '20'"),
         ({"t_min": 0.0}, "t_min must be finite and in"),
         ({"t_min": 1.0}, "t_min must be finite and in"),
         ({"t_max": math.inf}, "t_max must be finite"),

@@ -33,7 +33,7 @@ def check_number(
     ``exclusive`` excludes both bounds.
     """
     try:
-        number = float(value)
+        number = float("no" if isinstance(value, str | bytes) else value)  # float would read a number in a text
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, got {value!r}{_tail(advice)}") from None
     inside = minimum < number < maximum if exclusive else minimum <= number <= maximum

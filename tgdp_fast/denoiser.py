@@ -139,6 +139,11 @@ class Denoiser(Pretrained, nn.Module):
         stated = getattr(network, "num_classes", None) if num_classes is None else num_classes
         self.num_classes = None if stated is None else check_integer("num_classes", stated, 0)
 
+    def extra_repr(self) -> str:
+        """The conventions, for ``print``."""
+        factor = "" if self.time_scale == 1.0 else f" * {self.time_scale:g}"
+        return f"{self.schedule}, prediction={self.prediction!r}, time_input={self.time_input!r}{factor}"
+
     @property
     def event_shape(self) -> tuple[int, ...] | None:
         """Shape of one sample where the network states it, else None."""

@@ -355,22 +355,37 @@ class TransferDiagnostics:
         size = f"{self.effective_sample_size:.0f} of {self.num_source} ({share:.1%})"
         if _far_from_one(self.mean_ratio):
             size = "none to speak of: the mean ratio is far from 1"
+        elif self.outside_fraction > _MOST_OUTSIDE:
+            size += ", which says nothing: the target lies outside the source"
         lines = [
             f"source {self.num_source} samples, target {self.num_target}",
             f"target samples outside the source: {self.outside_fraction:.0%} (few when the target is within reach)",
             f"domain classifier, held out: AUC {self.auc:.3f} (0.5: same domain, 1: separable), calibration error "
-            f"{self.calibration_error:.3f}, calibration slope {self.calibration_slope:.2f} (1: no correction; well "
-            "below 1: it was overconfident)",
+            f"{self.calibration_error:.3f}, calibration slope {self.calibration_slope:.2f} "
+            + (
+                "(says nothing at this AUC)"
+                if self.auc < 0.55
+                else "(1: no correction; well below 1: it was overconfident)"
+            ),
             f"mean ratio over the source: {self.mean_ratio:.2g} (1 when exact)",
             f"effective sample size of the ratio: {size}",
         ]
         if self.mean_h:
             lines.append("mean of the fitted ratio h over the source under noise, E_p[h] (1 at every t when exact):")
-            lines += [f"  t = {t:8.4g}   {mean:6.3f} +- {error:.3f}" for t, mean, error in self.mean_h]
+            lines += [f"  t = {t:8.4g}   {_short(mean)} +- {_short(error).strip()}" for t, mean, error in self.mean_h]
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return "\n".join([*(f"WARNING: {text}" for text in self.warnings), self.summary()])
+
+
+#: Share of target samples outside the source from which on the target counts as out of reach.
+_MOST_OUTSIDE = 0.34
+
+
+def _short(value: float) -> str:
+    """Three digits after the point, or three in all where there are many before it."""
+    return f"{value:6.3f}" if abs(value) < 1000 else f"{value:6.3g}"
 
 
 def _far_from_one(mean_ratio: float) -> bool:
@@ -386,7 +401,7 @@ def diagnose(source: Tensor, target: Tensor, ratio: DensityRatio) -> TransferDia
     outside = outside_fraction(source, target)
     auc = area_under_curve(ratio.source_logit, ratio.target_logit)
     warnings = []
-    unreached, wrong = outside > 0.34, _far_from_one(ratio.mean_ratio)
+    unreached, wrong = outside > _MOST_OUTSIDE, _far_from_one(ratio.mean_ratio)
     if unreached:
         warnings.append(
             f"do not use the samples: the target lies outside the source. {outside:.0%} of the target samples are "

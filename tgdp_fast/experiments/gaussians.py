@@ -314,10 +314,11 @@ def report(rows: Sequence[Row], plan: Plan) -> str:
         ("sample s", lambda row: row["sample_seconds"]),
     ]
     evaluations = solver_table(plan.solver, NoiseSchedule.vp_linear(), plan.steps).nfe
+    spread = "one draw" if plan.seeds == 1 else f"mean ± standard deviation over {plan.seeds} draws"
     text = [
         "# Simulation of the paper, section 4.1\n",
         f"{plan.num_source} source samples, {plan.num_samples} samples drawn with {plan.solver} in {evaluations} "
-        f"evaluations; mean ± standard deviation over {plan.seeds} draws of the target samples (half per mode). The "
+        f"evaluations; {spread} of the target samples (half per mode). The "
         f"target's entropy, the NLL of exact samples, is {paper_target().entropy():.3f}. SW2 is the sliced "
         "Wasserstein-2 distance to fresh target samples (128 projections). `means` knows the target but for the mean "
         "of each mode, which it estimates from the given samples.\n",

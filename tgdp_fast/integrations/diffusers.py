@@ -330,11 +330,16 @@ class GuidedModel:
                 if labels is not None and labels.is_inference():
                     labels = labels.clone()
                 log_ratio = guidance(state, times) if labels is None else guidance(state, times, labels)
-                if log_ratio.shape not in (x.shape[:1], (len(x), 1)) or not log_ratio.requires_grad:
+                tensor = isinstance(log_ratio, Tensor)
+                if not tensor or log_ratio.shape not in (x.shape[:1], (len(x), 1)) or not log_ratio.requires_grad:
+                    came = (
+                        f"shape {tuple(log_ratio.shape)}, requires_grad={log_ratio.requires_grad}"
+                        if tensor
+                        else type(log_ratio).__name__
+                    )
                     raise ValueError(
-                        f"guidance must give the log ratio of each image, [{len(x)}] or [{len(x)}, 1], as a "
-                        f"differentiable function of it; got shape {tuple(log_ratio.shape)}, requires_grad="
-                        f"{log_ratio.requires_grad}"
+                        f"guidance must give the log ratio of each image, a tensor [{len(x)}] or [{len(x)}, 1], as a "
+                        f"differentiable function of it; got {came}"
                     )
                 (gradient,) = torch.autograd.grad(log_ratio.sum(), state)
         return gradient.to(torch.float64 if torch.float64 in (x.dtype, gradient.dtype) else torch.float32)
