@@ -266,6 +266,7 @@ def test_what_draws_no_records(
     (taken / "notes.txt").write_text("mine")
     for folder, changes, message in (
         (model, ["--out", str(taken)], f"--out must be new or empty, but {taken} exists and is not"),
+        (tmp_path, [], f"MODEL_DIR: {tmp_path} is not a checkpoint of tgdp_fast"),
         (finished, [], f"MODEL_DIR: {finished} is the folder of a run; did you mean {model}?"),
         (model, ["--statements", "NORM", "SR,AFIBB"], "--statements must be names that the model knows, got 'AFIBB'"),
         (model, ["--statements", "AFIBB"], "(did you mean AFIB"),
@@ -329,6 +330,26 @@ def test_fit_and_evaluate_say_what_they_did(
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_wrong_options_are_named_before_anything_is_made(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--source", str(config.parent / "ptbxl"), "--target", str(config.parent / "icbeb")]
+    out = tmp_path / "out"
+    for wrong, message in (
+        (["--num", "1"], "--num must be an integer >= 2, got 1"),
+        (["--seed", "-1"], "--seed must be an integer >= 0, got -1"),
+        (["--preset", "papper"], "--preset must be one of paper, small, smoke; got 'papper'"),
+        (["--device", "tpu9"], "--device must be one that torch has here"),
+        (["--out", str(config)], f"--out must be a folder, new or of a run, got the file {config}"),
+    ):
+        assert cli.main(["ecg", "run", *folders, "--out", str(out), "--quiet", *wrong]) == 2
+        assert capsys.readouterr().err.startswith(f"tgdp-fast: error: {message}")
+        assert not out.exists()
+    # Which of the two folders has nothing but records that are too short.
+    assert cli.main(["ecg", "run", *folders, "--out", str(out), "--quiet"]) == 2
+    assert f"--source (data.source): {config.parent / 'ptbxl'}: no record can be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,17 @@ def load_cohorts(data: Data, cache: Path, *, progress: bool = False) -> Cohorts:
     for domain, folder in folders.items():
         place = cache / domain
         if distributed.is_first():
-            build_ecg_cache(
-                folder,
-                place,
-                rate=data.rate,
-                seconds=data.seconds,
-                on_problem=data.on_problem,
-                progress=progress,
-            )
+            try:
+                build_ecg_cache(
+                    folder,
+                    place,
+                    rate=data.rate,
+                    seconds=data.seconds,
+                    on_problem=data.on_problem,
+                    progress=progress,
+                )
+            except ValueError as error:
+                raise ValueError(f"--{domain} (data.{domain}): {folder.path}: {error}") from None
         distributed.barrier()
         datasets[domain] = ECGDataset.load(place)
     source, target = datasets["source"], datasets["target"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdp_fast._arguments import add_command, add_quiet, with_flags
+from tgdp_fast._checks import check_device
 
 #: What evaluation imports at its end: neurokit2 needs pandas and matplotlib. wfdb is needed by some forms of files
 #: alone, and reading, which comes first, says so.
@@ -140,19 +141,25 @@ def _on_pipeline(
     """
     from tgdp_fast import distributed
     from tgdp_fast.ecg.cohorts import check_folders
-    from tgdp_fast.ecg.config import load_config
+    from tgdp_fast.ecg.config import ConfigError, load_config
     from tgdp_fast.ecg.pipeline import Pipeline
     from tgdp_fast.ecg.preconditions import check_packages, check_same_run
 
-    config = load_config(
-        options.config,
-        preset=options.preset,
-        data__source=_text(options.source),
-        data__target=_text(options.target),
-        sampling__num=options.num,
-        seed=options.seed,
-        device=options.device,
-    )
+    try:
+        config = load_config(
+            options.config,
+            preset=options.preset,
+            data__source=_text(options.source),
+            data__target=_text(options.target),
+            sampling__num=options.num,
+            seed=options.seed,
+            device=options.device,
+        )
+    except ConfigError as error:
+        if options.config is not None:  # In whose words the error is.
+            raise
+        text = str(error).removeprefix("the configuration: ").removeprefix("sampling.")
+        raise ValueError(with_flags(text, options, {})) from None
     # Whatever can fail at the end fails now.
     check_folders(config.data)
     check_packages(packages)
@@ -161,6 +168,7 @@ def _on_pipeline(
         device = config.device
         if device == "cuda" and distributed.size() > 1:
             device = f"cuda:{distributed.rank() % max(1, _gpus())}"
+        check_device(device, "--device")
         stages(Pipeline(config, options.out, device=device, progress=not options.quiet and distributed.is_first()))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tgdp_fast._checks import check_device, check_integer
+from tgdp_fast.checkpoint import CheckpointError
 from tgdp_fast.data.ecg_output import check_new_folder, write_ecg_records
 from tgdp_fast.data.statements import ALIASES, multi_hot
 from tgdp_fast.sampling import sample
@@ -55,7 +56,10 @@ def draw_records(
     check_integer("num", num, 1)
     check_device(device)
     check_new_folder(out)
-    model = TransferModel.load(model_dir)
+    try:
+        model = TransferModel.load(model_dir)
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL_DIR: {error}") from None
     described = model.config.get("ecg")
     if not isinstance(described, dict):
         raise ValueError(f"MODEL_DIR: {model_dir} is no model of ECGs; give OUT/model of tgdp-fast ecg fit")

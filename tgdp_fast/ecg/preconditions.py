@@ -53,8 +53,10 @@ def check_same_run(out: Path, config: Config, changeable: Sequence[str] = ()) ->
         changeable: settings that may differ.
 
     Raises:
-        ValueError: names the settings, their old and their new values.
+        ValueError: names the settings, their old and their new values; or ``out`` is a file.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, new or of a run, got the file {out}")
     finished = (out / "results.json").is_file()
     if not finished and not (out / "model").is_dir():
         return
