@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -289,11 +290,124 @@ def test_labels_that_a_model_needs_or_does_not_take(folder: Path, capsys: pytest
     capsys.readouterr()
     assert main(["sample", str(folder / "conditional"), *command]) == 2
     assert "--labels must be given: " in (text := capsys.readouterr().err)
-    assert "conditional on 2 classes; save one class index (0 to 1) for each of the 7 samples" in text
+    assert "conditional on 2 classes; write one class (0 to 1) for all" in text
+    assert "save one class index for each of the 7 samples" in text
     assert main(["sample", str(folder / "plain"), *command, "--labels", str(folder / "x_labels.npy")]) == 2
     assert "--labels must be left out" in capsys.readouterr().err
     assert main(transfer(folder, denoiser="conditional")) == 2
     assert "--labels must be given: --denoiser is conditional on 2 classes" in capsys.readouterr().err
+
+
+def test_one_class_for_all_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = {"source_labels": "s_labels.npy", "target_labels": "t_labels.npy"}
+    assert main(transfer(folder, **labels, labels="1", save="model")) == 0
+    command = ["sample", str(folder / "model"), "--num", "7", "--out", str(folder / "y.npy"), "--quiet"]
+    assert main([*command, "--labels", "1"]) == 0
+    expected = TransferModel.load(folder / "model").sample(7, labels=1)
+    for name in ("x.npy", "y.npy"):
+        assert np.allclose(np.load(folder / name), expected, rtol=1e-5)
+    for wrong in ("2", "-1"):
+        capsys.readouterr()
+        assert main([*command, "--labels", wrong]) == 2
+        assert f"--labels must be in 0..1 (2 classes), got {wrong}" in capsys.readouterr().err
+    assert main([*command, "--labels", "9" * 30]) == 2
+    assert "--labels must be a class index or a file" in capsys.readouterr().err
+
+
+def test_samples_that_nobody_named_are_not_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(transfer(folder, save="model", out="samples.npy")) == 0
+    transferred = np.load("samples.npy")
+    command = ["sample", str(folder / "model"), "--quiet"]
+    # The file holds what these would write: not an error, whatever the batches.
+    for same in ([], ["--batch-size", "2"]):
+        assert main([*command, "--num", "7", *same]) == 0
+        assert np.allclose(np.load("samples.npy"), transferred, rtol=1e-5)
+    held = (folder / "samples.npy").read_bytes()
+    for other in (["--num", "6"], ["--num", "7", "--seed", "1"], ["--num", "7", "--scale", "2"]):
+        capsys.readouterr()
+        assert main([*command, *other]) == 2
+        text = capsys.readouterr().err
+        assert "--out must be given: samples.npy, the default, is there already and holds something else" in text
+        assert (folder / "samples.npy").read_bytes() == held
+    assert main([*command, "--num", "6", "--out", "samples.npy"]) == 0
+    assert np.load("samples.npy").shape == (6, 2)
+    np.save("samples.npy", np.float32(1.0))
+    assert main([*command, "--num", "6"]) == 2
+    (folder / "samples.npy").write_bytes(b"notes")
+    assert main([*command, "--num", "6"]) == 2
+    (folder / "samples.npy").unlink()
+
+    # What was not finished goes on.
+    words = [*command, "--num", "9000", "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tgdp_fast.sampling.save_array", interrupt_after(2, "tgdp_fast.sampling.save_array"))
+        assert main(words) == 130
+    assert (folder / "samples.npy.partial").is_dir()
+    assert main(words) == 0
+    assert np.load("samples.npy").shape == (9000, 2)
+    assert not (folder / "samples.npy.partial").exists()
+
+
+def test_an_empty_file_is_called_empty(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "empty.npy").touch()
+    assert main(transfer(folder, source="empty.npy")) == 2
+    assert f"--source: {folder / 'empty.npy'}: the file is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sampel"], "tgdp-fast: error: .*'sampel'.*did you mean 'sample'"),
+        (["ecg", "inspct"], "tgdp-fast ecg: error: .*did you mean 'inspect'"),
+        (["sample", "m", "--num", "1e3"], "tgdp-fast sample: error: --num must be an integer such as 1000, got '1e3'"),
+        (["sample", "m", "--num", "1", "--scale", "x"], "tgdp-fast sample: error: --scale must be a number .* got 'x'"),
+        (["ecg", "run"], "tgdp-fast ecg run: error: the following arguments are required: --out"),
+    ],
+)
+def test_wrong_words_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(message, line), line
+    assert line.endswith("--help")
+
+
+def test_a_backend_that_is_missing_is_told_in_words_of_the_command_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tgdp_fast.ops._dispatch import BackendUnavailableError
+
+    def missing(*_: object) -> None:
+        raise BackendUnavailableError("guided_step", "triton", "it is not here", ("reference",))
+
+    monkeypatch.setattr("tgdp_fast.cli._check_backend", missing)
+    assert main(["sample", str(folder / "m"), "--num", "1", "--backend", "triton", "--out", str(folder / "y.npy")]) == 1
+    text = capsys.readouterr().err
+    assert "Use --backend auto to take the fastest that fits" in text
+    assert "backend=" not in text
+
+
+def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    from tgdp_fast.ecg.config import PRESETS
+    from tgdp_fast.training import Optimisation
+
+    def help_of(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    text = help_of("transfer")
+    assert f"training steps of the source denoiser ({Optimisation().steps})" in text
+    for stated in ("consistency term (1)", "units of epsilon (no limit)", "at most 8192)"):
+        assert stated in text
+    nums = ", ".join(f"{name} {PRESETS[name].sampling.num}" for name in ("smoke", "small", "paper"))
+    assert f"samples of each method (of the preset: {nums})" in help_of("ecg", "run")
+    assert "threads of torch (its own choice" in help_of("bench")
+    assert "141 nobody reads" in help_of()
 
 
 def test_warnings_come_first_and_on_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

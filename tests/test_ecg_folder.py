@@ -337,8 +337,15 @@ def test_inspect_prints_what_a_user_wants_to_know(tmp_path: Path, capsys: pytest
     assert (found["records"], found["usable"], found["short"]) == (3, 0, 3)
     assert found["problems"][1] == {"record": "00001", "reason": "it has 1 s, less than 2 s", "short": True}
     assert main(["ecg", "inspect", str(tmp_path / "none")]) == 2
-    assert "path must be a folder of records" in capsys.readouterr().err
-    assert main(["ecg", "inspect", str(root), "--seconds", "0"]) == 2
+    assert "DIR must be a folder of records" in capsys.readouterr().err
+    for flag, value, message in (
+        ("--seconds", "0", "--seconds must be"),
+        ("--seconds", "0.001", "--rate times --seconds must be at least one sample"),
+        ("--rate", "-5", "--rate must be finite and in (0.0, inf), got -5.0"),
+        ("--minimum-likelihood", "101", "--minimum-likelihood must be"),
+    ):
+        assert main(["ecg", "inspect", str(root), flag, value]) == 2
+        assert capsys.readouterr().err.startswith(f"tgdp-fast: error: {message}")
 
 
 def test_inspect_reads_signals_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,8 +21,9 @@ from tgdp_fast.data.statements import STATEMENTS
 from tgdp_fast.ecg.cohorts import load_cohorts
 from tgdp_fast.ecg.config import PRESETS, ConfigError, load_config, to_dict
 from tgdp_fast.ecg.costs import Costs
-from tgdp_fast.ecg.evaluation import evaluate
+from tgdp_fast.ecg.evaluation import cost, evaluate
 from tgdp_fast.ecg.pipeline import Pipeline, SignalDomainClassifier
+from tgdp_fast.ecg.preconditions import check_same_run
 
 # Small enough for a test, with every part of a real run.
 TINY = """
@@ -149,7 +150,11 @@ def test_a_configuration_that_is_not_there(tmp_path: Path, capsys: pytest.Captur
     assert cli.main(["ecg", "run", "--config", str(tmp_path / "no.toml"), "--out", str(tmp_path / "out")]) == 2
     assert "no.toml cannot be read: No such file" in capsys.readouterr().err
     assert cli.main(["ecg", "run", "--out", str(tmp_path / "out"), "--quiet"]) == 2
-    assert "data.source must be the source's folder of records" in capsys.readouterr().err
+    assert "--source DIR (or data.source in the file of --config) must be given" in capsys.readouterr().err
+    arguments = ["--source", str(tmp_path), "--out", str(tmp_path / "out"), "--quiet"]
+    assert cli.main(["ecg", "run", *arguments]) == 2
+    assert "--target DIR (or data.target in the file of --config) must be given" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ cohorts
@@ -179,7 +184,9 @@ def test_folds_nine_and_ten_do_not_train(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_named_before_anything_is_read(config: Path, tmp_path: Path) -> None:
     data = load_config(config, data__target=str(tmp_path / "nowhere")).data
-    with pytest.raises(ValueError, match=r"data.target: path must be a folder of records, but .*nowhere does not"):
+    with pytest.raises(
+        ValueError, match=r"--target .data.target.: path must be a folder of records, but .*nowhere does not"
+    ):
         load_cohorts(data, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -243,11 +250,47 @@ def test_samples_are_of_the_model_that_is_kept(
         assert np.abs(old["signals"] - new["signals"]).max() < 1e-5
     old, new = (json.loads((folder / "manifest.json").read_text()) for folder in (finished / "records", out))
     assert old["model"] == new["model"]
-    assert cli.main(["ecg", "sample", str(finished / "model"), "--out", str(out), "--num", "1", "--quiet"]) == 2
-    assert "folder must be new or empty" in capsys.readouterr().err
-    arguments = ["--out", str(tmp_path / "other"), "--num", "1", "--statements", "AFIBB", "--quiet"]
-    assert cli.main(["ecg", "sample", str(finished / "model"), *arguments]) == 2
-    assert "AFIBB" in capsys.readouterr().err
+
+
+def test_what_draws_no_records(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that is wrong is found before anything is drawn."""
+
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr("tgdp_fast.ecg.drawing.sample", never)
+    model, taken = finished / "model", tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    for folder, changes, message in (
+        (model, ["--out", str(taken)], f"--out must be new or empty, but {taken} exists and is not"),
+        (tmp_path, [], f"MODEL_DIR: {tmp_path} is not a checkpoint of tgdp_fast"),
+        (finished, [], f"MODEL_DIR: {finished} is the folder of a run; did you mean {model}?"),
+        (model, ["--statements", "NORM", "SR,AFIBB"], "--statements must be names that the model knows, got 'AFIBB'"),
+        (model, ["--statements", "AFIBB"], "(did you mean AFIB"),
+        (model, ["--statements", "afib"], "(did you mean AFIB"),
+        (model, ["--statements", "FOO"], "all 71 with what they say are in tgdp_fast.data.statements.DESCRIPTIONS"),
+        (model, ["--steps", "0"], "--steps must be an integer >= 1, got 0"),
+        (model, ["--num", "0"], "--num must be an integer >= 1, got 0"),
+    ):
+        arguments = ["--out", str(tmp_path / "other"), "--num", "1", "--quiet", *changes]
+        assert cli.main(["ecg", "sample", str(folder), *arguments]) == 2, changes
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_of_ecgs_draws_arrays_only_with_labels(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", str(finished / "model"), "--num", "2", "--steps", "1", "--quiet"]
+    arguments += ["--out", str(tmp_path / "x.npy")]
+    assert cli.main(arguments) == 2
+    text = capsys.readouterr().err
+    assert f"draw records of named statements with tgdp-fast ecg sample {finished / 'model'} --num 2" in text
+    assert cli.main([*arguments, "--labels", "4"]) == 0
+    assert np.load(tmp_path / "x.npy").shape == (2, 8, 120)
 
 
 def test_a_second_run_computes_nothing(finished: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +325,147 @@ def test_fit_and_evaluate_say_what_they_did(
     monkeypatch.setattr(Pipeline, "samples", interrupted)
     assert cli.main(["ecg", "run", *arguments]) == 130
     assert f"finished work is kept in {finished}: the same command goes on from there" in capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_wrong_options_are_named_before_anything_is_made(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--source", str(config.parent / "ptbxl"), "--target", str(config.parent / "icbeb")]
+    out = tmp_path / "out"
+    for wrong, message in (
+        (["--num", "1"], "--num must be an integer >= 2, got 1"),
+        (["--seed", "-1"], "--seed must be an integer >= 0, got -1"),
+        (["--preset", "papper"], "--preset must be one of paper, small, smoke; got 'papper'"),
+        (["--device", "tpu9"], "--device must be one that torch has here"),
+        (["--out", str(config)], f"--out must be a folder, new or of a run, got the file {config}"),
+    ):
+        assert cli.main(["ecg", "run", *folders, "--out", str(out), "--quiet", *wrong]) == 2
+        assert capsys.readouterr().err.startswith(f"tgdp-fast: error: {message}")
+        assert not out.exists()
+    # Which of the two folders has nothing but records that are too short.
+    assert cli.main(["ecg", "run", *folders, "--out", str(out), "--quiet"]) == 2
+    assert f"--source (data.source): {config.parent / 'ptbxl'}: no record can be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "message"),
+    [
+        ("run", ["--seed", "1"], "seed was 0, now 1"),
+        ("run", ["--num", "5"], "sampling.num was 6, now 5"),
+        ("evaluate", ["--num", "5"], "sampling.num was 6, now 5"),
+        ("fit", ["--num", "5"], "sampling.num was 6, now 5"),
+        ("run", ["--target", "elsewhere"], "data.target was "),
+    ],
+)
+def test_results_are_not_replaced_by_those_of_other_settings(
+    finished: Path, config: Path, command: str, changes: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished)
+    assert cli.main(["ecg", command, "--config", str(config), "--out", str(finished), "--quiet", *changes]) == 2
+    text = capsys.readouterr().err
+    assert f"--out must be another folder, or one without results: {finished} has results of other settings" in text
+    assert message in text
+    assert "give another --out, or delete the folder" in text
+    assert contents(finished) == before
+
+
+def test_settings_that_may_change_in_a_folder(finished: Path, config: Path, tmp_path: Path) -> None:
+    """Those that nothing depends on that is there already."""
+    import shutil
+
+    changeable = ("evaluation.bootstrap",)
+    original = load_config(config)
+    for same in (
+        original,
+        load_config(config, device="cuda"),
+        load_config(config, data__source=str(config.parent / "icbeb" / ".." / "ptbxl")),
+    ):
+        check_same_run(finished, same)
+    check_same_run(tmp_path, load_config(config, seed=1))
+    judged = load_config(config, evaluation__bootstrap=20)
+    check_same_run(finished, judged, changeable)
+    with pytest.raises(ValueError, match="evaluation.bootstrap was 10, now 20"):
+        check_same_run(finished, judged)
+    many = load_config(None, preset="paper", data__source=original.data.source, data__target=original.data.target)
+    with pytest.raises(ValueError, match=r"preset was 'smoke', now 'paper'; .*; and \d+ more\); give"):
+        check_same_run(finished, many)
+
+    fitted = tmp_path / "fitted"
+    shutil.copytree(finished, fitted, ignore=shutil.ignore_patterns("results.json"))
+    check_same_run(fitted, load_config(config, sampling__steps=4, vanilla={"steps": 9}, evaluation__bootstrap=20))
+    for changes, message in (
+        ({"sampling__prior": "standard"}, "sampling.prior was 'gaussian', now 'standard'"),
+        ({"guidance__width": 9}, "guidance.width was 8, now 9"),
+        (
+            {"evaluation": {"classifier": {"width": 9}}},
+            "evaluation.classifier.blocks was .*evaluation.classifier.width was 8, now 9",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"has a model of other settings .{message}"):
+            check_same_run(fitted, load_config(config, **changes))
+
+    # The data were read from another place, or seen from another folder.
+    stated = json.loads((fitted / "config.json").read_text())
+    stated["data"]["source"] = "moved/ptbxl"
+    (fitted / "config.json").write_text(json.dumps(stated))
+    check_same_run(fitted, original)
+    (fitted / "config.json").write_text("{")  # Nothing to compare with.
+    check_same_run(fitted, load_config(config, seed=1))
+
+
+def test_samples_are_judged_anew_where_that_is_asked_for(finished: Path, config: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out, changed = tmp_path / "run", config.parent / "judged.toml"
+    shutil.copytree(finished, out)
+    changed.write_text(TINY.replace("bootstrap = 10", "bootstrap = 20"))
+    for command, status in (("run", 2), ("evaluate", 0)):
+        assert cli.main(["ecg", command, "--config", str(changed), "--out", str(out), "--quiet"]) == status
+    assert json.loads((out / "config.json").read_text())["evaluation"]["bootstrap"] == 20
+    before, after = contents(finished), contents(out)
+    assert before["records/samples.npz"][0] == after["records/samples.npz"][0]
+    assert before["results.json"][0] != after["results.json"][0]
+
+
+def test_packages_that_are_missing_are_named_before_the_first_stage(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "neurokit2", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for command in ("run", "evaluate"):
+        out = tmp_path / command
+        assert cli.main(["ecg", command, "--config", str(config), "--out", str(out), "--quiet"]) == 1
+        text = capsys.readouterr().err
+        assert "this run needs scikit-learn, neurokit2, not installed here" in text
+        assert "pip install 'tgdp_fast[ecg]' (in a checkout: pip install --no-build-isolation '.[ecg]')" in text
+        assert not out.exists()
+
+
+def test_the_smallest_preset_says_what_its_results_are_not(
+    finished: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caution = "preset smoke: shows that everything works; samples and numbers are not good"
+    page = (finished / "report.html").read_text()
+    assert caution[1:] in page[: page.index("<nav")]
+    for command in ("fit", "evaluate", "run"):
+        assert cli.main(["ecg", command, "--config", str(config), "--out", str(finished), "--quiet"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == caution
+
+
+def test_the_source_model_costs_what_it_cost(finished: Path, config: Path) -> None:
+    pipeline = Pipeline(load_config(config), finished)
+    found = cost(pipeline, "source")
+    assert found.trainable_parameters == pipeline.costs.found["source"]["parameters"] > 0
+    assert found.training_seconds == pipeline.costs.found["source"]["seconds"] > 0
+    assert cost(pipeline, "fine_tune").training_seconds == pipeline.costs.found["fine_tune"]["seconds"]
+    assert "training is in its own row alone" in (finished / "report.html").read_text()
+    del pipeline.costs.found["source"]  # As where a checkpoint is in its place.
+    assert (cost(pipeline, "source").trainable_parameters, cost(pipeline, "source").training_seconds) == (None, None)
 
 
 def test_another_setting_computes_its_stage_and_what_follows(finished: Path, config: Path, tmp_path: Path) -> None:

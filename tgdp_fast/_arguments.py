@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line that names the argument, without the usage of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit status 2."""
+        for kind, expected in (("int", "an integer such as 1000"), ("float", "a number such as 0.5")):
+            message = re.sub(rf"^argument (\S+): invalid {kind} value: ", rf"\1 must be {expected}, got ", message)
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), n=1)
+            message += f" (did you mean {near[0]!r}?)" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def add_command(
@@ -20,3 +35,17 @@ def add_command(
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """The option that hides progress."""
     command.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def with_flags(message: str, options: argparse.Namespace, places: dict[str, str]) -> str:
+    """An error of the library that begins with its argument's name, with the name that the command line has for it.
+
+    Args:
+        message: such as "steps must be ...".
+        options: of the command; each is known as ``--its-name``.
+        places: names that are none of these options, or not given by a flag: {"model": "MODEL_DIR"}.
+    """
+    found = re.match(r"(\w+)(?= must|:)", message)
+    if not found or (found[0] not in places and found[0] not in options):
+        return message
+    return places.get(found[0], "--" + found[0].replace("_", "-")) + message[found.end() :]

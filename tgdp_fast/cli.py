@@ -6,12 +6,13 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast._arguments import add_command, add_quiet
+from tgdp_fast._arguments import Parser, add_command, add_quiet
 from tgdp_fast._checks import check_choice, check_device, check_integer, check_number, check_seed
 from tgdp_fast._version import __version__
 from tgdp_fast.ecg import commands as ecg_commands
@@ -31,6 +32,11 @@ SOLVER_NAMES = (
     "dpmpp_2m_sde",
     "unipc_2",
 )
+
+#: Where samples go without --out. Whoever writes --out samples.npy gives another object, and means it.
+SAMPLES = Path("samples.npy")
+#: Samples that tell whether a file is of the same command.
+COMPARED = 256
 
 #: Exceptions that say what the user can do; shown without a traceback.
 EXPECTED = (OSError, ArithmeticError, ImportError)
@@ -72,7 +78,10 @@ def _run(options: argparse.Namespace) -> int:
 
         if not isinstance(error, (*EXPECTED, BackendUnavailableError)):
             raise
-        print(f"tgdp-fast: error: {error}", file=sys.stderr)
+        text = str(error)
+        if options.command in (transfer, sample):  # In the words of the command line.
+            text = text.replace("backend='auto'", "--backend auto")
+        print(f"tgdp-fast: error: {text}", file=sys.stderr)
         if kept := _kept(options):
             print(f"tgdp-fast: {kept}", file=sys.stderr)
         return 1
@@ -282,7 +291,7 @@ def validate(options: argparse.Namespace) -> int | None:
 def transfer(options: argparse.Namespace) -> None:
     """Two arrays in, target samples out."""
     from tgdp_fast.checkpoint import check_replaceable, checkpoint_kind
-    from tgdp_fast.data.arrays import check_labels, check_samples, load_array
+    from tgdp_fast.data.arrays import check_labels, check_samples
     from tgdp_fast.denoiser import Denoiser
     from tgdp_fast.density_ratio import RATIO_LOSSES, TransferDiagnostics
     from tgdp_fast.training import Optimisation
@@ -299,8 +308,8 @@ def transfer(options: argparse.Namespace) -> None:
     if options.save is not None:
         _check_folder("--save", options.save)
         _named("--save", check_replaceable, options.save)
-    source = check_samples("--source", load_array(options.source, "--source"))
-    target = check_samples("--target", load_array(options.target, "--target"), event_shape=source.shape[1:])
+    source = check_samples("--source", _array(options.source, "--source"))
+    target = check_samples("--target", _array(options.target, "--target"), event_shape=source.shape[1:])
     denoiser: Denoiser | TransferModel | None = None
     if options.denoiser is not None:
         kind = _named("--denoiser", checkpoint_kind, options.denoiser)
@@ -311,7 +320,8 @@ def transfer(options: argparse.Namespace) -> None:
     for name, count in (("source_labels", len(source)), ("target_labels", len(target)), ("labels", options.num)):
         path = getattr(options, name)
         flag = "--" + name.replace("_", "-")
-        labels[name] = None if path is None else check_labels(flag, load_array(path, flag), count)
+        found = None if path is None else _labels(path, count) if name == "labels" else _array(path, flag)
+        labels[name] = None if found is None else check_labels(flag, found, count)
     given = [name for name, value in labels.items() if value is not None]
     if given and len(given) < 3:
         raise ValueError(
@@ -365,22 +375,57 @@ def transfer(options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Samples from a saved model."""
-    from tgdp_fast.data.arrays import check_labels, load_array
+    from tgdp_fast.data.arrays import check_labels
     from tgdp_fast.transfer_model import TransferModel
 
     _check_sampling(options)
+    ecg_commands.check_model_folder(options.model)
     model = _named("MODEL_DIR", TransferModel.load, options.model)
     classes, labels = model.guidance.num_classes, None
     if options.labels is None and classes:
+        if "ecg" in model.config:
+            raise ValueError(
+                f"MODEL_DIR: {options.model} is a model of ECGs; draw records of named statements with tgdp-fast ecg "
+                f"sample {options.model} --num {options.num} --statements NORM --out DIR, or arrays with --labels"
+            )
         raise ValueError(
-            f"--labels must be given: {options.model} is conditional on {classes} classes; save one class index "
-            f"(0 to {classes - 1}) for each of the {options.num} samples as .npy"
+            f"--labels must be given: {options.model} is conditional on {classes} classes; write one class (0 to "
+            f"{classes - 1}) for all, or save one class index for each of the {options.num} samples as .npy"
         )
     if options.labels is not None:
         if not classes:
             raise ValueError(f"--labels must be left out: {options.model} was fitted without labels")
-        labels = check_labels("--labels", load_array(options.labels, "--labels"), options.num, classes)
+        labels = check_labels("--labels", _labels(options.labels, options.num), options.num, classes)
+    if options.out is SAMPLES and SAMPLES.exists():
+        _check_own(model, options, labels)
     _draw(model, options, labels)
+
+
+def _check_own(model: Any, options: argparse.Namespace, labels: Any) -> None:
+    """Refuse to write over a file that nobody named, unless the same command has written it.
+
+    A file of samples does not say where it is from, but the same model and settings draw the same samples again: the
+    first of them are compared, with a tolerance for the rounding of other machines and batches.
+    """
+    import numpy as np
+
+    from tgdp_fast.data.arrays import load_array
+
+    try:
+        held = load_array(SAMPLES, "--out")
+    except ValueError:  # Something else, or damaged: somebody's all the same.
+        held = np.empty(0)
+    count = min(options.num, options.batch_size or COMPARED)
+    if held.shape[:1] == (options.num,):
+        _move(model, options.device)
+        first = model.sample(count, labels=None if labels is None else labels[:count], **_settings(options))
+        tolerance = first.std() * (1e-3 if options.precision == "fp32" else 5e-2)
+        if held.shape[1:] == first.shape[1:] and np.allclose(held[:count], first, rtol=0.0, atol=tolerance):
+            return
+    raise ValueError(
+        f"--out must be given: {SAMPLES}, the default, is there already and holds something else; give another "
+        f"file, or --out {SAMPLES} to replace it"
+    )
 
 
 def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
@@ -389,18 +434,37 @@ def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
         options.out,
         options.num,
         labels=labels,
-        solver=options.solver,
-        steps=options.steps,
-        spacing=options.spacing,
-        scale=options.scale,
-        gradient_norm_limit=options.gradient_norm_limit,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        backend=options.backend,
+        **_settings(options),
         progress=not options.quiet,
     )
     print(f"{len(drawn)} samples of shape {tuple(drawn.shape[1:])} written to {options.out}")
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of sampling that the command line has under the same names."""
+    names = ("solver", "steps", "spacing", "scale", "gradient_norm_limit", "seed", "batch_size", "precision", "backend")
+    return {name: getattr(options, name) for name in names}
+
+
+def _array(path: Path, flag: str) -> Any:
+    """The array in a file."""
+    from tgdp_fast.data.arrays import load_array
+
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{flag}: {path}: the file is empty; save the array again with numpy.save")
+    return load_array(path, flag)
+
+
+def _labels(given: Path, count: int) -> Any:
+    """Labels of the samples to draw: one class for all, or a file."""
+    import numpy as np
+
+    if re.fullmatch(r"-?\d+", str(given)):
+        try:
+            return np.full(count, int(str(given)), np.int64)
+        except OverflowError:
+            raise ValueError(f"--labels must be a class index or a file, got {given}") from None
+    return _array(given, "--labels")
 
 
 def _move(model: Any, device: str | None) -> None:
@@ -490,11 +554,12 @@ def _check_sampling(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "tgdp-fast",
         description="Sample a target domain from a source diffusion model and few target samples.",
-        epilog="Exit status: 0 done, 1 failed while running, 2 bad arguments, 130 interrupted. Runs that write to a "
-        "folder go on where they stopped when the same command is given again.",
+        epilog="Exit status: 0 done, 1 failed while running, 2 bad arguments, 130 interrupted, 141 nobody reads "
+        "the output any more. Runs that write to a folder go on where they stopped when the same command is given "
+        "again.",
     )
     parser.add_argument("--version", action="version", version=f"tgdp-fast {__version__}")
     parser.add_argument(
@@ -558,7 +623,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--precisions", nargs="+", default=[], help="fp32, bf16, fp16 (all)")
     command.add_argument("--seconds", type=float, help="time for the rounds of one case (10; quick: 1)")
-    command.add_argument("--threads", type=int, help="threads of torch")
+    command.add_argument(
+        "--threads", type=int, help="threads of torch (its own choice: one per core, or OMP_NUM_THREADS)"
+    )
     command.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     command.add_argument("--json", type=Path, help="write the results there, after every case")
     command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
@@ -582,9 +649,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--denoiser", type=Path, help="saved model whose source denoiser to use instead of training one"
     )
-    command.add_argument("--train-steps", type=int, help="training steps of the source denoiser")
+    command.add_argument("--train-steps", type=int, help="training steps of the source denoiser (2000)")
     command.add_argument("--loss", default="logistic", help="logistic, ratio_mse, poisson or log_mse (%(default)s)")
-    command.add_argument("--consistency", type=float, help="weight of the consistency term")
+    command.add_argument("--consistency", type=float, help="weight of the consistency term (1)")
     command.add_argument("--cycle", type=float, default=0.0, help="weight of the cycle term (%(default)s)")
     _sampling(command)
 
@@ -598,19 +665,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num", type=int, required=True, help="samples to draw")
-    command.add_argument("--out", type=Path, default=Path("samples.npy"), help=".npy to write them to (%(default)s)")
-    command.add_argument("--labels", type=Path, help="labels of the samples to draw (conditional models)")
+    command.add_argument("--out", type=Path, default=SAMPLES, help=".npy to write them to (%(default)s)")
+    command.add_argument(
+        "--labels",
+        type=Path,
+        help="one class index for all samples, or a .npy with one for each (conditional models only)",
+    )
     command.add_argument("--solver", default="dpmpp_2m", help=f"{', '.join(SOLVER_NAMES)} (%(default)s)")
     command.add_argument("--steps", type=int, default=25, help="solver steps (%(default)s)")
     command.add_argument("--spacing", default="logsnr", help="logsnr, uniform or karras (%(default)s)")
     command.add_argument("--scale", type=float, default=1.0, help="guidance scale; 1 is exact (%(default)s)")
     command.add_argument(
-        "--gradient-norm-limit", type=float, help="limit of the guidance per sample, in units of epsilon"
+        "--gradient-norm-limit", type=float, help="limit of the guidance per sample, in units of epsilon (no limit)"
     )
     command.add_argument(
         "--seed", type=int, default=0, help="of everything random; the same seed gives the same samples (%(default)s)"
     )
-    command.add_argument("--batch-size", type=int, help="samples in flight; bounds memory")
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        help="samples in flight; bounds memory (as many as have 2 million values, at most 8192)",
+    )
     command.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 (%(default)s)")
     command.add_argument(
         "--backend",

@@ -30,6 +30,18 @@ _TOLERANCE = 0.003  # mV: three leads that were rounded to 1 uV, each by itself,
 _BLOCK = 1 << 20
 
 
+def check_new_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder that records may be written to, links followed.
+
+    Raises:
+        ValueError: something is there that is no empty folder.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"folder must be new or empty, but {folder} exists and is not; choose another")
+    return target
+
+
 def write_ecg_records(
     folder: str | os.PathLike[str],
     signals_mV: np.ndarray,  # noqa: N803
@@ -72,9 +84,7 @@ def write_ecg_records(
     count = len(signals)
     record_names = _record_names(names, count)
     statements = _statements(labels, count)
-    target = Path(os.path.realpath(folder))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"folder must be new or empty, but {folder} exists and is not; choose another")
+    target = check_new_folder(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:

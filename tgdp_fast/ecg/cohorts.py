@@ -16,6 +16,7 @@ from tgdp_fast.ecg.config import Data
 
 #: PTB-XL's recommended division: folds 1 to 8 train, 9 and 10 are kept.
 _LAST_TRAINING_FOLD = 8
+DOMAINS = ("source", "target")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ class Cohorts:
         return [self.vocabulary[index] for index in np.flatnonzero(cohort.labels.any(axis=0))]
 
 
+def check_folders(data: Data) -> None:
+    """Refuse a configuration without both folders."""
+    for domain in DOMAINS:
+        if not getattr(data, domain):
+            raise ValueError(
+                f"--{domain} DIR (or data.{domain} in the file of --config) must be given: the folder of "
+                f"the {domain}'s records"
+            )
+
+
 def load_cohorts(data: Data, cache: Path, *, progress: bool = False) -> Cohorts:
     """Read both folders, through caches in ``cache``, and divide them.
 
@@ -62,27 +73,28 @@ def load_cohorts(data: Data, cache: Path, *, progress: bool = False) -> Cohorts:
         ValueError: a folder without usable records, too few to divide; at the first broken one if ``data.on_problem``
             is "raise".
     """
+    check_folders(data)
     folders = {}
-    for domain in ("source", "target"):
-        path = getattr(data, domain)
-        if not path:
-            raise ValueError(f"data.{domain} must be the {domain}'s folder of records; give it in the configuration")
+    for domain in DOMAINS:
         try:
-            folders[domain] = open_ecg_folder(path, rate=data.rate)
+            folders[domain] = open_ecg_folder(getattr(data, domain), rate=data.rate)
         except ValueError as error:
-            raise ValueError(f"data.{domain}: {error}") from None
+            raise ValueError(f"--{domain} (data.{domain}): {error}") from None
     datasets: dict[str, ECGDataset] = {}
     for domain, folder in folders.items():
         place = cache / domain
         if distributed.is_first():
-            build_ecg_cache(
-                folder,
-                place,
-                rate=data.rate,
-                seconds=data.seconds,
-                on_problem=data.on_problem,
-                progress=progress,
-            )
+            try:
+                build_ecg_cache(
+                    folder,
+                    place,
+                    rate=data.rate,
+                    seconds=data.seconds,
+                    on_problem=data.on_problem,
+                    progress=progress,
+                )
+            except ValueError as error:
+                raise ValueError(f"--{domain} (data.{domain}): {folder.path}: {error}") from None
         distributed.barrier()
         datasets[domain] = ECGDataset.load(place)
     source, target = datasets["source"], datasets["target"]

@@ -5,11 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast._arguments import add_command, add_quiet
+from tgdp_fast._arguments import add_command, add_quiet, with_flags
+from tgdp_fast._checks import check_device
+
+#: What evaluation imports at its end: neurokit2 needs pandas and matplotlib. wfdb is needed by some forms of files
+#: alone, and reading, which comes first, says so.
+MEASURING = ("scipy", "sklearn", "pandas", "matplotlib", "neurokit2")
+#: Settings that judge samples anew without drawing others.
+EVALUATED_ANEW = ("evaluation.bootstrap", "evaluation.seeds", "evaluation.plots")
 
 _SHOWN = 20  # problems, and labels, that are printed one by one
 
@@ -19,8 +26,14 @@ def inspect(options: argparse.Namespace) -> int | None:
     from tgdp_fast.data.ecg_folder import open_ecg_folder
     from tgdp_fast.data.ecg_inspection import inspect_ecg_folder
 
-    folder = open_ecg_folder(options.folder, rate=options.rate or None, minimum_likelihood=options.minimum_likelihood)
-    found = inspect_ecg_folder(folder, options.seconds, read=options.read, progress=not options.json)
+    try:
+        folder = open_ecg_folder(
+            options.folder, rate=options.rate or None, minimum_likelihood=options.minimum_likelihood
+        )
+        found = inspect_ecg_folder(folder, options.seconds, read=options.read, progress=not options.json)
+    except ValueError as error:
+        text = str(error).replace("rate * seconds must", "--rate times --seconds must")
+        raise ValueError(with_flags(text, options, {"path": "DIR"})) from None
     broken = [problem for problem in found["problems"] if not problem["short"]]
     if options.json:
         print(json.dumps(found, indent=2))
@@ -66,13 +79,19 @@ def fit(options: argparse.Namespace) -> None:
         for text in pipeline.model.diagnostics["warnings"]:
             _say(f"WARNING: {text}")
         _say(f"model saved in {pipeline.out / 'model'}")
+        _caution(pipeline)
 
     _on_pipeline(options, stages)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Train the baselines, draw samples of every method, compare them with real records: OUT/report.html."""
-    _on_pipeline(options, _evaluated)
+
+    def stages(pipeline: Any) -> None:
+        _evaluated(pipeline)
+        _caution(pipeline)
+
+    _on_pipeline(options, stages, MEASURING, EVALUATED_ANEW)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -82,8 +101,9 @@ def run(options: argparse.Namespace) -> None:
         _evaluated(pipeline)
         place = pipeline.write_records("tgdp")
         _say(f"samples of TGDP as WFDB records in {place}")
+        _caution(pipeline)
 
-    _on_pipeline(options, stages)
+    _on_pipeline(options, stages, MEASURING)
 
 
 def _evaluated(pipeline: Any) -> None:
@@ -101,25 +121,54 @@ def _evaluated(pipeline: Any) -> None:
     _say(f"written: {pipeline.out / 'report.html'} and results.json")
 
 
-def _on_pipeline(options: argparse.Namespace, stages: Callable[[Any], None]) -> None:
-    """Run ``stages`` of the run that the options describe; under torchrun in each process."""
-    from tgdp_fast import distributed
-    from tgdp_fast.ecg.config import load_config
-    from tgdp_fast.ecg.pipeline import Pipeline
+def _caution(pipeline: Any) -> None:
+    """Say what a result of the smallest preset is not."""
+    from tgdp_fast.ecg.config import SMOKE
 
-    config = load_config(
-        options.config,
-        preset=options.preset,
-        data__source=_text(options.source),
-        data__target=_text(options.target),
-        sampling__num=options.num,
-        seed=options.seed,
-        device=options.device,
-    )
+    if pipeline.config.preset == "smoke":
+        _say(SMOKE)
+
+
+def _on_pipeline(
+    options: argparse.Namespace,
+    stages: Callable[[Any], None],
+    packages: Sequence[str] = (),
+    changeable: Sequence[str] = (),
+) -> None:
+    """Run ``stages``, which need ``packages``, of the run that the options describe; under torchrun in each process.
+
+    ``changeable`` are settings that may be others than those of results that the folder has.
+    """
+    from tgdp_fast import distributed
+    from tgdp_fast.ecg.cohorts import check_folders
+    from tgdp_fast.ecg.config import ConfigError, load_config
+    from tgdp_fast.ecg.pipeline import Pipeline
+    from tgdp_fast.ecg.preconditions import check_packages, check_same_run
+
+    try:
+        config = load_config(
+            options.config,
+            preset=options.preset,
+            data__source=_text(options.source),
+            data__target=_text(options.target),
+            sampling__num=options.num,
+            seed=options.seed,
+            device=options.device,
+        )
+    except ConfigError as error:
+        if options.config is not None:  # In whose words the error is.
+            raise
+        text = str(error).removeprefix("the configuration: ").removeprefix("sampling.")
+        raise ValueError(with_flags(text, options, {})) from None
+    # Whatever can fail at the end fails now.
+    check_folders(config.data)
+    check_packages(packages)
+    check_same_run(options.out, config, changeable)
     with distributed.process_group(config.device):
         device = config.device
         if device == "cuda" and distributed.size() > 1:
             device = f"cuda:{distributed.rank() % max(1, _gpus())}"
+        check_device(device, "--device")
         stages(Pipeline(config, options.out, device=device, progress=not options.quiet and distributed.is_first()))
 
 
@@ -145,23 +194,33 @@ def sample(options: argparse.Namespace) -> None:
     """Draw 12-lead records from a fitted model, as WFDB records with labels and a manifest."""
     from tgdp_fast.ecg.drawing import draw_records
 
-    place = draw_records(
-        options.model,
-        options.out,
-        num=options.num,
-        statements=options.statements,
-        guided=not options.unguided,
-        solver=options.solver,
-        steps=options.steps,
-        spacing=options.spacing,
-        scale=options.scale,
-        precision=options.precision,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        device=options.device,
-        progress=not options.quiet,
-    )
+    check_model_folder(options.model)
+    try:
+        place = draw_records(
+            options.model,
+            options.out,
+            num=options.num,
+            statements=options.statements,
+            guided=not options.unguided,
+            solver=options.solver,
+            steps=options.steps,
+            spacing=options.spacing,
+            scale=options.scale,
+            precision=options.precision,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            device=options.device,
+            progress=not options.quiet,
+        )
+    except ValueError as error:
+        raise ValueError(with_flags(str(error), options, {"folder": "--out"})) from None
     print(f"{options.num} records written to {place}")
+
+
+def check_model_folder(model: Path) -> None:
+    """Refuse the folder of a run where its model is meant."""
+    if (model / "stages").is_dir() and (inside := model / "model").is_dir():
+        raise ValueError(f"MODEL_DIR: {model} is the folder of a run; did you mean {inside}?")
 
 
 # ------------------------------------------------------------------------------------------------------ parser
@@ -193,9 +252,11 @@ def add_parser(commands: Any) -> None:
         )
         command.add_argument("--source", type=Path, help="folder of source records, such as PTB-XL")
         command.add_argument("--target", type=Path, help="folder of target records, such as ICBEB2018")
-        command.add_argument("--num", type=int, help="samples of each method")
+        command.add_argument(
+            "--num", type=int, help="samples of each method (of the preset: smoke 64, small 400, paper 1000)"
+        )
         command.add_argument("--seed", type=int, help="of everything random (0)")
-        command.add_argument("--device", help="cpu, cuda, ...")
+        command.add_argument("--device", help="cpu, cuda, ... (cpu)")
         command.add_argument(
             "--out", type=Path, required=True, help="folder of the run; the same command resumes there"
         )

@@ -38,6 +38,8 @@ from tgdp_fast.training import TIME_DISTRIBUTIONS, Optimisation
 
 #: In the order of tables and plots.
 METHODS = ("source", "vanilla", "fine_tune", "tgdp")
+#: What is said of every result of the preset smoke.
+SMOKE = "preset smoke: shows that everything works; samples and numbers are not good"
 PRIORS = ("standard", "gaussian", "empirical")
 UNITS = ("mV", "standardised")
 DOMAIN_CLASSIFIERS = ("features", "xresnet1d")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 
 from tgdp_fast._checks import check_device, check_integer
-from tgdp_fast.data.ecg_output import write_ecg_records
-from tgdp_fast.data.statements import multi_hot
+from tgdp_fast.checkpoint import CheckpointError
+from tgdp_fast.data.ecg_output import check_new_folder, write_ecg_records
+from tgdp_fast.data.statements import ALIASES, multi_hot
 from tgdp_fast.sampling import sample
 from tgdp_fast.solvers import solver_table
 from tgdp_fast.transfer_model import TransferModel
@@ -53,13 +55,19 @@ def draw_records(
     """
     check_integer("num", num, 1)
     check_device(device)
-    model = TransferModel.load(model_dir)
+    check_new_folder(out)
+    try:
+        model = TransferModel.load(model_dir)
+    except CheckpointError as error:
+        raise CheckpointError(f"MODEL_DIR: {error}") from None
     described = model.config.get("ecg")
     if not isinstance(described, dict):
         raise ValueError(f"MODEL_DIR: {model_dir} is no model of ECGs; give OUT/model of tgdp-fast ecg fit")
     rows = [tuple(name.strip() for name in entry.split(",") if name.strip()) for entry in statements]
     if not rows:
         raise ValueError("statements must hold at least one entry, such as NORM")
+    for row in rows:
+        _check_names(row, tuple(described["statements"]))
     each = [rows[index % len(rows)] for index in range(num)]
     labels = multi_hot(each, tuple(described["statements"])).astype(np.float32)
     table = solver_table(solver, model.denoiser.schedule, steps, spacing=spacing)
@@ -93,3 +101,14 @@ def draw_records(
             "precision": precision,
         },
     )
+
+
+def _check_names(names: Sequence[str], vocabulary: Sequence[str]) -> None:
+    for name in names:
+        if name not in vocabulary and ALIASES.get(name) not in vocabulary:
+            near = get_close_matches(name.upper(), vocabulary, n=3)
+            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+            raise ValueError(
+                f"statements must be names that the model knows, got {name!r}{hint}; all {len(vocabulary)} with "
+                "what they say are in tgdp_fast.data.statements.DESCRIPTIONS, which docs/ecg.md prints"
+            )

@@ -17,6 +17,7 @@ from tgdp_fast.checkpoint import load_checkpoint, save_checkpoint, save_json, si
 from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, twelve_leads
 from tgdp_fast.data.statements import label_names
 from tgdp_fast.ecg.classifier import predict, train_ecg_classifier
+from tgdp_fast.ecg.config import SMOKE
 from tgdp_fast.ecg.pipeline import Drawn, Pipeline, new_classifier
 from tgdp_fast.ecg.report import Cost, Method, Report, write_report
 from tgdp_fast.metrics import (
@@ -47,7 +48,7 @@ _DESCRIPTIONS = {
 _TITLES = {REAL: "Real", "source": "Source model", "vanilla": "Vanilla", "fine_tune": "Fine-tuning", "tgdp": "TGDP"}
 #: Stages that each method pays for, beside its samples.
 _STAGES = {
-    "source": (),
+    "source": ("source",),
     "vanilla": ("vanilla",),
     "fine_tune": ("fine_tune",),
     "tgdp": ("statement_classifier", "density_ratio", "tgdp"),
@@ -175,13 +176,14 @@ def all_leads(signals: np.ndarray, leads: Sequence[str]) -> np.ndarray:
 
 
 def cost(pipeline: Pipeline, name: str) -> Cost:
-    """Of one method: what it trains beyond the source model, and its samples."""
+    """Of one method: what is trained for it, the source model for itself alone, and its samples."""
     found = pipeline.costs.found
     trained = [found[stage] for stage in _STAGES[name] if stage in found]
     drawn = found.get(f"samples-{name}", {})
     return Cost(
-        trainable_parameters=sum(row.get("parameters", 0) for row in trained),
-        training_seconds=sum(row["seconds"] for row in trained),
+        # Nothing is known of a source model that a checkpoint brought.
+        trainable_parameters=sum(row.get("parameters", 0) for row in trained) if trained else None,
+        training_seconds=sum(row["seconds"] for row in trained) if trained else None,
         sampling_seconds=drawn.get("seconds"),
         memory_bytes=max((row["peak_bytes"] for row in [*trained, drawn] if "peak_bytes" in row), default=None),
     )
@@ -237,7 +239,8 @@ def _report(pipeline: Pipeline, methods: Sequence[Method]) -> Report:
         methods=methods,
         rate=cohorts.rate,
         leads=TWELVE_LEADS if eight else cohorts.leads,
-        summary=(
+        summary=(f"{SMOKE[0].upper()}{SMOKE[1:]}.\n" if pipeline.config.preset == "smoke" else "")
+        + (
             f"{pipeline.config.sampling.num} samples of each method, for the statements of {len(cohorts.target)} "
             f"target records; source model of {len(cohorts.source)} records. Classifiers trained on samples are tested "
             f"on {len(cohorts.test)} real target records that no method has seen."

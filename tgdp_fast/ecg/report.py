@@ -26,7 +26,7 @@ class Cost:
     """What a method takes; None for what was not measured.
 
     Attributes:
-        trainable_parameters: of all that is trained for it.
+        trainable_parameters: of all that is trained for it; a model that several methods share counts for itself.
         training_seconds, sampling_seconds: wall-clock.
         memory_bytes: peak during training.
     """
@@ -346,7 +346,8 @@ def _costs(report: Report) -> str:
     if not rows:
         return ""
     header = ["Method", "trainable parameters", "training", "sampling", "peak memory"]
-    return _table("What each method takes; wall-clock time.", header, rows)
+    note = "The source model's training is in its own row alone: methods that start from it share it."
+    return _table("What each method takes; wall-clock time.", header, rows) + _notes([note])
 
 
 def _counts(report: Report) -> str:
