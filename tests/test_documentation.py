@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import tgdp_fast
-from tgdp_fast import SOLVERS, SPACINGS, cli
+from tgdp_fast import SOLVERS, SPACINGS, cli, metrics
 from tgdp_fast.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,6 +264,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     entries = re.findall(r"^::: tgdp_fast\.([\w.]+)$", text, re.MULTILINE)
     assert len(entries) == len(set(entries))
     assert set(tgdp_fast.__all__) <= set(entries)
+    assert {f"metrics.{name}" for name in metrics.__all__} <= set(entries)
     for entry in entries:
         pkgutil.resolve_name(f"tgdp_fast.{entry}")
 
@@ -496,6 +497,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     reference = (tmp_path / "site" / "api.html").read_text()
     for name in tgdp_fast.__all__:
         assert f'id="tgdp_fast.{name}"' in reference
+    for name in ("TransferModel", "Denoiser", "GuidanceNetwork"):
+        for method in ("save_pretrained", "from_pretrained"):
+            assert f'id="tgdp_fast.{name}.{method}"' in reference
     assert "Draw samples of the target domain" in reference
     assert ":class:" not in reference
     for example in EXAMPLES:
