@@ -482,9 +482,13 @@ def test_the_check_of_the_site_sees(tmp_path: Path) -> None:
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="mkdocs is not installed; run `pip install 'tgdp_fast[docs]'`")
-    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed; run `pip install 'tgdp_fast[docs]'`")
-    pytest.importorskip("material", reason="mkdocs-material is not installed; run `pip install 'tgdp_fast[docs]'`")
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed; run `pip install --no-build-isolation -e '.[docs]'`")
+    pytest.importorskip(
+        "mkdocstrings", reason="mkdocstrings is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
+    )
+    pytest.importorskip(
+        "material", reason="mkdocs-material is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
