@@ -465,7 +465,7 @@ def test_the_check_of_the_site_sees(tmp_path: Path) -> None:
     (site / "404.html").write_text("<article></article>")
     (site / "other.html").write_text(text.format(""))
     (site / "page.html").write_text(
-        text.format("<a href='other.html#here'>a</a> <a href='#here'>b</a> <a href='https://example.org/x'>c</a>")
+        text.format("<a href='other.html#here'>a</a> <a href='#here'>b</a> <a href='https://arxiv.org/x'>c</a>")
     )
     assert site_problems(site) == []
     (site / "page.html").write_text(
