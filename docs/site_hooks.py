@@ -22,16 +22,19 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add what pages link to, and what the navigation names, outside docs/."""
+    """Add what pages link to, and what the navigation names, outside docs/; added pages link to more."""
     pages = [(f"docs/{file.src_uri}", file.content_string) for file in files.documentation_pages()]
     wanted = [path for page, text in pages for path in _outside(page, text)]
     wanted += [_source(uri) for uri in _paths(config.nav) if not (ROOT / "docs" / uri).is_file()]
-    for source in wanted:
+    while wanted:
+        source = wanted.pop(0)
         place = ROOT / source
         uri = _uri(source)
         if not place.is_file() or files.get_file_from_path(uri) is not None:
             continue
-        if uri != source:
+        if source.endswith(".md"):
+            wanted += _outside(source, place.read_text(encoding="utf-8"))
+        if uri.endswith(".md") and not source.endswith(".md"):
             files.append(File.generated(config, uri, content=example_page(place.read_text(encoding="utf-8"), source)))
         else:
             files.append(File.generated(config, uri, abs_src_path=str(place)))

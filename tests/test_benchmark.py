@@ -501,10 +501,10 @@ def test_layouts_hold_the_values(layout: str) -> None:
     assert (placed.storage_offset() == 1) == (layout == "misaligned")
 
 
-# the README -------------------------------------------------------------------------------------------------
+# what the README and docs/performance.md quote -------------------------------------------------------------
 
 
-#: Of the README's table of a GPU: cases, providers and the dtype.
+#: Of the table of a GPU in docs/performance.md: cases, providers and the dtype.
 GPU_TIMES = (
     (
         "guided_step/1e8",
@@ -521,24 +521,47 @@ GPU_TIMES = (
 )
 
 
-def test_readme_quotes_the_result_of_a_gpu() -> None:
+#: Of the README's table of sampling times: lines, and columns.
+README_CASES = {
+    "256 samples, width 128": "sampling/samples256-width128",
+    "10,000 samples, width 128": "sampling/samples10000-width128",
+    "10,000 samples, width 512": "sampling/samples10000-width512",
+}
+README_PROVIDERS = (("peer", "fp32"), ("reference", "fp32"), ("cpu", "fp32"), ("cpu", "bf16"))
+
+
+def test_readme_quotes_times_of_sampling() -> None:
     readme = (ROOT / "README.md").read_text()
-    name = re.search(r"\[an H200\]\(bench/results/([\w.-]+\.json)\)", readme)
+    name = re.search(r"\[file\]\(bench/results/(cpu-amd-epyc-2core\.json)\)", readme)
+    assert name
+    rows = report.load(ROOT / "bench" / "results" / name[1])["rows"]
+    medians = {(row["case"], row["provider"], row["dtype"]): row["median_s"] for row in rows}
+    quoted = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines() if "width " in line]
+    wanted = [
+        [label, *(report._seconds(medians[(case, *provider)]) for provider in README_PROVIDERS)]
+        for label, case in README_CASES.items()
+    ]
+    assert [cells for cells in quoted if cells[0] in README_CASES] == wanted
+
+
+def test_a_page_quotes_the_result_of_a_gpu() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    name = re.search(r"\[an H200\]\(\.\./bench/results/([\w.-]+\.json)\)", page)
     assert name
     result = report.load(ROOT / "bench" / "results" / name[1])
-    assert report.times(result["rows"], *GPU_TIMES) in readme
+    assert report.times(result["rows"], *GPU_TIMES) in page
     assert result["environment"]["cuda"]["device"] == "NVIDIA H200"
     assert name[1] in (ROOT / "tgdp_fast" / "ops" / "_measured.py").read_text()
 
 
-def test_readme_quotes_a_committed_result() -> None:
-    readme = (ROOT / "README.md").read_text()
-    name = re.search(r"\[one result file\]\(bench/results/([\w.-]+\.json)\)", readme)
+def test_a_page_quotes_a_committed_result() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    name = re.search(r"\[one result file\]\(\.\./bench/results/([\w.-]+\.json)\)", page)
     assert name
     result = report.load(ROOT / "bench" / "results" / name[1])
-    assert report.summary(result["rows"]) in readme
-    assert result["environment"]["cpu"] in readme
-    assert f"threads: {result['environment']['torch_threads']} of {result['environment']['cpu_count']}" in readme
+    assert report.summary(result["rows"]) in page
+    assert result["environment"]["cpu"] in page
+    assert f"threads: {result['environment']['torch_threads']} of {result['environment']['cpu_count']}" in page
     assert re.fullmatch("[0-9a-f]{7,40}", result["environment"]["commit"])  # of a clean checkout
 
 

@@ -17,13 +17,15 @@ import subprocess
 import sys
 import textwrap
 from argparse import Namespace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 import tgdp_fast
-from tgdp_fast import SOLVERS, SPACINGS, cli
+from tgdp_fast import SOLVERS, SPACINGS, cli, metrics
 from tgdp_fast.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,6 +264,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     entries = re.findall(r"^::: tgdp_fast\.([\w.]+)$", text, re.MULTILINE)
     assert len(entries) == len(set(entries))
     assert set(tgdp_fast.__all__) <= set(entries)
+    assert {f"metrics.{name}" for name in metrics.__all__} <= set(entries)
     for entry in entries:
         pkgutil.resolve_name(f"tgdp_fast.{entry}")
 
@@ -397,10 +400,95 @@ def test_the_check_of_numbers_sees() -> None:
 # the site ---------------------------------------------------------------------------------------------------
 
 
+class BuiltPage(HTMLParser):
+    """Of a page of the site: its anchors, its links, and the text of its article."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.anchors: set[str] = {"__top"}
+        self.links: list[str] = []
+        self._inside: list[str] = []
+        self._text: list[str] = []
+        self.cut_tables: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.anchors |= {str(values[name]) for name in ("id", "name") if values.get(name)}
+        self.links += [str(values[name]) for name in ("href", "src") if values.get(name)]
+        if tag in ("article", "script", "style"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._inside:
+            self._inside.remove(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == ["article"]:
+            self._text.append(data)
+            # A row that no table took up.
+            self.cut_tables += [line for line in data.splitlines() if re.match(r"\| .* \|", line)]
+
+    @property
+    def words(self) -> int:
+        return len(" ".join(self._text).split())
+
+
+def site_problems(site: Path) -> list[str]:
+    """Pages without text, tables that are none, and links of the built site that lead nowhere."""
+    pages = {path: BuiltPage(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
+    problems = []
+    for path, page in pages.items():
+        name = path.relative_to(site).as_posix()
+        if page.words < 40 and name != "404.html":
+            problems.append(f"{name}: no text")
+        problems += [f"{name}: a row outside a table: {row}" for row in page.cut_tables]
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            root = site if parts.path.startswith("/") else path.parent
+            target = (root / unquote(parts.path).lstrip("/")).resolve() if parts.path else path
+            if target.is_dir():
+                target /= "index.html"
+            known = target.is_file() and target.is_relative_to(site)
+            if known and parts.fragment and target in pages:
+                known = unquote(parts.fragment) in pages[target].anchors
+            if not known:
+                problems.append(f"{name}: {link}")
+    return problems
+
+
+def test_the_check_of_the_site_sees(tmp_path: Path) -> None:
+    site = tmp_path.resolve()
+    text = "<article><h1 id='here'>Here</h1>" + "word " * 50 + "{}</article>"
+    (site / "404.html").write_text("<article></article>")
+    (site / "other.html").write_text(text.format(""))
+    (site / "page.html").write_text(
+        text.format("<a href='other.html#here'>a</a> <a href='#here'>b</a> <a href='https://arxiv.org/x'>c</a>")
+    )
+    assert site_problems(site) == []
+    (site / "page.html").write_text(
+        text.format("<a href='no.html'>a</a> <a href='other.html#no'>b</a> <img src='no.png'> <p>| a | b |</p>")
+    )
+    (site / "other.html").write_text("<article></article><script>" + "word " * 50 + "</script>")
+    assert site_problems(site) == [
+        "other.html: no text",
+        "page.html: a row outside a table: | a | b |",
+        "page.html: no.html",
+        "page.html: other.html#no",
+        "page.html: no.png",
+    ]
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="mkdocs is not installed; run `pip install 'tgdp_fast[docs]'`")
-    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed; run `pip install 'tgdp_fast[docs]'`")
-    pytest.importorskip("material", reason="mkdocs-material is not installed; run `pip install 'tgdp_fast[docs]'`")
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed; run `pip install --no-build-isolation -e '.[docs]'`")
+    pytest.importorskip(
+        "mkdocstrings", reason="mkdocstrings is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
+    )
+    pytest.importorskip(
+        "material", reason="mkdocs-material is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
@@ -413,6 +501,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     reference = (tmp_path / "site" / "api.html").read_text()
     for name in tgdp_fast.__all__:
         assert f'id="tgdp_fast.{name}"' in reference
+    for name in ("TransferModel", "Denoiser", "GuidanceNetwork"):
+        for method in ("save_pretrained", "from_pretrained"):
+            assert f'id="tgdp_fast.{name}.{method}"' in reference
     assert "Draw samples of the target domain" in reference
     assert ":class:" not in reference
     for example in EXAMPLES:
@@ -427,3 +518,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert title, page
         assert f">{title[1]}" in (tmp_path / "site" / f"{page.stem}.html").read_text()
     assert "Where to go on" in (tmp_path / "site" / "index.html").read_text()
+    # What is added from outside docs/ has its text too, and every link leads somewhere.
+    assert site_problems((tmp_path / "site").resolve()) == []
+    readme = BuiltPage((tmp_path / "site" / "readme.html").read_text(encoding="utf-8"))
+    assert anchors((ROOT / "README.md").read_text(encoding="utf-8")) <= readme.anchors

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
 
 from tgdp_fast.data.synthetic_ecg import synthetic_ecg
@@ -173,6 +174,53 @@ def test_signals_without_any_signal() -> None:
     flat = np.full((2, 2, 20), 3.0, np.float32)
     assert nearest_by_correlation(flat, train)[0] == pytest.approx([math.sqrt(2)] * 2)
     assert nearest_by_correlation(train, flat)[0] == pytest.approx([math.sqrt(2)] * 3)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 4, 5, 2)])
+def test_copies_of_vectors_and_images(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    train, held_out, generated = (100 + 3 * random.standard_normal((n, *shape)) for n in (50, 400, 300))
+    new = memorisation(generated, train, held_out)
+    flat, own = generated.reshape(300, -1), train.reshape(50, -1)
+    pairs = np.linalg.norm(own[:, None] - held_out.reshape(1, 400, -1), axis=2)
+    distances = np.linalg.norm(flat[:, None] - own, axis=2)
+    assert new.generated == pytest.approx(distances.min(axis=1) / np.sqrt((pairs**2).mean()))
+    assert new.nearest.tolist() == distances.argmin(axis=1).tolist()
+    assert new.held_out == pytest.approx(pairs.min(axis=0) / np.sqrt((pairs**2).mean()))
+    assert new.copies == 0
+    assert new.median_ratio == pytest.approx(1.0, abs=0.2)
+    generated[:20] = train[:20]
+    generated[20:30] = train[20:30] + 1e-4
+    found = memorisation(torch.from_numpy(generated).float(), train, held_out)
+    assert found.copies == 30
+    assert found.nearer >= 20
+    assert found.nearest[:30].tolist() == list(range(30))
+    assert found.low_ratio < 1e-3
+    # In other units, and in parts, it is the same.
+    monkeypatch.setattr("tgdp_fast.metrics.copies._VALUES", 150)
+    again = memorisation(1000 * generated, 1000 * train, 1000 * held_out)
+    assert (again.copies, again.nearest.tolist()) == (30, found.nearest.tolist())
+    assert again.generated[30:] == pytest.approx(found.generated[30:], rel=1e-4)
+
+
+def test_copies_name_the_argument_at_fault() -> None:
+    x, signals = normal(6, 3), normal(4, 2, 20)
+    with pytest.raises(ValueError, match=r"generated and train must hold events of one shape, got \[2\] and \[3\]"):
+        memorisation(x[:, :2], x, x)
+    with pytest.raises(ValueError, match=r"held_out and train must hold events of one shape, got \[2\] and \[3\]"):
+        memorisation(x, x, x[:, :2])
+    with pytest.raises(ValueError, match=r"generated must have shape \[N, leads, L\], got \[6, 3\]"):
+        memorisation(x, signals, signals)
+    with pytest.raises(ValueError, match=r"held_out must have shape \[N, leads, L\], got \[6, 3\]"):
+        memorisation(signals, signals, x)
+    with pytest.raises(ValueError, match=r"generated must have shape \[N, ...\]"):
+        memorisation(x[:, 0], x, x)
+    with pytest.raises(ValueError, match="generated must be finite"):
+        memorisation(np.full_like(x, np.nan), x, x)
+    with pytest.raises(ValueError, match=r"max_shift is for signals \[N, leads, L\], got train of shape \[6, 3\]"):
+        memorisation(x, x, x, max_shift=0)
+    with pytest.raises(ValueError, match="distinct samples"):
+        memorisation(x, np.ones_like(x), np.ones_like(x))
 
 
 def test_bad_arguments() -> None:

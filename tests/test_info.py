@@ -144,3 +144,55 @@ def test_describes_the_cuda_device(monkeypatch: pytest.MonkeyPatch):
         "memory_gib": 80.0,
         "device_count": 2,
     }
+
+
+BACKENDS = {
+    "guided_step": {"cuda": "no toolkit", "triton": "no GPU", "cpu": "available", "reference": "available"},
+    "residual_block_": {"cuda": "none of it", "triton": "no GPU", "cpu": "available", "reference": "available"},
+}
+KERNELS = {"cpu_kernels": "avx512_bf16", "triton_autotune": "off; TGDP_TRITON_AUTOTUNE=1 keeps them in F, which has 0"}
+
+
+def described(backends: dict[str, dict[str, str]] = BACKENDS, **changes: object) -> list[str]:
+    facts = environment() | {"cuda": None, "commit": None} | KERNELS | changes
+    return _info.describe({"environment": facts, "backends": backends}).splitlines()
+
+
+def test_info_begins_with_the_kernels_and_the_gpu():
+    assert described()[:2] == ["CPU kernels: yes, avx512_bf16; GPU: none", ""]
+    assert described(cpu_kernels=None)[0] == "CPU kernels: no, plain PyTorch instead (why: see below); GPU: none"
+    card = {"version": "12.8", "device": "Some Card", "capability": "9.0", "memory_gib": 80.0, "device_count": 2}
+    assert described(cuda=card)[0].endswith("GPU: Some Card, kernels: none, plain PyTorch instead (why: see below)")
+    both = {"guided_step": dict.fromkeys(BACKENDS["guided_step"], "available")}
+    assert described(both, cuda=card)[0].endswith("; GPU: Some Card, kernels: cuda and triton")
+    line = "cuda               version 12.8, device Some Card, capability 9.0, memory_gib 80.0, device_count 2"
+    assert line in described(both, cuda=card)
+
+
+def test_info_is_written_for_people():
+    lines = described(instruction_sets=[])
+    assert lines[2].split() == ["system", platform.system()]
+    assert "residual_block" in lines
+    assert "  cpu        available" in lines
+    text = "\n".join(lines)
+    for word in ("None", "residual_block_", "which has 0"):
+        assert word not in text
+    assert "commit             not run from a git checkout" in lines
+    assert "cuda               no GPU that torch can use" in lines
+    assert "instruction_sets   not known" in lines
+    assert "cpu_kernels        none" in described(cpu_kernels=None)
+    assert "triton_autotune    off; TGDP_TRITON_AUTOTUNE=1 keeps them in F" in lines
+    # What is kept there is still counted.
+    assert any(line.endswith("F, which has 3") for line in described(triton_autotune="on; F, which has 3"))
+
+
+def test_info_describes_this_installation():
+    from tgdp_fast._native import cpu_capability
+    from tgdp_fast.ops import backend_report
+
+    facts = environment() | KERNELS | {"cpu_kernels": cpu_capability()}
+    text = _info.describe({"environment": facts, "backends": backend_report()})
+    assert text.startswith("CPU kernels: ")
+    assert "None" not in text
+    for operator in backend_report():
+        assert f"\n{operator.rstrip('_')}\n" in text

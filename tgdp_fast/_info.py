@@ -51,6 +51,43 @@ def environment() -> dict[str, Any]:
     }
 
 
+def describe(facts: dict[str, dict[str, Any]]) -> str:
+    """What ``tgdp-fast info`` prints: one line that sums it up, then every fact.
+
+    Args:
+        facts: "environment", of :func:`environment` with ``cpu_kernels`` and ``triton_autotune``, and "backends", of
+            :func:`tgdp_fast.ops.backend_report`.
+    """
+    environment, backends = facts["environment"], facts["backends"]
+    lines = [_in_one_line(environment, backends), ""]
+    for name, value in environment.items():
+        lines.append(f"{name:18s} {_shown(name, value)}")
+    for operator, states in backends.items():
+        lines += ["", operator.rstrip("_")]  # the underscore says that an operator works in place
+        lines += [f"  {backend:10s} {state}" for backend, state in states.items()]
+    return "\n".join(lines)
+
+
+def _in_one_line(environment: dict[str, Any], backends: dict[str, dict[str, str]]) -> str:
+    kernels = environment["cpu_kernels"]
+    cpu = f"yes, {kernels}" if kernels else "no, plain PyTorch instead (why: see below)"
+    cuda, gpu = environment["cuda"], "none"
+    if cuda is not None:
+        found = [name for name in ("cuda", "triton") if any(b.get(name) == "available" for b in backends.values())]
+        gpu = f"{cuda['device']}, kernels: {' and '.join(found) or 'none, plain PyTorch instead (why: see below)'}"
+    return f"CPU kernels: {cpu}; GPU: {gpu}"
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return {"cuda": "no GPU that torch can use", "commit": "not run from a git checkout"}.get(name, "none")
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
+    if isinstance(value, list):
+        return " ".join(value) or "not known"
+    return str(value).removesuffix(", which has 0")
+
+
 def _usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux; fewer than the machine has in a container or under taskset
         return len(os.sched_getaffinity(0))

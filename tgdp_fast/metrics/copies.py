@@ -1,4 +1,4 @@
-"""Whether generated signals are copies of training records, against how near held-out records come to them."""
+"""Whether generated samples are copies of training samples, against how near held-out samples come to them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from torch import Tensor
 from tgdp_fast._checks import check_integer, check_number
 from tgdp_fast.metrics.two_sample import _points
 
-#: A distance below which a signal is called a copy: a correlation above 1 - 5e-7.
+#: A distance below which a sample is called a copy. Of signals: a correlation above 1 - 5e-7.
 COPY = 1e-3
-_VALUES = 16_000_000  # correlations of pairs and shifts held at once
+_VALUES = 16_000_000  # correlations of pairs and shifts, or distances of pairs, held at once
 
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Distances of generated signals to the nearest training record, beside those of held-out records.
+    """Distances of generated samples to the nearest training sample, beside those of held-out samples.
 
     Attributes:
-        generated, held_out: the distances [G], [H], in 0 (equal up to scale, offset and shift) to 2.
-        nearest: index of the training record nearest to each generated signal, [G].
+        generated, held_out: the distances [G], [H]. Of signals from 0 (equal up to scale, offset and shift) to 2; of
+            other samples 0 for equal ones, and near 1 for two that were drawn by chance.
+        nearest: index of the training sample nearest to each generated one, [G].
         median_ratio: median of ``generated`` over that of ``held_out``. Near 1 or above: no copying.
         low_ratio: the same of a low quantile, where copies show while they are few.
-        nearer: generated signals nearer to a training record than every held-out record is.
-        expected_nearer: of a law that is that of the held-out records: G / (H + 1).
-        copies: generated signals at a distance below 0.001.
+        nearer: generated samples nearer to a training sample than every held-out sample is.
+        expected_nearer: of a law that is that of the held-out samples: G / (H + 1).
+        copies: generated samples at a distance below 0.001.
     """
 
     generated: np.ndarray
@@ -50,23 +51,34 @@ def memorisation(
     low: float = 0.05,
     device: str | torch.device = "cpu",
 ) -> Memorisation:
-    """Look for copies of the training records, also scaled, offset per lead, or shifted in time.
+    """Look for copies of the training samples: vectors, images, or signals.
 
-    See :func:`nearest_by_correlation` for the distance. ``held_out`` must be records of the same law of which no model
-    has seen any, and of other patients.
+    Arrays with three axes are signals [N, leads, L]. A copy of a signal may be scaled, offset per lead, or shifted in
+    time: see :func:`nearest_by_correlation` for the distance. Arrays of any other shape are vectors [N, D], images
+    [N, channels, height, width] (with an axis for one channel too) and the like: their distance is the Euclidean one
+    over all elements, divided by the root mean square distance between training and held-out samples. There a
+    coordinate counts by its spread: divide vectors of mixed units by the standard deviations of the training data.
+
+    ``held_out`` must be samples of the same law of which no model has seen any, and of other patients.
 
     Args:
-        generated: [G, leads, L]; train: [N, leads, L]; held_out: [H, leads, L].
-        max_shift: samples by which a copy may be shifted; default L // 10. 0 compares whole signals as they lie.
+        generated: [G, ...]; train: [N, ...]; held_out: [H, ...].
+        max_shift: of signals, samples by which a copy may be shifted; default L // 10. 0 compares whole signals as they
+            lie.
         low: quantile of ``low_ratio``.
         device: where it is computed.
 
     Raises:
-        ValueError: other shapes, values that are not finite, a shift too large.
+        ValueError: different shapes, values that are not finite, a shift too large, a shift for what is no signal.
     """
     check_number("low", low, 0.0, 1.0)
-    found, nearest = nearest_by_correlation(generated, train, max_shift=max_shift, device=device)
-    reference, _ = nearest_by_correlation(held_out, train, max_shift=max_shift, device=device)
+    if len(np.shape(train)) == 3:
+        found, nearest = _by_correlation("generated", generated, train, max_shift, device)
+        reference, _ = _by_correlation("held_out", held_out, train, max_shift, device)
+    else:
+        if max_shift is not None:
+            raise ValueError(f"max_shift is for signals [N, leads, L], got train of shape {list(np.shape(train))}")
+        found, reference, nearest = _by_distance(generated, train, held_out, device)
     return Memorisation(
         found,
         reference,
@@ -105,11 +117,19 @@ def nearest_by_correlation(
     Raises:
         ValueError: other shapes, values that are not finite, a shift too large.
     """
-    x, records = _signals("signals", signals).to(device), _signals("train", train).to(device)
-    if x.shape[1:] != records.shape[1:]:
-        raise ValueError(
-            f"signals and train must hold events of one shape, got {list(x.shape[1:])} and {list(records.shape[1:])}"
-        )
+    return _by_correlation("signals", signals, train, max_shift, device)
+
+
+def _by_correlation(
+    name: str,
+    signals: np.ndarray | Tensor,
+    train: np.ndarray | Tensor,
+    max_shift: int | None,
+    device: str | torch.device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`nearest_by_correlation` of the argument with this name."""
+    x, records = _signals(name, signals).to(device), _signals("train", train).to(device)
+    _check_same(name, x, records)
     length = x.shape[2]
     shift = length // 10 if max_shift is None else check_integer("max_shift", max_shift, 0)
     window = length - 2 * shift
@@ -140,6 +160,50 @@ def nearest_by_correlation(
         distances.append(_distance(part, records, where, window))
         nearest.append(where[:, 0])
     return torch.cat(distances).cpu().numpy(), torch.cat(nearest).cpu().numpy()
+
+
+def _by_distance(
+    generated: np.ndarray | Tensor,
+    train: np.ndarray | Tensor,
+    held_out: np.ndarray | Tensor,
+    device: str | torch.device,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Relative distances [G], [H] to the nearest training sample, and its index for each generated one [G]."""
+    shapes = {"generated": generated, "train": train, "held_out": held_out}
+    points = {name: _points(name, value, 1).to(device) for name, value in shapes.items()}
+    for name in ("generated", "held_out"):
+        _check_same(name, torch.empty(0, *np.shape(shapes[name])[1:]), torch.empty(0, *np.shape(train)[1:]))
+    records = points["train"]
+    # The mean square distance of pairs, without the pairs.
+    apart = (records.mean(dim=0) - points["held_out"].mean(dim=0)).square().sum()
+    spread = [(x - x.mean(dim=0)).square().sum(dim=1).mean() for x in (records, points["held_out"])]
+    unit = math.sqrt(float(apart + sum(spread)))
+    if unit == 0.0:
+        raise ValueError("train and held_out must hold distinct samples, got one and the same throughout")
+    found, nearest = _nearest(points["generated"], records)
+    reference, _ = _nearest(points["held_out"], records)
+    return found / unit, reference / unit, nearest
+
+
+def _nearest(x: Tensor, records: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Euclidean distance of each row to the nearest record [G], and its index [G]."""
+    centre = records.mean(dim=0)
+    centred = records - centre
+    squares = centred.square().sum(dim=1)
+    distances, nearest = [], []
+    for part in x.split(max(1, _VALUES // len(records))):
+        index = (squares - 2 * (part - centre) @ centred.T).argmin(dim=1)
+        # Anew, without the cancelling sums: 0 for a copy.
+        distances.append((part - records[index]).norm(dim=1))
+        nearest.append(index)
+    return torch.cat(distances).cpu().numpy(), torch.cat(nearest).cpu().numpy()
+
+
+def _check_same(name: str, x: Tensor, records: Tensor) -> None:
+    if x.shape[1:] != records.shape[1:]:
+        raise ValueError(
+            f"{name} and train must hold events of one shape, got {list(x.shape[1:])} and {list(records.shape[1:])}"
+        )
 
 
 def _signals(name: str, value: np.ndarray | Tensor) -> Tensor:
