@@ -249,7 +249,8 @@ def state() -> str:
     if folder is not None:
         home = os.path.expanduser("~")
         shown = Path("~", folder.relative_to(home)) if folder.is_relative_to(home) else folder
-        where = f"{shown}, which has {sum(1 for _ in folder.glob('*.json'))}"
+        held = sum(1 for _ in folder.glob("*.json"))
+        where = f"{shown}, which has {held}" if held else str(shown)
     if os.environ.get(ENVIRONMENT) != "1":
         return f"off; {ENVIRONMENT}=1 measures launch configurations once and keeps the choices in {where}"
     return f"on; choices are kept in {where}"

@@ -85,7 +85,7 @@ def _shown(name: str, value: Any) -> str:
         return ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
     if isinstance(value, list):
         return " ".join(value) or "not known"
-    return str(value).removesuffix(", which has 0")
+    return str(value)
 
 
 def _usable_cpus() -> int:

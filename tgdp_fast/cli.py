@@ -112,22 +112,14 @@ def _work(out: Path) -> Path:
 
 def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
-    from tgdp_fast._info import environment
+    from tgdp_fast._info import describe, environment
     from tgdp_fast._native import cpu_capability
     from tgdp_fast.kernels import autotuning
     from tgdp_fast.ops._dispatch import backend_report
 
     kernels = {"cpu_kernels": cpu_capability(), "triton_autotune": autotuning.state()}
     facts = {"environment": environment() | kernels, "backends": backend_report()}
-    if options.json:
-        print(json.dumps(facts, indent=2))
-        return
-    for name, value in facts["environment"].items():
-        print(f"{name:18s} {' '.join(value) if isinstance(value, list) else value}")
-    for operator, backends in facts["backends"].items():
-        print(f"\n{operator}")
-        for backend, state in backends.items():
-            print(f"  {backend:10s} {state}")
+    print(json.dumps(facts, indent=2) if options.json else describe(facts))
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ Result = dict[str, Any]
 #: Every ratio is to this provider in this precision.
 BASELINE = ("reference", "fp32")
 FAILED = "failed"
-#: The cases that the README shows, as far as its file holds them: one of each kind and size, slow ones included.
+#: The cases that docs/performance.md shows, as far as its file holds them: one of each kind and size, slow ones too.
 SUMMARY = (
     "guided_step/1e4",
     "guided_step/1e6",

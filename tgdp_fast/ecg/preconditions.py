@@ -38,7 +38,7 @@ def check_packages(names: Sequence[str]) -> None:
     if missing:
         raise ImportError(
             f"this run needs {', '.join(dict.fromkeys(missing))}, not installed here; run: pip install "
-            "'tgdp_fast[ecg]' (in a checkout: pip install --no-build-isolation '.[ecg]')"
+            "'tgdp_fast[ecg]' (in a checkout: pip install --no-build-isolation -e '.[ecg]')"
         )
 
 
