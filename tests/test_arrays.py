@@ -201,14 +201,6 @@ def test_refused_labels(labels: Any, message: str) -> None:
         check_labels("target_labels", labels, 4, 3)
 
 
-def test_a_single_column_may_hold_classes() -> None:
-    """Where nothing says how many classes there are it is refused: taken for rows it would be one class."""
-    for column in ([[0], [1], [1], [0]], [[0], [4], [2], [1]]):
-        with pytest.raises(ValueError, match=r"got \[4, 1\]; if the column holds classes pass labels\[:, 0\]"):
-            check_labels("target_labels", column, 4)
-    assert check_labels("target_labels", [[0], [1], [1], [0]], 4, 1).shape == (4, 1)
-
-
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tgdp_fast import GuidanceNetwork, NoiseSchedule, Optimisation, fit_guidance, metrics, sample, train_denoiser
+from tgdp_fast import (
+    GuidanceNetwork,
+    NoiseSchedule,
+    Optimisation,
+    TransferModel,
+    fit_guidance,
+    metrics,
+    sample,
+    train_denoiser,
+)
 from tgdp_fast.data.gaussians import (
     GaussianMixture,
     exact_denoiser,
@@ -155,6 +164,19 @@ def test_classes_that_no_source_sample_has_are_named() -> None:
     # Where the guidance does not take them the denoiser does.
     (text,) = warned(np.where(np.arange(20) < 7, 3, 2), conditional=False)
     assert text.startswith("do not use samples of class 2, 3: 20 of 20")
+
+
+@pytest.mark.parametrize("highest", [1, 4])
+def test_a_single_column_may_hold_classes(highest: int) -> None:
+    """Taken for rows it would be one class; with values up to 1 nothing else would tell."""
+    source, target = torch.randn(60, 2), torch.randn(20, 2)
+    columns = {"source_labels": np.arange(60)[:, None] % (highest + 1), "target_labels": np.ones((20, 1), np.int64)}
+    for call in (fit_guidance, TransferModel.fit):
+        with pytest.raises(ValueError, match=r"source_labels .* got \[60, 1\]; if the column holds classes pass"):
+            call(source, target, **columns)
+    if highest == 1:
+        fit = fit_guidance(source, target, **columns, num_classes=1, settings=TINY, diagnostics=False)
+        assert fit.guidance.num_classes == 1
 
 
 def test_columns_of_labels_that_no_source_sample_has_are_named() -> None:

@@ -476,11 +476,20 @@ def as_labels(
 
 
 def count_classes(name: str, labels: np.ndarray | Tensor | None, count: int, num_classes: int | None) -> int:
-    """Number of classes of ``count`` labels: as given, else from the labels, else 0."""
+    """Number of classes of ``count`` labels: as given, else from the labels, else 0.
+
+    Raises:
+        ValueError: as :func:`tgdp_fast.data.arrays.check_labels`; a single column, which rather holds the classes.
+    """
     if num_classes is not None:
         return check_integer("num_classes", num_classes, 0)
     if labels is None:
         return 0
+    if np.ndim(labels) == 2 and np.shape(labels)[1] == 1:
+        raise ValueError(
+            f"{name} must have shape [N] (classes) or [N, K] (a column for each of K classes), got "
+            f"{list(np.shape(labels))}; if the column holds classes pass labels[:, 0], if it is one class num_classes=1"
+        )
     array = check_labels(name, labels, count)
     return int(array.shape[1]) if array.ndim == 2 else int(array.max(initial=-1)) + 1
 

@@ -146,11 +146,6 @@ def check_labels(name: str, labels: Any, count: int, num_classes: int | None = N
             allowed = ">= 0" if num_classes is None else f"in 0..{num_classes - 1} ({num_classes} classes)"
             raise ValueError(f"{name} must be {allowed}, got {result[row]} in row {row}")
         return result
-    if num_classes is None and array.shape[1] == 1:
-        raise ValueError(
-            f"{name} must have shape [N] (classes) or [N, K] (a column for each class), got {list(array.shape)}; if "
-            "the column holds classes pass labels[:, 0]"
-        )
     if num_classes is not None and array.shape[1] != num_classes:
         raise ValueError(f"{name} has {array.shape[1]} columns, expected one for each of {num_classes} classes")
     soft = np.ascontiguousarray(array, dtype=np.float32)
