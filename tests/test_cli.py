@@ -354,7 +354,7 @@ def test_samples_that_nobody_named_are_not_replaced(
 def test_an_empty_file_is_called_empty(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "empty.npy").touch()
     assert main(transfer(folder, source="empty.npy")) == 2
-    assert f"--source: {folder / 'empty.npy'}: the file is empty" in capsys.readouterr().err
+    assert f"--source: {folder / 'empty.npy'} cannot be read: the file is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

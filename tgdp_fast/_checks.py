@@ -33,7 +33,9 @@ def check_number(
     ``exclusive`` excludes both bounds.
     """
     try:
-        number = float("no" if isinstance(value, str | bytes) else value)  # float would read a number in a text
+        if isinstance(value, str | bytes):  # float would read the number in a text.
+            raise TypeError
+        number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, got {value!r}{_tail(advice)}") from None
     inside = minimum < number < maximum if exclusive else minimum <= number <= maximum

@@ -35,8 +35,6 @@ SOLVER_NAMES = (
 
 #: Where samples go without --out. Whoever writes --out samples.npy gives another object, and means it.
 SAMPLES = Path("samples.npy")
-#: Samples that tell whether a file is of the same command.
-COMPARED = 256
 
 #: Exceptions that say what the user can do; shown without a traceback.
 EXPECTED = (OSError, ArithmeticError, ImportError)
@@ -288,7 +286,7 @@ def validate(options: argparse.Namespace) -> int | None:
 def transfer(options: argparse.Namespace) -> None:
     """Two arrays in, target samples out."""
     from tgdp_fast.checkpoint import check_replaceable, checkpoint_kind
-    from tgdp_fast.data.arrays import check_labels, check_samples
+    from tgdp_fast.data.arrays import check_labels, check_samples, load_array
     from tgdp_fast.denoiser import Denoiser
     from tgdp_fast.density_ratio import RATIO_LOSSES, TransferDiagnostics
     from tgdp_fast.training import Optimisation
@@ -305,8 +303,8 @@ def transfer(options: argparse.Namespace) -> None:
     if options.save is not None:
         _check_folder("--save", options.save)
         _named("--save", check_replaceable, options.save)
-    source = check_samples("--source", _array(options.source, "--source"))
-    target = check_samples("--target", _array(options.target, "--target"), event_shape=source.shape[1:])
+    source = check_samples("--source", load_array(options.source, "--source"))
+    target = check_samples("--target", load_array(options.target, "--target"), event_shape=source.shape[1:])
     denoiser: Denoiser | TransferModel | None = None
     if options.denoiser is not None:
         kind = _named("--denoiser", checkpoint_kind, options.denoiser)
@@ -317,7 +315,7 @@ def transfer(options: argparse.Namespace) -> None:
     for name, count in (("source_labels", len(source)), ("target_labels", len(target)), ("labels", options.num)):
         path = getattr(options, name)
         flag = "--" + name.replace("_", "-")
-        found = None if path is None else _labels(path, count) if name == "labels" else _array(path, flag)
+        found = None if path is None else _labels(path, count) if name == "labels" else load_array(path, flag)
         labels[name] = None if found is None else check_labels(flag, found, count)
     given = [name for name, value in labels.items() if value is not None]
     if given and len(given) < 3:
@@ -399,30 +397,19 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def _check_own(model: Any, options: argparse.Namespace, labels: Any) -> None:
-    """Refuse to write over a file that nobody named, unless the same command has written it.
-
-    A file of samples does not say where it is from, but the same model and settings draw the same samples again: the
-    first of them are compared, with a tolerance for the rounding of other machines and batches.
-    """
-    import numpy as np
-
+    """Refuse to write over a file that nobody named, unless the same command has written it."""
     from tgdp_fast.data.arrays import load_array
 
     try:
         held = load_array(SAMPLES, "--out")
     except ValueError:  # Something else, or damaged: somebody's all the same.
-        held = np.empty(0)
-    count = min(options.num, options.batch_size or COMPARED)
-    if held.shape[:1] == (options.num,):
-        _move(model, options.device)
-        first = model.sample(count, labels=None if labels is None else labels[:count], **_settings(options))
-        tolerance = first.std() * (1e-3 if options.precision == "fp32" else 5e-2)
-        if held.shape[1:] == first.shape[1:] and np.allclose(held[:count], first, rtol=0.0, atol=tolerance):
-            return
-    raise ValueError(
-        f"--out must be given: {SAMPLES}, the default, is there already and holds something else; give another "
-        f"file, or --out {SAMPLES} to replace it"
-    )
+        held = None
+    _move(model, options.device)
+    if held is None or not model.drew(held, options.num, labels=labels, **_settings(options)):
+        raise ValueError(
+            f"--out must be given: {SAMPLES}, the default, is there already and holds something else; give another "
+            f"file, or --out {SAMPLES} to replace it"
+        )
 
 
 def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
@@ -443,25 +430,18 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _array(path: Path, flag: str) -> Any:
-    """The array in a file."""
-    from tgdp_fast.data.arrays import load_array
-
-    if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"{flag}: {path}: the file is empty; save the array again with numpy.save")
-    return load_array(path, flag)
-
-
 def _labels(given: Path, count: int) -> Any:
     """Labels of the samples to draw: one class for all, or a file."""
     import numpy as np
+
+    from tgdp_fast.data.arrays import load_array
 
     if re.fullmatch(r"-?\d+", str(given)):
         try:
             return np.full(count, int(str(given)), np.int64)
         except OverflowError:
             raise ValueError(f"--labels must be a class index or a file, got {given}") from None
-    return _array(given, "--labels")
+    return load_array(given, "--labels")
 
 
 def _move(model: Any, device: str | None) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tgdp_fast._checks import check_choice, check_integer, check_number
 from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
-from tgdp_fast.cond_fn import as_cond_fn, hint_of_guidance
+from tgdp_fast.cond_fn import as_cond_fn, check_guidance
 from tgdp_fast.denoiser import labels_for, number_on, per_sample
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
 from tgdp_fast.ops import guided_epsilon, limit_gradient, mlp_value_and_grad, perceptron
@@ -286,11 +286,8 @@ class GuidedDenoiser:
                 f"denoiser must have a method epsilon(x, t, labels), got {type(denoiser).__name__}; "
                 "wrap a plain network as tgdp_fast.Denoiser(network, schedule)"
             )
-        if guidance is not None and not hasattr(guidance, "log_ratio_and_grad"):
-            raise ValueError(
-                f"guidance must have a method log_ratio_and_grad(x, t, labels), got {type(guidance).__name__}"
-                f"{hint_of_guidance(guidance)}"
-            )
+        if guidance is not None:
+            check_guidance(guidance)
         self.denoiser = denoiser
         self.guidance = guidance
         self.scale = scale if callable(scale) else check_number("scale", scale)

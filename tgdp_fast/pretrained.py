@@ -143,7 +143,8 @@ def model_card(
         kind, config, tensors: of the checkpoint.
         license: identifier for the front matter.
     """
-    foreign = "architecture" in _parts(config) and _parts(config)["architecture"] is None
+    # A denoiser's config is a part of a transfer model's; that of a guidance network has no architecture.
+    foreign = config.get("denoiser", config).get("architecture", "") is None
     network = ", network=your_network" if foreign else ""
     front = ["library_name: tgdp_fast", *([f"license: {license}"] if license else []), "tags:"]
     front += [f"- {tag}" for tag in ("tgdp_fast", "diffusion", "transfer-learning", kind.replace("_", "-"))]
@@ -183,12 +184,6 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _parts(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part that describes a denoiser, which may be the whole."""
-    inside: Mapping[str, Any] = config.get("denoiser", config)
-    return inside
 
 
 def _facts(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -147,12 +147,10 @@ class NoiseSchedule:
         """
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
-            inside = hasattr(getattr(scheduler, "scheduler", None), "alphas_cumprod")
-            raise TypeError(
-                f"scheduler must have an alphas_cumprod array, got {type(scheduler).__name__}; "
-                + ("pass its attribute scheduler" if inside else "pass the scheduler itself, not its config, and ")
-                + ("" if inside else "a variance-preserving one such as DDPMScheduler")
-            )
+            advice = "pass the scheduler itself, not its config, and a variance-preserving one such as DDPMScheduler"
+            if hasattr(getattr(scheduler, "scheduler", None), "alphas_cumprod"):  # A pipeline.
+                advice = "pass its attribute scheduler"
+            raise TypeError(f"scheduler must have an alphas_cumprod array, got {type(scheduler).__name__}; {advice}")
         return cls.from_alphas_cumprod(alphas_cumprod)
 
     @classmethod

@@ -41,6 +41,7 @@ from tgdp_fast.training import Optimisation, train_denoiser
 from tgdp_fast.transfer import GuidanceFit, check_denoiser, check_fit_arguments, common_classes, fit_guidance
 
 KIND = "transfer_model"
+_COMPARED = 256  # samples that tell whether an array is of the same draw
 
 T = TypeVar("T")
 
@@ -212,6 +213,20 @@ class TransferModel(Pretrained):
             finish=self.standardizer.invert,
             **arguments,
         )
+
+    def drew(self, samples: np.ndarray, num: int, *, labels: Any = None, **arguments: Any) -> bool:
+        """Whether ``samples`` are the ``num`` that :meth:`sample` gives with these arguments.
+
+        An array does not say where it is from, but the same model and settings draw the same again: the first of them
+        are compared, up to the rounding of other machines and batches.
+        """
+        if samples.shape[:1] != (num,):
+            return False
+        count = min(num, arguments.get("batch_size") or _COMPARED)
+        one = labels is None or np.ndim(labels) == 0
+        first = self.sample(count, labels=labels if one else labels[:count], **arguments)
+        tolerance = first.std() * (1e-3 if arguments.get("precision", "fp32") == "fp32" else 5e-2)
+        return samples.shape[1:] == first.shape[1:] and np.allclose(samples[:count], first, rtol=0.0, atol=tolerance)
 
     def _add_prior(self, arguments: dict[str, Any], guided: bool) -> None:
         """The model's prior where none was given; a warning for one that can hardly be in standardised coordinates."""

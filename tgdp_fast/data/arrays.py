@@ -46,7 +46,9 @@ def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
     try:
         with open(file, "rb") as handle:
             start = handle.read(6)
-        if start and not start.startswith((b"\x93NUMPY", b"PK", b"\x80")):  # .npy, .npz, a pickle
+        if not start:
+            raise ValueError("the file is empty; save the array again with numpy.save")
+        if not start.startswith((b"\x93NUMPY", b"PK", b"\x80")):  # .npy, .npz, a pickle
             raise ValueError(
                 f"it is not a NumPy file, whatever its name says (it starts with {start!r}); convert a text table "
                 "with numpy.save(path, numpy.loadtxt(table))"

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -55,9 +55,6 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 _MODEL_NAMES = ("unet", "transformer")
 _INPUT_NAMES = ("sample", "hidden_states", "x")
-
-#: What guides a model now, to tell who guides it twice with the same, as a notebook cell that is run again does.
-_active: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 # Guided models -------------------------------------------------------------------------------------------------
 
@@ -214,15 +211,14 @@ class GuidedModel:
         self._parameters = _parameter_names(self.model)
         self._conventions_of: tuple[Any, _Conventions] | None = None
         self._conventions()  # An unsuitable scheduler is an error here, not at the first call.
-        active = _active.setdefault(self.model, [])
-        if any(other is guidance for other in active):
+        if any(other.model is self.model and other.guidance is guidance for other in _active):
             warnings.warn(
                 "this guidance guides the model already, and both add up; restore() the earlier one first, or guide in "
                 "a `with`",
                 stacklevel=3,
             )
         self._undo: Callable[[], None] | None = self._install()
-        active.append(guidance)
+        _active.add(self)
         self._evaluation = evaluation_mode(guidance)
         self._evaluation.__enter__()
 
@@ -241,8 +237,7 @@ class GuidedModel:
         if self._undo is not None:
             self._undo()
             self._undo = None
-            active = _active[self.model]
-            active.pop(next(index for index, other in enumerate(active) if other is self.guidance))
+            _active.discard(self)
             self._evaluation.__exit__(None, None, None)
 
     def _install(self) -> Callable[[], None]:
@@ -375,6 +370,10 @@ class GuidedModel:
                 f"guidance must be on the device of the model, {x.device}, got {parameter.device}; move it with "
                 f"guidance.to({str(x.device)!r})"
             )
+
+
+#: What guides a model now, to tell who guides it twice with the same, as a notebook cell does that is run again.
+_active: WeakSet[GuidedModel] = WeakSet()
 
 
 def _model_of(pipeline: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,7 +130,7 @@ def _by_correlation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """:func:`nearest_by_correlation` of the argument with this name."""
     x, records = _signals(name, signals).to(device), _signals("train", train).to(device)
-    _check_same(name, x, records)
+    _check_same(name, x.shape, records.shape)
     length = x.shape[2]
     shift = length // 10 if max_shift is None else check_integer("max_shift", max_shift, 0)
     window = length - 2 * shift
@@ -169,19 +170,18 @@ def _by_distance(
     device: str | torch.device,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Relative distances [G], [H] to the nearest training sample, and its index for each generated one [G]."""
-    shapes = {"generated": generated, "train": train, "held_out": held_out}
-    points = {name: _points(name, value, 1).to(device) for name, value in shapes.items()}
-    for name in ("generated", "held_out"):
-        _check_same(name, torch.empty(0, *np.shape(shapes[name])[1:]), torch.empty(0, *np.shape(train)[1:]))
-    records = points["train"]
+    named = (("generated", generated), ("train", train), ("held_out", held_out))
+    drawn, records, others = (_points(name, value, 1).to(device) for name, value in named)
+    for name, value in named:
+        _check_same(name, np.shape(value), np.shape(train))
     # The mean square distance of pairs, without the pairs.
-    apart = (records.mean(dim=0) - points["held_out"].mean(dim=0)).square().sum()
-    spread = [(x - x.mean(dim=0)).square().sum(dim=1).mean() for x in (records, points["held_out"])]
+    apart = (records.mean(dim=0) - others.mean(dim=0)).square().sum()
+    spread = [(x - x.mean(dim=0)).square().sum(dim=1).mean() for x in (records, others)]
     unit = math.sqrt(float(apart + sum(spread)))
     if unit == 0.0:
         raise ValueError("train and held_out must hold distinct samples, got one and the same throughout")
-    found, nearest = _nearest(points["generated"], records)
-    reference, _ = _nearest(points["held_out"], records)
+    found, nearest = _nearest(drawn, records)
+    reference, _ = _nearest(others, records)
     return found / unit, reference / unit, nearest
 
 
@@ -199,11 +199,9 @@ def _nearest(x: Tensor, records: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(distances).cpu().numpy(), torch.cat(nearest).cpu().numpy()
 
 
-def _check_same(name: str, x: Tensor, records: Tensor) -> None:
-    if x.shape[1:] != records.shape[1:]:
-        raise ValueError(
-            f"{name} and train must hold events of one shape, got {list(x.shape[1:])} and {list(records.shape[1:])}"
-        )
+def _check_same(name: str, shape: Sequence[int], train: Sequence[int]) -> None:
+    if tuple(shape[1:]) != tuple(train[1:]):
+        raise ValueError(f"{name} and train must hold events of one shape, got {list(shape[1:])} and {list(train[1:])}")
 
 
 def _signals(name: str, value: np.ndarray | Tensor) -> Tensor:
