@@ -218,6 +218,9 @@ def test_an_error_in_the_network_says_how_it_was_called() -> None:
     with pytest.raises(TypeError, match=r"labels int64 \[5\]"):
         Denoiser(Plain(), schedule)(x, 0.5, torch.zeros(5, dtype=torch.long))
 
+    with pytest.raises(RuntimeError, match=r"its parameters are none"):
+        Denoiser(lambda x, time: x @ torch.zeros(3, 3), schedule)(x, 0.5)  # type: ignore[arg-type]
+
     class Full(nn.Module):
         def forward(self, x: Tensor, time: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("no room")

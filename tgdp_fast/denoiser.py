@@ -180,9 +180,8 @@ class Denoiser(Pretrained, nn.Module):
             f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
             for name, value in zip(names, arguments, strict=False)
         )
-        found = sorted(
-            {str(p.dtype).removeprefix("torch.") for p in self.network.parameters() if p.is_floating_point()}
-        )
+        # Of the denoiser, which has no others: the network may be a plain function.
+        found = sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.is_floating_point()})
         return (
             f"denoiser.network was called as network({shown}); its parameters are {' and '.join(found) or 'none'}. It "
             "must take these: convert it with network.float(), pass labels only to a network that has them "
