@@ -33,8 +33,8 @@ import sssd_ecg_predictions  # noqa: E402
 import torch  # noqa: E402
 
 from tgdp_fast.benchmark.binaries import compile_nvidia, kernel_modules, shipped  # noqa: E402
-from tgdp_fast.checkpoint import write_atomic  # noqa: E402
 from tgdp_fast.experiments.results import markdown_table  # noqa: E402
+from tgdp_fast.runtime.files import write_atomic
 
 _LAUNCH = 3e-6  # seconds, as one of several in a queue
 _ENTRY = re.compile(

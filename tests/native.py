@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tgdp_fast import _native
+from tgdp_fast.runtime import native as _native
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")

@@ -206,16 +206,20 @@ def test_imports_point_to_earlier_layers_only():
 @pytest.mark.parametrize(
     ("source", "module", "problems"),
     [
-        ("from tgdp_fast import sampling", "ops.guided_step", ["ops.guided_step imports tgdp_fast.sampling"]),
-        ("import tgdp_fast.transfer", "sampling", ["sampling imports tgdp_fast.transfer"]),
-        ("from ..schedule import NoiseSchedule", "ops.x", ["ops.x imports tgdp_fast.schedule.NoiseSchedule"]),
+        ("from tgdp_fast import sampling", "ops.guided_step", ["ops.guided_step imports tgdp_fast.sampling.sampler"]),
+        ("import tgdp_fast.fit.guidance", "sampling", ["sampling imports tgdp_fast.fit.guidance"]),
+        ("from ..schedule import NoiseSchedule", "ops.x", ["ops.x imports tgdp_fast.diffusion.schedule.NoiseSchedule"]),
         ("from tgdp_fast import sample", "transfer", ["transfer imports tgdp_fast.sample"]),
         ("from . import sample", "transfer", ["transfer imports tgdp_fast.sample"]),
         ("import tgdp_fast", "cli", ["cli imports tgdp_fast"]),
-        ("def f():\n    from .solvers import x", "schedule", ["schedule imports tgdp_fast.solvers.x"]),
-        ("from tgdp_fast.denoiser import x", "data.digits", ["data.digits imports tgdp_fast.denoiser.x"]),
+        ("def f():\n    from .solvers import x", "schedule", ["schedule imports tgdp_fast.diffusion.solvers.x"]),
+        (
+            "from tgdp_fast.diffusion.denoiser import x",
+            "data.digits",
+            ["data.digits imports tgdp_fast.diffusion.denoiser.x"],
+        ),
         ("from tgdp_fast.data import x", "metrics.y", ["metrics.y imports tgdp_fast.data.x"]),
-        ("from tgdp_fast.data.arrays import x", "training", []),
+        ("from tgdp_fast.runtime.arrays import x", "training", []),
         ("from .guided_step import guided_step", "ops.__init__", []),
         ("from tgdp_fast.ops import _dispatch", "ops.guided_step", []),
         ("from .ops import guided_step\nimport torch", "sampling", []),
@@ -271,7 +275,7 @@ for module in pkgutil.walk_packages(tgdp_fast.__path__, "tgdp_fast."):
         print(module.name)
 """
     names = run_python(code).split()
-    assert "tgdp_fast._checks" in names
+    assert "tgdp_fast.runtime.checks" in names
     assert "tgdp_fast.kernels" in names
 
 
@@ -301,7 +305,7 @@ import sys
 import tgdp_fast
 assert "torch" not in sys.modules
 assert tgdp_fast.ops.guided_step  # A module that imports others from the package, before any name of it.
-assert tgdp_fast.sample is tgdp_fast.sampling.sample
+assert tgdp_fast.sample is tgdp_fast.sampling.sampler.sample
 assert not hasattr(tgdp_fast, "sampel")
 from tgdp_fast import *
 assert set(tgdp_fast.__all__) <= set(globals()) & set(dir(tgdp_fast))

@@ -3,11 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tgdp_fast.data.arrays import Standardizer, check_labels, check_samples, load_array
     from tgdp_fast.data.digits import DigitArrays, DigitJudge, digit_judge, load_digits_arrays
-    from tgdp_fast.data.ecg_cache import ECGDataset, build_ecg_cache
-    from tgdp_fast.data.ecg_folder import ECGFolder, open_ecg_folder
-    from tgdp_fast.data.ecg_output import write_ecg_records
     from tgdp_fast.data.gaussians import (
         ExactDenoiser,
         ExactGuidance,
@@ -19,6 +15,10 @@ if TYPE_CHECKING:
         paper_source,
         paper_target,
     )
+    from tgdp_fast.ecg.records.cache import ECGDataset, build_ecg_cache
+    from tgdp_fast.ecg.records.folder import ECGFolder, open_ecg_folder
+    from tgdp_fast.ecg.records.output import write_ecg_records
+    from tgdp_fast.runtime.arrays import Standardizer, check_labels, check_samples, load_array
 else:
     # Torch comes with the first name that needs it: listing a folder of records, and the processes that read them, do
     # without.

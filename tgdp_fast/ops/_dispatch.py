@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast import _native
-from tgdp_fast._checks import check_choice
 from tgdp_fast.ops import _triton
+from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime.checks import check_choice
 
 __all__ = [
     "BACKENDS",

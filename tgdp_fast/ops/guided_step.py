@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import _native, noise
-from tgdp_fast._checks import check_number
-from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton
+from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton, noise
+from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime.checks import check_number
 
 __all__ = ["GuidedStepOutput", "guided_step", "guided_step_reference"]
 

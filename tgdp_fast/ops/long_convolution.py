@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast import _native
-from tgdp_fast._checks import check_choice
 from tgdp_fast.ops import _cuda, _dispatch, _triton
+from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime.checks import check_choice
 
 __all__ = [
     "LONGEST",

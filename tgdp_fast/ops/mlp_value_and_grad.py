@@ -40,7 +40,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tgdp_fast import _native
 from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton
 from tgdp_fast.ops.perceptron import (
     checked_call,
@@ -51,6 +50,7 @@ from tgdp_fast.ops.perceptron import (
     refuses_triton,
     where_needed,
 )
+from tgdp_fast.runtime import native as _native
 
 __all__ = ["mlp_value_and_grad", "mlp_value_and_grad_backward_reference", "mlp_value_and_grad_reference"]
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tgdp_fast import _native
 from tgdp_fast.ops import _dispatch, _measured, _triton
+from tgdp_fast.runtime import native as _native
 
 __all__ = ["perceptron", "perceptron_backward_reference", "perceptron_reference"]
 

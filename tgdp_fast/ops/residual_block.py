@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast import _native
 from tgdp_fast.ops import _cuda, _dispatch, _triton
 from tgdp_fast.ops.gated_activation import gated_activation_reference
 from tgdp_fast.ops.long_convolution import (
@@ -27,6 +26,7 @@ from tgdp_fast.ops.long_convolution import (
     packed_for,
     refuses_without_taps,
 )
+from tgdp_fast.runtime import native as _native
 
 __all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_block_reference_"]
 

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import _native
-from tgdp_fast._checks import check_number
 from tgdp_fast.ops import _cuda, _dispatch
 from tgdp_fast.ops.guided_step import guided_step_reference, limit_gradient
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
 from tgdp_fast.ops.perceptron import perceptron_reference
+from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime.checks import check_number
 
 __all__ = ["Trajectory", "TrajectoryNetwork", "TrajectoryPlan", "trajectory", "trajectory_reference"]
 
