@@ -21,7 +21,7 @@ from tgdp_fast.ops import (
     use_backend,
 )
 from tgdp_fast.ops.long_convolution import _pack_for_cuda, _reader, _refuses_cuda, packed_for
-from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime import native
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
@@ -291,7 +291,7 @@ def test_longer_filters_have_no_spectra():
 
 
 def test_whose_spectra_are_kept(monkeypatch):
-    monkeypatch.setattr(_native, "CUDA_MISSING", None)
+    monkeypatch.setattr(native, "CUDA_MISSING", None)
     monkeypatch.setattr(_triton, "MISSING", None)
     monkeypatch.setattr(_triton, "DEVICE_TYPE", "cuda")
     for dtype in DTYPES:
@@ -305,7 +305,7 @@ def test_whose_spectra_are_kept(monkeypatch):
         assert _reader("cuda", dtype, "cuda") == "cuda"
         assert _reader("cuda", dtype, "reference") is None
         assert _reader("cpu", dtype, "cuda") is None
-    monkeypatch.setattr(_native, "CUDA_MISSING", "not here")
+    monkeypatch.setattr(native, "CUDA_MISSING", "not here")
     assert _reader("cuda", BFLOAT16, "auto") == "triton"
     assert _reader("cuda", FLOAT32, "cuda") is None
     monkeypatch.setattr(_triton, "MISSING", "not here")

@@ -337,8 +337,8 @@ def test_a_call_goes_on_wherever_the_one_before_was_cut_off(
 KILLED = """
 import os, sys
 from pathlib import Path
-from tgdp_fast.data import arrays, ecg_cache
-from tgdp_fast.data.ecg_folder import ECGEntry, open_ecg_folder
+from tgdp_fast.ecg.records import cache as ecg_cache
+from tgdp_fast.ecg.records.folder import ECGEntry, open_ecg_folder
 if __name__ == "__main__":
     real, count = ecg_cache._save_json, 0
     def save(*arguments):

@@ -391,7 +391,8 @@ def test_thousands_of_records_take_about_a_second_and_no_torch(tmp_path: Path) -
     assert len(folder.entries) == 2001
     assert seconds < 1.0
     code = (
-        "import sys; from tgdp_fast.cli.main import main; code = main(['ecg', 'inspect', sys.argv[1], '--seconds', '1'])\n"
+        "import sys; from tgdp_fast.cli.main import main\n"
+        "code = main(['ecg', 'inspect', sys.argv[1], '--seconds', '1'])\n"
         "assert code == 0 and not {'torch', 'pandas', 'scipy', 'wfdb'} & set(sys.modules)"
     )
     done = subprocess.run(

@@ -561,7 +561,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tgdp_fast import cli, training
-from tgdp_fast.transfer_model import Stages
+from tgdp_fast.runtime.stages import Stages
 
 stage, config, out = sys.argv[1:]
 run = Stages.run

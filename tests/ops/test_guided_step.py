@@ -14,7 +14,7 @@ from triton_interpreter import interpreted
 
 from tgdp_fast.ops import BackendUnavailableError, guided_step, noise
 from tgdp_fast.ops.guided_step import guided_step_reference
-from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime import native
 
 MATRICES = {
     0: ((0.9, -0.3),),
@@ -31,7 +31,7 @@ COMMON = {
 }
 
 
-needs_native = pytest.mark.skipif(_native.CPU_MISSING is not None, reason=str(_native.CPU_MISSING))
+needs_native = pytest.mark.skipif(native.CPU_MISSING is not None, reason=str(native.CPU_MISSING))
 each_backend = pytest.mark.parametrize(
     "backend",
     ["reference", pytest.param("cpu", marks=needs_native), pytest.param("triton", marks=interpreted)],

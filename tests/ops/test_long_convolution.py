@@ -193,7 +193,7 @@ def test_spectra_of_16_bits_are_relative_to_each_channel():
 SAME_IN_EACH = """
 import torch
 from test_long_convolution import LENGTHS, check, draw, oracle
-from tgdp_fast import _native
+from tgdp_fast.runtime import native
 from tgdp_fast.ops import long_convolution, prepare_long_convolution
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for length in LENGTHS:
@@ -202,7 +202,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check(got, oracle(u, taps), length, dtype)
         alone = long_convolution(u[1:, 17:18], prepare_long_convolution(taps[17:18], dtype), backend="cpu")
         assert torch.equal(alone[0, 0], got[1, 17])
-print(_native.cpu_capability())
+print(native.cpu_capability())
 """
 
 

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from tgdp_fast.ops import noise
-from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime import native
 
 MASK = 0xFFFFFFFF
 # Random123, kat_vectors: philox4x32 10.
@@ -35,7 +35,7 @@ FIXED_NORMALS = [
 ]
 
 
-needs_native = pytest.mark.skipif(_native.CPU_MISSING is not None, reason=str(_native.CPU_MISSING))
+needs_native = pytest.mark.skipif(native.CPU_MISSING is not None, reason=str(native.CPU_MISSING))
 each_generator = pytest.mark.parametrize(
     "generate",
     [
@@ -297,7 +297,7 @@ def test_ten_million_normals_need_little_memory(generate):
     # In a fresh process, for peak memory only grows: 10 million float32 are 40 MB, twice for the copy that removes the
     # padding, and about 10 MB for a chunk; the unchunked arithmetic needs over 200 MB.
     code = (
-        "import resource, torch; from tgdp_fast import noise; torch.set_num_threads(1);"
+        "import resource, torch; from tgdp_fast.ops import noise; torch.set_num_threads(1);"
         f"noise.{generate}(torch.arange(2), 9, 0, 0, 0); start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         f"noise.{generate}(torch.arange(2), 5_000_001, 0, 0, 0);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)"

@@ -74,7 +74,7 @@ def work(out: Path) -> None:
 def run(out: Path, processes: int) -> list[dict]:
     out.mkdir()
     script = out / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(out)],

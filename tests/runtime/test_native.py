@@ -13,7 +13,7 @@ import pytest
 from native import ROOT, needs_extension, run_with
 
 from tgdp_fast.ops import backend_report
-from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime import native
 
 SAMPLE = """
 import torch
@@ -110,16 +110,16 @@ def shown_by(code: str) -> str:
 
 
 def test_the_reason_for_no_cuda_extension_names_torch() -> None:
-    shown = shown_by("torch.version.cuda = None\nfrom tgdp_fast import _native\nprint(_native.CUDA_MISSING)")
+    shown = shown_by("torch.version.cuda = None\nfrom tgdp_fast.runtime import native\nprint(native.CUDA_MISSING)")
     assert "needs a torch that was built with CUDA" in shown
 
 
 def test_the_reason_for_no_cuda_extension_names_what_to_do(bare: Path) -> None:
-    code = "import torch\ntorch.version.cuda = '13.0'\nfrom tgdp_fast import _native\n"
-    shown = run(bare, code + "print(_native.CUDA_MISSING)")
+    code = "import torch\ntorch.version.cuda = '13.0'\nfrom tgdp_fast.runtime import native\n"
+    shown = run(bare, code + "print(native.CUDA_MISSING)")
     assert "the CUDA extension needs the CPU extension, which defines its operators: the CPU extension is not" in shown
     # As if the CPU extension were there.
-    code += "_native.CPU_MISSING = None\nprint(_native._load_cuda())"
+    code += "native.CPU_MISSING = None\nprint(native._load_cuda())"
     assert "no CUDA toolkit; install CUDA 13.0" in run(
         bare, code, PATH=os.path.dirname(shutil.which("c++") or ""), CUDA_HOME=""
     )
@@ -131,7 +131,7 @@ def test_the_reason_for_no_cuda_extension_names_what_to_do(bare: Path) -> None:
 def test_cuda_operators_give_the_reason() -> None:
     report = backend_report()
     for operator in ("guided_step", "mlp_value_and_grad", "long_convolution"):
-        assert report[operator]["cuda"] == (_native.CUDA_MISSING or "available")
+        assert report[operator]["cuda"] == (native.CUDA_MISSING or "available")
     assert "no derivative" in report["mlp_value_and_grad_backward"]["cuda"]
 
 

@@ -231,7 +231,7 @@ for moment in range(100):  # each in a process of its own
 print(moment)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "", str(Path(__file__).parent)],
+        [sys.executable, "-c", code, str(tmp_path), "", str(Path(__file__).parents[1])],
         capture_output=True,
         text=True,
         check=True,

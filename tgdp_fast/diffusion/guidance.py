@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from tgdp_fast.diffusion.denoiser import number_on, per_sample
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.integrations.cond_fn import as_cond_fn
 from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
 from tgdp_fast.ops import mlp_value_and_grad, perceptron
@@ -139,12 +137,6 @@ class GuidanceNetwork(Pretrained, nn.Module):
         """The :class:`Guidance` protocol: (log h [B], grad_x log h [B, *event_shape])."""
         result: tuple[Tensor, Tensor] = self(x, t, labels)
         return result
-
-    def as_cond_fn(
-        self, schedule: NoiseSchedule | None = None, *, scale: float = 1.0, labels: str = "y", time_scale: float = 1.0
-    ) -> Callable[..., Tensor]:
-        """``cond_fn(x, t, **model_kwargs)`` for samplers with that hook: :func:`tgdp_fast.integrations.cond_fn.as_cond_fn`."""
-        return as_cond_fn(self, schedule, scale=scale, labels=labels, time_scale=time_scale)
 
     def to_config(self) -> dict[str, Any]:
         """Everything but the weights, JSON-able."""

@@ -176,7 +176,8 @@ class Sampling:
     Attributes:
         num: samples of each method.
         prior: where sampling starts: "standard" is N(0, I); "gaussian" and "empirical" are fitted to what the model
-            was trained on, for TGDP to source records weighted with their ratios (see :mod:`tgdp_fast.diffusion.prior`).
+            was trained on, for TGDP to source records weighted with their ratios
+            (see :mod:`tgdp_fast.diffusion.prior`).
     """
 
     num: int = 1000

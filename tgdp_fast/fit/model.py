@@ -49,7 +49,8 @@ class TransferModel(Pretrained):
         diagnostics: as a dictionary (see :class:`TransferDiagnostics`); empty when there are none.
         config: the settings of the fit.
         prior: what guided samples start from, in standardised coordinates; None for N(0, I). Set it, from data that
-            are like the target's, where the schedule does not end near pure noise: see :mod:`tgdp_fast.diffusion.prior`.
+            are like the target's, where the schedule does not end near pure noise: see
+            :mod:`tgdp_fast.diffusion.prior`.
     """
 
     denoiser: Denoiser

@@ -102,8 +102,8 @@ def optimise(
             removed at the end. A folder that holds anything else is refused.
         signature: identifies the data and the model.
 
-    Several processes (:mod:`tgdp_fast.runtime.distributed`) must call it with the same arguments; gradients are averaged, and
-    the first process keeps the state.
+    Several processes (:mod:`tgdp_fast.runtime.distributed`) must call it with the same arguments; gradients are
+    averaged, and the first process keeps the state.
 
     Returns:
         The loss at about 100 evenly spaced steps.

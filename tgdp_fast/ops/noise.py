@@ -45,7 +45,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tgdp_fast.runtime import native as _native
+from tgdp_fast.runtime import native
 from tgdp_fast.runtime.checks import check_integer
 
 __all__ = ["key_words", "normal", "philox4x32"]
@@ -162,7 +162,7 @@ def key_words(seed: int, evaluation: int) -> tuple[int, int, int]:
 
 
 def _normal(samples: Tensor, num_elements: int, key_low: int, key_high: int, evaluation: int) -> Tensor:
-    if samples.device.type == "cpu" and _native.CPU_MISSING is None:
+    if samples.device.type == "cpu" and native.CPU_MISSING is None:
         count = samples.shape[0] * num_elements
         flat = torch.ops.tgdp_fast.normal_range(samples, num_elements, 0, count, key_low, key_high, evaluation)
         return flat.view(samples.shape[0], num_elements)
@@ -203,7 +203,7 @@ def _(samples: Tensor, num_elements: int, key_low: int, key_high: int, evaluatio
     return samples.new_empty((samples.shape[0], num_elements), dtype=torch.float32)
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
 
     @torch.library.register_fake("tgdp_fast::normal_range")
     def _(

@@ -1,7 +1,7 @@
 """Sharing models: checkpoint folders with a model card, as the Hugging Face Hub keeps them, and reading them there.
 
-The folder is the checkpoint of :mod:`tgdp_fast.runtime.checkpoint` (config.json, model.safetensors) with a README.md, the model
-card, whose front matter (YAML between two lines of dashes) is what the Hub shows and searches.
+The folder is the checkpoint of :mod:`tgdp_fast.runtime.checkpoint` (config.json, model.safetensors) with a README.md,
+the model card, whose front matter (YAML between two lines of dashes) is what the Hub shows and searches.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Pretrained:
     """``save_pretrained`` and ``from_pretrained`` for a class with ``load(path, ...)`` and ``to_checkpoint()``."""
 
     def to_checkpoint(self) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-        """Kind, config and tensors of the model's checkpoint: what :func:`tgdp_fast.runtime.checkpoint.save_checkpoint` takes.
+        """Kind, config and tensors of the checkpoint: what :func:`tgdp_fast.runtime.checkpoint.save_checkpoint` takes.
 
         Raises:
             NotImplementedError: the class has no checkpoint.

@@ -55,8 +55,9 @@ def write_ecg_records(
     """Write 12-lead records: all files or none.
 
     The folder gets ``records/NAME.hea`` and ``.dat`` (WFDB format 16, 1000 units/mV), which ``wfdb.rdrecord`` and
-    :func:`~tgdp_fast.ecg.records.folder.open_ecg_folder` read; ``labels.csv``; ``samples.npz`` with the signals as given;
-    and ``manifest.json``: the entries of ``manifest``, the version of this package, and SHA-256 of every other file.
+    :func:`~tgdp_fast.ecg.records.folder.open_ecg_folder` read; ``labels.csv``; ``samples.npz`` with the signals as
+    given; and ``manifest.json``: the entries of ``manifest``, the version of this package, and SHA-256 of every other
+    file.
 
     I and aVF are rounded first and the other limb leads follow from these integers, so that I + III = II holds exactly
     in the files, and aVR = -(I + II)/2, aVL = (I - III)/2, aVF = (II + III)/2 to half a unit

@@ -1,7 +1,7 @@
 """SSSD-ECG with everything that stays the same in sampling computed once: the same call, a fraction of its cost.
 
-What :class:`tgdp_fast.models.sssd_ecg.network.SSSDECG` computes at every call although it depends on the parameters alone, or
-on the diffusion step or the labels but not on the signal, is folded here, in float64, exactly:
+What :class:`tgdp_fast.SSSDECG` computes at every call although it depends on the parameters alone, or on the diffusion
+step or the labels but not on the signal, is folded here, in float64, exactly:
 
 - the S4 kernels, D at lag 0 included, become spectra;
 - conv3(x + fc_t(step embedding)) = conv3(x) + a bias, from a table with a row per diffusion step. The zero padding sees
@@ -22,28 +22,40 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.diffusion.solvers import SolverTable
 from tgdp_fast.models.s4 import S4Block
-from tgdp_fast.models.sssd_ecg.layers import ResidualBlock, WeightNormConv1d, diffusion_step_features
+from tgdp_fast.models.sssd_ecg.layers import ResidualBlock, SSSDECGModules, WeightNormConv1d, diffusion_step_features
 from tgdp_fast.ops import ResidualBlockWeights, S4Weights, prepare_long_convolution, residual_block_
 from tgdp_fast.ops.residual_block import multiplies_bf16, samples_together, without_unread_taps
 from tgdp_fast.runtime.checks import check_choice, check_integer
 
-if TYPE_CHECKING:
-    from tgdp_fast.models.sssd_ecg.network import SSSDECG
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+
+@runtime_checkable
+class DiscreteSchedule(Protocol):
+    """What is read of a :class:`tgdp_fast.NoiseSchedule`: how many diffusion steps it has."""
+
+    @property
+    def num_train_steps(self) -> int | None: ...
+
+
+@runtime_checkable
+class Table(Protocol):
+    """What is read of a :class:`tgdp_fast.SolverTable`: the diffusion step of each evaluation, [K]."""
+
+    @property
+    def times(self) -> np.ndarray: ...
+
+
 #: What ``compile_for_sampling`` takes as diffusion steps.
-Times = NoiseSchedule | SolverTable | Sequence[float] | np.ndarray | Tensor | None
+Times = DiscreteSchedule | Table | Sequence[float] | np.ndarray | Tensor | None
 
 _AGAIN = "call network.compile_for_sampling(...) again"
 #: Bytes of the state that is kept between blocks on the CPU, where samples share one pass over the weights.
@@ -107,7 +119,7 @@ def _convolution(block: ResidualBlock) -> WeightNormConv1d:
     return convolution
 
 
-def step_bias(source: SSSDECG, times: Tensor) -> Tensor:
+def step_bias(source: SSSDECGModules, times: Tensor) -> Tensor:
     """What the diffusion steps add to the convolutions of three taps, their own bias included.
 
     Args:
@@ -193,7 +205,7 @@ class _Workspace:
 
 
 class CompiledSSSDECG(nn.Module):
-    """What :meth:`tgdp_fast.models.sssd_ecg.network.SSSDECG.compile_for_sampling` returns; see there.
+    """What :meth:`tgdp_fast.SSSDECG.compile_for_sampling` returns; see there.
 
     Attributes:
         source: the network that it was made of.
@@ -204,7 +216,7 @@ class CompiledSSSDECG(nn.Module):
 
     takes_host_time = True
 
-    def __init__(self, source: SSSDECG, times: Times, *, precision: str, length: int | None) -> None:
+    def __init__(self, source: SSSDECGModules, times: Times, *, precision: str, length: int | None) -> None:
         super().__init__()
         self.precision = check_choice("precision", precision, PRECISIONS)
         self.length = source.l_max if length is None else check_integer("length", length, 1)
@@ -263,6 +275,11 @@ class CompiledSSSDECG(nn.Module):
         self._lock = threading.Lock()
 
     @property
+    def uncompiled(self) -> SSSDECGModules:
+        """The network that it was made of, whose weights checkpoints hold."""
+        return self.source
+
+    @property
     def device(self) -> torch.device:
         """Where it was compiled."""
         return self.source.final_conv[2].get_submodule("conv").get_parameter("weight").device
@@ -281,7 +298,7 @@ class CompiledSSSDECG(nn.Module):
         return f"precision={self.precision}, length={self.length}"
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The network's prediction; shapes and errors as for :class:`tgdp_fast.models.sssd_ecg.network.SSSDECG`.
+        """The network's prediction; shapes and errors as for :class:`tgdp_fast.SSSDECG`.
 
         Args:
             x: [B, in_channels, L] with L in 1 .. length, on the network's device.
@@ -423,14 +440,14 @@ def _diffusion_steps(times: Times) -> Tensor:
     """The different times, float32 values [K], on the host."""
     if times is None:
         return torch.empty(0)
-    if isinstance(times, NoiseSchedule):
+    if isinstance(times, DiscreteSchedule):
         if times.num_train_steps is None:
             raise ValueError(
                 "schedule must be discrete, to have a list of diffusion steps, got a continuous one; pass the solver's "
                 "table: compile_for_sampling(solver_table(name, schedule, steps))"
             )
         times = np.arange(times.num_train_steps)
-    elif isinstance(times, SolverTable):
+    elif isinstance(times, Table):
         times = times.times.copy()
     try:
         steps = torch.as_tensor(times).detach().to("cpu", torch.float32)

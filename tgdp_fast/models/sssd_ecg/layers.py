@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tgdp_fast.models.s4 import S4Block
+from tgdp_fast.models.mlp import check_labels_given, encode_labels
+from tgdp_fast.models.s4 import CAUCHY, S4Block
 from tgdp_fast.ops import gated_activation
+from tgdp_fast.runtime.checks import check_choice, check_integer
 
 
 class WeightNormConv1d(nn.Module):
@@ -142,3 +144,75 @@ class ResidualGroup(nn.Module):
             x, term = block(x, step_embedding, label_embedding)
             skip = skip + term
         return skip * math.sqrt(1.0 / len(self.residual_blocks))
+
+
+class SSSDECGModules(nn.Module):
+    """The modules and sizes of :class:`tgdp_fast.SSSDECG`: what the network and its compiled form both read."""
+
+    def __init__(
+        self,
+        in_channels: int = 8,
+        out_channels: int = 8,
+        res_channels: int = 256,
+        skip_channels: int = 256,
+        num_res_layers: int = 36,
+        step_dims: tuple[int, int, int] | list[int] = (128, 512, 512),
+        num_classes: int = 71,
+        label_dim: int = 128,
+        l_max: int = 1000,
+        d_state: int = 64,
+        cauchy: str = "pair",
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_integer("in_channels", in_channels, 1)
+        self.out_channels = check_integer("out_channels", out_channels, 1)
+        self.res_channels = check_integer("res_channels", res_channels, 1)
+        self.skip_channels = check_integer("skip_channels", skip_channels, 1)
+        self.num_res_layers = check_integer("num_res_layers", num_res_layers, 1)
+        self.step_dims = _check_step_dims(step_dims)
+        self.num_classes = check_integer("num_classes", num_classes, 0)
+        self.label_dim = check_integer("label_dim", label_dim, 1)
+        self.l_max = check_integer("l_max", l_max, 1)
+        self.d_state = check_integer("d_state", d_state, 2)
+        self.cauchy = check_choice("cauchy", cauchy, CAUCHY)
+
+        self.init_conv = nn.Sequential(_named_conv(WeightNormConv1d(in_channels, res_channels)), nn.ReLU())
+        self.embedding = nn.Embedding(num_classes, label_dim) if num_classes else None
+        self.residual_layer = ResidualGroup(
+            res_channels,
+            skip_channels,
+            num_res_layers,
+            self.step_dims,
+            label_dim if num_classes else None,
+            l_max,
+            d_state,
+            cauchy,
+        )
+        last = nn.Conv1d(skip_channels, out_channels, 1)
+        assert last.bias is not None
+        nn.init.zeros_(last.weight)  # Start from the prediction zero, as DiffWave does.
+        nn.init.zeros_(last.bias)
+        self.final_conv = nn.Sequential(
+            _named_conv(WeightNormConv1d(skip_channels, skip_channels)), nn.ReLU(), _named_conv(last)
+        )
+
+    def embed_labels(self, labels: Tensor | None) -> Tensor | None:
+        """Labels -> embedding [B, label_dim], or None for an unconditional network.
+
+        Raises:
+            ValueError: labels for an unconditional network, or none for a conditional one.
+        """
+        check_labels_given(labels, self.num_classes, "network", "build it with num_classes > 0")
+        if labels is None or self.embedding is None:
+            return None
+        weight = self.embedding.weight
+        return encode_labels(labels, self.num_classes, weight.dtype) @ weight
+
+
+def _check_step_dims(step_dims: tuple[int, int, int] | list[int]) -> tuple[int, int, int]:
+    if not isinstance(step_dims, tuple | list) or len(step_dims) != 3:
+        raise ValueError(f"step_dims must be three integers (features, hidden, embedding), got {step_dims!r}")
+    features, hidden, embedding = step_dims
+    if check_integer("step_dims[0]", features, 4) % 2:
+        raise ValueError(f"step_dims[0] must be even (a sine and a cosine for each frequency), got {features}")
+    return int(features), check_integer("step_dims[1]", hidden, 1), check_integer("step_dims[2]", embedding, 1)
