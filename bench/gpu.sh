@@ -123,7 +123,7 @@ if [ "${2:-all}" != checks ]; then
     "$python" -m tgdp_fast bench-report "$result" --out "$folder/logs" > /dev/null 2>&1
     "$python" - "$result" "$autotuned" <<'CODE'
 import json, os, sys
-from tgdp_fast.benchmark import report
+from tgdp_fast.lab.benchmark import report
 
 for path in filter(os.path.exists, sys.argv[1:]):
     print(path, report.table(json.load(open(path))["rows"]), sep="\n")

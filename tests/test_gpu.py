@@ -7,9 +7,9 @@ import torch
 from test_mlp_native import network
 
 from tgdp_fast import captured, sample
-from tgdp_fast.benchmark.cases.networks import guidance_network, source_denoiser
-from tgdp_fast.benchmark.validate import failures, validate
 from tgdp_fast.kernels import autotuning
+from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
+from tgdp_fast.lab.validate import failures, validate
 from tgdp_fast.ops import backend_report, long_convolution, mlp_value_and_grad, prepare_long_convolution
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")

@@ -24,7 +24,7 @@ from tgdp_fast import (
     sampling,
     solver_table,
 )
-from tgdp_fast.benchmark.runner import peak_memory
+from tgdp_fast.lab.benchmark.runner import peak_memory
 from tgdp_fast.models import sssd_ecg_sampling
 from tgdp_fast.models.sssd_ecg_sampling import CompiledSSSDECG, step_bias
 from tgdp_fast.ops import BackendUnavailableError, use_backend

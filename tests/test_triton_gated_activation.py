@@ -11,8 +11,8 @@ import torch
 from test_gated_activation import draw, oracle
 from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_program
 
-from tgdp_fast.benchmark import validate
-from tgdp_fast.benchmark.accuracy import PRECISIONS
+from tgdp_fast.lab import validate
+from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.ops import BackendUnavailableError, gated_activation
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")

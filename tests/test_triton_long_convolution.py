@@ -10,9 +10,9 @@ import torch
 from test_long_convolution import draw, oracle
 from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_program
 
-from tgdp_fast.benchmark import validate
-from tgdp_fast.benchmark.accuracy import PRECISIONS
 from tgdp_fast.kernels import autotuning
+from tgdp_fast.lab import validate
+from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.ops import BackendUnavailableError, long_convolution, prepare_long_convolution
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")

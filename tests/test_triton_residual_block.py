@@ -10,11 +10,11 @@ from test_residual_block import CPU, error
 from torch.nn import functional
 from triton_interpreter import compiled, interpreted, run_interpreted
 
-from tgdp_fast.benchmark import validate
-from tgdp_fast.benchmark.accuracy import PRECISIONS
-from tgdp_fast.benchmark.problems import residual_block_inputs
 from tgdp_fast.kernels import autotuning
 from tgdp_fast.kernels import residual_block as kernels
+from tgdp_fast.lab import validate
+from tgdp_fast.lab.accuracy import PRECISIONS
+from tgdp_fast.lab.problems import residual_block_inputs
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.ops import BackendUnavailableError, prepare_long_convolution, residual_block_, use_backend
 from tgdp_fast.ops.gated_activation import gated_activation_reference

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.benchmark import eager
-from tgdp_fast.benchmark.accuracy import PRECISIONS, Error, Verdict, error_of
-from tgdp_fast.benchmark.cases.base import (
+from tgdp_fast.lab import eager
+from tgdp_fast.lab.accuracy import PRECISIONS, Error, Verdict, error_of
+from tgdp_fast.lab.cases.base import (
     Call,
     Case,
     Prepared,
@@ -20,7 +20,7 @@ from tgdp_fast.benchmark.cases.base import (
     hidden_weights,
     judge,
 )
-from tgdp_fast.benchmark.problems import perceptron_inputs
+from tgdp_fast.lab.problems import perceptron_inputs
 from tgdp_fast.ops import mlp_value_and_grad
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
 

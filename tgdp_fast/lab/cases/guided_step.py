@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.benchmark import eager
-from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
-from tgdp_fast.benchmark.cases.base import (
+from tgdp_fast.lab import eager
+from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
+from tgdp_fast.lab.cases.base import (
     GRAPH,
     SEED,
     Call,
@@ -21,7 +21,7 @@ from tgdp_fast.benchmark.cases.base import (
     checked_rows,
     judge,
 )
-from tgdp_fast.benchmark.problems import step_inputs
+from tgdp_fast.lab.problems import step_inputs
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import guided_step
 from tgdp_fast.ops.guided_step import guided_step_reference

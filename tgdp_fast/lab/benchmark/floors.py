@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.benchmark.accuracy import PRECISIONS
-from tgdp_fast.benchmark.problems import perceptron_inputs
+from tgdp_fast.lab.accuracy import PRECISIONS
+from tgdp_fast.lab.problems import perceptron_inputs
 from tgdp_fast.ops import _dispatch, mlp_value_and_grad
 
 #: Bytes moved (read and written) by the copies: from what caches hold to what only memory does.

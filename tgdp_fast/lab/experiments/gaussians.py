@@ -31,8 +31,9 @@ from tgdp_fast.data.gaussians import (
     paper_target,
 )
 from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.experiments import figures
-from tgdp_fast.experiments.results import (
+from tgdp_fast.guidance import EpsilonModel, Guidance, GuidanceNetwork
+from tgdp_fast.runtime import figures
+from tgdp_fast.runtime.tables import (
     Row,
     RowStore,
     check_distinct,
@@ -40,7 +41,6 @@ from tgdp_fast.experiments.results import (
     mean_and_deviation,
     write_results,
 )
-from tgdp_fast.guidance import EpsilonModel, Guidance, GuidanceNetwork
 from tgdp_fast.sampling import sample
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.solvers import SOLVERS, solver_table

@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.benchmark.accuracy import Verdict
-from tgdp_fast.benchmark.cases.base import GRAPH, SEED, Call, Case, Prepared, UnservedError, Work, autocast, bytes_of
-from tgdp_fast.benchmark.sssd_ecg import StrongSSSDECG, published, random_network
+from tgdp_fast.lab.accuracy import Verdict
+from tgdp_fast.lab.cases.base import GRAPH, SEED, Call, Case, Prepared, UnservedError, Work, autocast, bytes_of
+from tgdp_fast.lab.cases.sssd_ecg_peers import StrongSSSDECG, published, random_network
 from tgdp_fast.models import SSSDECG
 
 #: Largest relative L2 error of the prediction. In bf16 factors are rounded to 2^-9 at four products in a block; errors

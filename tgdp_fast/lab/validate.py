@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tgdp_fast._checks import check_choice
-from tgdp_fast.benchmark import eager
-from tgdp_fast.benchmark.accuracy import PRECISIONS, Error, error_of, within
-from tgdp_fast.benchmark.problems import (
+from tgdp_fast.lab import eager
+from tgdp_fast.lab.accuracy import PRECISIONS, Error, error_of, within
+from tgdp_fast.lab.problems import (
     PerceptronInputs,
     ResidualBlockInputs,
     StepInputs,
@@ -24,7 +24,6 @@ from tgdp_fast.benchmark.problems import (
     step_inputs,
     trajectory_inputs,
 )
-from tgdp_fast.experiments.results import markdown_table
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import (
     BackendUnavailableError,
@@ -41,6 +40,7 @@ from tgdp_fast.ops import (
 )
 from tgdp_fast.ops.residual_block import residual_block_reference_
 from tgdp_fast.ops.trajectory import trajectory_reference
+from tgdp_fast.runtime.tables import markdown_table
 
 Row = dict[str, Any]
 

@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
-from tgdp_fast.benchmark.cases.base import GRAPH, PROVIDERS, Call, Case, UnservedError
-from tgdp_fast.benchmark.cases.ecg_guidance import ECGFitStep
-from tgdp_fast.benchmark.cases.fit_step import FitStep
-from tgdp_fast.benchmark.cases.guided_step import GuidedStep
-from tgdp_fast.benchmark.cases.long_convolution import Convolution
-from tgdp_fast.benchmark.cases.perceptron import Perceptron
-from tgdp_fast.benchmark.cases.residual_block import Block
-from tgdp_fast.benchmark.cases.sampling import Sampling, Trajectory
-from tgdp_fast.benchmark.cases.sssd_ecg import SSSDECGCall
+from tgdp_fast.lab.cases.base import GRAPH, PROVIDERS, Call, Case, UnservedError
+from tgdp_fast.lab.cases.ecg_guidance import ECGFitStep
+from tgdp_fast.lab.cases.fit_step import FitStep
+from tgdp_fast.lab.cases.guided_step import GuidedStep
+from tgdp_fast.lab.cases.long_convolution import Convolution
+from tgdp_fast.lab.cases.perceptron import Perceptron
+from tgdp_fast.lab.cases.residual_block import Block
+from tgdp_fast.lab.cases.sampling import Sampling, Trajectory
+from tgdp_fast.lab.cases.sssd_ecg import SSSDECGCall
 
 __all__ = [
     "GRAPH",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.benchmark.accuracy import PRECISIONS, ROUNDINGS, Error, Verdict, error_of, within
+from tgdp_fast.lab.accuracy import PRECISIONS, ROUNDINGS, Error, Verdict, error_of, within
 from tgdp_fast.ops import _dispatch, use_backend
 
 #: Returns what the numeric check looks at.

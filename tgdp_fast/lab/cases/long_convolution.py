@@ -9,9 +9,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from tgdp_fast.benchmark import eager
-from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
-from tgdp_fast.benchmark.cases.base import SEED, Call, Case, Prepared, Work, bytes_of, judge
+from tgdp_fast.lab import eager
+from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
+from tgdp_fast.lab.cases.base import SEED, Call, Case, Prepared, Work, bytes_of, judge
 from tgdp_fast.ops import LongConvolution, long_convolution, prepare_long_convolution
 from tgdp_fast.ops._dispatch import BACKENDS
 from tgdp_fast.ops.long_convolution import long_convolution_reference

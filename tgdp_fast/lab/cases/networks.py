@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tgdp_fast.benchmark.cases.base import (
-    SEED,
-)
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.lab.cases.base import (
+    SEED,
+)
 from tgdp_fast.models import ScoreMLP
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import seeded_initialisation

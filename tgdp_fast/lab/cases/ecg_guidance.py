@@ -9,12 +9,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tgdp_fast.benchmark.accuracy import Verdict
-from tgdp_fast.benchmark.cases.base import SEED, Call, Case, Prepared, Work, backend_of, hidden_weights
-from tgdp_fast.benchmark.sssd_ecg import published, random_network
 from tgdp_fast.denoiser import Denoiser
 from tgdp_fast.density_ratio import ratio_loss
 from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.lab.accuracy import Verdict
+from tgdp_fast.lab.cases.base import SEED, Call, Case, Prepared, Work, backend_of, hidden_weights
+from tgdp_fast.lab.cases.sssd_ecg_peers import published, random_network
 from tgdp_fast.models import XResNet1d
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import NoisedBatch, adamw, add_noise

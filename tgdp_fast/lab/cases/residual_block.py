@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
-from tgdp_fast.benchmark.cases.base import SEED, Call, Case, Prepared, UnservedError, Work, bytes_of, judge
-from tgdp_fast.benchmark.problems import residual_block_inputs
+from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
+from tgdp_fast.lab.cases.base import SEED, Call, Case, Prepared, UnservedError, Work, bytes_of, judge
+from tgdp_fast.lab.problems import residual_block_inputs
 from tgdp_fast.ops import residual_block_
 from tgdp_fast.ops.residual_block import residual_block_reference_
 

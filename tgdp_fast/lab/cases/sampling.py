@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
-from tgdp_fast.benchmark.cases.base import (
+from tgdp_fast.denoiser import Denoiser
+from tgdp_fast.fused import FusedRun
+from tgdp_fast.guidance import EpsilonModel, Guidance, GuidanceNetwork, GuidedDenoiser
+from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
+from tgdp_fast.lab.cases.base import (
     GRAPH,
     PLAIN_PROVIDERS,
     SEED,
@@ -25,10 +28,7 @@ from tgdp_fast.benchmark.cases.base import (
     checked_rows,
     hidden_weights,
 )
-from tgdp_fast.benchmark.cases.networks import guidance_network, source_denoiser
-from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.fused import FusedRun
-from tgdp_fast.guidance import EpsilonModel, Guidance, GuidanceNetwork, GuidedDenoiser
+from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
 from tgdp_fast.metrics import sliced_wasserstein
 from tgdp_fast.noise import normal
 from tgdp_fast.ops import mlp_value_and_grad, use_backend

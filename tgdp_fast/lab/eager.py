@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast.benchmark.problems import PerceptronInputs
+from tgdp_fast.lab.problems import PerceptronInputs
 
 
 def guided_step(

@@ -18,9 +18,9 @@ from tgdp_fast.baselines import fine_tune, train_vanilla
 from tgdp_fast.checkpoint import save_array, signature_of
 from tgdp_fast.data.digits import HELD_OUT, DigitArrays, DigitJudge, digit_judge, load_digits_arrays
 from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.experiments import figures
-from tgdp_fast.experiments.results import Row, RowStore, markdown_table, mean_and_deviation, write_results
 from tgdp_fast.metrics import mmd, sliced_wasserstein
+from tgdp_fast.runtime import figures
+from tgdp_fast.runtime.tables import Row, RowStore, markdown_table, mean_and_deviation, write_results
 from tgdp_fast.sampling import sample
 from tgdp_fast.training import Optimisation, train_denoiser
 from tgdp_fast.transfer import fit_guidance

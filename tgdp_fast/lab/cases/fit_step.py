@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
-from tgdp_fast.benchmark.cases.base import (
+from tgdp_fast.density_ratio import logistic_loss
+from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
+from tgdp_fast.lab.cases.base import (
     SEED,
     Call,
     Case,
@@ -22,9 +24,7 @@ from tgdp_fast.benchmark.cases.base import (
     hidden_weights,
     judge,
 )
-from tgdp_fast.benchmark.cases.networks import guidance_network
-from tgdp_fast.density_ratio import logistic_loss
-from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.lab.cases.networks import guidance_network
 from tgdp_fast.schedule import NoiseSchedule
 from tgdp_fast.training import adamw, add_noise
 
