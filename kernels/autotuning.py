@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from tgdp_fast._version import __version__
-from tgdp_fast.checkpoint import save_json
+from tgdp_fast.runtime.files import save_json
 
 ENVIRONMENT = "TGDP_TRITON_AUTOTUNE"
 

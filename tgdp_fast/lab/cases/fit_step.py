@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tgdp_fast.density_ratio import logistic_loss
-from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.fit.density_ratio import logistic_loss
+from tgdp_fast.fit.training import adamw, add_noise
 from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
 from tgdp_fast.lab.cases.base import (
     SEED,
@@ -25,8 +27,6 @@ from tgdp_fast.lab.cases.base import (
     judge,
 )
 from tgdp_fast.lab.cases.networks import guidance_network
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.training import adamw, add_noise
 
 
 class FitStep(Case):

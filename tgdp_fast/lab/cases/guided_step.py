@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.diffusion.solvers import solver_table
 from tgdp_fast.lab import eager
 from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
 from tgdp_fast.lab.cases.base import (
@@ -22,11 +24,9 @@ from tgdp_fast.lab.cases.base import (
     judge,
 )
 from tgdp_fast.lab.problems import step_inputs
-from tgdp_fast.noise import normal
 from tgdp_fast.ops import guided_step
 from tgdp_fast.ops.guided_step import guided_step_reference
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import solver_table
+from tgdp_fast.ops.noise import normal
 
 
 class GuidedStep(Case):
