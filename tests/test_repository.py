@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str] | None] = {
     "noise": {"_checks", "_native"},
     "checkpoint": {"_checks", "_version"},
     "pretrained": {"checkpoint"},
-    "kernels": {"_version", "checkpoint"},
+    "kernels": set(),
     "data": {"_version", "_checks", "schedule", "noise", "checkpoint"},
     "metrics": {"_checks", "schedule", "noise", "checkpoint"},
     "ops": {"_checks", "_native", "noise", "kernels"},

@@ -112,11 +112,9 @@ def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
     from tgdp_fast._info import describe, environment
     from tgdp_fast._native import cpu_capability
-    from tgdp_fast.kernels import autotuning
     from tgdp_fast.ops._dispatch import backend_report
 
-    kernels = {"cpu_kernels": cpu_capability(), "triton_autotune": autotuning.state()}
-    facts = {"environment": environment() | kernels, "backends": backend_report()}
+    facts = {"environment": environment() | {"cpu_kernels": cpu_capability()}, "backends": backend_report()}
     print(json.dumps(facts, indent=2) if options.json else describe(facts))
 
 
