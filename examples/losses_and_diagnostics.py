@@ -8,7 +8,7 @@
 # %%
 import tgdp_fast as tgdp
 from tgdp_fast.data.gaussians import GaussianMixture, exact_denoiser, exact_guidance, paper_source, paper_target
-from tgdp_fast.density_ratio import diagnose
+from tgdp_fast.fit.diagnostics import diagnose
 from tgdp_fast.metrics import sliced_wasserstein
 
 schedule = tgdp.NoiseSchedule.vp_linear()

@@ -22,7 +22,7 @@ import torch
 
 import tgdp_fast as tgdp
 from tgdp_fast.data.gaussians import GaussianMixture, exact_denoiser
-from tgdp_fast.noise import normal  # the function that sampling starts from
+from tgdp_fast.ops.noise import normal
 
 
 def two_step(schedule: tgdp.NoiseSchedule, steps: int) -> tgdp.SolverTable:

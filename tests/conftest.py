@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "local")
 @pytest.fixture
 def quick_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Domain classifiers of a few steps, where a test is not about them."""
-    import tgdp_fast.transfer as transfer
+    import tgdp_fast.fit.guidance as transfer
     from tgdp_fast import Optimisation
 
     real = transfer.fit_density_ratio

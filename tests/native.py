@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tgdp_fast import _native
+from tgdp_fast.runtime import native
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 
-needs_extension = pytest.mark.skipif(_native.CPU_MISSING is not None, reason=str(_native.CPU_MISSING))
+needs_extension = pytest.mark.skipif(native.CPU_MISSING is not None, reason=str(native.CPU_MISSING))
 
 
 def run_with(code: str, **environment: str) -> str:

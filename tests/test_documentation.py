@@ -25,7 +25,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import tgdp_fast
-from tgdp_fast import SOLVERS, SPACINGS, cli, metrics
+from tgdp_fast import SOLVERS, SPACINGS, metrics
+from tgdp_fast.cli import main as cli
 from tgdp_fast.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ struct Elements {
   Dtype dtype = Dtype::f32;
 };
 
-// Coordinates of noise for samples of one size; see tgdp_fast/noise.py.
+// Coordinates of noise for samples of one size; see tgdp_fast/ops/noise.py.
 struct NoiseCoordinates {
   int64_t sample_size = 1;
   const int64_t* samples = nullptr;  // null: 0, 1, 2, ..

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.diffusion.solvers import solver_table
 from tgdp_fast.ops import (
     LongConvolution,
     ResidualBlockWeights,
@@ -18,8 +20,6 @@ from tgdp_fast.ops import (
     TrajectoryPlan,
     prepare_long_convolution,
 )
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import solver_table
 
 
 class PerceptronInputs(NamedTuple):

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import captured
-from tgdp_fast._checks import check_choice, check_integer, check_number
-from tgdp_fast._info import environment
 from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict
 from tgdp_fast.benchmark.cases import GRAPH, PROVIDERS, Call, Case, UnservedError
 from tgdp_fast.benchmark.floors import Floors, synchronise
 from tgdp_fast.ops import BackendUnavailableError
+from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.info import environment
+from tgdp_fast.sampling import graph as captured
 
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.models.s4 import NPLRKernel, S4Block, S4Kernel
-from tgdp_fast.models.sssd_ecg import ResidualBlock, WeightNormConv1d
+from tgdp_fast.models.sssd_ecg.layers import ResidualBlock, WeightNormConv1d
 
 
 def random_network(blocks: int, width: int, seed: int) -> SSSDECG:

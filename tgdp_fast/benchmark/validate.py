@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_choice
 from tgdp_fast.benchmark import eager
 from tgdp_fast.benchmark.accuracy import PRECISIONS, Error, error_of, within
 from tgdp_fast.benchmark.problems import (
@@ -25,7 +24,6 @@ from tgdp_fast.benchmark.problems import (
     trajectory_inputs,
 )
 from tgdp_fast.experiments.results import markdown_table
-from tgdp_fast.noise import normal
 from tgdp_fast.ops import (
     BackendUnavailableError,
     TrajectoryNetwork,
@@ -39,8 +37,10 @@ from tgdp_fast.ops import (
     residual_block_,
     trajectory,
 )
+from tgdp_fast.ops.noise import normal
 from tgdp_fast.ops.residual_block import residual_block_reference_
 from tgdp_fast.ops.trajectory import trajectory_reference
+from tgdp_fast.runtime.checks import check_choice
 
 Row = dict[str, Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast._checks import check_integer
-from tgdp_fast.data.arrays import check_samples
+from tgdp_fast.runtime.arrays import check_samples
+from tgdp_fast.runtime.checks import check_integer
 
 NUM_CLASSES = 10
 #: Share of the images that no model sees, alike for every digit.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_integer, check_number
-from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.runtime.checks import check_integer, check_number
 
 #: Variance of each mode in the paper's simulation.
 PAPER_VARIANCE = 0.1

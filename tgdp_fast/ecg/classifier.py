@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
-from tgdp_fast import distributed
-from tgdp_fast._checks import check_device, check_integer, check_seed
-from tgdp_fast.checkpoint import signature_of
-from tgdp_fast.data.arrays import check_labels, check_samples
+from tgdp_fast.fit.training import Batches, Optimisation, device_of, optimise, seeded_initialisation
 from tgdp_fast.models.xresnet1d import XResNet1d
-from tgdp_fast.training import Batches, Optimisation, device_of, optimise, seeded_initialisation
+from tgdp_fast.runtime import distributed
+from tgdp_fast.runtime.arrays import check_labels, check_samples
+from tgdp_fast.runtime.checkpoint import signature_of
+from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
 
 
 def train_ecg_classifier(
@@ -49,7 +49,7 @@ def train_ecg_classifier(
             whole records. Give :func:`predict` the same.
         seed: of initial weights, batches, windows and dropout.
         device: where to train; default that of ``network``, else the CPU.
-        progress, description, state_dir: see :func:`tgdp_fast.training.optimise`.
+        progress, description, state_dir: see :func:`tgdp_fast.fit.training.optimise`.
 
     Returns:
         The trained network, in eval mode.

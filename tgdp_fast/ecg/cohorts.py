@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tgdp_fast import distributed
-from tgdp_fast.data.arrays import Standardizer
-from tgdp_fast.data.ecg_cache import ECGDataset, build_ecg_cache
-from tgdp_fast.data.ecg_entries import Problem
-from tgdp_fast.data.ecg_folder import open_ecg_folder
 from tgdp_fast.ecg.config import Data
+from tgdp_fast.ecg.records.cache import ECGDataset, build_ecg_cache
+from tgdp_fast.ecg.records.entries import Problem
+from tgdp_fast.ecg.records.folder import open_ecg_folder
+from tgdp_fast.runtime import distributed
+from tgdp_fast.runtime.arrays import Standardizer
 
 #: PTB-XL's recommended division: folds 1 to 8 train, 9 and 10 are kept.
 _LAST_TRAINING_FOLD = 8

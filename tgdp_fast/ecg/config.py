@@ -28,13 +28,13 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
-from tgdp_fast._checks import check_choice, check_integer, check_number, check_seed
-from tgdp_fast.density_ratio import RATIO_LOSSES
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
+from tgdp_fast.fit.density_ratio import RATIO_LOSSES
+from tgdp_fast.fit.training import TIME_DISTRIBUTIONS, Optimisation
 from tgdp_fast.models.s4 import CAUCHY
-from tgdp_fast.sampling import PRECISIONS
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import SOLVERS, SPACINGS
-from tgdp_fast.training import TIME_DISTRIBUTIONS, Optimisation
+from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
+from tgdp_fast.sampling.sampler import PRECISIONS
 
 #: In the order of tables and plots.
 METHODS = ("source", "vanilla", "fine_tune", "tgdp")
@@ -176,7 +176,8 @@ class Sampling:
     Attributes:
         num: samples of each method.
         prior: where sampling starts: "standard" is N(0, I); "gaussian" and "empirical" are fitted to what the model
-            was trained on, for TGDP to source records weighted with their ratios (see :mod:`tgdp_fast.prior`).
+            was trained on, for TGDP to source records weighted with their ratios
+            (see :mod:`tgdp_fast.diffusion.prior`).
     """
 
     num: int = 1000

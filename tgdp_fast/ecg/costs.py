@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tgdp_fast import distributed
-from tgdp_fast.checkpoint import save_json
+from tgdp_fast.runtime import distributed
+from tgdp_fast.runtime.files import save_json
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 

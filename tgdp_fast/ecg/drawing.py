@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tgdp_fast._checks import check_device, check_integer
-from tgdp_fast.checkpoint import CheckpointError
-from tgdp_fast.data.ecg_output import check_new_folder, write_ecg_records
-from tgdp_fast.data.statements import ALIASES, multi_hot
-from tgdp_fast.sampling import sample
-from tgdp_fast.solvers import solver_table
-from tgdp_fast.transfer_model import TransferModel
+from tgdp_fast.diffusion.solvers import solver_table
+from tgdp_fast.ecg.records.output import check_new_folder, write_ecg_records
+from tgdp_fast.ecg.records.statements import ALIASES, multi_hot
+from tgdp_fast.fit.model import TransferModel
+from tgdp_fast.runtime.checkpoint import CheckpointError
+from tgdp_fast.runtime.checks import check_device, check_integer
+from tgdp_fast.sampling.sampler import sample
 
 
 def draw_records(
@@ -35,7 +35,7 @@ def draw_records(
     device: str = "cpu",
     progress: bool = False,
 ) -> Path:
-    """Draw 12-lead records and write them with :func:`tgdp_fast.data.ecg_output.write_ecg_records`.
+    """Draw 12-lead records and write them with :func:`tgdp_fast.ecg.records.output.write_ecg_records`.
 
     Args:
         model_dir: ``<out>/model`` of a :class:`tgdp_fast.ecg.pipeline.Pipeline`.
@@ -110,5 +110,5 @@ def _check_names(names: Sequence[str], vocabulary: Sequence[str]) -> None:
             hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             raise ValueError(
                 f"statements must be names that the model knows, got {name!r}{hint}; all {len(vocabulary)} with "
-                "what they say are in tgdp_fast.data.statements.DESCRIPTIONS, which docs/ecg.md prints"
+                "what they say are in tgdp_fast.ecg.records.statements.DESCRIPTIONS, which docs/ecg.md prints"
             )

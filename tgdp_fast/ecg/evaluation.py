@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tgdp_fast import distributed
-from tgdp_fast._info import environment
 from tgdp_fast._version import __version__
-from tgdp_fast.checkpoint import load_checkpoint, save_checkpoint, save_json, signature_of
-from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, twelve_leads
-from tgdp_fast.data.statements import label_names
 from tgdp_fast.ecg.classifier import predict, train_ecg_classifier
 from tgdp_fast.ecg.config import SMOKE
 from tgdp_fast.ecg.pipeline import Drawn, Pipeline, new_classifier
+from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS, twelve_leads
+from tgdp_fast.ecg.records.statements import label_names
 from tgdp_fast.ecg.report import Cost, Method, Report, write_report
+from tgdp_fast.fit.training import derived_seed
 from tgdp_fast.metrics import (
     ECGStatistics,
     Interval,
@@ -35,7 +33,10 @@ from tgdp_fast.metrics import (
     spectra,
     spectral_difference,
 )
-from tgdp_fast.training import derived_seed
+from tgdp_fast.runtime import distributed
+from tgdp_fast.runtime.checkpoint import load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.files import save_json
+from tgdp_fast.runtime.info import environment
 
 REAL = "real"
 _DESCRIPTIONS = {

@@ -16,32 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast import distributed
 from tgdp_fast._version import __version__
-from tgdp_fast.checkpoint import (
-    checkpoint_kind,
-    load_checkpoint,
-    save_checkpoint,
-    save_json,
-    signature_of,
-)
-from tgdp_fast.data.arrays import Standardizer
-from tgdp_fast.data.ecg_output import MANIFEST, write_ecg_records
-from tgdp_fast.data.statements import label_names
-from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.density_ratio import DensityRatio, TransferDiagnostics, diagnose, fit_density_ratio
+from tgdp_fast.diffusion.denoiser import Denoiser
+from tgdp_fast.diffusion.prior import EmpiricalPrior, GaussianPrior, Prior
+from tgdp_fast.diffusion.solvers import solver_table
 from tgdp_fast.ecg.classifier import features, train_ecg_classifier
 from tgdp_fast.ecg.cohorts import Cohorts, load_cohorts
 from tgdp_fast.ecg.config import Classifier, Config, to_dict
 from tgdp_fast.ecg.costs import Costs
+from tgdp_fast.ecg.records.output import MANIFEST, write_ecg_records
+from tgdp_fast.ecg.records.statements import label_names
+from tgdp_fast.fit.density_ratio import DensityRatio, fit_density_ratio
+from tgdp_fast.fit.diagnostics import TransferDiagnostics, diagnose
+from tgdp_fast.fit.guidance import fit_guidance, mean_h
+from tgdp_fast.fit.model import TransferModel, load_fit, save_fit
+from tgdp_fast.fit.training import Optimisation, derived_seed, seeded_initialisation, train_denoiser
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.models.xresnet1d import XResNet1d
-from tgdp_fast.prior import EmpiricalPrior, GaussianPrior, Prior
-from tgdp_fast.sampling import sample_to_file
-from tgdp_fast.solvers import solver_table
-from tgdp_fast.training import Optimisation, derived_seed, seeded_initialisation, train_denoiser
-from tgdp_fast.transfer import fit_guidance, mean_h
-from tgdp_fast.transfer_model import Stages, TransferModel, load_fit, save_fit
+from tgdp_fast.runtime import distributed
+from tgdp_fast.runtime.arrays import Standardizer
+from tgdp_fast.runtime.checkpoint import checkpoint_kind, load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.files import save_json
+from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.sampling.to_file import sample_to_file
 
 #: Source records that a prior is fitted to: its cost grows with their square.
 _PRIOR_ROWS = 2000

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast.checkpoint import write_atomic
 from tgdp_fast.ecg import plots
 from tgdp_fast.metrics.classification import ClassScore, Interval
 from tgdp_fast.metrics.copies import Memorisation
 from tgdp_fast.metrics.ecg_intervals import Spectra, StatisticComparison
+from tgdp_fast.runtime.files import write_atomic
 
 #: Leads whose spectra are shown, where they are there.
 SPECTRUM_LEADS = ("II", "V1", "V2", "V5")

@@ -11,20 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-from tgdp_fast import baselines, transfer
-from tgdp_fast._checks import check_integer
 from tgdp_fast._version import __version__
-from tgdp_fast.baselines import fine_tune, train_vanilla
-from tgdp_fast.checkpoint import save_array, signature_of
 from tgdp_fast.data.digits import HELD_OUT, DigitArrays, DigitJudge, digit_judge, load_digits_arrays
-from tgdp_fast.denoiser import Denoiser
+from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.experiments import figures
 from tgdp_fast.experiments.results import Row, RowStore, markdown_table, mean_and_deviation, write_results
+from tgdp_fast.fit import baselines
+from tgdp_fast.fit import guidance as transfer
+from tgdp_fast.fit.baselines import fine_tune, train_vanilla
+from tgdp_fast.fit.guidance import fit_guidance
+from tgdp_fast.fit.training import Optimisation, train_denoiser
 from tgdp_fast.metrics import mmd, sliced_wasserstein
-from tgdp_fast.sampling import sample
-from tgdp_fast.training import Optimisation, train_denoiser
-from tgdp_fast.transfer import fit_guidance
-from tgdp_fast.transfer_model import Stages
+from tgdp_fast.runtime.checkpoint import signature_of
+from tgdp_fast.runtime.checks import check_integer
+from tgdp_fast.runtime.files import save_array
+from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.sampling.sampler import sample
 
 METHODS = ("real", "source", "vanilla", "finetune", "tgdp")
 

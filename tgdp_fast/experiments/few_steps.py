@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast._version import __version__
-from tgdp_fast.checkpoint import signature_of
-from tgdp_fast.data.arrays import Standardizer
-from tgdp_fast.data.leads import STORED_LEADS
-from tgdp_fast.data.synthetic_ecg import synthetic_ecg
-from tgdp_fast.data.wfdb_records import read_leads
-from tgdp_fast.denoiser import Denoiser
+from tgdp_fast.diffusion.denoiser import Denoiser
+from tgdp_fast.diffusion.prior import EmpiricalPrior, GaussianPrior, Prior
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.diffusion.solvers import solver_table
+from tgdp_fast.ecg.records.leads import STORED_LEADS
+from tgdp_fast.ecg.records.synthetic import synthetic_ecg
+from tgdp_fast.ecg.records.wfdb import read_leads
 from tgdp_fast.experiments.digits import nearest_distance
 from tgdp_fast.experiments.results import (
     Row,
@@ -29,14 +29,14 @@ from tgdp_fast.experiments.results import (
     mean_and_deviation,
     write_results,
 )
+from tgdp_fast.fit.training import Optimisation, seeded_initialisation, train_denoiser
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import SSSDECG
-from tgdp_fast.prior import EmpiricalPrior, GaussianPrior, Prior
-from tgdp_fast.sampling import sample
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import solver_table
-from tgdp_fast.training import Optimisation, seeded_initialisation, train_denoiser
-from tgdp_fast.transfer_model import Stages
+from tgdp_fast.runtime.arrays import Standardizer
+from tgdp_fast.runtime.checkpoint import signature_of
+from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.sampling.sampler import sample
 
 #: Real signals in the place of samples: how far from the reference a perfect model is.
 REAL = "real"

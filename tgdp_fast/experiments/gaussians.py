@@ -17,11 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import baselines, density_ratio, metrics, transfer
-from tgdp_fast._checks import check_choice, check_integer
+from tgdp_fast import metrics
 from tgdp_fast._version import __version__
-from tgdp_fast.baselines import fine_tune, train_vanilla
-from tgdp_fast.checkpoint import save_array, signature_of
 from tgdp_fast.data.gaussians import (
     GaussianMixture,
     exact_denoiser,
@@ -30,7 +27,11 @@ from tgdp_fast.data.gaussians import (
     paper_source,
     paper_target,
 )
-from tgdp_fast.denoiser import Denoiser
+from tgdp_fast.diffusion.denoiser import Denoiser
+from tgdp_fast.diffusion.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.guided import EpsilonModel, Guidance
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.diffusion.solvers import SOLVERS, solver_table
 from tgdp_fast.experiments import figures
 from tgdp_fast.experiments.results import (
     Row,
@@ -40,13 +41,16 @@ from tgdp_fast.experiments.results import (
     mean_and_deviation,
     write_results,
 )
-from tgdp_fast.guidance import EpsilonModel, Guidance, GuidanceNetwork
-from tgdp_fast.sampling import sample
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import SOLVERS, solver_table
-from tgdp_fast.training import Optimisation, train_denoiser
-from tgdp_fast.transfer import fit_guidance
-from tgdp_fast.transfer_model import Stages
+from tgdp_fast.fit import baselines, density_ratio
+from tgdp_fast.fit import guidance as transfer
+from tgdp_fast.fit.baselines import fine_tune, train_vanilla
+from tgdp_fast.fit.guidance import fit_guidance
+from tgdp_fast.fit.training import Optimisation, train_denoiser
+from tgdp_fast.runtime.checkpoint import signature_of
+from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.files import save_array
+from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.sampling.sampler import sample
 
 #: Guidance fits by name: arguments of :func:`fit_guidance`. "tgdp" is the recommended setting, its defaults.
 VARIANTS: dict[str, dict[str, Any]] = {

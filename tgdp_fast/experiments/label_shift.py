@@ -15,24 +15,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from tgdp_fast import baselines, transfer
-from tgdp_fast._checks import check_integer, check_number
 from tgdp_fast._version import __version__
-from tgdp_fast.baselines import fine_tune, train_vanilla
-from tgdp_fast.checkpoint import signature_of
-from tgdp_fast.data import rhythm_beats
-from tgdp_fast.data.rhythm_beats import Beats
-from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.density_ratio import DensityRatio, fit_density_ratio
+from tgdp_fast.diffusion.denoiser import Denoiser
+from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.ecg.classifier import predict, train_ecg_classifier
+from tgdp_fast.ecg.records import rhythm_beats
+from tgdp_fast.ecg.records.rhythm_beats import Beats
 from tgdp_fast.experiments.results import Row, RowStore, markdown_table, mean_and_deviation, write_results
-from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.fit import baselines
+from tgdp_fast.fit import guidance as transfer
+from tgdp_fast.fit.baselines import fine_tune, train_vanilla
+from tgdp_fast.fit.density_ratio import DensityRatio, fit_density_ratio
+from tgdp_fast.fit.guidance import fit_guidance
+from tgdp_fast.fit.training import Optimisation, derived_seed, train_denoiser
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import XResNet1d
-from tgdp_fast.sampling import sample
-from tgdp_fast.training import Optimisation, derived_seed, train_denoiser
-from tgdp_fast.transfer import fit_guidance
-from tgdp_fast.transfer_model import Stages
+from tgdp_fast.runtime.checkpoint import signature_of
+from tgdp_fast.runtime.checks import check_integer, check_number
+from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.sampling.sampler import sample
 
 #: Real beats in the place of samples: the source set, the given target set, and more beats of the target's records.
 REAL = ("source_set", "target_set", "real")

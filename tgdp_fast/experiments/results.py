@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast._info import environment
-from tgdp_fast.checkpoint import save_json, write_atomic
+from tgdp_fast.runtime.files import save_json, write_atomic
+from tgdp_fast.runtime.info import environment
 
 Row = dict[str, Any]
 

@@ -29,15 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast._checks import check_choice, check_integer, check_number
-from tgdp_fast.checkpoint import CheckpointError, load_state_dict_checked, read_state_dict
-from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, find_leads, twelve_leads
-from tgdp_fast.denoiser import evaluation_mode
-from tgdp_fast.guidance import ECGStem
+from tgdp_fast.diffusion.denoiser import evaluation_mode
+from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS, find_leads, twelve_leads
+from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import check_labels_given, encode_labels
-from tgdp_fast.models.sssd_ecg import SSSDECG
-from tgdp_fast.models.sssd_ecg_sampling import CompiledSSSDECG
+from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG
+from tgdp_fast.models.sssd_ecg.network import SSSDECG
 from tgdp_fast.ops import mlp_value_and_grad
+from tgdp_fast.runtime.checkpoint import CheckpointError, load_state_dict_checked, read_state_dict
+from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 
 __all__ = [
     "CONVENTIONS",
@@ -538,7 +538,7 @@ def generate_four_leads(tensor: Tensor, *, order: str = "released") -> Tensor:
     Args:
         tensor: [B, 8, L], leads I, V1 to V6, aVF.
         order: of the result. "released" (:data:`RELEASED_LEADS`: I, II, V1 to V6, III, aVR, aVL, aVF), or "standard",
-            that of PTB-XL and of the rest of this package (:data:`tgdp_fast.data.leads.TWELVE_LEADS`).
+            that of PTB-XL and of the rest of this package (:data:`tgdp_fast.ecg.records.leads.TWELVE_LEADS`).
 
     Returns:
         [B, 12, L].

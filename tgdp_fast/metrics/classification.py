@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast._checks import check_integer, check_number, check_seed
+from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
 
 _VALUES = 8_000_000  # booleans of thresholds x records x classes held at once
 _TRIES = 100  # resamplings drawn for each one that is wanted

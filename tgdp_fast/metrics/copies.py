@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_integer, check_number
 from tgdp_fast.metrics.two_sample import _points
+from tgdp_fast.runtime.checks import check_integer, check_number
 
 #: A distance below which a sample is called a copy. Of signals: a correlation above 1 - 5e-7.
 COPY = 1e-3

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast._checks import check_number
 from tgdp_fast.metrics.two_sample import _points
+from tgdp_fast.runtime.checks import check_number
 
 #: Name -> unit, in the order of tables.
 STATISTICS = {"heart_rate": "beats/min", "rr_deviation": "ms", "pr": "ms", "qrs": "ms", "qt": "ms"}

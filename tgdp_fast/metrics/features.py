@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_integer
 from tgdp_fast.metrics.two_sample import _points
+from tgdp_fast.runtime.checks import check_integer
 
 _BLOCK = 2_048  # rows and columns of a distance matrix held at once, 32 MiB in float64
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_integer, check_number
+from tgdp_fast.runtime.checks import check_integer, check_number
 
 _MEDIAN_POINTS = 2_000  # rows of y the median heuristic looks at
 _BLOCK = 1_024  # rows and columns of a kernel matrix held at once, 4 MiB in fp32

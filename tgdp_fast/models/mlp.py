@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tgdp_fast._checks import check_integer
 from tgdp_fast.ops.perceptron import perceptron
+from tgdp_fast.runtime.checks import check_integer
 
 
 class TimeEmbedding(nn.Module):

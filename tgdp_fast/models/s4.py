@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tgdp_fast._checks import check_choice, check_integer
 from tgdp_fast.ops.long_convolution import two_sided_convolution
+from tgdp_fast.runtime.checks import check_choice, check_integer
 
 CAUCHY = ("pair", "half")
 DT_RANGE = (1e-3, 1e-1)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast._checks import check_integer, check_number
-from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.runtime.checks import check_integer, check_number
 
 
 class XResNet1d(nn.Module):

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast import _native
-from tgdp_fast._checks import check_choice
 from tgdp_fast.ops import _triton
+from tgdp_fast.runtime import native
+from tgdp_fast.runtime.checks import check_choice
 
 __all__ = [
     "BACKENDS",
@@ -51,7 +51,7 @@ _REQUIRED_DEVICE = {"cuda": "cuda", "cpu": "cpu"}
 _ENVIRONMENT = "TGDP_BACKEND"
 _NOT_INSTALLED = "this installation has no such implementation of the operator"
 #: Why a backend has fewer implementations than it could, by backend.
-_MISSING = {"cpu": _native.CPU_MISSING, "triton": _triton.MISSING}
+_MISSING = {"cpu": native.CPU_MISSING, "triton": _triton.MISSING}
 
 _logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()

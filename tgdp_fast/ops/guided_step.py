@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import _native, noise
-from tgdp_fast._checks import check_number
-from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton
+from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton, noise
+from tgdp_fast.runtime import native
+from tgdp_fast.runtime.checks import check_number
 
 __all__ = ["GuidedStepOutput", "guided_step", "guided_step_reference"]
 
@@ -319,7 +319,7 @@ def _outputs(
     return x.new_empty(x.shape), x.new_empty((slots, *x.shape)), x.new_empty(x.shape)
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::guided_step", _outputs)
     _dispatch.register("guided_step", "cpu", partial(_call_operator, "guided_step"), _dispatch.refuses_float64)
 
@@ -392,7 +392,7 @@ _dispatch.register(
     partial(_call_operator, "guided_step"),
     _refuses_cuda,
     yields_to=_measured.cuda_step_yields_to,
-    missing=_native.CUDA_MISSING,
+    missing=native.CUDA_MISSING,
 )
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast import _native
-from tgdp_fast._checks import check_choice
 from tgdp_fast.ops import _cuda, _dispatch, _triton
+from tgdp_fast.runtime import native
+from tgdp_fast.runtime.checks import check_choice
 
 __all__ = [
     "LONGEST",
@@ -120,8 +120,8 @@ def _reader(device_type: str, dtype: torch.dtype, backend: str) -> str | None:
     """The backend that spectra on a device are packed for, or None where there is no kernel for them."""
     there = {
         "triton": _triton.MISSING is None and device_type == _triton.DEVICE_TYPE,
-        "cuda": _native.CUDA_MISSING is None and device_type == "cuda",
-        "cpu": _native.CPU_MISSING is None and device_type == "cpu",
+        "cuda": native.CUDA_MISSING is None and device_type == "cuda",
+        "cpu": native.CPU_MISSING is None and device_type == "cpu",
     }
     if backend != "auto":
         return backend if there.get(backend, False) else None
@@ -353,11 +353,11 @@ def _fake(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
     return u.new_empty(u.shape)
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::long_convolution", _fake)
     _dispatch.register(_OPERATOR, "cpu", _call_native, _refuses_cpu)
 
-_dispatch.register(_OPERATOR, "cuda", _call_native, _refuses_cuda, missing=_native.CUDA_MISSING)
+_dispatch.register(_OPERATOR, "cuda", _call_native, _refuses_cuda, missing=native.CUDA_MISSING)
 
 if _triton.MISSING is None:
     _SCHEMA = "(Tensor u, Tensor packed, Tensor scales, bool gelu) -> Tensor"

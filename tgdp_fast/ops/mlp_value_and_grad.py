@@ -40,7 +40,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tgdp_fast import _native
 from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton
 from tgdp_fast.ops.perceptron import (
     checked_call,
@@ -51,6 +50,7 @@ from tgdp_fast.ops.perceptron import (
     refuses_triton,
     where_needed,
 )
+from tgdp_fast.runtime import native
 
 __all__ = ["mlp_value_and_grad", "mlp_value_and_grad_backward_reference", "mlp_value_and_grad_reference"]
 
@@ -321,7 +321,7 @@ def _fake_backward(
     return fake_gradients(x, first_bias, weights, needs_grad)
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::mlp_value_and_grad", _fake_forward)
     torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward", _fake_backward)
     _dispatch.register(_FORWARD, "cpu", partial(_call_forward, _FORWARD), _dispatch.refuses_float64)
@@ -404,7 +404,7 @@ _dispatch.register(
     partial(_call_forward, _FORWARD),
     _refuses_cuda,
     yields_to=_measured.cuda_perceptron_yields_to,
-    missing=_native.CUDA_MISSING,
+    missing=native.CUDA_MISSING,
 )
 _dispatch.register(
     _BACKWARD,

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tgdp_fast import _native
 from tgdp_fast.ops import _dispatch, _measured, _triton
+from tgdp_fast.runtime import native
 
 __all__ = ["perceptron", "perceptron_backward_reference", "perceptron_reference"]
 
@@ -304,7 +304,7 @@ def _fake_backward(
     return fake_gradients(x, first_bias, weights, needs_grad)
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::perceptron", _fake_forward)
     torch.library.register_fake("tgdp_fast::perceptron_backward", _fake_backward)
     _dispatch.register(_FORWARD, "cpu", partial(_call_forward, "perceptron"), _dispatch.refuses_float64)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast import _native
 from tgdp_fast.ops import _cuda, _dispatch, _triton
 from tgdp_fast.ops.gated_activation import gated_activation_reference
 from tgdp_fast.ops.long_convolution import (
@@ -27,6 +26,7 @@ from tgdp_fast.ops.long_convolution import (
     packed_for,
     refuses_without_taps,
 )
+from tgdp_fast.runtime import native
 
 __all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_block_reference_"]
 
@@ -258,7 +258,7 @@ def _whole_rounds(multiprocessors: int, cache: int, channels: int, length: int) 
 
 def multiplies_bf16() -> bool:
     """Whether the CPU kernel is there and the processor multiplies bfloat16."""
-    return _native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_products())
+    return native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_products())
 
 
 def _refuses_cpu(
@@ -296,7 +296,7 @@ def _refuses_triton(
         if packed_for(packed) == "cuda":
             if dtype != torch.float32 and packed.dtype == torch.float32:
                 return f"the filters were prepared for float32; use prepare_long_convolution(taps, {dtype})"
-            reason = _native.CUDA_MISSING or _cuda.refuses_device(state)
+            reason = native.CUDA_MISSING or _cuda.refuses_device(state)
             if reason is not None:
                 return f"the filters were prepared for CUDA: {reason}"
     return _refuses_filters(weights, "triton", "cuda")
@@ -371,7 +371,7 @@ def _launch_triton(
         launch(state, step_bias, label_bias, weights)
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::residual_block_", lambda *call: None)
     _dispatch.register(_OPERATOR, "cpu", _call_cpu, _refuses_cpu)
 

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import _native
-from tgdp_fast._checks import check_number
 from tgdp_fast.ops import _cuda, _dispatch
 from tgdp_fast.ops.guided_step import guided_step_reference, limit_gradient
 from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
 from tgdp_fast.ops.perceptron import perceptron_reference
+from tgdp_fast.runtime import native
+from tgdp_fast.runtime.checks import check_number
 
 __all__ = ["Trajectory", "TrajectoryNetwork", "TrajectoryPlan", "trajectory", "trajectory_reference"]
 
@@ -312,7 +312,7 @@ def _refuses_cuda(
     return answer or None
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
 
     @torch.library.register_fake("tgdp_fast::trajectory")
     def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -320,5 +320,5 @@ if _native.CPU_MISSING is None:
 
     _dispatch.register("trajectory", "cpu", _trajectory_native, _refuses_cpu)
 
-_dispatch.register("trajectory", "cuda", _trajectory_native, _refuses_cuda, missing=_native.CUDA_MISSING)
+_dispatch.register("trajectory", "cuda", _trajectory_native, _refuses_cuda, missing=native.CUDA_MISSING)
 _dispatch.register("trajectory", "reference", trajectory_reference)

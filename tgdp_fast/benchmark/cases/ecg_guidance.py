@@ -12,12 +12,12 @@ from torch import Tensor
 from tgdp_fast.benchmark.accuracy import Verdict
 from tgdp_fast.benchmark.cases.base import SEED, Call, Case, Prepared, Work, backend_of, hidden_weights
 from tgdp_fast.benchmark.sssd_ecg import published, random_network
-from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.density_ratio import ratio_loss
-from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.denoiser import Denoiser
+from tgdp_fast.diffusion.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.fit.density_ratio import ratio_loss
+from tgdp_fast.fit.training import NoisedBatch, adamw, add_noise
 from tgdp_fast.models import XResNet1d
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.training import NoisedBatch, adamw, add_noise
 
 #: Largest relative error of the loss and L2 error of its gradient: float32 through a denoiser (1e-6), 3,904 features
 #: and a perceptron.

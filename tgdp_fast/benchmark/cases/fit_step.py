@@ -23,10 +23,10 @@ from tgdp_fast.benchmark.cases.base import (
     judge,
 )
 from tgdp_fast.benchmark.cases.networks import guidance_network
-from tgdp_fast.density_ratio import logistic_loss
-from tgdp_fast.guidance import GuidanceNetwork
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.training import adamw, add_noise
+from tgdp_fast.diffusion.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.fit.density_ratio import logistic_loss
+from tgdp_fast.fit.training import adamw, add_noise
 
 
 class FitStep(Case):

@@ -22,11 +22,11 @@ from tgdp_fast.benchmark.cases.base import (
     judge,
 )
 from tgdp_fast.benchmark.problems import step_inputs
-from tgdp_fast.noise import normal
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.diffusion.solvers import solver_table
 from tgdp_fast.ops import guided_step
 from tgdp_fast.ops.guided_step import guided_step_reference
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import solver_table
+from tgdp_fast.ops.noise import normal
 
 
 class GuidedStep(Case):

@@ -8,11 +8,11 @@ from torch import nn
 from tgdp_fast.benchmark.cases.base import (
     SEED,
 )
-from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.denoiser import Denoiser
+from tgdp_fast.diffusion.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.fit.training import seeded_initialisation
 from tgdp_fast.models import ScoreMLP
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.training import seeded_initialisation
 
 
 def guidance_network(width: int, device: torch.device) -> GuidanceNetwork:

@@ -26,14 +26,15 @@ from tgdp_fast.benchmark.cases.base import (
     hidden_weights,
 )
 from tgdp_fast.benchmark.cases.networks import guidance_network, source_denoiser
-from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.fused import FusedRun
-from tgdp_fast.guidance import EpsilonModel, Guidance, GuidanceNetwork, GuidedDenoiser
+from tgdp_fast.diffusion.denoiser import Denoiser
+from tgdp_fast.diffusion.guidance import GuidanceNetwork
+from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
+from tgdp_fast.diffusion.solvers import SolverTable, solver_table
 from tgdp_fast.metrics import sliced_wasserstein
-from tgdp_fast.noise import normal
 from tgdp_fast.ops import mlp_value_and_grad, use_backend
-from tgdp_fast.sampling import advance, sample
-from tgdp_fast.solvers import SolverTable, solver_table
+from tgdp_fast.ops.noise import normal
+from tgdp_fast.sampling.fused import FusedRun
+from tgdp_fast.sampling.sampler import advance, sample
 
 #: Largest error of a sample in fp32, relative to the largest entry.
 SAMPLES_FP32 = 1e-3
