@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast.kernels import autotuning
 from tgdp_fast.lab.accuracy import PRECISIONS, Verdict
 from tgdp_fast.lab.benchmark.floors import Floors, synchronise
 from tgdp_fast.lab.cases import GRAPH, PROVIDERS, Call, Case, UnservedError
@@ -250,7 +249,6 @@ def load_average() -> float | None:
 def result(rows: Sequence[Row], floors: Floors, load: float | None) -> dict[str, Any]:
     """What ``--json`` writes; ``load`` is the :func:`load_average` before the run, which tells an idle machine."""
     facts = environment() | {"load_average_before": load, "floors": floors.to_json()}
-    facts["triton_autotune"] = autotuning.enabled()
     return {"environment": facts, "rows": list(rows)}
 
 
