@@ -27,9 +27,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from tgdp_fast.ecg.records import splits as ecg_splits
-from tgdp_fast.ecg.records.entries import ECGEntry, Problem
-from tgdp_fast.ecg.records.folder import ECGFolder, is_short, known_leads
-from tgdp_fast.ecg.records.leads import STORED_LEADS
+from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, Problem
+from tgdp_fast.ecg.records.leads import STORED_LEADS, known_leads
 from tgdp_fast.ecg.records.signals import TooShortError, check_crop, read_entry
 from tgdp_fast.ecg.records.statements import STATEMENTS, multi_hot
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
@@ -76,7 +75,7 @@ class ECGDataset:
         problems: records that are not in it, and why.
         rate: samples per second.
         leads: names.
-        kind: of the folder, see :class:`~tgdp_fast.ecg.records.folder.ECGFolder`.
+        kind: of the folder, see :class:`~tgdp_fast.ecg.records.entries.ECGFolder`.
         sha256: of the file of signals.
     """
 
@@ -220,10 +219,11 @@ def build_ecg_cache(
 def _usable(folder: ECGFolder, seconds: float) -> tuple[list[ECGEntry], list[Problem]]:
     entries, problems = [], list(folder.problems)
     for entry in folder.entries:
-        if is_short(entry, seconds):
-            problems.append(Problem(entry.name, f"it has {entry.seconds:g} s, less than {seconds:g} s", short=True))
-        else:
+        short = entry.too_short(seconds)
+        if short is None:
             entries.append(entry)
+        else:
+            problems.append(short)
     return entries, problems
 
 
