@@ -19,7 +19,7 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class ECGDataset:
 
     Attributes:
         signals: float32 [N, leads, L] in mV, mapped read-only: rows are read when they are touched.
-        labels: uint8 [N, K], multi-hot.
+        labels: multi-hot [N, K], uint8; of :meth:`rows` float32.
         vocabulary: K statements.
         names: N names of records.
         patients: N identifiers; "record NAME" for records whose patient is not known.
@@ -109,6 +109,24 @@ class ECGDataset:
             ECGCacheError: there is none, it is not finished, or it is damaged.
         """
         return _load(Path(cache_dir), verify)
+
+    def rows(self, rows: np.ndarray) -> ECGDataset:
+        """The records at ``rows``, in memory, with labels as networks take them."""
+        return replace(
+            self,
+            signals=np.asarray(self.signals[rows], dtype=np.float32),
+            labels=np.asarray(self.labels[rows], dtype=np.float32),
+            names=tuple(self.names[row] for row in rows),
+            patients=tuple(self.patients[row] for row in rows),
+            folds=self.folds[rows],
+            ages=self.ages[rows],
+            sexes=tuple(self.sexes[row] for row in rows),
+        )
+
+    @property
+    def statements(self) -> list[str]:
+        """Statements that occur, in the order of the vocabulary."""
+        return [self.vocabulary[column] for column in np.flatnonzero(self.labels.any(axis=0))]
 
     def split_by_fold(
         self, validation: Collection[int] = (9,), test: Collection[int] = (10,)
