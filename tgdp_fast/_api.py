@@ -15,7 +15,8 @@ from tgdp_fast.fit.training import Optimisation, TrainingDivergedError, train_de
 from tgdp_fast.models import SSSDECG, ScoreMLP
 from tgdp_fast.ops._dispatch import BackendUnavailableError, use_backend
 from tgdp_fast.runtime.checkpoint import CheckpointError
-from tgdp_fast.sampling.sampler import SamplingDivergedError, sample
+from tgdp_fast.sampling.config import SamplingConfig
+from tgdp_fast.sampling.sampler import Sampler, SamplingDivergedError, sample
 from tgdp_fast.sampling.to_file import sample_to_file
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "GuidedDenoiser",
     "NoiseSchedule",
     "Optimisation",
+    "Sampler",
+    "SamplingConfig",
     "SamplingDivergedError",
     "ScoreMLP",
     "SolverTable",

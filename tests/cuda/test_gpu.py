@@ -11,7 +11,7 @@ from tgdp_fast.benchmark.cases.networks import guidance_network, source_denoiser
 from tgdp_fast.benchmark.validate import failures, validate
 from tgdp_fast.kernels import autotuning
 from tgdp_fast.ops import backend_report, long_convolution, mlp_value_and_grad, prepare_long_convolution
-from tgdp_fast.sampling import graph as captured
+from tgdp_fast.sampling import loop as sampling_loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
@@ -64,8 +64,8 @@ def test_samples_are_those_of_the_cpu(solver, backend):
 
 def test_chunks_are_recorded_and_change_nothing(monkeypatch):
     recordings = []
-    real = captured.record
-    monkeypatch.setattr(captured, "record", lambda *call: recordings.append(1) or real(*call))
+    real = sampling_loop.capture
+    monkeypatch.setattr(sampling_loop, "capture", lambda *call: recordings.append(1) or real(*call))
     # With Triton there is no fused run, so that the loop is what runs.
     arguments = {"num": 500, "solver": "ddpm", "steps": 10, "seed": 1, "precision": "bf16", "backend": "triton"}
     networks = models("cuda")
@@ -94,7 +94,7 @@ def test_launch_configurations_are_measured_once_and_never_in_a_recording(monkey
     assert not tuners
     monkeypatch.setenv(autotuning.ENVIRONMENT, "1")
     # Recorded before anything is chosen: the defaults.
-    replay, outputs = captured.record(lambda: tuple(call(x)), [])
+    replay, outputs = sampling_loop.capture(lambda: tuple(call(x)), [])
     replay()
     assert not timed
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
@@ -102,7 +102,7 @@ def test_launch_configurations_are_measured_once_and_never_in_a_recording(monkey
     measured = len(timed)
     assert measured > 0
     assert len(list((tmp_path / "tgdp_fast" / "triton").glob("*.json"))) > 0
-    replay, outputs = captured.record(lambda: tuple(call(x)), [])
+    replay, outputs = sampling_loop.capture(lambda: tuple(call(x)), [])
     replay()
     assert all(torch.equal(a, b) for a, b in zip(first, call(x), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, outputs, strict=True))
