@@ -14,7 +14,7 @@ from test_captured import NothingFromTheHost
 from test_sssd_ecg import MEDIUM, TINY, arguments, randomised, relative
 
 from tgdp_fast import SSSDECG, Denoiser, GuidanceNetwork, GuidedDenoiser, NoiseSchedule, ScoreMLP, sample, solver_table
-from tgdp_fast.benchmark.runner import peak_memory
+from tgdp_fast.lab.benchmark.runner import peak_memory
 from tgdp_fast.models.sssd_ecg import compiled as sssd_ecg_sampling
 from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG, step_bias
 from tgdp_fast.ops import BackendUnavailableError, use_backend
