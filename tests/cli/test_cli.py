@@ -469,7 +469,7 @@ def test_output_that_nobody_reads_is_no_error() -> None:
 def test_the_log_says_why_a_backend_does_not_serve() -> None:
     code = """
 import sys, torch
-from tgdp_fast.cli import main
+from tgdp_fast.cli.main import main
 from tgdp_fast.ops import guided_step
 main(["--log-level", sys.argv[1], "info", "--json"])
 x = torch.zeros(1, 2, dtype=torch.float64)
