@@ -33,7 +33,7 @@ import numpy.typing as npt
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 
-__all__ = ["SOLVERS", "SPACINGS", "SolverInfo", "SolverTable", "solver_table"]
+__all__ = ["SOLVERS", "SPACINGS", "SolverInfo", "SolverTable", "check_eta", "solver_table"]
 
 FloatArray = npt.NDArray[np.float64]
 Form = FloatArray  # [4] coefficients of x, m_1, m_2, eps
@@ -182,12 +182,7 @@ def solver_table(
     info = SOLVERS[check_choice("solver", solver, SOLVERS)]
     check_choice("spacing", spacing, SPACINGS)
     rho = check_number("rho", rho, 0.0, exclusive=True)
-    if info.default_eta is None:
-        if eta is not None:
-            having = " and ".join(name for name, other in SOLVERS.items() if other.default_eta is not None)
-            raise ValueError(f"eta must be None for solver {solver!r}, got {eta!r}; only {having} have it")
-        eta = 0.0
-    eta = check_number("eta", info.default_eta if eta is None else eta, 0.0, 1.0)
+    eta = check_eta(solver, eta)
     if times is None:
         steps = check_integer("steps", steps, 1, "give steps, or the times themselves")
         grid = _spaced_times(schedule, steps, steps if denoise_final else steps + 1, spacing, rho)
@@ -218,6 +213,17 @@ def solver_table(
         final_alpha=1.0 if denoise_final else nodes[-1].alpha,
         final_sigma=0.0 if denoise_final else nodes[-1].sigma,
     )
+
+
+def check_eta(solver: str, eta: float | None) -> float:
+    """``eta`` of a named solver, its default for None; ValueError where it has no eta, or for one outside [0, 1]."""
+    default = SOLVERS[solver].default_eta
+    if default is None:
+        if eta is not None:
+            having = " and ".join(name for name, other in SOLVERS.items() if other.default_eta is not None)
+            raise ValueError(f"eta must be None for solver {solver!r}, got {eta!r}; only {having} have it")
+        return 0.0
+    return check_number("eta", default if eta is None else eta, 0.0, 1.0)
 
 
 # Time grids

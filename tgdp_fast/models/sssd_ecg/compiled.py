@@ -35,8 +35,7 @@ from tgdp_fast.models.sssd_ecg.layers import ResidualBlock, SSSDECGModules, Weig
 from tgdp_fast.ops import ResidualBlockWeights, S4Weights, prepare_long_convolution, residual_block_
 from tgdp_fast.ops.residual_block import multiplies_bf16, samples_together, without_unread_taps
 from tgdp_fast.runtime.checks import check_choice, check_integer
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from tgdp_fast.runtime.precision import PRECISIONS
 
 
 @runtime_checkable
