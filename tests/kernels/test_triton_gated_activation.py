@@ -13,6 +13,7 @@ from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_
 
 from tgdp_fast.lab import validate
 from tgdp_fast.lab.accuracy import PRECISIONS
+from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.ops import BackendUnavailableError, gated_activation
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
@@ -31,8 +32,8 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_validates(precision):
     assert torch.isnan(torch.empty(1000)).all()
-    rows = list(validate._rows("gated_activation", "triton", precision))
-    assert len(rows) == len(validate.GATES)
+    rows = list(validate.rows_of("gated_activation", "triton", precision))
+    assert len(rows) == len(CHECKS["gated_activation"][0])
     assert validate.failures(rows) == []
     assert {row["verdict"] for row in rows} == {"passed"}
 
