@@ -13,8 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from tgdp_fast import kernels
-from tgdp_fast.kernels import autotuning
-from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.launching import Compilation
 from tgdp_fast.ops import _triton
 
 #: Shared memory that a program may use, in bytes, by compute capability (CUDA C++ Programming Guide).
@@ -41,12 +40,6 @@ def shipped(module: str) -> list[Compilation]:
     loaded: ModuleType = importlib.import_module(f"tgdp_fast.kernels.{module}")
     compilations: list[Compilation] = loaded.shipped()
     return compilations
-
-
-def candidates(module: str) -> list[Compilation]:
-    """What a module ships, with every configuration that autotuning may choose."""
-    with autotuning.deciding(autotuning.all_of_them):
-        return shipped(module)
 
 
 @dataclass(frozen=True)
@@ -87,14 +80,8 @@ def _compile(compilation: Compilation, backend: str, architecture: int | str, wa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = compilation.kernel.arg_names
-    assert set(compilation.signature) == set(names), f"{compilation.name}: the signature is not the kernel's"
-    constants = {name for name, kind in compilation.signature.items() if kind == "constexpr"}
-    assert constants == set(compilation.constants), f"{compilation.name}: the constants are not the signature's"
-    assert set(compilation.divisible) <= set(names) - constants, compilation.name
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in compilation.divisible}
-    signature = {name: compilation.signature[name] for name in names}
-    source = ASTSource(compilation.kernel, signature, compilation.constants, attributes)
+    attributes = {place: [["tt.divisibility", 16]] for place in compilation.divisible}
+    source = ASTSource(compilation.kernel, compilation.signature, compilation.constants, attributes)
     # Fused multiply-adds are on in every launch; Triton's default for them depends on its version.
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget(backend, architecture, warp_size), options=options)

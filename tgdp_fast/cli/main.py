@@ -110,13 +110,11 @@ def _work(out: Path) -> Path:
 
 def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
-    from tgdp_fast.kernels import autotuning
     from tgdp_fast.ops._dispatch import backend_report
     from tgdp_fast.runtime.info import describe, environment
     from tgdp_fast.runtime.native import cpu_capability
 
-    kernels = {"cpu_kernels": cpu_capability(), "triton_autotune": autotuning.state()}
-    facts = {"environment": environment() | kernels, "backends": backend_report()}
+    facts = {"environment": environment() | {"cpu_kernels": cpu_capability()}, "backends": backend_report()}
     print(json.dumps(facts, indent=2) if options.json else describe(facts))
 
 
