@@ -22,7 +22,7 @@ from tgdp_fast.lab.cases import GRAPH, PROVIDERS, Call, Case, UnservedError
 from tgdp_fast.ops import BackendUnavailableError
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.info import environment
-from tgdp_fast.sampling import graph as captured
+from tgdp_fast.sampling import loop as sampling_loop
 
 Row = dict[str, Any]
 
@@ -151,7 +151,7 @@ def recorded(call: Call) -> Call:
         for _ in range(3):
             plain = [output.clone() for output in call()]
     current.wait_stream(other)
-    replay, outputs = captured.record(lambda: tuple(call()), [])
+    replay, outputs = sampling_loop.capture(lambda: tuple(call()), [])
 
     def replayed() -> Sequence[Tensor]:
         replay()

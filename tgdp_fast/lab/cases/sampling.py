@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
-from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
+from tgdp_fast.diffusion.guided import EpsilonModel, Guidance
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
 from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
 from tgdp_fast.lab.cases.base import (
@@ -33,8 +33,10 @@ from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
 from tgdp_fast.metrics import sliced_wasserstein
 from tgdp_fast.ops import mlp_value_and_grad, use_backend
 from tgdp_fast.ops.noise import normal
-from tgdp_fast.sampling.fused import FusedRun
-from tgdp_fast.sampling.sampler import advance, sample
+from tgdp_fast.sampling.config import SamplingConfig
+from tgdp_fast.sampling.full_trajectory import FullTrajectory
+from tgdp_fast.sampling.loop import Loop
+from tgdp_fast.sampling.sampler import Sampler
 
 #: Largest error of a sample in fp32, relative to the largest entry.
 SAMPLES_FP32 = 1e-3
@@ -114,21 +116,10 @@ class _PreparedSampling(PreparedComposite):
         return self._sampler(provider, denoiser, guidance)
 
     def _sampler(self, provider: str, denoiser: EpsilonModel, guidance: Guidance) -> Call:
-        def call() -> list[Tensor]:
-            samples = sample(
-                denoiser,
-                guidance,
-                num=self.case.num,
-                shape=(self.case.INPUTS,),
-                solver=self.table,
-                seed=SEED,
-                precision=self.precision,
-                backend="reference" if provider == "compile" else provider,
-                device=self.device,
-            )
-            return [samples]
-
-        return call
+        backend = "reference" if provider == "compile" else provider
+        config = SamplingConfig(self.table, precision=self.precision, backend=backend)
+        sampler = Sampler(denoiser, guidance, config, shape=(self.case.INPUTS,), device=self.device)
+        return lambda: [sampler.draw(self.case.num, seed=SEED)]
 
     def _networks(self, provider: str) -> tuple[EpsilonModel, Guidance]:
         if provider != "compile":
@@ -140,9 +131,9 @@ class _PreparedSampling(PreparedComposite):
 
     def _peer(self) -> Tensor:
         with torch.no_grad(), autocast(self.precision, self.device):
-            guided = GuidedDenoiser(self.denoiser, _AutogradGuidance(self.guidance))
+            loop = guided_loop(self.denoiser, _AutogradGuidance(self.guidance), self.peer_table)
             with use_backend("reference"):
-                return run_table(guided, self.peer_table, self.initial, self.indices)
+                return loop(self.initial, self.indices, seed=SEED)[0]
 
     def judge(self, provider: str, outputs: Sequence[Tensor]) -> Verdict:
         (samples,) = outputs
@@ -152,41 +143,37 @@ class _PreparedSampling(PreparedComposite):
             distance = sliced_wasserstein(samples.float(), reference) / float(reference.std())
             return Verdict(distance <= PEER_SAMPLES, distance)
         rows = checked_rows(self.case.num, self.device)
-        guided = GuidedDenoiser(copy.deepcopy(self.denoiser).double(), copy.deepcopy(self.guidance).double())
+        loop = guided_loop(copy.deepcopy(self.denoiser).double(), copy.deepcopy(self.guidance).double(), self.table)
         with torch.inference_mode(), use_backend("reference"):
-            exact = run_table(guided, self.table, self.initial[rows].double(), self.indices[rows])
+            exact, _ = loop(self.initial[rows].double(), self.indices[rows], seed=SEED)
         error = error_of([samples[rows]], [exact]).maximum
         return Verdict(error <= (SAMPLES_FP32 if self.precision == "fp32" else SAMPLES_BF16), error)
 
 
 class _PreparedTrajectory(_PreparedSampling):
     def _sampler(self, provider: str, denoiser: EpsilonModel, guidance: Guidance) -> Call:
-        guided = GuidedDenoiser(denoiser, guidance)
-        scales = [1.0] * self.table.nfe
-        dtype = None if self.precision == "fp32" else PRECISIONS[self.precision]
+        loop = guided_loop(denoiser, guidance, self.table)
+        dtype = PRECISIONS[self.precision]
 
         def fused() -> list[Tensor]:
             with torch.inference_mode():
-                run = FusedRun.of(guided, self.table, scales, dtype, provider)
-                assert run is not None
-                return [run.run(self.initial, None, SEED, self.indices)[0]]
+                full = FullTrajectory.of(loop, dtype, provider)
+                assert full is not None
+                return [full.run(self.initial, None, SEED, self.indices)[0]]
 
-        if provider not in PLAIN_PROVIDERS and FusedRun.of(guided, self.table, scales, dtype, provider) is not None:
+        if provider not in PLAIN_PROVIDERS and FullTrajectory.of(loop, dtype, provider) is not None:
             return fused
 
         def call() -> list[Tensor]:
             with torch.inference_mode(), backend_of(provider), autocast(self.precision, self.device):
-                return [run_table(guided, self.table, self.initial, self.indices)]
+                return [loop(self.initial, self.indices, seed=SEED)[0]]
 
         return call
 
 
-def run_table(guided: GuidedDenoiser, table: SolverTable, x: Tensor, indices: Tensor) -> Tensor:
-    """All evaluations of a solver from the state ``x`` [B, D], in its dtype; ``indices`` [B] are the sample indices."""
-    history = x.new_zeros((table.history, *x.shape)) if table.history else None
-    for k in range(table.nfe):
-        x, history, _ = advance(guided, table, k, x, history, SEED, indices)
-    return x
+def guided_loop(denoiser: EpsilonModel, guidance: Guidance, table: SolverTable) -> Loop:
+    """All evaluations of a solver with exact guidance."""
+    return Loop(denoiser, guidance, table, table.sigma.tolist())
 
 
 class _AutogradGuidance:
