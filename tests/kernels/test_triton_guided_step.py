@@ -12,6 +12,7 @@ from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_
 
 from tgdp_fast.lab import validate
 from tgdp_fast.lab.accuracy import PRECISIONS
+from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.ops import BackendUnavailableError, guided_step, noise
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
@@ -228,8 +229,8 @@ def test_error_is_at_most_twice_that_of_the_reference(x_dtype, network_dtype, sl
 @interpreted
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_validates(precision):
-    rows = list(validate._rows("guided_step", "triton", precision))
-    assert len(rows) == len(validate.STEPS)
+    rows = list(validate.rows_of("guided_step", "triton", precision))
+    assert len(rows) == len(CHECKS["guided_step"][0])
     assert validate.failures(rows) == []
     assert {row["verdict"] for row in rows} == {"passed"}
 

@@ -40,7 +40,7 @@ import triton_interpreter, torch
 from tgdp_fast.lab import validate
 torch.use_deterministic_algorithms(True)  # new tensors hold NaN
 assert torch.isnan(torch.empty(100)).all()
-rows = [row for precision in ("fp32", "bf16", "fp16") for row in validate._rows({operator!r}, "triton", precision)]
+rows = [row for precision in ("fp32", "bf16", "fp16") for row in validate.rows_of({operator!r}, "triton", precision)]
 print(len(rows), len(validate.failures(rows)), {{row["verdict"] for row in rows}})
 """
     assert run_with(code, TRITON_INTERPRET="1").split(maxsplit=2) == ["36", "0", "{'passed'}\n"]
