@@ -39,10 +39,10 @@ def as_cond_fn(
       this is eps_q = eps_p - sigma_t grad log h, Theorem 3.1 itself: exact with scale 1.
     - ``p_sample`` (algorithm 1) does ``mean += variance * cond_fn`` at every step. The mean of the reverse step is
       (x + beta_t score) / sqrt(alpha_t), so Theorem 3.1 asks for beta_t / sqrt(alpha_t) grad log h. A sampler with
-      variance beta_t is too small by the factor sqrt(alpha_t), 1 % for beta_t = 0.02. One with the posterior variance is
-      too small by sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), which is far from 1 only in the last steps.
-      The error of the result vanishes with the step size. Between two Gaussians in 100 steps it is twice that of exact
-      guidance in the same loop with the posterior variance, and a fifth larger with beta_t. With few steps, use
+      variance beta_t is too small by the factor sqrt(alpha_t), 1 % for beta_t = 0.02. One with the posterior variance
+      is too small by sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), which is far from 1 only in the last
+      steps. The error of the result vanishes with the step size. Between two Gaussians in 100 steps it is twice that of
+      exact guidance in the same loop with the posterior variance, and a fifth larger with beta_t. With few steps, use
       ``ddim_sample``.
 
     Time. ``t`` is the index of the sampler's training schedule as a tensor [B], where 0 is the cleanest. With respaced
