@@ -1,9 +1,9 @@
-"""The calls of the released TGDP-ECG and SSSD-ECG code, so that a script that uses them changes one line of imports.
+"""The calls of the released TGDP-ECG and SSSD-ECG code: a script that uses them changes only its imports.
 
     from tgdp_fast.integrations.released import SSSD_ECG, Bandit_Critic_Guide, sampling_label_guided
 
 Two conventions: ``convention="paper"``, the default, follows the formulas of the papers; ``convention="released"``
-follows what the released code computes where that departs from them:
+follows the released code where it departs from them:
 
 =====================  =================================================  =======================================
 what                   "paper"                                            "released"
@@ -52,12 +52,12 @@ __all__ = [
 ]
 
 CONVENTIONS = ("paper", "released")
-#: Order of the twelve leads in released code: there the stored eight are at the places 0, 2 to 7 and 11.
+#: Order of the twelve leads in released code: the stored eight are at positions 0, 2 to 7 and 11.
 RELEASED_LEADS = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6", "III", "aVR", "aVL", "aVF")
 
 _ENTRIES = ("T", "Alpha", "Alpha_bar", "Sigma")
 
-#: SSSD-ECG's names -> ours, where they differ; the three widths of the step embedding are one argument of ours.
+#: Names in SSSD-ECG -> names here, where they differ; the three widths of the step embedding are one argument here.
 _NAMES = {
     "s4_lmax": "l_max",
     "s4_d_state": "d_state",
@@ -73,27 +73,27 @@ _STEP_DIMS = ("diffusion_step_embed_dim_in", "diffusion_step_embed_dim_mid", "di
 class SSSD_ECG(SSSDECG):  # noqa: N801
     """:class:`tgdp_fast.SSSDECG` with the constructor's names and the call of SSSD-ECG's code.
 
-    It is one of our networks in everything else: ``Denoiser(network, schedule)`` takes it, and so does
-    ``network.compile_for_sampling()``. The defaults are the paper's.
+    In everything else it is a network of this package: ``Denoiser(network, schedule)`` accepts it, and it has
+    ``compile_for_sampling()``. The defaults are the paper's.
 
     Args:
         in_channels, res_channels, skip_channels, out_channels, num_res_layers: as in :class:`tgdp_fast.SSSDECG`.
         diffusion_step_embed_dim_in, diffusion_step_embed_dim_mid, diffusion_step_embed_dim_out: widths of the diffusion
             step's features, of the hidden layer and of the embedding.
         s4_lmax, s4_d_state: length of the S4 kernels, and size of their state.
-        s4_dropout: acts in training only, where this network has none: training with one above 0 is refused.
+        s4_dropout: only relevant in training. This network has no dropout, so training with a value above 0 is refused.
         s4_bidirectional, s4_layernorm: must be true, as in every released checkpoint.
-        label_embed_classes, label_embed_dim: number of statements, and width of their embedding. Released code takes 0
-            classes, an unconditional network, where none are given.
-        convention: "paper" for ``cauchy="pair"``, "released" for ``cauchy="half"``, which is what the released
-            repository computes as it is, without its CUDA extension. A checkpoint does not tell on which of the two it
-            was trained, and the other one changes the prediction by a third: without ``convention`` and ``cauchy`` the
-            network has "pair" and :meth:`load_state_dict` warns.
-        cauchy: "pair" or "half", against ``convention``.
+        label_embed_classes, label_embed_dim: number of statements, and width of their embedding. In released code
+            the default is 0 classes, an unconditional network.
+        convention: "paper" for ``cauchy="pair"``, "released" for ``cauchy="half"``, which the unchanged released
+            repository computes without its CUDA extension. A checkpoint does not record which of the two it was trained
+            on, and the wrong one changes the prediction by a third. Without ``convention`` and ``cauchy`` the network
+            uses "pair" and :meth:`load_state_dict` warns.
+        cauchy: "pair" or "half"; overrides ``convention``.
 
     Shapes: ``forward((audio [B, in_channels, L], cond, diffusion_steps [B] or [B, 1])) -> [B, out_channels, L]``, with
     cond rows [B, label_embed_classes], class indices [B], or None for a network without labels. The call
-    ``forward(x, time, labels)`` of :class:`tgdp_fast.SSSDECG` is understood too.
+    ``forward(x, time, labels)`` of :class:`tgdp_fast.SSSDECG` also works.
 
     Raises:
         ValueError: an argument out of range; see :class:`tgdp_fast.SSSDECG`.
@@ -148,10 +148,10 @@ class SSSD_ECG(SSSDECG):  # noqa: N801
         """:meth:`tgdp_fast.SSSDECG.from_checkpoint`, ``config`` with the names of either constructor.
 
         Returns:
-            The network in float32, on the CPU, in eval mode. Nothing but tensors is unpickled.
+            The network in float32, on the CPU, in eval mode. Only tensors are unpickled.
 
         Raises:
-            CheckpointError, ValueError: as there.
+            CheckpointError, ValueError: as in :meth:`tgdp_fast.SSSDECG.from_checkpoint`.
         """
         plain = SSSDECG.from_checkpoint(path, cauchy=cauchy, config=_our_config(config or {}))
         sizes = plain.to_config()
@@ -163,7 +163,7 @@ class SSSD_ECG(SSSDECG):  # noqa: N801
         return network.eval()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As every module's, with a warning where nothing says on which kernels the weights were trained."""
+        """As in any module, with a warning if it is unknown which kernels the weights were trained on."""
         if not self._chosen:
             warnings.warn(
                 "SSSD_ECG was built without convention and cauchy, so its kernels are those of cauchy='pair'. If these "
@@ -212,23 +212,23 @@ class _FourierFeatures(nn.Module):
         self.W = nn.Parameter(scale * torch.randn(frequencies), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        # Up to 1e5 radians: in float32 the order of the products shows in the third digit of a sine.
+        # Up to 1e5 radians: in float32 the order of multiplication affects the third digit of a sine.
         angles = t.to(self.W.dtype)[:, None] * self.W * (2.0 * math.pi)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class GuidanceQt(ECGStem):
-    """The guidance network of the ECG experiment, f(x, t), with the tensors' names of released checkpoints.
+    """The guidance network of the ECG experiment, f(x, t), with the tensor names of released checkpoints.
 
-        features = conv2(conv1(x))                     two convolutions, kernel 10, stride 2, nothing between or after
+        features = conv2(conv1(x))                     two convolutions, kernel 10, stride 2, no activations
         f = qt([features, embed(t), condition])        SiLU between the layers of qt; embed: Fourier features, Linear
 
-    The defaults are the paper's: 8 leads of 1,000 samples, 4 x 512, 32 time features: 2,809,169 numbers. The released
-    code trains f on log r(x_0) (``loss="log_mse"``); f is used as log h all the same, so :func:`tgdp_fast.sample` takes
-    this network as guidance, in the formula's convention.
+    The defaults are the paper's: 8 leads of 1,000 samples, 4 x 512, 32 time features: 2,809,169 parameters. The
+    released code trains f on log r(x_0) (``loss="log_mse"``) and uses it as log h, so :func:`tgdp_fast.sample` accepts
+    this network as guidance, in the convention of the formula.
 
     Args:
-        action_dim: features that the convolutions make of a signal; follows from its size, so it may be left out.
+        action_dim: number of features after the convolutions; it follows from the size of a signal and may be omitted.
         state_dim: width of the condition, 0 for none.
         in_channels, length: leads and samples of the signal.
         width, depth: hidden layers of ``qt``.
@@ -279,10 +279,10 @@ class GuidanceQt(ECGStem):
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], *, length: int = 1000, state_dim: int = 0) -> GuidanceQt:
-        """The network of a file of ``torch.save``, or of safetensors; sizes that are not given are read off it.
+        """Load a file of ``torch.save`` or safetensors; sizes that are not given follow from its tensors.
 
         Returns:
-            The network in float32, on the CPU, in eval mode. Nothing but tensors is unpickled.
+            The network in float32, on the CPU, in eval mode. Only tensors are unpickled.
 
         Raises:
             CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape.
@@ -344,22 +344,22 @@ class GuidanceQt(ECGStem):
 
 
 class Bandit_Critic_Guide(nn.Module):  # noqa: N801
-    """What holds the guidance network in released scripts, for sampling: ``qt``, ``guidance_scale`` and the gradient.
+    """Holder of the guidance network in released scripts, for sampling: ``qt``, ``guidance_scale`` and the gradient.
 
-    It stands wherever a guidance does, here and in :func:`tgdp_fast.sample`. Of the released class it lacks what
-    belongs to training (domain classifier, target records, ``update_qt``): :func:`tgdp_fast.fit_guidance` trains.
+    It can be used as any guidance, here and in :func:`tgdp_fast.sample`. It lacks the training parts of the released
+    class (domain classifier, target records, ``update_qt``): use :func:`tgdp_fast.fit_guidance` to train.
 
     Args:
         adim, sdim: ``action_dim`` and ``state_dim`` of :class:`GuidanceQt`.
-        args: anything whose attribute ``device`` says where the network goes; other attributes are not looked at.
+        args: any object whose attribute ``device`` is the device of the network; other attributes are ignored.
         sizes: further arguments of :class:`GuidanceQt`, by keyword.
 
     Attributes:
-        qt: the :class:`GuidanceQt`; checkpoints hold its tensors.
+        qt: the :class:`GuidanceQt`; checkpoints contain its tensors.
         guidance_scale: factor of value and gradient, 1.
 
     Raises:
-        ValueError: as there.
+        ValueError: as in :class:`GuidanceQt`.
     """
 
     def __init__(self, adim: int | None = None, sdim: int = 0, args: Any = None, **sizes: Any) -> None:
@@ -396,7 +396,7 @@ def calc_diffusion_hyperparams(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The diffusion process with T steps and a linear schedule, as the dictionary that the samplers take.
+    """The diffusion process with T steps and a linear schedule, as the dictionary that the samplers accept.
 
     Beta_t = beta_0 .. beta_T; Alpha_t = 1 - Beta_t; Alpha_bar_t = product of Alpha up to t;
     Sigma_t^2 = Beta_t (1 - Alpha_bar_{t-1}) / (1 - Alpha_bar_t), and Sigma_0^2 = Beta_0 (DiffWave, section 2).
@@ -437,7 +437,7 @@ def sampling_label(
 ) -> Tensor:
     """Ancestral sampling of the source model, T evaluations (DDPM, algorithm 2). Both conventions agree here.
 
-    See :func:`sampling_label_guided` for the arguments, and :func:`tgdp_fast.sample` for samplers of fewer steps.
+    See :func:`sampling_label_guided` for the arguments, and :func:`tgdp_fast.sample` for samplers with fewer steps.
 
     Returns:
         [B, ...] of ``size``, on the network's device.
@@ -471,28 +471,28 @@ def sampling_label_guided(
         x   = (x - Beta_t / sqrt(1 - Alpha_bar_t) eps) / sqrt(Alpha_t) + Sigma_t z
 
     Args:
-        net: an :class:`SSSD_ECG`, what its ``compile_for_sampling`` returns (faster), a :class:`tgdp_fast.SSSDECG`, or
-            anything called as ``net((x, cond, diffusion_steps [B, 1]))``.
+        net: an :class:`SSSD_ECG`, the result of its ``compile_for_sampling`` (faster), a :class:`tgdp_fast.SSSDECG`, or
+            any callable like ``net((x, cond, diffusion_steps [B, 1]))``.
         guidance_net: a :class:`Bandit_Critic_Guide`, a :class:`GuidanceQt`, a :class:`tgdp_fast.GuidanceNetwork`,
-            anything with ``log_ratio_and_grad(x, t, labels)``, with ``calculate_guidance(x, diffusion_steps [B, 1])``
-            as released code has it, or called as ``guidance_net(x, t [B])``, which autograd differentiates. None for
-            no guidance.
+            any object with ``log_ratio_and_grad(x, t, labels)`` or, as in released code,
+            ``calculate_guidance(x, diffusion_steps [B, 1])``, or a callable ``guidance_net(x, t [B])``, which autograd
+            differentiates. None for no guidance.
         size: of the result, batch first.
         diffusion_hyperparams: of :func:`calc_diffusion_hyperparams`.
         cond: labels of ``net``, one row per sample; None for a network without labels.
         guidance_scale: s.
         guidance_cond: labels of a conditional ``guidance_net``, its third argument.
-        convention: which sign and factor the gradient gets.
+        convention: sign and factor of the gradient.
         noise: x_T and then the noise of the steps T - 1 .. 1, as [T, *size] or any iterable of T tensors. Its dtype is
-            that of the state. Without, noise is drawn on the host, as released code does, or on the generator's device.
-        generator: of the noise; default PyTorch's global one.
-        batch_size: samples that the networks see at once; bounds memory, and does not change the noise.
+            that of the state. Default: noise drawn on the host, as in released code, or on the generator's device.
+        generator: of the noise; default: PyTorch's global one.
+        batch_size: samples per call of the networks; bounds memory and does not change the noise.
 
     Returns:
         [B, ...] of ``size``, on the network's device.
 
     Raises:
-        ValueError: a bad argument; noise of another number or shape.
+        ValueError: a bad argument; noise with another number of tensors or shape.
         ArithmeticError: the result is not finite.
     """
     check_choice("convention", convention, CONVENTIONS)
@@ -559,7 +559,7 @@ def generate_four_leads(tensor: Tensor, *, order: str = "released") -> Tensor:
 
 
 def _coefficients(hyperparams: Mapping[str, Any]) -> tuple[int, list[tuple[float, float, float, float]]]:
-    """T, and of each step the factors of x, of epsilon (subtracted), sigma_t, and the factor of fresh noise."""
+    """T, and for each step the factors of x and of epsilon (subtracted), sigma_t, and the factor of fresh noise."""
     missing = [name for name in _ENTRIES if name not in hyperparams]
     if missing:
         raise ValueError(
@@ -588,13 +588,13 @@ def _noise(
     size: tuple[int, ...],
     parameter: Tensor | None,
 ) -> Iterator[Tensor]:
-    """``steps`` tensors of ``size`` on the device of ``parameter``, then what the caller has left over."""
+    """``steps`` tensors of ``size`` on the device of ``parameter``, then the rest of the caller's noise."""
     device = None if parameter is None else parameter.device
     if noise is None:
         dtype = torch.float32 if parameter is None else parameter.dtype
         place = torch.device("cpu") if generator is None else generator.device
         for _ in range(steps):
-            # In float32 whatever the network's dtype, so that a seed means the same noise.
+            # In float32 for every dtype of the network, so that a seed gives the same noise.
             drawn = torch.randn(size, generator=generator, device=place, dtype=torch.float32)
             yield drawn.to(place if device is None else device, dtype)
         return
