@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_gated_activation import draw
 from test_guided_step import COMMON, MATRICES, inputs
-from test_mlp_native import check, double, network
+from test_mlp_native import double, network
+from tolerances import assert_no_worse_than_eager, of_perceptron_backward
 from triton_interpreter import compiled, interpreted, run_interpreted
 
 from tgdp_fast.kernels import autotuning
@@ -66,7 +67,7 @@ def copies(*arguments):
     return [tensor.clone() for tensor in flat(arguments)]
 
 
-def check_candidates(operator, dtype, terms, *call, **keywords):
+def check_candidates(operator, tolerance, *call, **keywords):
     """Each candidate against float64, with the error that the reference has; and the inputs are what they were."""
     reference, ours = lookup(operator, "reference").function, lookup(operator, "triton").function
     exact = flat(reference(*(argument if argument is None else double(argument)[0] for argument in call), **keywords))
@@ -74,7 +75,7 @@ def check_candidates(operator, dtype, terms, *call, **keywords):
     before = copies(*call)
     seen = set()
     for got in with_each_candidate(partial(ours, *call, **keywords), seen):
-        check(flat(got), eager, exact, dtype, terms)
+        assert_no_worse_than_eager(flat(got), eager, exact, tolerance)
         assert all(torch.equal(a, b) for a, b in zip(flat(call), before, strict=True))
     return seen
 
@@ -82,18 +83,18 @@ def check_candidates(operator, dtype, terms, *call, **keywords):
 def both_ways(sizes, batch, dtype):
     """The candidates seen by both perceptron operators and their derivatives."""
     x, first_bias, weights, biases = call = network(sizes, batch, dtype, per_sample=False)
-    terms, needs = max(*sizes, batch), (True,) * (2 * len(weights) + 1)
+    tolerance, needs = of_perceptron_backward(sizes, batch, dtype), (True,) * (2 * len(weights) + 1)
     generator = torch.Generator().manual_seed(1)
     seen = set()
     for operator, cotangents in (
         ("mlp_value_and_grad", (torch.randn(batch, generator=generator), torch.randn(x.shape, generator=generator))),
         ("perceptron", (torch.randn(batch, 1, generator=generator),)),
     ):
-        seen |= check_candidates(operator, dtype, terms, *call, save_pre_activations=True)
+        seen |= check_candidates(operator, tolerance, *call, save_pre_activations=True)
         kept = list(lookup(operator, "reference").function(*call, save_pre_activations=True)[-1])
         given = [cotangent.to(dtype) for cotangent in cotangents]
         arguments = (*given, x, first_bias, weights, kept)
-        seen |= check_candidates(operator + "_backward", dtype, terms, *arguments, needs_grad=needs)
+        seen |= check_candidates(operator + "_backward", tolerance, *arguments, needs_grad=needs)
     return seen
 
 
