@@ -1,8 +1,14 @@
 """log h as ``cond_fn``, the hook for classifier guidance that samplers in the manner of guided-diffusion have.
 
 A sampler that can be guided by a classifier adds grad_x log p(y | x_t) to the score. TGDP adds grad_x log h(x_t, t)
-(Ouyang et al., NeurIPS 2024, arXiv 2405.16876, Theorem 3.1), so a guidance takes the place of the classifier. The
-samplers are algorithms 1 and 2 of Dhariwal & Nichol (NeurIPS 2021, arXiv 2105.05233).
+(Ouyang et al., NeurIPS 2024, arXiv 2405.16876, Theorem 3.1), so a guidance takes the place of the classifier::
+
+    from tgdp_fast.integrations.cond_fn import as_cond_fn
+
+    cond_fn = as_cond_fn(guidance, NoiseSchedule.from_betas(diffusion.betas))
+    samples = diffusion.ddim_sample_loop(model, shape, cond_fn=cond_fn)
+
+The samplers are algorithms 1 and 2 of Dhariwal & Nichol (NeurIPS 2021, arXiv 2105.05233).
 """
 
 from __future__ import annotations
