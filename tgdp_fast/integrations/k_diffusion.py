@@ -1,8 +1,10 @@
-"""The guidance in k-diffusion, whose samplers see the denoised signal alone: a wrapper of the model.
+"""Guidance for the samplers of k-diffusion: the model is wrapped, because they have no hook for classifier guidance.
 
     from tgdp_fast.integrations.k_diffusion import KDiffusionDenoiser
 
     samples = k_diffusion.sampling.sample_heun(KDiffusionDenoiser(model, guidance), x, sigmas)
+
+For samplers with such a hook see :mod:`tgdp_fast.integrations.cond_fn`.
 
 Sources: TGDP (Ouyang et al., NeurIPS 2024, arXiv 2405.16876), Theorem 3.1; EDM (Karras et al., NeurIPS 2022, arXiv
 2206.00364), for denoisers in variance-exploding coordinates.
