@@ -20,10 +20,8 @@ from torch import Tensor
 from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for, per_sample
 from tgdp_fast.diffusion.guided import Guidance, check_guidance
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.integrations.cond_fn import as_cond_fn, gradient_at, time_at
+from tgdp_fast.integrations.cond_fn import gradient_at, time_at
 from tgdp_fast.runtime.checks import check_number
-
-__all__ = ["KDiffusionDenoiser", "as_cond_fn"]
 
 
 class KDiffusionDenoiser:

@@ -19,7 +19,7 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from tgdp_fast.diffusion.denoiser import TIME_INPUTS, evaluation_mode
-from tgdp_fast.diffusion.guided import Guidance, hint_of_guidance
+from tgdp_fast.diffusion.guided import Guidance, hint_of_guidance, scale_at
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.ops import limit_gradient
-from tgdp_fast.runtime.checks import check_choice, check_number
+from tgdp_fast.runtime.checks import check_choice
+from tgdp_fast.sampling.config import SamplingConfig
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _MODEL_NAMES = ("unet", "transformer")
@@ -94,16 +95,15 @@ def guide(
             N - 1, or shapes or devices that do not match.
         TypeError: a scheduler without ``alphas_cumprod`` (flow matching, EDM), for which the formulas do not hold.
     """
+    config = SamplingConfig(scale=scale, interval=interval, gradient_norm_limit=gradient_norm_limit)
     return GuidedModel(
         pipeline,
         guidance,
-        scale=scale,
-        interval=interval,
+        config,
         labels=labels,
         scheduler=scheduler,
         prediction_type=prediction_type,
         time_input=time_input,
-        gradient_norm_limit=gradient_norm_limit,
     )
 
 
@@ -154,14 +154,12 @@ class GuidedModel:
         self,
         pipeline: Any,
         guidance: Any,
+        config: SamplingConfig,
         *,
-        scale: float | Callable[[float], float],
-        interval: tuple[float, float] | None,
         labels: Any,
         scheduler: Any,
         prediction_type: str | None,
         time_input: str,
-        gradient_norm_limit: float | None,
     ) -> None:
         self.model = _model_of(pipeline)
         if not hasattr(guidance, "log_ratio_and_grad") and not callable(guidance):
@@ -175,13 +173,8 @@ class GuidedModel:
                 "NoiseSchedule and prediction_type"
             )
         self.guidance = guidance
-        self.scale = scale if callable(scale) else check_number("scale", scale)
-        self.interval = _interval(interval)
-        self.gradient_norm_limit = (
-            None
-            if gradient_norm_limit is None
-            else check_number("gradient_norm_limit", gradient_norm_limit, 0.0, exclusive=True)
-        )
+        self.scale, self.interval = config.scale, config.interval
+        self.gradient_norm_limit = config.gradient_norm_limit
         self.labels = None if labels is None else torch.as_tensor(labels)
         self.time_input = check_choice("time_input", time_input, TIME_INPUTS)
         self._pipeline = pipeline
@@ -244,11 +237,10 @@ class GuidedModel:
         return self._conventions_of[1]
 
     def scale_at(self, timestep: float) -> float:
-        """Guidance scale at diffusers' ``timestep``; 0 outside the interval, and without signal."""
-        outside = self.interval is not None and not self.interval[0] <= timestep <= self.interval[1]
-        if outside or timestep > self._conventions().schedule.t_max:
+        """Guidance scale at diffusers' ``timestep``; 0 outside the interval, and where there is no signal."""
+        if timestep > self._conventions().schedule.t_max:
             return 0.0
-        return check_number("scale(timestep)", self.scale(timestep)) if callable(self.scale) else self.scale
+        return scale_at(self.scale, self.interval, timestep, "timestep")
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook: the model's output with guidance, in its original form."""
@@ -368,14 +360,6 @@ def _model_of(pipeline: Any) -> nn.Module:
     )
 
 
-def _interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
-    if interval is None:
-        return None
-    if not isinstance(interval, Sequence) or len(interval) != 2 or not float(interval[0]) < float(interval[1]):
-        raise ValueError(f"interval must be a pair (low, high) of timesteps with low < high, got {interval!r}")
-    return float(interval[0]), float(interval[1])
-
-
 def _parameter_names(model: nn.Module) -> list[str]:
     """Names of the arguments of a model's forward; of the model inside, where it is compiled."""
     inner = getattr(model, "_orig_mod", model)
@@ -400,6 +384,3 @@ def _dtype_of(guidance: Any, x: Tensor) -> torch.dtype:
     if parameter is not None:
         return parameter.dtype
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-# Solver tables as a scheduler ----------------------------------------------------------------------------------
