@@ -7,11 +7,14 @@ from tgdp_fast.diffusion.guided import GuidedDenoiser
 from tgdp_fast.diffusion.prior import EmpiricalPrior, GaussianPrior
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, solver_table
+from tgdp_fast.fit.config import GuidanceConfig, NetworkConfig, TrainingConfig
 from tgdp_fast.fit.density_ratio import fit_density_ratio
 from tgdp_fast.fit.diagnostics import TransferDiagnostics
 from tgdp_fast.fit.guidance import GuidanceFit, fit_guidance
+from tgdp_fast.fit.losses import Logistic
 from tgdp_fast.fit.model import TransferModel
-from tgdp_fast.fit.training import Optimisation, TrainingDivergedError, train_denoiser
+from tgdp_fast.fit.regularizers import Consistency, Cycle
+from tgdp_fast.fit.training import TrainingDivergedError, train_denoiser
 from tgdp_fast.models import SSSDECG, ScoreMLP
 from tgdp_fast.ops._dispatch import BackendUnavailableError, use_backend
 from tgdp_fast.runtime.checkpoint import CheckpointError
@@ -19,6 +22,12 @@ from tgdp_fast.sampling.sampler import SamplingDivergedError, sample
 from tgdp_fast.sampling.to_file import sample_to_file
 
 __all__ = [
+    "TrainingConfig",
+    "NetworkConfig",
+    "Logistic",
+    "GuidanceConfig",
+    "Cycle",
+    "Consistency",
     "SOLVERS",
     "SPACINGS",
     "SSSDECG",
@@ -31,7 +40,6 @@ __all__ = [
     "GuidanceNetwork",
     "GuidedDenoiser",
     "NoiseSchedule",
-    "Optimisation",
     "SamplingDivergedError",
     "ScoreMLP",
     "SolverTable",
