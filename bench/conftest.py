@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tgdp_fast.benchmark.cases import Case, UnservedError, all_cases
+from tgdp_fast.lab.cases import Case, UnservedError, all_cases
 from tgdp_fast.ops import BackendUnavailableError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tgdp_fast.benchmark.problems import perceptron_inputs, residual_block_inputs, step_inputs, trajectory_inputs
+from tgdp_fast.lab.problems import perceptron_inputs, residual_block_inputs, step_inputs, trajectory_inputs
 from tgdp_fast.ops import (
     BackendUnavailableError,
     guided_step,

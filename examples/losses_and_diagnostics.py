@@ -16,7 +16,7 @@ denoiser = exact_denoiser(paper_source(), schedule)
 source = paper_source().sample(2000, seed=0)
 target = paper_target().sample(100, seed=1)
 truth = paper_target().sample(2000, seed=2)
-settings = tgdp.Optimisation(steps=200, batch_size=128, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.99)
+settings = tgdp.TrainingConfig(steps=200, batch_size=128, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.99)
 
 
 def distance(guidance: object) -> float:
@@ -33,7 +33,7 @@ print(f"{'exact guidance':28s} {distance(exact_guidance(paper_target(), paper_so
 # `consistency=0` leaves it out.
 
 # %%
-quick = tgdp.Optimisation(steps=150, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
+quick = tgdp.TrainingConfig(steps=150, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
 ratio = tgdp.fit_density_ratio(source.float(), target.float(), settings=quick)
 pairs = [("logistic", 1.0), ("logistic", 0.0), ("poisson", 0.0), ("ratio_mse", 0.0), ("log_mse", 0.0)]
 found = {}

@@ -33,7 +33,7 @@ target = draw(40, 0.8, seed=1)
 # with so few target samples the default of the guidance is already short.
 
 # %%
-settings = tgdp.Optimisation(steps=300, batch_size=256)
+settings = tgdp.TrainingConfig(steps=300, batch_size=256)
 model = tgdp.TransferModel.fit(source, target, denoiser_settings=settings, seed=0)
 
 # %% [markdown]

@@ -15,9 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import launching
-from tgdp_fast.kernels.autotuning import tuned
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import Block
+from tgdp_fast.kernels.launching import Block, Compilation
 from tgdp_fast.kernels.philox import normal_elements, normal_groups, normal_pairs
 
 #: The most history slots that the kernel has coefficients for.
@@ -219,36 +217,30 @@ def launch(
     slots = len(history_next)
     sample_size = elements // len(x)
     normals = _normals(sample_size) if noise_scale != 0.0 else 0
-    noise_flops = 80 // min(normals, 2) if normals else 0
+    block = _block(normals)
     tensors = (x_next, history_next, x0, x, epsilon, gradient, history, sample_index if normals else None)
-
-    def run(block: Block) -> None:
-        launching.launch(
-            guided_step_kernel,
-            (triton.cdiv(elements, block.elements),),
-            *tensors,
-            elements,
-            sample_size,
-            *_coefficients(matrix, slots),
-            noise_scale,
-            guidance_weight,
-            alpha,
-            sigma,
-            *((0.0, 0.0) if clamp is None else clamp),
-            _signed(key_low),
-            _signed(key_high),
-            _signed(evaluation),
-            flops=elements * (5 + (1 + slots) * (3 + 2 * slots) + 6 * (clamp is not None) + noise_flops),
-            tile=block,
-            slots=slots,
-            clamp=clamp is not None,
-            normals=normals,
-            long=sample_size >= block.elements,
-            block=block.elements,
-        )
-
-    variant = (slots, clamp is not None, normals, *(None if tensor is None else tensor.dtype for tensor in tensors[3:]))
-    tuned(run, partial(_block, normals), _blocks, guided_step_kernel, x, (elements, sample_size), *variant)
+    launching.launch(
+        guided_step_kernel,
+        (triton.cdiv(elements, block.elements),),
+        *tensors,
+        elements,
+        sample_size,
+        *_coefficients(matrix, slots),
+        noise_scale,
+        guidance_weight,
+        alpha,
+        sigma,
+        *((0.0, 0.0) if clamp is None else clamp),
+        _signed(key_low),
+        _signed(key_high),
+        _signed(evaluation),
+        tile=block,
+        slots=slots,
+        clamp=clamp is not None,
+        normals=normals,
+        long=sample_size >= block.elements,
+        block=block.elements,
+    )
 
 
 def _normals(sample_size: int) -> int:
@@ -256,17 +248,12 @@ def _normals(sample_size: int) -> int:
     return 4 if sample_size % 4 == 0 else 2 if sample_size % 2 == 0 else 1
 
 
-def _block(normals: int, *_: int) -> Block:
+def _block(normals: int) -> Block:
     """Eight elements a thread, so that several loads of each are under way at once.
 
     Four where each element makes its own noise, or some of its registers would be spilled.
     """
     return Block(512 if normals == 1 else 1024, 4)
-
-
-def _blocks(*_: int) -> list[Block]:
-    """What else may be faster."""
-    return [Block(1024, 4), Block(512, 4), Block(1024, 8), Block(2048, 8), Block(512, 8)]
 
 
 def _coefficients(matrix: Sequence[float], slots: int) -> list[float]:

@@ -31,9 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import launching
-from tgdp_fast.kernels.autotuning import tuned
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import Block
+from tgdp_fast.kernels.launching import Block, Compilation
 from tgdp_fast.kernels.matrix import multiply_add, narrow, saturated
 
 #: A and B by the points of a transform.
@@ -298,38 +296,30 @@ def launch(
     precision = "fp16x4" if split else "fp16"
     strides = (*output.stride()[:2], *u.stride()[:2])
     alignment = launching.alignment(length, *strides)
-
-    def run(block: Block) -> None:
-        share = min(block.elements * _ROUNDS, batch)
-        launching.launch(
-            long_convolution_kernel,
-            (channels * triton.cdiv(batch, share),),
-            output,
-            u,
-            packed,
-            scales,
-            roots,
-            twiddles,
-            batch,
-            channels,
-            length // alignment,
-            share,
-            *(stride // alignment for stride in strides),
-            flops=batch * channels * a * b * (12 * (a + b) * (4 if split else 1) + 70),
-            tile=block,
-            GELU=activation,
-            SATURATE=saturate,
-            ALIGNMENT=alignment,
-            A=a,
-            B=b,
-            SAMPLES=block.elements,
-            PRECISION=precision,
-        )
-
-    heuristic, others = partial(_block, split=split), partial(_blocks, split=split)
-    sizes = (batch, a * b)
-    tuned(
-        run, heuristic, others, long_convolution_kernel, u, sizes, output.dtype, u.dtype, activation, alignment, split
+    block = _block(batch)
+    share = min(block.elements * _ROUNDS, batch)
+    launching.launch(
+        long_convolution_kernel,
+        (channels * triton.cdiv(batch, share),),
+        output,
+        u,
+        packed,
+        scales,
+        roots,
+        twiddles,
+        batch,
+        channels,
+        length // alignment,
+        share,
+        *(stride // alignment for stride in strides),
+        tile=block,
+        GELU=activation,
+        SATURATE=saturate,
+        ALIGNMENT=alignment,
+        A=a,
+        B=b,
+        SAMPLES=block.elements,
+        PRECISION=precision,
     )
 
 
@@ -337,16 +327,9 @@ def launch(
 _ROUNDS = 4
 
 
-def _block(batch: int, points: int, split: bool) -> Block:
+def _block(batch: int) -> Block:
     """Samples that a program takes at a time: few enough for four programs of 16 bits in a multiprocessor."""
-    return _blocks(batch, points, split)[0]
-
-
-def _blocks(batch: int, points: int, split: bool) -> list[Block]:
-    """All choices, none of more samples than there are."""
-    most = triton.next_power_of_2(max(batch, 1))
-    choices = ((2, 4), (4, 8), (1, 4)) if split else ((2, 4), (4, 4), (4, 8), (8, 8))
-    return [Block(min(samples, most), warps if samples <= most else 4, 1) for samples, warps in choices]
+    return Block(min(2, triton.next_power_of_2(max(batch, 1))), 4, 1)
 
 
 def _without_data(shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], None]:

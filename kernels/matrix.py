@@ -6,8 +6,7 @@ offsets. Nothing here uses atomics: a result depends on the shapes and the tile 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tgdp_fast.kernels.autotuning import Result, tuned
 from tgdp_fast.kernels.launching import Tile, launch
 
 # The interpreter multiplies bfloat16 numbers as integers and rounds towards zero; there, both are done in float32.
@@ -383,48 +381,6 @@ def layer_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowd
     return Tile(128, power_of_two(columns, 16, wide), power_of_two(depth, 16, 32), 8, 4)
 
 
-def layer_tiles(rows: int, columns: int, depth: int, dtype: torch.dtype, *, crowded: bool = False) -> list[Tile]:
-    """What else may be faster than :func:`layer_tile`."""
-    half = 1 + crowded
-    if dtype == torch.float32:
-        few = [Tile(16, 32, 64, 4, 3), Tile(16, 16, 64, 4, 3), Tile(16, 64, 32, 4, 3)]
-        many = [Tile(128, 64 // half, 16, 8, 3), Tile(64, 32, 16, 4, 3), Tile(32, 32, 16, 4, 3)]
-    else:
-        few = [Tile(16, 32, 128, 4, 3), Tile(16, 16, 128, 4, 3), Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 2, 4)]
-        many = [
-            Tile(64, 64, 64, 4, 3),
-            Tile(128, 128 // half, 32, 8, 4),
-            Tile(32, 64, 64, 4, 3),
-            Tile(128, 64, 64, 8, 3),
-            Tile(64, 128 // half, 32, 4, 4),
-        ]
-    return [
-        tile._replace(columns=power_of_two(columns, 16, tile.columns), depth=power_of_two(depth, 16, tile.depth))
-        for tile in (few if rows <= 16 else many)
-    ]
-
-
-def tuned_layer(
-    run: Callable[[Tile], Result],
-    kernel: Any,
-    below: Tensor,
-    units: int,
-    precision: str,
-    *variant: object,
-    crowded: bool = False,
-) -> Result:
-    """``run`` of the tile for a layer's product, [B, D] times [D, units]; ``variant`` beside the dtype.
-
-    Split products have the default: with other tiles some of their registers would be spilled.
-    """
-    heuristic = partial(layer_tile, dtype=below.dtype, crowded=crowded)
-    others = partial(layer_tiles, dtype=below.dtype, crowded=crowded)
-    size = (below.shape[0], units, below.shape[1])
-    if precision != "ieee":
-        return run(heuristic(*size))
-    return tuned(run, heuristic, others, kernel, below, size, below.dtype, *layout(below), *variant)
-
-
 def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Tile:
     """Tile for a gradient [rows, columns] of a weight, a product whose depth is the batch."""
     if dtype == torch.float32:
@@ -434,32 +390,10 @@ def gradient_tile(rows: int, columns: int, batch: int, dtype: torch.dtype) -> Ti
     return Tile(128, 128, 32, 8, 4)
 
 
-def gradient_tiles(rows: int, columns: int, batch: int, dtype: torch.dtype) -> list[Tile]:
-    """What else may be faster than :func:`gradient_tile`."""
-    if dtype == torch.float32:
-        tiles = [Tile(32, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)]
-    else:
-        tiles = [Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)]
-    return [
-        Tile(
-            power_of_two(rows, 16, tile.rows),
-            power_of_two(columns, 16, tile.columns),
-            power_of_two(batch, 16, tile.depth),
-            *tile[3:],
-        )
-        for tile in tiles
-    ]
-
-
 def sum_tile(rows: int, columns: int, across: int = 64, num_warps: int = 8) -> Tile:
     """Tile for sums of [rows, columns] over the rows, 16 numbers a thread."""
     across = power_of_two(columns, 1, across)
     return Tile(power_of_two(rows, 1, 512 * num_warps // across), across, 1, num_warps, 3)
-
-
-def sum_tiles(rows: int, columns: int) -> list[Tile]:
-    """What else may be faster than :func:`sum_tile`."""
-    return [sum_tile(rows, columns, *choice) for choice in ((64, 4), (32, 8), (16, 4), (128, 8))]
 
 
 #: Programs that keep a large card busy, and rows of the batch below which dividing it further gains nothing.
@@ -485,15 +419,13 @@ def column_sum(source: Tensor, dtype: torch.dtype) -> Tensor:
             rows,
             columns,
             *source.stride(),
-            flops=rows * columns,
             tile=tile,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
         )
         return output
 
-    variant = (source.dtype, dtype, *layout(source))
-    return tuned(run, sum_tile, sum_tiles, column_sum_kernel, source, (rows, columns), *variant)
+    return run(sum_tile(rows, columns))
 
 
 def weight_gradient(
@@ -528,7 +460,6 @@ def weight_gradient(
             *left.stride(),
             *right.stride(),
             *second_right.stride(),
-            flops=2 * batch * rows * columns * (1 if second is None else 2),
             tile=tile,
             PAIR=second is not None,
             ROWS=tile.rows,
@@ -540,12 +471,7 @@ def weight_gradient(
             return output[0]
         return column_sum(output.view(parts, rows * columns), left.dtype).view(rows, columns)
 
-    heuristic, others = partial(gradient_tile, dtype=left.dtype), partial(gradient_tiles, dtype=left.dtype)
-    size = (rows, columns, batch)
-    if precision != "ieee":
-        return run(heuristic(*size))
-    variant = (left.dtype, second is not None, *layout(left, right, second_right))
-    return tuned(run, heuristic, others, weight_gradient_kernel, left, size, *variant)
+    return run(gradient_tile(rows, columns, batch, left.dtype))
 
 
 def launch_layer(
@@ -565,7 +491,6 @@ def launch_layer(
         (blocks(batch, units, tile),),
         left,
         *arguments,
-        flops=2 * products * batch * units * depth,
         tile=tile,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -573,11 +498,6 @@ def launch_layer(
         PRECISION=summed(precision, left.dtype, depth),
         **flags,
     )
-
-
-def layout(*matrices: Tensor) -> tuple[bool, ...]:
-    """Whether each has its rows in one piece: it decides how a kernel reads them."""
-    return tuple(matrix.stride(1) == 1 for matrix in matrices)
 
 
 def bias_strides(bias: Tensor) -> tuple[int, int]:

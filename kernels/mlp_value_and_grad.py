@@ -23,8 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import small_network
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import TYPES, Tile, recorded
+from tgdp_fast.kernels.launching import TYPES, Compilation, Tile, recorded
 from tgdp_fast.kernels.matrix import (
     accumulate,
     add_bias,
@@ -33,13 +32,12 @@ from tgdp_fast.kernels.matrix import (
     block_of,
     column_sum,
     launch_layer,
-    layout,
+    layer_tile,
     narrow,
     precision_of,
     sigmoid,
     silu_curvature,
     silu_slope,
-    tuned_layer,
     weight_gradient,
     without_data,
 )
@@ -364,8 +362,7 @@ def _last_layer(
         )
         return z, delta, parts
 
-    variant = (*layout(weight), bias.shape[0] == 1, keep)
-    return tuned_layer(run, last_layer_kernel, below, units, precision, *variant)
+    return run(layer_tile(batch, units, depth, below.dtype))
 
 
 def value_and_grad_backward(
@@ -467,9 +464,8 @@ def _tangent_up(
         )
         return activation, tangent, product
 
-    variant = (*layout(weight), activate)
     crowded = below.dtype != torch.float32
-    return tuned_layer(run, tangent_up_kernel, below, units, precision, *variant, crowded=crowded)
+    return run(layer_tile(batch, units, depth, below.dtype, crowded=crowded))
 
 
 def _tangent_last(
@@ -506,9 +502,8 @@ def _tangent_last(
         )
         return zbar, delta, bias_sums, head_sums
 
-    variant = (*layout(weight), value_cotangent is not None)
     crowded = below.dtype != torch.float32
-    return tuned_layer(run, tangent_last_kernel, below, units, precision, *variant, crowded=crowded)
+    return run(layer_tile(batch, units, depth, below.dtype, crowded=crowded))
 
 
 def _joint_down(
@@ -541,7 +536,7 @@ def _joint_down(
         )
         return zbar, delta, sums
 
-    return tuned_layer(run, joint_down_kernel, zbar_above, units, precision, *layout(weight), crowded=True)
+    return run(layer_tile(batch, units, depth, zbar_above.dtype, crowded=True))
 
 
 def shipped() -> list[Compilation]:

@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import small_network
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import TYPES, Tile, recorded
+from tgdp_fast.kernels.launching import TYPES, Compilation, Tile, recorded
 from tgdp_fast.kernels.matrix import (
     accumulate,
     add_bias,
@@ -30,11 +29,10 @@ from tgdp_fast.kernels.matrix import (
     block_of,
     column_sum,
     launch_layer,
-    layout,
+    layer_tile,
     narrow,
     sigmoid,
     silu_slope,
-    tuned_layer,
     weight_gradient,
     without_data,
 )
@@ -212,8 +210,7 @@ def layer_up(
         )
         return pre_activation, activation
 
-    variant = (*layout(weight), bias.shape[0] == 1, keep, activate)
-    return tuned_layer(run, layer_up_kernel, below, units, precision, *variant)
+    return run(layer_tile(batch, units, depth, below.dtype))
 
 
 def layer_down(
@@ -265,8 +262,7 @@ def layer_down(
         )
         return output, activation, sums
 
-    variant = (*layout(weight), pre_activation is not None, activate, with_sum, value is not None)
-    return tuned_layer(run, layer_down_kernel, above, units, precision, *variant, crowded=crowded)
+    return run(layer_tile(batch, units, depth, above.dtype, crowded=crowded))
 
 
 def perceptron(

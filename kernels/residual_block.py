@@ -27,10 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import launching, long_convolution
-from tgdp_fast.kernels.autotuning import tuned
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.gated_activation import gate
-from tgdp_fast.kernels.launching import Tile
+from tgdp_fast.kernels.launching import Compilation, Tile
 from tgdp_fast.kernels.matrix import INTERPRETED, multiply_add, power_of_two, saturated
 
 
@@ -216,6 +213,25 @@ def output_kernel(
 
 
 @triton.jit
+def gate(a, b):
+    """tanh(a) sigmoid(b), float32, to a few units in the last place; two exponentials and one division."""
+    magnitude = tl.abs(a)
+    square = a * a
+    # tanh(m) = m + m^3 p(m^2), minimax in the relative error, where the quotient below would cancel.
+    p = -0.005704996176064014 * square + 0.020639095455408096
+    p = p * square - 0.05373971909284592
+    p = p * square + 0.13331441581249237
+    p = p * square - 0.3333328068256378
+    small = magnitude < 0.625
+    # tanh(m) = (1 - t) / (1 + t), t = exp(-2 m).
+    t = tl.exp(-2.0 * magnitude)
+    numerator = tl.where(small, magnitude + (magnitude * square) * p, 1.0 - t)
+    denominator = tl.where(small, 1.0, 1.0 + t) * (1.0 + tl.exp(-b))
+    result = numerator / denominator
+    return tl.where(a < 0.0, -result, result)
+
+
+@triton.jit
 def _rows(u, bias, channel, channel_mask, mask):
     """Half of the channels of u, with a bias, float32."""
     shift = tl.load(bias + channel, mask=channel_mask, other=0.0)
@@ -331,7 +347,6 @@ def transpose(output: Tensor, state: Tensor, channels: int) -> None:
         length // alignment,
         state.stride(0) // alignment,
         width,
-        flops=batch * rows * width,
         tile=tile,
         ALIGNMENT=alignment,
         ROWS=tile.rows,
@@ -346,57 +361,42 @@ def taps(output: Tensor, x: Tensor, weight: Tensor, step_bias: Tensor) -> None:
     """
     (batch, rows, width), (hidden, depth), stride = x.shape, weight.shape, output.shape[2]
     length = rows - 2
-
-    def run(tile: Tile) -> None:
-        launching.launch(
-            taps_kernel,
-            (batch * triton.cdiv(hidden, tile.rows) * triton.cdiv(length, tile.columns),),
-            x,
-            weight,
-            step_bias,
-            output,
-            hidden,
-            depth // 3,
-            length,
-            stride,
-            width,
-            _sample_stride(step_bias),
-            flops=2 * batch * length * hidden * depth,
-            tile=tile,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision_of(weight.dtype),
-        )
-
-    heuristic, others = partial(_taps_tile, dtype=weight.dtype), partial(_taps_tiles, dtype=weight.dtype)
-    tuned(run, heuristic, others, taps_kernel, x, (batch * length, hidden, depth // 3), weight.dtype)
+    tile = _taps_tile(batch * length, hidden, depth // 3, dtype=weight.dtype)
+    launching.launch(
+        taps_kernel,
+        (batch * triton.cdiv(hidden, tile.rows) * triton.cdiv(length, tile.columns),),
+        x,
+        weight,
+        step_bias,
+        output,
+        hidden,
+        depth // 3,
+        length,
+        stride,
+        width,
+        _sample_stride(step_bias),
+        tile=tile,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        PRECISION=precision_of(weight.dtype),
+    )
 
 
 def _taps_tile(positions: int, hidden: int, channels: int, *, dtype: torch.dtype) -> Tile:
     """Large tiles where they fill a card, else small ones; both in 99 KB of shared memory."""
-    return _taps_tiles(positions, hidden, channels, dtype=dtype)[0]
-
-
-def _taps_tiles(positions: int, hidden: int, channels: int, *, dtype: torch.dtype) -> list[Tile]:
     few = positions * hidden < 128 * 128 * 128
     if dtype == torch.float32:
-        tiles = (
-            [Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3)]
-            if few
-            else [Tile(64, 64, 16, 4, 3), Tile(64, 64, 32, 8, 3)]
-        )
-    elif few:
-        tiles = [Tile(128, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 3)]
+        tile = Tile(64, 32, 32, 4, 3) if few else Tile(64, 64, 16, 4, 3)
     else:
-        tiles = [Tile(128, 256, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 4, 4)]
-    return [_fitted(tile, hidden, positions, channels) for tile in tiles]
+        tile = Tile(128, 64, 64, 4, 4) if few else Tile(128, 256, 32, 8, 4)
+    return _fitted(tile, hidden, positions, channels)
 
 
 def _output_tile(positions: int, rows: int, channels: int, *, dtype: torch.dtype) -> Tile:
     """As for the taps, but at most 128 positions: a program has old numbers of the state in registers besides."""
     tile = _taps_tile(positions, rows, channels, dtype=dtype)
-    return tile if tile.columns <= 128 else _taps_tiles(positions, rows, channels, dtype=dtype)[1]
+    return tile if tile.columns <= 128 else _fitted(Tile(128, 128, 64, 8, 3), rows, positions, channels)
 
 
 def _fitted(tile: Tile, rows: int, columns: int, depth: int) -> Tile:
@@ -411,7 +411,6 @@ def output(state: Tensor, gated: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Change state [B, R, L] by the output product of gated [B, L + 2, W] with weight [R, C] and bias [R]."""
     (batch, rows, length), channels = state.shape, weight.shape[1]
     alignment = launching.alignment(length)
-    # It adds to what it reads, so that candidates cannot be timed.
     tile = _output_tile(batch * length, rows, channels, dtype=weight.dtype)
     launching.launch(
         output_kernel,
@@ -424,7 +423,6 @@ def output(state: Tensor, gated: Tensor, weight: Tensor, bias: Tensor) -> None:
         channels,
         length // alignment,
         gated.shape[2],
-        flops=2 * batch * length * rows * channels,
         tile=tile,
         ALIGNMENT=alignment,
         ROWS=tile.rows,
@@ -460,54 +458,40 @@ def mixture(
     """
     batch, hidden, stride = u.shape
     alignment = launching.alignment(length)
-
-    def run(tile: Tile) -> None:
-        launching.launch(
-            mixture_kernel,
-            (batch * triton.cdiv(length, tile.columns),),
-            y,
-            weight,
-            u,
-            output,
-            *vectors,
-            label_bias,
-            epsilon,
-            hidden // 2,
-            length // alignment,
-            stride,
-            output.shape[2],
-            0 if label_bias is None else _sample_stride(label_bias),
-            flops=2 * batch * length * hidden * hidden,
-            tile=tile,
-            GATED=gated,
-            ALIGNMENT=alignment,
-            CHANNELS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision_of(weight.dtype),
-        )
-
-    heuristic, others = partial(_mixture_tile, dtype=weight.dtype), partial(_mixture_tiles, dtype=weight.dtype)
-    variant = (weight.dtype, u.dtype, output.dtype, label_bias is None, gated, alignment)
-    tuned(run, heuristic, others, mixture_kernel, y, (batch, length, hidden), *variant)
+    tile = _mixture_tile(batch, length, hidden, dtype=weight.dtype)
+    launching.launch(
+        mixture_kernel,
+        (batch * triton.cdiv(length, tile.columns),),
+        y,
+        weight,
+        u,
+        output,
+        *vectors,
+        label_bias,
+        epsilon,
+        hidden // 2,
+        length // alignment,
+        stride,
+        output.shape[2],
+        0 if label_bias is None else _sample_stride(label_bias),
+        tile=tile,
+        GATED=gated,
+        ALIGNMENT=alignment,
+        CHANNELS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        PRECISION=precision_of(weight.dtype),
+    )
 
 
 def _mixture_tile(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> Tile:
     """All channels of as many positions as registers hold, fewer where that leaves processors idle."""
-    return _mixture_tiles(batch, length, hidden, dtype=dtype)[0]
-
-
-def _mixture_tiles(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> list[Tile]:
     rows = triton.next_power_of_2(max(triton.cdiv(hidden, 2), 16))
-    few = batch * length < 132 * 32
     if dtype == torch.float32:
-        tiles = [Tile(rows, 16, 16, 8, 2), Tile(rows, 32, 16, 8, 2)]
-    elif few:
-        tiles = [Tile(rows, 16, 32, 8, 3), Tile(rows, 32, 32, 8, 3)]
+        tile = Tile(rows, 16, 16, 8, 2)
     else:
-        tiles = [Tile(rows, 64, 32, 8, 3), Tile(rows, 32, 32, 8, 3), Tile(rows, 32, 64, 8, 2)]
-    wide = rows > 256
-    return [_fitted(tile._replace(columns=max(tile.columns >> wide, 16)), rows, length, hidden) for tile in tiles]
+        tile = Tile(rows, 16 if batch * length < 132 * 32 else 64, 32, 8, 3)
+    return _fitted(tile._replace(columns=max(tile.columns >> (rows > 256), 16)), rows, length, hidden)
 
 
 def _sample_stride(bias: Tensor) -> int:

@@ -22,15 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tgdp_fast.kernels.autotuning import tuned
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import TYPES, Tile, launch, recorded
+from tgdp_fast.kernels.launching import TYPES, Compilation, Tile, launch, recorded
 from tgdp_fast.kernels.matrix import (
     accumulate,
     add_bias,
     as_rows,
     bias_strides,
-    layout,
     multiply_add,
     narrow,
     power_of_two,
@@ -565,14 +562,8 @@ def fits(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def _tile(batch: int, inputs: int, *widths: int) -> Tile:
     """Rows of a block, half the padded width, and slices of the first layer's product."""
     # Few rows give every multiprocessor a block of its own; many share a reading of the weights.
-    return _tiles(batch, inputs, *widths)[batch > 2048]
-
-
-def _tiles(batch: int, inputs: int, *widths: int) -> list[Tile]:
-    """All choices."""
-    columns = power_of_two(max(widths), 32, MOST_UNITS) // 2
-    depth = power_of_two(inputs, 16, 32)
-    return [Tile(rows, columns, depth, num_warps, 2) for rows, num_warps in ((16, 4), (32, 8), (16, 8))]
+    rows, num_warps = (16, 4) if batch <= 2048 else (32, 8)
+    return Tile(rows, power_of_two(max(widths), 32, MOST_UNITS) // 2, power_of_two(inputs, 16, 32), num_warps, 2)
 
 
 def _four(values: Sequence[Value]) -> list[Value]:
@@ -621,7 +612,6 @@ def _launch(
             kernel,
             (triton.cdiv(batch, tile.rows),),
             *arguments,
-            flops=2 * passes * batch * sum(weight.numel() for weight in weights),
             tile=tile,
             HALF=tile.columns,
             ROWS=tile.rows,
@@ -630,7 +620,7 @@ def _launch(
             **flags,
         )
 
-    tuned(run, _tile, _tiles, kernel, x, (batch, inputs, *widths), x.dtype, *layout(x), *flags.values())
+    run(_tile(batch, inputs, *widths))
     return kept
 
 

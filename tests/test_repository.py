@@ -24,7 +24,7 @@ KERNELS = ROOT / "kernels" if (ROOT / "kernels").is_dir() else PACKAGE / "kernel
 LAYERS: dict[str, set[str] | None] = {
     "_version": set(),
     "runtime": {"_version"},
-    "kernels": {"_version", "runtime"},
+    "kernels": set(),
     "ops": {"runtime", "kernels"},
     "models": {"runtime", "ops"},
     "diffusion": {"runtime", "ops", "models"},
@@ -34,8 +34,7 @@ LAYERS: dict[str, set[str] | None] = {
     "fit": None,
     "ecg": None,
     "integrations": None,
-    "experiments": None,
-    "benchmark": None,
+    "lab": None,
     "cli": None,
     "__main__": None,
     "_api": None,
@@ -71,7 +70,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """Name inside the package: "ops.guided_step", "ops.__init__", "kernels.__init__"."""
+    """Name inside the package: "ops.guided_step", "ops.__init__", "kernels.philox"."""
     base = PACKAGE if path.is_relative_to(PACKAGE) else ROOT
     return ".".join(path.relative_to(base).with_suffix("").parts)
 
@@ -178,7 +177,7 @@ def test_tests_are_collected_where_there_are_no_real_records(tmp_path: Path):
 def test_imports_point_to_earlier_layers_only():
     files = python_files("tgdp_fast", "kernels")
     assert PACKAGE / "runtime" / "checks.py" in files
-    assert KERNELS / "__init__.py" in files
+    assert KERNELS / "launching.py" in files
     wrong = [problem for path in files for problem in layer_violations(path.read_text(), module_name(path))]
     assert not wrong, "\n".join(wrong)
 
@@ -245,14 +244,14 @@ for module in pkgutil.walk_packages(tgdp_fast.__path__, "tgdp_fast."):
             assert f"pip install 'tgdp_fast[{{package}}]'" in str(error), error
         else:
             raise AssertionError(module.name)
-    # A kernel needs Triton; running __main__ starts the command line.
-    elif not module.name.startswith("tgdp_fast.kernels.") and not module.name.endswith("__main__"):
+    # Running __main__ starts the command line.
+    elif not module.name.endswith("__main__"):
         importlib.import_module(module.name)
         print(module.name)
 """
     names = run_python(code).split()
     assert "tgdp_fast.runtime.checks" in names
-    assert "tgdp_fast.kernels" in names
+    assert "tgdp_fast.ops.guided_step" in names
 
 
 def test_importing_the_package_is_quick_and_brings_no_optional_package():
@@ -293,9 +292,91 @@ def test_kernels_folder_is_importable_inside_the_package():
     link = PACKAGE / "kernels"
     assert link.is_symlink() == (link != KERNELS)
     assert not link.is_symlink() or os.readlink(link) == "../kernels"
-    location = importlib.import_module("tgdp_fast.kernels").__file__
-    assert location is not None
-    assert Path(location).resolve() == KERNELS / "__init__.py"
+    (location,) = importlib.import_module("tgdp_fast.kernels").__path__
+    assert Path(location).resolve() == KERNELS
+    assert not (KERNELS / "__init__.py").exists()
+
+
+def test_the_folder_of_kernels_hides_no_package_of_that_name(tmp_path: Path):
+    # As Hugging Face's, wherever it comes on the path.
+    other = tmp_path / "kernels"
+    other.mkdir()
+    (other / "__init__.py").write_text("name = 'theirs'\n")
+    code = "import kernels, tgdp_fast.kernels; print(kernels.name, *tgdp_fast.kernels.__path__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,  # "python -c" looks here first
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+    )
+    assert done.returncode == 0, done.stderr
+    name, location = done.stdout.split()
+    assert name == "theirs"
+    assert Path(location).resolve() == KERNELS
+
+
+def copied_package(folder: Path) -> None:
+    """The package in ``folder``, with a text file for the link, as git makes where there are no symbolic links."""
+    shutil.copytree(PACKAGE, folder / "tgdp_fast", ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    (folder / "tgdp_fast" / "kernels").write_text("../kernels")
+
+
+def test_without_symbolic_links_everything_but_triton_runs(tmp_path: Path):
+    copied_package(tmp_path)
+    code = f"""
+import tgdp_fast
+from tgdp_fast.ops import backend_report, guided_step
+import torch
+assert tgdp_fast.__file__.startswith({str(tmp_path)!r})
+assert torch.isfinite(guided_step(torch.ones(2, 3), torch.ones(2, 3), matrix=((1.0, 0.5),)).x_next).all()
+print({{states["triton"] for name, states in backend_report().items() if name == "guided_step"}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "git config core.symlinks true" in done.stdout
+
+
+@pytest.mark.slow(ci=True)
+@pytest.mark.parametrize("form", ["build_sdist", "build_wheel", "build_editable"])
+def test_every_distribution_brings_the_kernels(form: str, tmp_path: Path):
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no source distribution")
+    names = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"]
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in [*names, "mkdocs.yml"]:
+        shutil.copy(ROOT / name, source)
+    for name in ("tgdp_fast", "kernels"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    environment = {**os.environ, "TGDP_BUILD_CPU": "0", "TGDP_BUILD_CUDA": "0", "TGDP_REQUIRE_CPU": "0"}
+    built = tmp_path / "built"
+    built.mkdir()
+    code = f"import setuptools.build_meta as build; build.{form}({str(built)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (archive,) = built.iterdir()
+    shutil.unpack_archive(archive, built / "content", "gztar" if form == "build_sdist" else "zip")
+    packages = built / "content"
+    if form == "build_sdist":
+        (packages,) = packages.iterdir()
+        assert not (packages / "kernels").exists()
+    place = source if form == "build_editable" else packages
+    # Without the packages of this environment, one of which may be this one.
+    code = f"import site; site.addsitedir({str(packages)!r}); import tgdp_fast.kernels as k; print(*k.__path__)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=built)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == place / "tgdp_fast" / "kernels"
+    found = (place / "tgdp_fast" / "kernels").glob("*.py")
+    assert {path.name for path in found} == {path.name for path in KERNELS.glob("*.py")}
 
 
 def test_version_is_the_one_in_the_version_file():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mlp_native import network
 
 from tgdp_fast import sample
-from tgdp_fast.benchmark.cases.networks import guidance_network, source_denoiser
-from tgdp_fast.benchmark.validate import failures, validate
-from tgdp_fast.kernels import autotuning
-from tgdp_fast.ops import backend_report, long_convolution, mlp_value_and_grad, prepare_long_convolution
+from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
+from tgdp_fast.lab.validate import failures, validate
+from tgdp_fast.ops import backend_report, long_convolution, prepare_long_convolution
 from tgdp_fast.sampling import graph as captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -73,42 +71,6 @@ def test_chunks_are_recorded_and_change_nothing(monkeypatch):
     whole = sample(*networks, batch_size=500, **arguments)
     assert recordings == [1]
     torch.testing.assert_close(parts, whole, rtol=2e-2, atol=2e-2)
-
-
-def test_launch_configurations_are_measured_once_and_never_in_a_recording(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuners, timed = [], []
-
-    def timer(call):
-        timed.append(call)
-        return autotuning._median_milliseconds(call)
-
-    tuner = autotuning.Tuner(autotuning.cache_folder(), timer)
-    monkeypatch.setattr(autotuning, "_tuner", lambda: tuners.append(tuner) or tuner)
-    x, *parameters = ([t.cuda() for t in i] if isinstance(i, list) else i.cuda() for i in network((2, 300, 300), 1000))
-
-    def call(x):
-        return mlp_value_and_grad(x, *parameters, backend="triton")
-
-    expected = call(x)
-    assert not tuners
-    monkeypatch.setenv(autotuning.ENVIRONMENT, "1")
-    # Recorded before anything is chosen: the defaults.
-    replay, outputs = captured.record(lambda: tuple(call(x)), [])
-    replay()
-    assert not timed
-    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    first = call(x)
-    measured = len(timed)
-    assert measured > 0
-    assert len(list((tmp_path / "tgdp_fast" / "triton").glob("*.json"))) > 0
-    replay, outputs = captured.record(lambda: tuple(call(x)), [])
-    replay()
-    assert all(torch.equal(a, b) for a, b in zip(first, call(x), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(first, outputs, strict=True))
-    assert len(timed) == measured
-    for a, b in zip(first, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_repeated_runs_are_bitwise_equal():

@@ -10,8 +10,8 @@ from test_guided_step import COMMON, MATRICES, inputs, run_oracle
 from test_noise import KNOWN_ANSWERS, MASK, normal_oracle, philox_oracle
 from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_program
 
-from tgdp_fast.benchmark import validate
-from tgdp_fast.benchmark.accuracy import PRECISIONS
+from tgdp_fast.lab import validate
+from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.ops import BackendUnavailableError, guided_step, noise
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")

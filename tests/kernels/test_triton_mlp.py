@@ -37,7 +37,7 @@ def test_in_the_interpreter():
 def test_validates_in_the_interpreter(operator):
     code = f"""
 import triton_interpreter, torch
-from tgdp_fast.benchmark import validate
+from tgdp_fast.lab import validate
 torch.use_deterministic_algorithms(True)  # new tensors hold NaN
 assert torch.isnan(torch.empty(100)).all()
 rows = [row for precision in ("fp32", "bf16", "fp16") for row in validate._rows({operator!r}, "triton", precision)]

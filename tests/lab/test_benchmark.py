@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from tgdp_fast.benchmark import accuracy, cases, eager, floors, problems, report, runner, sssd_ecg, validate
-from tgdp_fast.benchmark.cases import ecg_guidance
 from tgdp_fast.cli.main import main
+from tgdp_fast.lab import accuracy, cases, eager, problems, validate
+from tgdp_fast.lab.benchmark import floors, report, runner
+from tgdp_fast.lab.cases import ecg_guidance
+from tgdp_fast.lab.cases import sssd_ecg_peers as sssd_ecg
 from tgdp_fast.ops import _dispatch
 from tgdp_fast.ops.mlp_value_and_grad import _forward_reference
 

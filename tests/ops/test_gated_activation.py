@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from triton_interpreter import interpreted
 
 from tgdp_fast.ops import BackendUnavailableError, gated_activation
 from tgdp_fast.ops.gated_activation import gated_activation_reference
-
-each_backend = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])
 
 
 def oracle(x, bias=None):
@@ -26,16 +23,15 @@ def draw(*shape, scale=3.0, dtype=torch.float32):
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(1))).to(dtype)
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [None, "shared", "per sample"])
 @pytest.mark.parametrize(
     "shape", [(0, 2, 3), (2, 0, 3), (2, 2, 0), (1, 2, 1), (3, 10, 7), (2, 6, 129), (2, 2, 1024), (1, 6, 1025)]
 )
-def test_matches_the_definition(shape, rows, dtype, backend):
+def test_matches_the_definition(shape, rows, dtype):
     x = draw(*shape, dtype=dtype)
     bias = {None: None, "shared": draw(shape[1], dtype=dtype), "per sample": draw(*shape[:2], dtype=dtype)}[rows]
-    got = gated_activation(x, bias, backend=backend)
+    got = gated_activation(x, bias)
     assert got.dtype == dtype
     assert got.shape == (shape[0], shape[1] // 2, shape[2])
     assert got.is_contiguous()
@@ -46,43 +42,39 @@ def test_matches_the_definition(shape, rows, dtype, backend):
     np.testing.assert_allclose(got.double().numpy(), oracle(x, bias), rtol=half_ulp, atol=1e-6 + subnormal)
 
 
-@each_backend
-def test_is_accurate_near_zero_and_far_away(backend):
+def test_is_accurate_near_zero_and_far_away():
     magnitudes = torch.logspace(-30, 30, 401)
     first = torch.cat([-magnitudes.flip(0), torch.zeros(1), magnitudes])
     second = torch.linspace(-80, 80, len(first))
     x = torch.stack([first, second])[None]
-    got = gated_activation(x, backend=backend)[0, 0].double().numpy()
+    got = gated_activation(x)[0, 0].double().numpy()
     exact = oracle(x)[0, 0]
     # Relative: the two functions and their product, some units in the last place (1.2e-7); the exponential of a rounded
     # argument of 80 in size adds 80 * 2^-24 = 5e-6.
     np.testing.assert_allclose(got, exact, rtol=6e-6, atol=0)
     nan = torch.tensor([[[float("nan"), 0.5, 0.5], [0.5, float("nan"), 0.5]]])
-    assert torch.isnan(gated_activation(nan, backend=backend)).tolist() == [[[True, True, False]]]
+    assert torch.isnan(gated_activation(nan)).tolist() == [[[True, True, False]]]
     infinite = torch.tensor([[[float("inf"), -float("inf"), 1.0], [float("inf"), float("inf"), -float("inf")]]])
-    assert gated_activation(infinite, backend=backend).tolist() == [[[1.0, -1.0, 0.0]]]
+    assert gated_activation(infinite).tolist() == [[[1.0, -1.0, 0.0]]]
 
 
-@each_backend
-def test_slices_and_other_dtypes_of_the_bias(backend):
+def test_slices_and_other_dtypes_of_the_bias():
     x, bias = draw(3, 10, 33), draw(3, 10)
-    expected = gated_activation(x, bias, backend=backend)
+    expected = gated_activation(x, bias)
 
     def same(got, expected):
-        # A kernel gives the same bits; PyTorch's functions differ at the ends of rows, by units in the last place.
-        torch.testing.assert_close(got, expected, rtol=0, atol=5e-7 if backend == "reference" else 0)
+        # PyTorch's functions differ at the ends of rows, by units in the last place.
+        torch.testing.assert_close(got, expected, rtol=0, atol=5e-7)
 
     buffer = torch.full((66, 3, 10), float("nan"))
     scattered = buffer[::2].permute(1, 2, 0).copy_(x)
     wide = torch.full((3, 20), float("nan"))
     wide[:, ::2] = bias
-    same(gated_activation(scattered, wide[:, ::2], backend=backend), expected)
-    same(gated_activation(x, bias.double(), backend=backend), expected)
-    np.testing.assert_allclose(
-        gated_activation(x, bias.half(), backend=backend).numpy(), oracle(x, bias.half()), rtol=0, atol=1e-6
-    )
+    same(gated_activation(scattered, wide[:, ::2]), expected)
+    same(gated_activation(x, bias.double()), expected)
+    np.testing.assert_allclose(gated_activation(x, bias.half()).numpy(), oracle(x, bias.half()), rtol=0, atol=1e-6)
     for sample in range(3):
-        part = gated_activation(x[sample : sample + 1], bias[sample], backend=backend)
+        part = gated_activation(x[sample : sample + 1], bias[sample])
         same(part[0], expected[sample])
 
 

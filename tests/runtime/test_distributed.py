@@ -14,13 +14,13 @@ import torch
 
 from tgdp_fast import Denoiser, NoiseSchedule, train_denoiser
 from tgdp_fast.data.gaussians import paper_source, paper_target
+from tgdp_fast.fit.config import TrainingConfig
 from tgdp_fast.fit.guidance import fit_guidance
-from tgdp_fast.fit.training import Optimisation
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.checkpoint import load_checkpoint
 from tgdp_fast.runtime.stages import Stages
 
-SETTINGS = Optimisation(steps=12, batch_size=16, learning_rate=1e-3, ema_decay=0.9, warmup=2)
+SETTINGS = TrainingConfig(steps=12, batch_size=16, learning_rate=1e-3, ema_decay=0.9, warmup=2)
 # Rounding of sums of gradients in another order, through 12 steps of Adam: a few ulps a step at a rate of 1e-3, more
 # where a gradient is near 0, for Adam divides by its size.
 TOLERANCE = 2e-4
@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from tgdp_fast import distributed
+from tgdp_fast.runtime import distributed
 from test_distributed import work
 with distributed.process_group("cpu"):
     work(Path(sys.argv[1]))
@@ -74,7 +74,7 @@ def work(out: Path) -> None:
 def run(out: Path, processes: int) -> list[dict]:
     out.mkdir()
     script = out / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(out)],
@@ -112,7 +112,7 @@ def test_the_tolerance_tells_another_batch(tmp_path: Path) -> None:
     source = paper_source().sample(200, seed=0).numpy()
     weights = []
     for size in (16, 8):
-        settings = Optimisation(**{**vars(SETTINGS), "batch_size": size})
+        settings = TrainingConfig(**{**vars(SETTINGS), "batch_size": size})
         denoiser = train_denoiser(source, width=16, depth=2, settings=settings)
         weights.append(torch.cat([p.detach().flatten() for p in denoiser.parameters()]))
     assert (weights[0] - weights[1]).abs().max() > 5 * TOLERANCE

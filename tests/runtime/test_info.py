@@ -150,7 +150,7 @@ BACKENDS = {
     "guided_step": {"cuda": "no toolkit", "triton": "no GPU", "cpu": "available", "reference": "available"},
     "residual_block_": {"cuda": "none of it", "triton": "no GPU", "cpu": "available", "reference": "available"},
 }
-KERNELS = {"cpu_kernels": "avx512_bf16", "triton_autotune": "off; TGDP_TRITON_AUTOTUNE=1 keeps them in F"}
+KERNELS = {"cpu_kernels": "avx512_bf16"}
 
 
 def described(backends: dict[str, dict[str, str]] = BACKENDS, **changes: object) -> list[str]:
@@ -181,9 +181,6 @@ def test_info_is_written_for_people():
     assert "cuda               no GPU that torch can use" in lines
     assert "instruction_sets   not known" in lines
     assert "cpu_kernels        none" in described(cpu_kernels=None)
-    assert "triton_autotune    off; TGDP_TRITON_AUTOTUNE=1 keeps them in F" in lines
-    # What is kept there is still counted.
-    assert any(line.endswith("F, which has 3") for line in described(triton_autotune="on; F, which has 3"))
 
 
 def test_info_describes_this_installation():

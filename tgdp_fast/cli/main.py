@@ -14,7 +14,9 @@ from typing import Any
 
 from tgdp_fast._version import __version__
 from tgdp_fast.cli import ecg as ecg_commands
-from tgdp_fast.cli.arguments import Parser, add_command, add_quiet
+from tgdp_fast.cli.arguments import Parser, add_command, add_quiet, with_flags
+from tgdp_fast.fit.losses import LOSSES
+from tgdp_fast.fit.regularizers import REGULARIZERS
 from tgdp_fast.runtime.checks import check_choice, check_device, check_integer, check_number, check_seed
 
 #: As in tgdp_fast.diffusion.solvers, which loads torch; --help does not wait for it.
@@ -110,23 +112,21 @@ def _work(out: Path) -> Path:
 
 def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
-    from tgdp_fast.kernels import autotuning
     from tgdp_fast.ops._dispatch import backend_report
     from tgdp_fast.runtime.info import describe, environment
     from tgdp_fast.runtime.native import cpu_capability
 
-    kernels = {"cpu_kernels": cpu_capability(), "triton_autotune": autotuning.state()}
-    facts = {"environment": environment() | kernels, "backends": backend_report()}
+    facts = {"environment": environment() | {"cpu_kernels": cpu_capability()}, "backends": backend_report()}
     print(json.dumps(facts, indent=2) if options.json else describe(facts))
 
 
 def demo(options: argparse.Namespace) -> None:
     """The paper's simulation in its quick form: n = 100, one draw, table and plots."""
-    from tgdp_fast.experiments import gaussians
-    from tgdp_fast.fit.training import Optimisation
+    from tgdp_fast.fit.config import TrainingConfig
+    from tgdp_fast.lab.experiments import gaussians
 
     methods = (*gaussians.REFERENCES, *gaussians.BASELINES, "tgdp")
-    settings = Optimisation(steps=2000, batch_size=512, learning_rate=2e-3, ema_decay=0.998)
+    settings = TrainingConfig(steps=2000, batch_size=512, learning_rate=2e-3, ema_decay=0.998)
     jobs = min(3, os.cpu_count() or 1)
     plan = gaussians.Plan(
         options.out, (100,), 1, methods, source_settings=settings, jobs=jobs, progress=not options.quiet
@@ -141,7 +141,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def experiment_gaussians(options: argparse.Namespace) -> None:
     """The paper's simulation, section 4.1."""
-    from tgdp_fast.experiments import gaussians
+    from tgdp_fast.lab.experiments import gaussians
 
     plan = gaussians.Plan(
         options.out,
@@ -158,7 +158,7 @@ def experiment_gaussians(options: argparse.Namespace) -> None:
 
 
 def _gaussians(plan: Any) -> None:
-    from tgdp_fast.experiments import gaussians
+    from tgdp_fast.lab.experiments import gaussians
 
     gaussians.run(plan)
     print((plan.out / "results.md").read_text())
@@ -167,44 +167,10 @@ def _gaussians(plan: Any) -> None:
 
 def experiment_digits(options: argparse.Namespace) -> None:
     """Real data: all handwritten digits to two of them, from 20 images."""
-    from tgdp_fast.experiments import digits
+    from tgdp_fast.lab.experiments import digits
 
     plan = digits.Plan(options.out, tuple(options.digits), options.n, options.seeds, progress=not options.quiet)
     digits.run(plan)
-    print((plan.out / "results.md").read_text())
-
-
-def experiment_few_steps(options: argparse.Namespace) -> None:
-    """Few solver steps and the matched prior, with one small SSSD-ECG model."""
-    from tgdp_fast.experiments import few_steps
-
-    plan = few_steps.Plan(
-        options.out,
-        options.records,
-        options.seeds,
-        options.num,
-        tuple(options.methods or few_steps.METHODS),
-        progress=not options.quiet,
-    )
-    few_steps.run(plan)
-    print((plan.out / "results.md").read_text())
-
-
-def experiment_label_shift(options: argparse.Namespace) -> None:
-    """Beats of two rhythms, of which source and target have known shares, and what every method makes of them."""
-    from tgdp_fast.experiments import label_shift
-
-    components = label_shift.SYNTHETIC_COMPONENTS if options.records is None else label_shift.REAL_COMPONENTS
-    plan = label_shift.Plan(
-        options.out,
-        options.records,
-        options.seeds,
-        options.num,
-        options.n,
-        num_components=components,
-        progress=not options.quiet,
-    )
-    label_shift.run(plan)
     print((plan.out / "results.md").read_text())
 
 
@@ -212,7 +178,8 @@ def bench(options: argparse.Namespace) -> int | None:
     """Time the operators, a training step and sampling, beside public ways to do the same."""
     import torch
 
-    from tgdp_fast.benchmark import cases, floors, report, runner
+    from tgdp_fast.lab import cases
+    from tgdp_fast.lab.benchmark import floors, report, runner
     from tgdp_fast.runtime.files import save_json
 
     check_device(options.device, "--device")
@@ -252,8 +219,8 @@ def bench(options: argparse.Namespace) -> int | None:
 
 def bench_report(options: argparse.Namespace) -> None:
     """Results of bench as one Markdown text, and plots."""
-    from tgdp_fast.benchmark import report
-    from tgdp_fast.experiments import figures
+    from tgdp_fast.lab.benchmark import report
+    from tgdp_fast.runtime import figures
     from tgdp_fast.runtime.files import write_atomic
 
     results = {path.stem: report.load(path) for path in options.files}
@@ -270,7 +237,7 @@ def bench_report(options: argparse.Namespace) -> None:
 
 def validate(options: argparse.Namespace) -> int | None:
     """Check every operator, backend and precision on awkward shapes against float64; exit status 1 on failure."""
-    from tgdp_fast.benchmark import validate as checks
+    from tgdp_fast.lab import validate as checks
     from tgdp_fast.runtime.files import save_json
     from tgdp_fast.runtime.info import environment
 
@@ -286,74 +253,41 @@ def validate(options: argparse.Namespace) -> int | None:
 def transfer(options: argparse.Namespace) -> None:
     """Two arrays in, target samples out."""
     from tgdp_fast.diffusion.denoiser import Denoiser
-    from tgdp_fast.fit.density_ratio import RATIO_LOSSES
+    from tgdp_fast.fit.config import TrainingConfig
     from tgdp_fast.fit.diagnostics import TransferDiagnostics
-    from tgdp_fast.fit.guidance import common_classes
     from tgdp_fast.fit.model import TransferModel
-    from tgdp_fast.fit.training import Optimisation
-    from tgdp_fast.runtime.arrays import check_labels, check_samples, load_array
+    from tgdp_fast.runtime.arrays import CheckedArray, load_array
     from tgdp_fast.runtime.checkpoint import check_replaceable, checkpoint_kind
     from tgdp_fast.runtime.stages import Stages
 
     _check_sampling(options)
-    check_choice("--loss", options.loss, RATIO_LOSSES)
-    check_number("--cycle", options.cycle, 0.0)
-    if options.consistency is not None:
-        check_number("--consistency", options.consistency, 0.0)
+    config = _guidance_config(options)
     if options.train_steps is not None:
         check_integer("--train-steps", options.train_steps, 1)
     if options.save is not None:
         _check_folder("--save", options.save)
         _named("--save", check_replaceable, options.save)
-    source = check_samples("--source", load_array(options.source, "--source"))
-    target = check_samples("--target", load_array(options.target, "--target"), event_shape=source.shape[1:])
+    source = CheckedArray.samples("--source", load_array(options.source, "--source"))
+    event_shape = source.values.shape[1:]
+    target = CheckedArray.samples("--target", load_array(options.target, "--target"), event_shape=event_shape)
     denoiser: Denoiser | TransferModel | None = None
     if options.denoiser is not None:
         kind = _named("--denoiser", checkpoint_kind, options.denoiser)
         load = TransferModel.load if kind == "transfer_model" else Denoiser.load
         denoiser = _named("--denoiser", load, options.denoiser)
         _move(denoiser, options.device)
-    labels = {}
-    for name, count in (("source_labels", len(source)), ("target_labels", len(target)), ("labels", options.num)):
-        path = getattr(options, name)
-        flag = "--" + name.replace("_", "-")
-        found = None if path is None else _labels(path, count) if name == "labels" else load_array(path, flag)
-        labels[name] = None if found is None else check_labels(flag, found, count)
-    given = [name for name, value in labels.items() if value is not None]
-    if given and len(given) < 3:
-        raise ValueError(
-            "--source-labels, --target-labels and --labels (of the samples to draw) belong together; got only "
-            + ", ".join("--" + name.replace("_", "-") for name in given)
-        )
-    stated = denoiser.denoiser if isinstance(denoiser, TransferModel) else denoiser
-    if stated is not None and stated.num_classes and not given:
-        raise ValueError(
-            "--source-labels, --target-labels and --labels must be given: --denoiser is conditional on "
-            f"{stated.num_classes} classes"
-        )
-    if given:
-        classes = common_classes(
-            labels["source_labels"],
-            labels["target_labels"],
-            len(source),
-            len(target),
-            None,
-            None if stated is None else stated.num_classes,
-        )
-        check_labels("--labels", labels["labels"], options.num, classes)
+    labels = _transfer_labels(options, source, target, denoiser)
     work = _work(options.out)
     if not options.quiet:
         print(f"finished stages and, every 30 s, training states go to {work} until the end", file=sys.stderr)
     model = TransferModel.fit(
         source,
         target,
+        config,
         source_labels=labels["source_labels"],
         target_labels=labels["target_labels"],
         denoiser=denoiser,
-        denoiser_settings=None if options.train_steps is None else Optimisation(steps=options.train_steps),
-        loss=options.loss,
-        consistency=options.consistency,
-        cycle=options.cycle,
+        denoiser_training=None if options.train_steps is None else TrainingConfig(steps=options.train_steps),
         work_dir=work,
         seed=options.seed,
         device=options.device,
@@ -366,8 +300,51 @@ def transfer(options: argparse.Namespace) -> None:
     if options.save is not None:
         model.save(options.save)
         print(f"model saved in {options.save}")
-    _draw(model, options, labels["labels"])
+    _draw(model, options, None if labels["labels"] is None else labels["labels"].values)
     Stages(work).remove("denoiser", "guidance")
+
+
+def _guidance_config(options: argparse.Namespace) -> Any:
+    """The loss and the regularizers that the command line names."""
+    from tgdp_fast.fit.config import GuidanceConfig
+
+    given = {name: getattr(options, name) for name in REGULARIZERS}
+    try:
+        regularizers = [
+            kind(kind.default if given[name] is None else given[name]) for name, kind in REGULARIZERS.items()
+        ]
+        return GuidanceConfig(loss=options.loss, regularizers=regularizers)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error), options, {})) from None
+
+
+def _transfer_labels(options: argparse.Namespace, source: Any, target: Any, denoiser: Any) -> dict[str, Any]:
+    """Labels of the source, of the target and of the samples to draw, checked: all three or none."""
+    from tgdp_fast.fit.data import TransferArrays
+    from tgdp_fast.runtime.arrays import CheckedArray, load_array
+
+    labels: dict[str, Any] = {}
+    for name, count in (("source_labels", len(source)), ("target_labels", len(target)), ("labels", options.num)):
+        path = getattr(options, name)
+        flag = "--" + name.replace("_", "-")
+        found = None if path is None else _labels(path, count) if name == "labels" else load_array(path, flag)
+        labels[name] = None if found is None else CheckedArray.labels(flag, found, count)
+    given = [name for name, value in labels.items() if value is not None]
+    if given and len(given) < 3:
+        raise ValueError(
+            "--source-labels, --target-labels and --labels (of the samples to draw) belong together; got only "
+            + ", ".join("--" + name.replace("_", "-") for name in given)
+        )
+    stated = getattr(denoiser, "denoiser", denoiser)  # that of a whole model
+    if stated is not None and stated.num_classes and not given:
+        raise ValueError(
+            "--source-labels, --target-labels and --labels must be given: --denoiser is conditional on "
+            f"{stated.num_classes} classes"
+        )
+    if given:
+        arrays = TransferArrays.check(source, target, labels["source_labels"], labels["target_labels"], denoiser=stated)
+        CheckedArray.labels("--labels", labels["labels"], options.num, arrays.num_classes)
+    return labels
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -407,7 +384,7 @@ def _check_own(model: Any, options: argparse.Namespace, labels: Any) -> None:
     except ValueError:  # Something else, or damaged: somebody's all the same.
         held = None
     _move(model, options.device)
-    if held is None or not model.drew(held, options.num, labels=labels, **_settings(options)):
+    if held is None or not model.reproduces(held, options.num, labels=labels, **_settings(options)):
         raise ValueError(
             f"--out must be given: {SAMPLES}, the default, is there already and holds something else; give another "
             f"file, or --out {SAMPLES} to replace it"
@@ -574,22 +551,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, default=3, help="draws of the target images (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
     add_quiet(command)
-    command = add_command(experiments, "few-steps", experiment_few_steps)
-    command.add_argument("--records", type=Path, help="folder of WFDB records at 100 Hz (default: synthetic signals)")
-    command.add_argument("--seeds", type=int, default=3, help="draws (%(default)s)")
-    command.add_argument("--num", type=int, default=300, help="samples drawn per method (%(default)s)")
-    command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
-    command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
-    add_quiet(command)
-    command = add_command(experiments, "label-shift", experiment_label_shift)
-    command.add_argument(
-        "--records", type=Path, help="folder with records.csv and .npz files of lead I (default: synthetic records)"
-    )
-    command.add_argument("--n", "--target-beats", type=int, default=300, help="target beats (%(default)s)")
-    command.add_argument("--seeds", type=int, default=3, help="divisions of the records (%(default)s)")
-    command.add_argument("--num", type=int, default=1000, help="samples drawn per method (%(default)s)")
-    command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
-    add_quiet(command)
 
     command = add_command(commands, "bench", bench)
     command.add_argument("--quick", action="store_true", help="few and small cases, few rounds")
@@ -629,9 +590,10 @@ def _parser() -> argparse.ArgumentParser:
         "--denoiser", type=Path, help="saved model whose source denoiser to use instead of training one"
     )
     command.add_argument("--train-steps", type=int, help="training steps of the source denoiser (2000)")
-    command.add_argument("--loss", default="logistic", help="logistic, ratio_mse, poisson or log_mse (%(default)s)")
-    command.add_argument("--consistency", type=float, help="weight of the consistency term (1)")
-    command.add_argument("--cycle", type=float, default=0.0, help="weight of the cycle term (%(default)s)")
+    command.add_argument("--loss", default="logistic", help=f"{', '.join(LOSSES)} (%(default)s)")
+    for name, kind in REGULARIZERS.items():
+        flag, term = f"--{name.replace('_', '-')}", name.replace("_", " ")
+        command.add_argument(flag, type=float, help=f"weight of the {term} term ({kind.default:g})")
     _sampling(command)
 
     command = add_command(commands, "sample", sample)

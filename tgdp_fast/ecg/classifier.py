@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
-from tgdp_fast.fit.training import Batches, Optimisation, device_of, optimise, seeded_initialisation
+from tgdp_fast.fit.batches import Batches
+from tgdp_fast.fit.config import TrainingConfig
+from tgdp_fast.fit.training import device_of, minimize, seeded_initialization
 from tgdp_fast.models.xresnet1d import XResNet1d
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.arrays import check_labels, check_samples
@@ -26,7 +28,7 @@ def train_ecg_classifier(
     *,
     network: XResNet1d | None = None,
     architecture: Mapping[str, Any] | None = None,
-    settings: Optimisation | None = None,
+    settings: TrainingConfig | None = None,
     crop: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -44,12 +46,12 @@ def train_ecg_classifier(
         y: multi-hot or soft statements [N, K] in [0, 1].
         network: trained in place; default a new one of ``architecture``.
         architecture: arguments of :class:`XResNet1d` other than ``in_channels`` and ``num_classes``.
-        settings: see :class:`Optimisation`.
+        settings: see :class:`TrainingConfig`.
         crop: train on windows of so many samples, at random places (the benchmark of PTB-XL: 250 of 1000); default
             whole records. Give :func:`predict` the same.
         seed: of initial weights, batches, windows and dropout.
         device: where to train; default that of ``network``, else the CPU.
-        progress, description, state_dir: see :func:`tgdp_fast.fit.training.optimise`.
+        progress, description, state_dir: see :func:`tgdp_fast.fit.training.minimize`.
 
     Returns:
         The trained network, in eval mode.
@@ -64,7 +66,7 @@ def train_ecg_classifier(
     if labels.ndim != 2:
         raise ValueError(f"y must be multi-hot rows [N, K], got shape {list(labels.shape)}")
     check_seed(seed)
-    settings = settings or Optimisation(steps=2000, batch_size=128, learning_rate=2e-3, weight_decay=1e-2)
+    settings = settings or TrainingConfig(steps=2000, batch_size=128, learning_rate=2e-3, weight_decay=1e-2)
     share = distributed.share(settings.batch_size)
     if share.stop - share.start < 2:
         raise ValueError(
@@ -75,7 +77,7 @@ def train_ecg_classifier(
     if crop is not None and check_integer("crop", crop, 1) > length:
         raise ValueError(f"crop must be at most {length}, the samples of a record, got {crop}")
     if network is None:
-        with seeded_initialisation(seed):
+        with seeded_initialization(seed):
             network = XResNet1d(leads, labels.shape[1], **(architecture or {}))
     elif architecture is not None:
         raise ValueError("network and architecture were both given; expected one of them")
@@ -97,7 +99,7 @@ def train_ecg_classifier(
             network(_windows(signals[rows.to(home)], starts, crop)), target[rows.to(home)]
         )
 
-    optimise(
+    minimize(
         network,
         loss,
         settings,

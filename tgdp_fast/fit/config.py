@@ -12,7 +12,7 @@ import torch
 from tgdp_fast.diffusion.guidance import STEMS, GuidanceNetwork
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.losses import Logistic, Loss
-from tgdp_fast.fit.regularizers import Consistency, Regularizer
+from tgdp_fast.fit.regularizers import REGULARIZERS, Regularizer
 from tgdp_fast.fit.terms import Term
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.sampling.sampler import PRECISIONS
@@ -153,7 +153,8 @@ class GuidanceConfig:
         """
         regularizers = self.regularizers
         if regularizers is None:
-            regularizers = (Consistency(),) if has_denoiser else ()
+            kinds = [kind for kind in REGULARIZERS.values() if has_denoiser or "target_epsilon" not in kind.needs]
+            regularizers = tuple(kind(kind.default) for kind in kinds if kind.default)
         found = replace(self, regularizers=regularizers, training=self.training or training, num_classes=num_classes)
         for term in found.terms:
             if "target_epsilon" in term.needs and not has_denoiser:

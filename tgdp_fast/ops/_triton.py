@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import overload
 
 import torch
@@ -14,6 +15,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _missing() -> str | None:
+    if not (Path(__file__).parent.parent / "kernels").is_dir():
+        return (
+            "there are no Triton kernels here: tgdp_fast/kernels is no folder, as in a checkout without links; "
+            "run `git config core.symlinks true && git checkout -- tgdp_fast/kernels`, or install a wheel"
+        )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; run `pip install triton`"
     if not INTERPRETED and not torch.cuda.is_available():

@@ -55,7 +55,7 @@ def describe(facts: dict[str, dict[str, Any]]) -> str:
     """What ``tgdp-fast info`` prints: one line that sums it up, then every fact.
 
     Args:
-        facts: "environment", of :func:`environment` with ``cpu_kernels`` and ``triton_autotune``, and "backends", of
+        facts: "environment", of :func:`environment` with ``cpu_kernels``, and "backends", of
             :func:`tgdp_fast.ops.backend_report`.
     """
     environment, backends = facts["environment"], facts["backends"]

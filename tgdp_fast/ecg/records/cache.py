@@ -19,7 +19,7 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from tgdp_fast.ecg.records import splits as ecg_splits
-from tgdp_fast.ecg.records.entries import ECGEntry, Problem
-from tgdp_fast.ecg.records.folder import ECGFolder, is_short, known_leads
-from tgdp_fast.ecg.records.leads import STORED_LEADS
+from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, Problem
+from tgdp_fast.ecg.records.leads import STORED_LEADS, known_leads
 from tgdp_fast.ecg.records.signals import TooShortError, check_crop, read_entry
 from tgdp_fast.ecg.records.statements import STATEMENTS, multi_hot
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
@@ -66,7 +65,7 @@ class ECGDataset:
 
     Attributes:
         signals: float32 [N, leads, L] in mV, mapped read-only: rows are read when they are touched.
-        labels: uint8 [N, K], multi-hot.
+        labels: multi-hot [N, K], uint8; of :meth:`rows` float32.
         vocabulary: K statements.
         names: N names of records.
         patients: N identifiers; "record NAME" for records whose patient is not known.
@@ -76,7 +75,7 @@ class ECGDataset:
         problems: records that are not in it, and why.
         rate: samples per second.
         leads: names.
-        kind: of the folder, see :class:`~tgdp_fast.ecg.records.folder.ECGFolder`.
+        kind: of the folder, see :class:`~tgdp_fast.ecg.records.entries.ECGFolder`.
         sha256: of the file of signals.
     """
 
@@ -110,6 +109,24 @@ class ECGDataset:
             ECGCacheError: there is none, it is not finished, or it is damaged.
         """
         return _load(Path(cache_dir), verify)
+
+    def rows(self, rows: np.ndarray) -> ECGDataset:
+        """The records at ``rows``, in memory, with labels as networks take them."""
+        return replace(
+            self,
+            signals=np.asarray(self.signals[rows], dtype=np.float32),
+            labels=np.asarray(self.labels[rows], dtype=np.float32),
+            names=tuple(self.names[row] for row in rows),
+            patients=tuple(self.patients[row] for row in rows),
+            folds=self.folds[rows],
+            ages=self.ages[rows],
+            sexes=tuple(self.sexes[row] for row in rows),
+        )
+
+    @property
+    def statements(self) -> list[str]:
+        """Statements that occur, in the order of the vocabulary."""
+        return [self.vocabulary[column] for column in np.flatnonzero(self.labels.any(axis=0))]
 
     def split_by_fold(
         self, validation: Collection[int] = (9,), test: Collection[int] = (10,)
@@ -220,10 +237,11 @@ def build_ecg_cache(
 def _usable(folder: ECGFolder, seconds: float) -> tuple[list[ECGEntry], list[Problem]]:
     entries, problems = [], list(folder.problems)
     for entry in folder.entries:
-        if is_short(entry, seconds):
-            problems.append(Problem(entry.name, f"it has {entry.seconds:g} s, less than {seconds:g} s", short=True))
-        else:
+        short = entry.too_short(seconds)
+        if short is None:
             entries.append(entry)
+        else:
+            problems.append(short)
     return entries, problems
 
 
