@@ -12,6 +12,7 @@ from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_
 
 from tgdp_fast.lab import validate
 from tgdp_fast.lab.accuracy import PRECISIONS
+from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.ops import BackendUnavailableError, long_convolution, prepare_long_convolution
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
@@ -62,10 +63,9 @@ def test_matches_the_sum(length, dtype):
 @interpreted
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_validates(monkeypatch, precision):
-    few = [shape for shape in validate.CONVOLUTIONS if math.prod(shape.shape[:2]) < 40]
-    monkeypatch.setattr(validate, "CONVOLUTIONS", few)
-    rows = list(validate._rows("long_convolution", "triton", precision))
+def test_validates(precision):
+    few = [entry for entry in CHECKS["long_convolution"][0] if math.prod(entry[0][:2]) < 40]
+    rows = list(validate.rows_of("long_convolution", "triton", precision, few))
     assert len(rows) == len(few) > 7
     assert validate.failures(rows) == []
     assert [row["verdict"] for row in rows if "1025" not in row["shape"]] == ["passed"] * (len(rows) - 1)

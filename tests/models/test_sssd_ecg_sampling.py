@@ -18,7 +18,7 @@ from tgdp_fast.lab.benchmark.runner import peak_memory
 from tgdp_fast.models.sssd_ecg import compiled as sssd_ecg_sampling
 from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG, step_bias
 from tgdp_fast.ops import BackendUnavailableError, use_backend
-from tgdp_fast.sampling import to_file
+from tgdp_fast.sampling import sampler as sampling
 
 SCHEDULE = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200))
 #: The network's float32 is within this of float64 (see test_sssd_ecg), and here less is rounded.
@@ -493,7 +493,7 @@ def test_files_of_samples_tell_the_precisions_apart():
     network = randomised(**TINY | {"out_channels": 3})
     denoisers = [Denoiser(network, SCHEDULE)]
     denoisers += [denoisers[0].compile_for_sampling(precision=precision) for precision in ("fp32", "bf16")]
-    assert len({to_file._signature(GuidedDenoiser(denoiser)) for denoiser in denoisers}) == 3
+    assert len({sampling._signature({"denoiser": denoiser}) for denoiser in denoisers}) == 3
 
 
 # without a GPU ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tgdp_fast.cli import ecg as ecg_commands
 from tgdp_fast.cli.arguments import Parser, add_command, add_quiet, with_flags
 from tgdp_fast.fit.losses import LOSSES
 from tgdp_fast.fit.regularizers import REGULARIZERS
-from tgdp_fast.runtime.checks import check_choice, check_device, check_integer, check_number, check_seed
+from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
 
 #: As in tgdp_fast.diffusion.solvers, which loads torch; --help does not wait for it.
 SOLVER_NAMES = (
@@ -309,13 +310,11 @@ def _guidance_config(options: argparse.Namespace) -> Any:
     from tgdp_fast.fit.config import GuidanceConfig
 
     given = {name: getattr(options, name) for name in REGULARIZERS}
-    try:
-        regularizers = [
-            kind(kind.default if given[name] is None else given[name]) for name, kind in REGULARIZERS.items()
-        ]
-        return GuidanceConfig(loss=options.loss, regularizers=regularizers)
-    except ValueError as error:
-        raise ValueError(with_flags(str(error), options, {})) from None
+    regularizers = [
+        _flagged(options, kind, weight=kind.default if given[name] is None else given[name])
+        for name, kind in REGULARIZERS.items()
+    ]
+    return _flagged(options, GuidanceConfig, loss=options.loss, regularizers=regularizers)
 
 
 def _transfer_labels(options: argparse.Namespace, source: Any, target: Any, denoiser: Any) -> dict[str, Any]:
@@ -384,7 +383,8 @@ def _check_own(model: Any, options: argparse.Namespace, labels: Any) -> None:
     except ValueError:  # Something else, or damaged: somebody's all the same.
         held = None
     _move(model, options.device)
-    if held is None or not model.reproduces(held, options.num, labels=labels, **_settings(options)):
+    config, drawing = _sampling_config(options), {"seed": options.seed, "batch_size": options.batch_size}
+    if held is None or not model.reproduces(held, options.num, config, labels=labels, **drawing):
         raise ValueError(
             f"--out must be given: {SAMPLES}, the default, is there already and holds something else; give another "
             f"file, or --out {SAMPLES} to replace it"
@@ -396,17 +396,29 @@ def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
     drawn = model.sample_to_file(
         options.out,
         options.num,
+        _sampling_config(options),
         labels=labels,
-        **_settings(options),
+        seed=options.seed,
+        batch_size=options.batch_size,
         progress=not options.quiet,
     )
     print(f"{len(drawn)} samples of shape {tuple(drawn.shape[1:])} written to {options.out}")
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of sampling that the command line has under the same names."""
-    names = ("solver", "steps", "spacing", "scale", "gradient_norm_limit", "seed", "batch_size", "precision", "backend")
-    return {name: getattr(options, name) for name in names}
+def _sampling_config(options: argparse.Namespace) -> Any:
+    """How to sample, as the command line says."""
+    from tgdp_fast.sampling.config import SamplingConfig
+
+    names = [entry.name for entry in fields(SamplingConfig) if entry.name in options]
+    return _flagged(options, SamplingConfig, **{name: getattr(options, name) for name in names})
+
+
+def _flagged(options: argparse.Namespace, function: Callable[..., Any], **arguments: Any) -> Any:
+    """``function(**arguments)``, with the flag in its message instead of the argument."""
+    try:
+        return function(**arguments)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error), options, {})) from None
 
 
 def _labels(given: Path, count: int) -> Any:
@@ -481,22 +493,11 @@ def _check_backend(options: argparse.Namespace) -> None:
 
 def _check_sampling(options: argparse.Namespace) -> None:
     """Refuse bad sampling options before anything is read or trained."""
-    from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
-    from tgdp_fast.ops._dispatch import BACKENDS
-    from tgdp_fast.sampling.sampler import PRECISIONS
-
     check_integer("--num", options.num, 1)
-    check_integer("--steps", options.steps, 1)
     check_seed(options.seed, "--seed")
     if options.batch_size is not None:
         check_integer("--batch-size", options.batch_size, 1)
-    check_choice("--solver", options.solver, SOLVERS)
-    check_choice("--spacing", options.spacing, SPACINGS)
-    check_choice("--precision", options.precision, PRECISIONS)
-    check_choice("--backend", options.backend, ("auto", *BACKENDS))
-    check_number("--scale", options.scale)
-    if options.gradient_norm_limit is not None:
-        check_number("--gradient-norm-limit", options.gradient_norm_limit, 0.0, exclusive=True)
+    _sampling_config(options)
     if options.device is not None:
         check_device(options.device, "--device")
     if options.out.suffix != ".npy" or options.out.is_dir():

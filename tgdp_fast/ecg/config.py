@@ -34,7 +34,7 @@ from tgdp_fast.fit.config import GuidanceConfig, NetworkConfig, TrainingConfig
 from tgdp_fast.fit.regularizers import Consistency, Cycle
 from tgdp_fast.models.s4 import CAUCHY
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
-from tgdp_fast.sampling.sampler import PRECISIONS
+from tgdp_fast.runtime.precision import PRECISIONS
 
 #: In the order of tables and plots.
 METHODS = ("source", "vanilla", "fine_tune", "tgdp")

@@ -15,7 +15,7 @@ from tgdp_fast.fit.losses import Logistic, Loss
 from tgdp_fast.fit.regularizers import REGULARIZERS, Regularizer
 from tgdp_fast.fit.terms import Term
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
-from tgdp_fast.sampling.sampler import PRECISIONS
+from tgdp_fast.runtime.precision import PRECISIONS
 
 TIME_DISTRIBUTIONS = ("uniform", "logsnr")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from tgdp_fast.runtime.checkpoint import (
 from tgdp_fast.runtime.checks import check_device, check_seed
 from tgdp_fast.runtime.pretrained import Pretrained
 from tgdp_fast.runtime.stages import Stages
-from tgdp_fast.sampling.sampler import sample
-from tgdp_fast.sampling.to_file import sample_to_file
+from tgdp_fast.sampling.config import SamplingConfig
+from tgdp_fast.sampling.sampler import Sampler
 
 KIND = "transfer_model"
 _COMPARED = 256  # samples that tell whether an array is of the same draw
@@ -58,6 +58,7 @@ class TransferModel(Pretrained):
     diagnostics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     prior: Prior | None = field(default=None, repr=False)
+    _sampler: tuple[Any, Sampler] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def fit(
@@ -125,31 +126,67 @@ class TransferModel(Pretrained):
         diagnostics = {} if result.diagnostics is None else result.diagnostics.to_dict()
         return cls(own, result.guidance, standardizer, diagnostics, {**result.config, "seed": seed})
 
-    def sample(self, num: int, *, guided: bool = True, **arguments: Any) -> np.ndarray:
+    def sampler(
+        self,
+        config: SamplingConfig | None = None,
+        *,
+        guided: bool = True,
+        device: str | torch.device | None = None,
+        **settings: Any,
+    ) -> Sampler:
+        """The sampler of the target domain (of the source with ``guided=False``), in standardized coordinates.
+
+        The last one is kept for the next call with equal settings, and with it what a second draw need not do again.
+
+        Args:
+            config: how to sample; default ``SamplingConfig()``.
+            guided: whether by the guidance.
+            device: where to sample; None for where the networks are.
+            settings: fields of :class:`tgdp_fast.SamplingConfig` that differ from ``config``.
+        """
+        config = replace(SamplingConfig() if config is None else config, **settings)
+        models = self.denoiser, self.guidance if guided else None
+        asked = (*map(id, models), config, device)
+        if self._sampler is None or self._sampler[0] != asked:
+            self._sampler = asked, Sampler(*models, config, device=device)
+        return self._sampler[1]
+
+    def sample(
+        self, num: int, config: SamplingConfig | None = None, *, guided: bool = True, **arguments: Any
+    ) -> np.ndarray:
         """Samples of the target domain (of the source with ``guided=False``): float32 [num, ...] in data units.
 
-        ``arguments`` are those of :func:`tgdp_fast.sample`; a ``prior`` among them replaces that of the model, and is
-        in standardized coordinates like it: fit it to ``model.standardizer.apply(samples)``.
+        Args:
+            num: number of samples.
+            config, guided: as in :meth:`sampler`.
+            arguments: those of :func:`tgdp_fast.sample`; a ``prior`` among them replaces that of the model, and is in
+                standardized coordinates like it: fit it to ``model.standardizer.apply(samples)``.
         """
-        self._add_prior(arguments, guided)
-        drawn = sample(self.denoiser, self.guidance if guided else None, num=num, **arguments)
-        return self.standardizer.invert(drawn.cpu().numpy())
+        sampler = self._sampler_of(config, guided, arguments)
+        return self.standardizer.invert(sampler.draw(num, **arguments).cpu().numpy())
 
     def sample_to_file(
-        self, path: str | os.PathLike[str], num: int, *, guided: bool = True, **arguments: Any
+        self,
+        path: str | os.PathLike[str],
+        num: int,
+        config: SamplingConfig | None = None,
+        *,
+        guided: bool = True,
+        **arguments: Any,
     ) -> np.ndarray:
         """:meth:`sample`, written atomically to ``path`` (.npy) and resumable."""
-        self._add_prior(arguments, guided)
-        return sample_to_file(
-            path,
-            self.denoiser,
-            self.guidance if guided else None,
-            num=num,
-            finish=self.standardizer.invert,
-            **arguments,
-        )
+        sampler = self._sampler_of(config, guided, arguments)
+        return sampler.draw_to_file(path, num, finish=self.standardizer.invert, **arguments)
 
-    def reproduces(self, samples: np.ndarray, num: int, *, labels: Any = None, **arguments: Any) -> bool:
+    def reproduces(
+        self,
+        samples: np.ndarray,
+        num: int,
+        config: SamplingConfig | None = None,
+        *,
+        labels: Any = None,
+        **arguments: Any,
+    ) -> bool:
         """Whether ``samples`` are the ``num`` that :meth:`sample` gives with these arguments.
 
         An array does not say where it is from, but the same model and settings draw the same again: the first of them
@@ -159,21 +196,30 @@ class TransferModel(Pretrained):
             return False
         count = min(num, arguments.get("batch_size") or _COMPARED)
         one = labels is None or np.ndim(labels) == 0
-        first = self.sample(count, labels=labels if one else labels[:count], **arguments)
-        tolerance = first.std() * (1e-3 if arguments.get("precision", "fp32") == "fp32" else 5e-2)
+        sampler = self._sampler_of(config, arguments.pop("guided", True), arguments)
+        drawn = sampler.draw(count, labels=labels if one else labels[:count], **arguments)
+        first = self.standardizer.invert(drawn.cpu().numpy())
+        tolerance = first.std() * (1e-3 if sampler.config.precision == "fp32" else 5e-2)
         return samples.shape[1:] == first.shape[1:] and np.allclose(samples[:count], first, rtol=0.0, atol=tolerance)
 
-    def _add_prior(self, arguments: dict[str, Any], guided: bool) -> None:
-        """The model's prior where none was given; a warning for one that can hardly be in standardized coordinates."""
-        given = arguments.setdefault("prior", self.prior if guided else None)
-        if isinstance(given, Prior) and given is not self.prior:
-            size = float(given.to("cpu").start(0, torch.arange(256), 1.0, 0.0).double().square().mean().sqrt())
+    def _sampler_of(self, config: SamplingConfig | None, guided: bool, arguments: dict[str, Any]) -> Sampler:
+        """Take what a sampler is made of out of ``arguments`` and put the model's prior in, where none was given."""
+        names = [entry.name for entry in fields(SamplingConfig)] + ["device"]
+        settings = {name: arguments.pop(name) for name in names if name in arguments}
+        prior = arguments.setdefault("prior", self.prior if guided else None)
+        if isinstance(prior, Prior) and prior is not self.prior:
+            size = float(prior.to("cpu").start(0, torch.arange(256), 1.0, 0.0).double().square().mean().sqrt())
             if size > 10:
                 warnings.warn(
                     "prior should be in standardised coordinates, but its samples have a root mean square of "
                     f"{size:.3g}; fit it to model.standardizer.apply(samples)",
                     stacklevel=3,
                 )
+        return self.sampler(config, guided=guided, **settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes a sampler of its own: CUDA graphs cannot be copied.
+        return {**vars(self), "_sampler": None}
 
     def signature(self) -> str:
         """Hash of every weight and setting: the same for two models exactly when they draw the same samples."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from tgdp_fast.diffusion.guided import EpsilonModel
 from tgdp_fast.fit.batches import Batches, NoisedBatch, draw_noised
 from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig
 from tgdp_fast.fit.terms import TransferBatch
-from tgdp_fast.sampling.sampler import PRECISIONS
+from tgdp_fast.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class Objective:
         self.source_batches = Batches(len(data.source), self.training.batch_size)
         self.target_batches = Batches(len(data.target), self.training.batch_size)
         self.terms, self.needs = config.terms, config.needs
-        self.precision = PRECISIONS[config.precision]
 
     def __call__(self, generator: torch.Generator) -> Tensor:
         """The objective on a fresh batch; every random number is of ``generator``."""
@@ -112,7 +112,5 @@ class Objective:
     def _own(self, labels: Tensor | None) -> Tensor | None:
         return labels_for(self.network, labels)
 
-    def _in_precision(self) -> torch.autocast | nullcontext[None]:
-        if self.precision is None:
-            return nullcontext()
-        return torch.autocast(self.data.source.device.type, self.precision)
+    def _in_precision(self) -> AbstractContextManager[Any]:
+        return autocast(self.config.precision, self.data.source.device.type)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from tgdp_fast.runtime.precision import PRECISIONS as PRECISIONS
 
 #: Allowance beside eager's own error, in unit roundoffs of the largest entry of an output: where eager happens to round
 #: luckily, an implementation that sums in another order still differs by one rounding of each of a few partial sums.
@@ -23,22 +23,15 @@ class Error(NamedTuple):
     mean: float
 
 
-class Verdict(NamedTuple):
-    """Whether an implementation may be timed, and the error that was found."""
-
-    passed: bool
-    error: float
-
-
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Half the distance of 1 to the next number of ``dtype``."""
+    """Half the distance from 1 to the next number of ``dtype``."""
     return torch.finfo(dtype).eps / 2
 
 
 def error_of(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> Error:
     """Error of ``outputs`` against float64 ``exact``, tensors of pairwise equal shapes.
 
-    A vector with one number per sample is a sum that may cancel in a small batch: its scale is 1 at least. An entry
+    A vector with one number per sample is a sum that may cancel in a small batch: its scale is at least 1. An entry
     that is not finite where the exact one is makes both numbers infinite, and so does a wrong shape.
     """
     if [tuple(value.shape) for value in outputs] != [tuple(value.shape) for value in exact]:
@@ -61,7 +54,7 @@ def error_of(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> Error:
 
 def within(error: Error, eager: Error, dtype: torch.dtype, roundings: float = ROUNDINGS) -> bool:
     """Whether ``error`` is at most twice that of eager PyTorch in the same precision plus ``roundings`` unit roundoffs
-    (a quarter of them for the mean, in which luck averages out).
+    (for the mean, in which luck averages out, a quarter of them).
     """
     allowance = roundings * unit_roundoff(dtype)
     return error.maximum <= 2 * eager.maximum + allowance and error.mean <= 2 * eager.mean + allowance / 4

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tgdp_fast.lab.benchmark.runner import KEYS, Row
-from tgdp_fast.lab.cases import GRAPH, PROVIDERS
+from tgdp_fast.lab.cases.case import GRAPH, PROVIDERS
 from tgdp_fast.runtime import figures
 from tgdp_fast.runtime.tables import markdown_table
 
@@ -24,23 +24,11 @@ SUMMARY = (
     "guided_step/1e7",
     "guided_step_noise/1e6",
     "mlp_value_and_grad/batch1-input3904-width512",
-    "mlp_value_and_grad/batch16-input2-width128",
-    "mlp_value_and_grad/batch16-input2-width512",
-    "mlp_value_and_grad/batch4096-input2-width128",
-    "mlp_value_and_grad/batch4096-input2-width512",
-    "mlp_value_and_grad/batch10000-input2-width128",
-    "mlp_value_and_grad/batch10000-input2-width512",
+    *(f"mlp_value_and_grad/batch{n}-input2-width{width}" for n in (16, 4096, 10000) for width in (128, 512)),
     "mlp_value_and_grad/batch256-input3904-width512",
-    "fit_step/logistic-width128",
-    "fit_step/logistic-width512",
-    "fit_step/consistency-width128",
-    "fit_step/consistency-width512",
-    "trajectory/samples256-width128",
-    "trajectory/samples10000-width128",
-    "sampling/samples256-width128",
-    "sampling/samples256-width512",
-    "sampling/samples10000-width128",
-    "sampling/samples10000-width512",
+    *(f"fit_step/{loss}-width{width}" for loss in ("logistic", "consistency") for width in (128, 512)),
+    *(f"trajectory/samples{num}-width128" for num in (256, 10000)),
+    *(f"sampling/samples{num}-width{width}" for num in (256, 10000) for width in (128, 512)),
 )
 
 
@@ -119,7 +107,7 @@ def _cell(row: Row | None, rows: Sequence[Row]) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """One line: processor or card, threads, versions, commit."""
+    """One line: CPU or GPU, threads, versions, commit."""
     cuda = environment.get("cuda")
     where = cuda["device"] if cuda else environment.get("cpu")
     threads = f"threads: {environment.get('torch_threads')} of {environment.get('cpu_count')}"
@@ -132,7 +120,7 @@ def markdown(results: dict[str, Result]) -> str:
     text = [
         "# Benchmarks\n",
         "Medians, 20th to 80th percentile; speed relative to the `reference` in fp32 on the same machine in the same "
-        "run; peak memory of tensors during one call; the share of the floor (copy bandwidth and matrix rate measured "
+        "run; peak memory of tensors during one call; the share of the floor (copy bandwidth and matmul rate measured "
         "in the same run); the largest error against float64 relative to the largest entry (of the `peer`'s samples: "
         "the sliced Wasserstein distance to the reference's, over their standard deviation). A provider that fails the "
         "numeric check has no time.\n",
@@ -144,34 +132,31 @@ def markdown(results: dict[str, Result]) -> str:
 
 def plot(results: dict[str, Result], folder: Path) -> list[Path]:
     """A plot per kind of case: median seconds of every provider, fp32 solid and others dashed. Needs matplotlib."""
-    plt = figures.pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     kinds = dict.fromkeys(_kind(row) for result in results.values() for row in result["rows"])
-    paths = []
-    for kind in kinds:
-        names = dict.fromkeys(r["case"] for result in results.values() for r in result["rows"] if _kind(r) == kind)
-        positions = {name: i for i, name in enumerate(names)}
-        figure, axis = plt.subplots(figsize=(max(5.0, 0.5 * len(names) + 4.0), 4.5), layout="constrained")
-        for style, (file, result) in zip("osv^Dpx*" * len(results), results.items(), strict=False):
-            timed = [r for r in result["rows"] if _kind(r) == kind and r["median_s"] is not None]
-            for provider, dtype in dict.fromkeys((r["provider"], r["dtype"]) for r in timed):
-                chosen = [r for r in timed if (r["provider"], r["dtype"]) == (provider, dtype)]
-                label = f"{provider} {dtype}" + (f" ({file})" if len(results) > 1 else "")
-                axis.plot(
-                    [positions[r["case"]] for r in chosen],
-                    [r["median_s"] for r in chosen],
-                    marker=style,
-                    linestyle="-" if dtype == "fp32" else "--",
-                    color=f"C{PROVIDERS.index(provider) if provider in PROVIDERS else 9}",
-                    label=label,
-                )
-        axis.set_yscale("log")
-        axis.set_ylabel("median seconds")
-        axis.set_xticks(range(len(names)), [name.partition("/")[2] for name in names], rotation=60, ha="right")
-        axis.set_title(kind)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        paths.append(figures.save_figure(figure, folder / f"{kind}.png"))
-    return paths
+    return [_plot_kind(kind, results, folder / f"{kind}.png") for kind in kinds]
+
+
+def _plot_kind(kind: str, results: dict[str, Result], path: Path) -> Path:
+    rows = {file: [row for row in result["rows"] if _kind(row) == kind] for file, result in results.items()}
+    names = list(dict.fromkeys(row["case"] for found in rows.values() for row in found))
+    figure, axis = figures.pyplot().subplots(figsize=(max(5.0, 0.5 * len(names) + 4.0), 4.5), layout="constrained")
+    for marker, (file, found) in zip("osv^Dpx*" * len(rows), rows.items(), strict=False):
+        timed = [row for row in found if row["median_s"] is not None]
+        for provider, dtype in dict.fromkeys((row["provider"], row["dtype"]) for row in timed):
+            chosen = [row for row in timed if (row["provider"], row["dtype"]) == (provider, dtype)]
+            axis.plot(
+                [names.index(row["case"]) for row in chosen],
+                [row["median_s"] for row in chosen],
+                marker=marker,
+                linestyle="-" if dtype == "fp32" else "--",
+                color=f"C{PROVIDERS.index(provider) if provider in PROVIDERS else 9}",
+                label=f"{provider} {dtype}" + (f" ({file})" if len(rows) > 1 else ""),
+            )
+    axis.set(yscale="log", ylabel="median seconds", title=kind)
+    axis.set_xticks(range(len(names)), [name.partition("/")[2] for name in names], rotation=60, ha="right")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figures.save_figure(figure, path)
 
 
 def _kind(row: Row) -> str:

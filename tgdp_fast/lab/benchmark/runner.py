@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tgdp_fast.lab.accuracy import PRECISIONS, Verdict
-from tgdp_fast.lab.benchmark.floors import Floors, synchronise
-from tgdp_fast.lab.cases import GRAPH, PROVIDERS, Call, Case, UnservedError
+from tgdp_fast.lab.accuracy import PRECISIONS
+from tgdp_fast.lab.benchmark.floors import Floors, synchronize
+from tgdp_fast.lab.cases.case import GRAPH, PROVIDERS, Call, Case, InaccurateError, Setup, UnservedError
 from tgdp_fast.ops import BackendUnavailableError
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.info import environment
-from tgdp_fast.sampling import graph as captured
+from tgdp_fast.sampling import loop as sampling_loop
 
 Row = dict[str, Any]
 
@@ -66,21 +65,20 @@ class Options:
 
 @dataclass
 class Entry:
-    """One provider in one precision, ready to be timed."""
+    """One provider in one precision, ready to be timed; without a call, it failed its check."""
 
     provider: str
     precision: str
-    call: Call
-    max_error: float
-    peak_bytes: int | None
+    call: Call | None
+    max_error: float | None
+    peak_bytes: int | None = None
     loops: int = 1
     seconds: list[float] = field(default_factory=list)  # per call, one for each round
 
 
 def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str], None]) -> list[Row]:
-    """The rows of one case, providers in their order, precisions within them.
-
-    ``report`` gets a line about whatever is left out.
+    """The rows of one case, providers in their order, precisions within them; ``report`` gets a line about whatever is
+    left out.
     """
     available = _available_memory(options.device)
     if available is not None and case.memory > available:
@@ -93,73 +91,76 @@ def run_case(case: Case, options: Options, floors: Floors, report: Callable[[str
         # float32 is float32 for every provider: by default torch's convolutions round their factors to TF32.
         torch.backends.cudnn.allow_tf32 = False
     torch._dynamo.reset()  # Its limit of versions of one function is for a program, not for a list of programs.
+    offered = case.providers(options.device)
+    chosen = [name for name in offered if not options.providers or name in options.providers]
     entries: list[Entry] = []
-    failed: list[Row] = []
-    chosen = [name for name in case.providers(options.device) if not options.providers or name in options.providers]
     for precision in case.precisions:
-        if options.precisions and precision not in options.precisions:
-            continue
-        prepared = case.prepare(precision, options.device)
-        checked: dict[str, tuple[Call, Verdict]] = {}  # each once, also where its recording follows
-        for provider in chosen:
-            try:
-                name = provider.removesuffix(GRAPH)
-                if name not in checked:
-                    call = prepared.call(name)
-                    checked[name] = call, prepared.check(name, call)
-                call, verdict = checked[name]
-                if provider != name:
-                    call = recorded(call)
-            except BackendUnavailableError as error:
-                report(f"{case.name}: no {provider} in {precision}: {error.operator}: {error.reason}")
-                continue
-            except UnservedError as error:
-                report(f"{case.name}: no {provider} in {precision}: {error}")
-                continue
-            except Exception as error:
-                # Whatever goes wrong inside a provider (a compiler, a kernel) must not cost the others' rows.
-                report(f"{case.name}: {provider} in {precision} fails: {type(error).__name__}: {_first_line(error)}")
-                failed.append(_row(case, provider, precision))
-                continue
-            if not verdict.passed:
-                report(f"{case.name}: {provider} in {precision} is wrong, error {verdict.error:.3g}; not timed")
-                failed.append(_row(case, provider, precision, max_error=verdict.error))
-                continue
-            peak = peak_memory(call, options.device)
-            entries.append(Entry(provider, precision, call, verdict.error, peak))
-    if entries:
+        if not options.precisions or precision in options.precisions:
+            setup = case.setup(precision, options.device)
+            entries += _checked(case, setup, chosen, precision, report)
+    timed = [entry for entry in entries if entry.call is not None]
+    for entry in timed:
+        entry.peak_bytes = peak_memory(entry.call, options.device)  # type: ignore[arg-type]
+    if timed:
         if case.rounds is not None and options.device.type == "cpu":
             most = min(options.most_rounds, case.rounds)
-            least = min(options.least_rounds, most)
             # The numeric check and the measurement of memory were calls enough to warm up.
+            least = min(options.least_rounds, most)
             options = replace(options, least_rounds=least, most_rounds=most, warm_up=False)
-        interleave(entries, options)
-    rows = [_timed_row(case, entry, floors) for entry in entries] + failed
-    order = {name: position for position, name in enumerate(case.providers(options.device))}
-    return sorted(rows, key=lambda row: (order[row["provider"]], case.precisions.index(row["dtype"])))
+        interleave(timed, options)
+    entries.sort(key=lambda entry: (offered.index(entry.provider), case.precisions.index(entry.precision)))
+    return [_row(case, entry, floors) for entry in entries]
 
 
-def recorded(call: Call) -> Call:
-    """The call in a CUDA graph, checked once against what it gives as it is.
+def _checked(
+    case: Case, setup: Setup, providers: Sequence[str], precision: str, report: Callable[[str], None]
+) -> Iterator[Entry]:
+    """The providers that serve the case in a precision, after their check."""
+    checked: dict[str, tuple[Call, float]] = {}  # each once, also where its captured form follows
+    for provider in providers:
+        name, failed = provider.removesuffix(GRAPH), Entry(provider, precision, None, None)
+        try:
+            if name not in checked:
+                call = setup.call(name)
+                checked[name] = call, setup.check(name, call)
+            call, error = checked[name]
+            yield Entry(provider, precision, call if provider == name else replayed(call), error)
+        except BackendUnavailableError as refusal:
+            report(f"{case.name}: no {provider} in {precision}: {refusal.operator}: {refusal.reason}")
+        except UnservedError as reason:
+            report(f"{case.name}: no {provider} in {precision}: {reason}")
+        except InaccurateError as wrong:
+            report(f"{case.name}: {provider} in {precision} is wrong, {wrong}; not timed")
+            failed.max_error = wrong.error
+            yield failed
+        except Exception as problem:
+            # Whatever goes wrong inside a provider (a compiler, a kernel) must not cost the others' rows.
+            first = (str(problem).strip().splitlines() or [""])[0][:200]
+            report(f"{case.name}: {provider} in {precision} fails: {type(problem).__name__}: {first}")
+            yield failed
+
+
+def replayed(call: Call) -> Call:
+    """The call captured in a CUDA graph, checked once against what it gives as it is.
 
     Raises:
-        RuntimeError: it cannot be recorded, or gives something else then.
+        RuntimeError: it cannot be captured, or gives something else then.
     """
     current, other = torch.cuda.current_stream(), torch.cuda.Stream()
     other.wait_stream(current)
-    with torch.cuda.stream(other):  # as recordings are to be warmed up
+    with torch.cuda.stream(other):  # as a capture is to be warmed up
         for _ in range(3):
             plain = [output.clone() for output in call()]
     current.wait_stream(other)
-    replay, outputs = captured.record(lambda: tuple(call()), [])
+    replay, outputs = sampling_loop.capture(lambda: tuple(call()), [])
 
-    def replayed() -> Sequence[Tensor]:
+    def run() -> Sequence[torch.Tensor]:
         replay()
         return outputs
 
-    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(replayed(), plain, strict=True)):
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(run(), plain, strict=True)):
         raise RuntimeError("a replay gives something else than the call")
-    return replayed
+    return run
 
 
 def interleave(
@@ -172,11 +173,12 @@ def interleave(
     """
 
     def once(entry: Entry) -> float:
-        synchronise(options.device)
+        assert entry.call is not None
+        synchronize(options.device)
         started = clock()
         for _ in range(entry.loops):
             entry.call()
-        synchronise(options.device)
+        synchronize(options.device)
         return (clock() - started) / entry.loops
 
     for entry in entries if options.warm_up else ():
@@ -207,11 +209,11 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     record.
     """
     if device.type == "cuda":
-        synchronise(device)
+        synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         kept = call()
-        synchronise(device)
+        synchronize(device)
         del kept
         return int(torch.cuda.max_memory_allocated(device) - before)
     with _without_native_messages(), torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
@@ -248,34 +250,20 @@ def load_average() -> float | None:
 
 def result(rows: Sequence[Row], floors: Floors, load: float | None) -> dict[str, Any]:
     """What ``--json`` writes; ``load`` is the :func:`load_average` before the run, which tells an idle machine."""
-    facts = environment() | {"load_average_before": load, "floors": floors.to_json()}
-    return {"environment": facts, "rows": list(rows)}
+    facts = {"load_average_before": load, "floors": floors.to_json()}
+    return {"environment": environment() | facts, "rows": list(rows)}
 
 
-def _timed_row(case: Case, entry: Entry, floors: Floors) -> Row:
-    low, middle, high = percentiles(entry.seconds)
-    work = case.work(entry.precision)
-    floor = floors.seconds(work.traffic, work.flops, work.precision)
-    return _row(
-        case,
-        entry.provider,
-        entry.precision,
-        median_s=middle,
-        p20_s=low,
-        p80_s=high,
-        peak_bytes=entry.peak_bytes,
-        floor_fraction=floor / middle,
-        max_error=entry.max_error,
-    )
-
-
-def _row(case: Case, provider: str, precision: str, **measured: Any) -> Row:
-    row: Row = {"case": case.name, "provider": provider, "shape": case.shape, "dtype": precision}
-    return row | {key: measured.get(key) for key in KEYS if key not in row}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+def _row(case: Case, entry: Entry, floors: Floors) -> Row:
+    row: Row = dict.fromkeys(KEYS)
+    row |= {"case": case.name, "provider": entry.provider, "shape": case.shape, "dtype": entry.precision}
+    row["max_error"] = entry.max_error
+    if entry.seconds:
+        low, middle, high = percentiles(entry.seconds)
+        floor = floors.seconds(*case.work(entry.precision))
+        row |= {"median_s": middle, "p20_s": low, "p80_s": high}
+        row |= {"peak_bytes": entry.peak_bytes, "floor_fraction": floor / middle}
+    return row
 
 
 def _available_memory(device: torch.device) -> float | None:

@@ -1,75 +1,72 @@
-"""What is timed: the cases, one file per kind, and for each the providers that compute it side by side.
+"""What is measured: a file per operator, and per program made of operators, each with the providers side by side.
 
 Providers: ``peer`` (the way public code does it), ``reference`` (this package in plain PyTorch), ``compile``
 (torch.compile of the reference), every backend of the case's operators that serves it, and ``auto`` where that mixes
 several of them. Of a whole network: ``published`` (as released code computes it), ``strong`` (as others would speed it
-up), ``reference`` and ``sampling`` (compiled for sampling). On a GPU each also ``+graph``: its call recorded in a CUDA
+up), ``reference`` and ``sampling`` (compiled for sampling). On a GPU each also ``+graph``: its call captured in a CUDA
 graph and replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from typing import Any
 
-from tgdp_fast.lab.cases.base import GRAPH, PROVIDERS, Call, Case, UnservedError
-from tgdp_fast.lab.cases.ecg_guidance import ECGFitStep
-from tgdp_fast.lab.cases.fit_step import FitStep
-from tgdp_fast.lab.cases.guided_step import GuidedStep
-from tgdp_fast.lab.cases.long_convolution import Convolution
-from tgdp_fast.lab.cases.perceptron import Perceptron
-from tgdp_fast.lab.cases.residual_block import Block
-from tgdp_fast.lab.cases.sampling import Sampling, Trajectory
-from tgdp_fast.lab.cases.sssd_ecg import SSSDECGCall
+from tgdp_fast.lab.cases import (
+    ecg_guidance,
+    fit_step,
+    gated_activation,
+    guided_step,
+    long_convolution,
+    mlp,
+    residual_block,
+    sampling,
+    sssd_ecg,
+    trajectory,
+)
+from tgdp_fast.lab.cases.case import Case, Check
 
-__all__ = [
-    "GRAPH",
-    "PROVIDERS",
-    "Block",
-    "Call",
-    "Case",
-    "Convolution",
-    "ECGFitStep",
-    "FitStep",
-    "GuidedStep",
-    "Perceptron",
-    "SSSDECGCall",
-    "Sampling",
-    "Trajectory",
-    "UnservedError",
-    "all_cases",
-    "select",
-]
+#: What ``validate`` checks of every registered operator: entries, and check(draw, *entry).
+CHECKS: dict[str, tuple[Sequence[Any], Callable[..., Check]]] = {
+    "gated_activation": (gated_activation.SHAPES, gated_activation.check),
+    "guided_step": (guided_step.SHAPES, guided_step.check),
+    "long_convolution": (long_convolution.SHAPES, long_convolution.check),
+    "mlp_value_and_grad": (mlp.SHAPES, mlp.check),
+    "mlp_value_and_grad_backward": (mlp.SHAPES, mlp.check_backward),
+    "perceptron": (mlp.SHAPES_OF_OUTPUTS, mlp.check),
+    "perceptron_backward": (mlp.SHAPES_OF_OUTPUTS, mlp.check_backward),
+    "residual_block_": (residual_block.SHAPES, residual_block.check),
+    "trajectory": (trajectory.SHAPES, trajectory.check),
+}
 
 
 def all_cases() -> list[Case]:
-    """Every case, in the order in which they run."""
-    quick_perceptrons = {(16, 2, 128), (4096, 2, 128), (4096, 2, 512), (256, 3904, 512)}
-    cases: list[Case] = [GuidedStep(exponent, quick=exponent in (4, 6)) for exponent in range(4, 9)]
-    cases += [GuidedStep(6, noise=True)]
-    cases += [
-        Perceptron(batch, inputs, width, quick=(batch, inputs, width) in quick_perceptrons)
-        for inputs in (2, 64, 3904)
-        for width in (128, 256, 512)
-        for batch in ((1, 16, 256, 4096, 10000, 65536) if inputs == 2 else (1, 256, 4096, 65536))
+    """Every case of ``bench``, in the order in which they run."""
+    quick_mlps = {(16, 2, 128), (4096, 2, 128), (4096, 2, 512), (256, 3904, 512)}
+    widths, batches, both = (128, 512), (1, 8, 64), (False, True)
+    return [
+        *(guided_step.case(exponent, quick=exponent in (4, 6)) for exponent in range(4, 9)),
+        guided_step.case(6, noise=True),
+        *(
+            mlp.case(batch, inputs, width, quick=(batch, inputs, width) in quick_mlps)
+            for inputs in (2, 64, 3904)
+            for width in (128, 256, 512)
+            for batch in ((1, 16, 256, 4096, 10000, 65536) if inputs == 2 else (1, 256, 4096, 65536))
+        ),
+        *(fit_step.case(width, consistency=term, quick=width == 128) for width in widths for term in both),
+        *(ecg_guidance.case(consistency=term) for term in both),
+        *(long_convolution.case(batch, quick=batch == 1) for batch in batches),
+        *(residual_block.case(batch, quick=batch == 1) for batch in batches),
+        *(
+            kind(num, width, quick=num == 256 and width == 128)
+            for kind in (sampling.trajectory_case, sampling.case)
+            for width in widths
+            for num in (256, 10000)
+        ),
+        *(sssd_ecg.case(*size, batch, quick=batch == 1) for size in ((4, 64), (36, 256)) for batch in (1, 8)),
+        *(sssd_ecg.case(36, 256, batch) for batch in (64, 256)),
     ]
-    cases += [
-        FitStep(width, consistency=consistency, quick=width == 128)
-        for width in (128, 512)
-        for consistency in (False, True)
-    ]
-    cases += [ECGFitStep(consistency=consistency) for consistency in (False, True)]
-    cases += [Convolution(batch, quick=batch == 1) for batch in (1, 8, 64)]
-    cases += [Block(batch, quick=batch == 1) for batch in (1, 8, 64)]
-    cases += [Trajectory(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
-    cases += [Sampling(num, width, quick=num == 256 and width == 128) for width in (128, 512) for num in (256, 10000)]
-    cases += [
-        SSSDECGCall(blocks, width, batch, quick=batch == 1)
-        for blocks, width in ((4, 64), (36, 256))
-        for batch in (1, 8)
-    ]
-    cases += [SSSDECGCall(36, 256, batch) for batch in (64, 256)]
-    return cases
 
 
 def select(cases: Sequence[Case], only: Sequence[str], *, quick: bool = False) -> list[Case]:

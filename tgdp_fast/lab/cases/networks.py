@@ -9,9 +9,7 @@ from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.training import seeded_initialization
-from tgdp_fast.lab.cases.base import (
-    SEED,
-)
+from tgdp_fast.lab.cases.case import SEED
 from tgdp_fast.models import ScoreMLP
 
 

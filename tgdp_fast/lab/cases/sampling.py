@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
-from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
+from tgdp_fast.diffusion.guided import EpsilonModel, Guidance
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
-from tgdp_fast.lab.accuracy import PRECISIONS, Verdict, error_of
-from tgdp_fast.lab.cases.base import (
-    GRAPH,
+from tgdp_fast.lab.accuracy import PRECISIONS, error_of
+from tgdp_fast.lab.cases.case import (
     PLAIN_PROVIDERS,
+    PROVIDERS,
     SEED,
     Call,
     Case,
-    Prepared,
-    PreparedComposite,
-    Work,
+    Setup,
     autocast,
     backend_of,
     bytes_of,
     checked_rows,
-    hidden_weights,
+    limited,
+    served_outputs,
 )
+from tgdp_fast.lab.cases.mlp import hidden_weights
 from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
 from tgdp_fast.metrics import sliced_wasserstein
 from tgdp_fast.ops import mlp_value_and_grad, use_backend
 from tgdp_fast.ops.noise import normal
-from tgdp_fast.sampling.fused import FusedRun
-from tgdp_fast.sampling.sampler import advance, sample
+from tgdp_fast.sampling.config import SamplingConfig
+from tgdp_fast.sampling.full_trajectory import FullTrajectory
+from tgdp_fast.sampling.loop import Loop
+from tgdp_fast.sampling.sampler import Sampler
+
+DEPTH, INPUTS, STEPS = 4, 2, 25
 
 #: Largest error of a sample in fp32, relative to the largest entry.
 SAMPLES_FP32 = 1e-3
-#: The same in bf16. The two networks have ten products, each rounding to 2^-9 of its result: 2^-9 sqrt(10), 0.6 %, of
+#: The same in bf16. The two networks have ten matmuls, each rounding to 2^-9 of its result: 2^-9 sqrt(10), 0.6 %, of
 #: epsilon on average, and about eight times that in the worst of a few hundred samples, after the solver has added up
 #: errors of one direction with the exponentially growing weights that end in the last, nearly noiseless, steps.
 SAMPLES_BF16 = 5e-2
@@ -47,146 +52,127 @@ SAMPLES_BF16 = 5e-2
 PEER_SAMPLES = 5e-2
 
 
-class _SamplingCase(Case):
-    """25 evaluations of DPM-Solver++ 2M with the networks of the paper's simulation, 4 x width each."""
-
-    DEPTH, INPUTS, STEPS = 4, 2, 25
-
-    def __init__(self, kind: str, num: int, width: int, quick: bool) -> None:
-        self.num, self.width = num, width
-        self.name = f"{kind}/samples{num}-width{width}"
-        self.shape = f"[{num}, {self.INPUTS}], 2 x ({self.DEPTH} x {width}), {self.STEPS} evaluations"
-        self.precisions = ("fp32", "bf16")
-        self.quick = quick
-        self.memory = 400.0 * num * width
-        self.operators = ("mlp_value_and_grad", "guided_step", "trajectory")
-        self.composite = True
-
-    def work(self, precision: str) -> Work:
-        score = hidden_weights(self.INPUTS, self.width, self.DEPTH) + self.width * self.INPUTS
-        guidance = hidden_weights(self.INPUTS, self.width, self.DEPTH) + self.width
-        flops = float(self.STEPS) * self.num * (2 * score + 4 * guidance)
-        return Work(float(bytes_of(precision) * (score + guidance) + 4 * self.num * self.INPUTS), flops, precision)
-
-
-class Sampling(_SamplingCase):
-    """:func:`tgdp_fast.sample` end to end; the peer: 25 steps of DPM-Solver 2S, gradients by autograd, time embeddings
-    of a full batch of times at every evaluation.
+def case(num: int, width: int, *, quick: bool = False) -> Case:
+    """:func:`tgdp_fast.sample` end to end: 25 evaluations of DPM-Solver++ 2M with the networks of the paper's
+    simulation, 4 x width each. The peer: 25 steps of DPM-Solver 2S, gradients by autograd, time embeddings of a full
+    batch of times at every evaluation.
     """
-
-    def __init__(self, num: int, width: int, *, quick: bool = False) -> None:
-        super().__init__("sampling", num, width, quick)
-        self.recordable = False  # it asks at its end whether all is finite
-
-    def prepare(self, precision: str, device: torch.device) -> Prepared:
-        return _PreparedSampling(self, precision, device)
+    # Sampling asks at its end whether everything is finite, which a graph cannot.
+    return _case("sampling", num, width, _end_to_end, PROVIDERS, quick)
 
 
-class Trajectory(_SamplingCase):
-    """The solver's loop alone, from a given initial state, in one batch; the peer as in :class:`Sampling`."""
-
-    def __init__(self, num: int, width: int, *, quick: bool = False) -> None:
-        super().__init__("trajectory", num, width, quick)
-
-    def providers(self, device: torch.device | None = None) -> tuple[str, ...]:
-        # One launch serves these, which asks at its end whether all is finite: nothing to record.
-        fused = {"cuda" + GRAPH, "auto" + GRAPH}
-        return tuple(name for name in super().providers(device) if name not in fused)
-
-    def prepare(self, precision: str, device: torch.device) -> Prepared:
-        return _PreparedTrajectory(self, precision, device)
+def trajectory_case(num: int, width: int, *, quick: bool = False) -> Case:
+    """The solver's loop alone, from a given initial state, in one batch; the peer as in :func:`case`."""
+    # One launch serves these, and asks at its end whether everything is finite.
+    return _case("trajectory", num, width, _loop, ("cuda", "auto"), quick)
 
 
-class _PreparedSampling(PreparedComposite):
-    def __init__(self, case: _SamplingCase, precision: str, device: torch.device) -> None:
-        self.case, self.precision, self.device = case, precision, device
-        self.denoiser = source_denoiser(case.width, device)
-        self.guidance = guidance_network(case.width, device)
-        self.table = solver_table("dpmpp_2m", self.denoiser.schedule, case.STEPS)
-        self.peer_table = solver_table("dpm_solver_2s", self.denoiser.schedule, case.STEPS)
-        self.indices = torch.arange(case.num, device=device)
-        self.initial = normal(SEED, self.indices, case.INPUTS, 0, device=device)
+def _case(
+    kind: str, num: int, width: int, sampler: Callable[..., Call], uncapturable: tuple[str, ...], quick: bool
+) -> Case:
+    hidden = hidden_weights(INPUTS, width, DEPTH)
+    score, guidance = hidden + width * INPUTS, hidden + width
+    flops = float(STEPS) * num * (2 * score + 4 * guidance)
 
-    def call(self, provider: str) -> Call:
+    def traffic(precision: str) -> float:
+        return float(bytes_of(precision) * (score + guidance) + 4 * num * INPUTS)
+
+    return Case(
+        f"{kind}/samples{num}-width{width}",
+        f"[{num}, {INPUTS}], 2 x ({DEPTH} x {width}), {STEPS} evaluations",
+        ("fp32", "bf16"),
+        400.0 * num * width,
+        lambda precision: (traffic(precision), flops, precision),
+        partial(_setup, num, width, sampler),
+        ("mlp_value_and_grad", "guided_step", "trajectory"),
+        uncapturable=uncapturable,
+        quick=quick,
+    )
+
+
+class _Problem(NamedTuple):
+    """What is sampled: networks, solver, sample indices [num] and initial noise [num, INPUTS]."""
+
+    denoiser: Denoiser
+    guidance: GuidanceNetwork
+    table: SolverTable
+    indices: Tensor
+    initial: Tensor
+    precision: str
+
+
+def _setup(num: int, width: int, sampler: Callable[..., Call], precision: str, device: torch.device) -> Setup:
+    denoiser, indices = source_denoiser(width, device), torch.arange(num, device=device)
+    table = solver_table("dpmpp_2m", denoiser.schedule, STEPS)
+    initial = normal(SEED, indices, INPUTS, 0, device=device)
+    problem = _Problem(denoiser, guidance_network(width, device), table, indices, initial, precision)
+
+    def call(provider: str) -> Call:
         if provider == "peer":
-            return lambda: [self._peer()]
-        denoiser, guidance = self._networks(provider)
-        return self._sampler(provider, denoiser, guidance)
+            peer_table = solver_table("dpm_solver_2s", denoiser.schedule, STEPS)
+            return partial(_peer, problem._replace(table=peer_table))
+        return sampler(problem, provider, *_networks(problem, provider))
 
-    def _sampler(self, provider: str, denoiser: EpsilonModel, guidance: Guidance) -> Call:
-        def call() -> list[Tensor]:
-            samples = sample(
-                denoiser,
-                guidance,
-                num=self.case.num,
-                shape=(self.case.INPUTS,),
-                solver=self.table,
-                seed=SEED,
-                precision=self.precision,
-                backend="reference" if provider == "compile" else provider,
-                device=self.device,
-            )
-            return [samples]
-
-        return call
-
-    def _networks(self, provider: str) -> tuple[EpsilonModel, Guidance]:
-        if provider != "compile":
-            return self.denoiser, self.guidance
-        compiled: Any = torch.compile(self.denoiser.network, dynamic=False)
-        return Denoiser(compiled, self.denoiser.schedule, "v_prediction", time_input="half_log_snr"), _CompiledGuidance(
-            self.guidance
-        )
-
-    def _peer(self) -> Tensor:
-        with torch.no_grad(), autocast(self.precision, self.device):
-            guided = GuidedDenoiser(self.denoiser, _AutogradGuidance(self.guidance))
-            with use_backend("reference"):
-                return run_table(guided, self.peer_table, self.initial, self.indices)
-
-    def judge(self, provider: str, outputs: Sequence[Tensor]) -> Verdict:
-        (samples,) = outputs
+    def check(provider: str, call_: Call) -> float:
+        (samples,) = served_outputs(provider, call_)
         if provider == "peer":
             # Another solver: compared as a set of samples.
-            (reference,) = self.call("reference")()
+            (reference,) = call("reference")()
             distance = sliced_wasserstein(samples.float(), reference) / float(reference.std())
-            return Verdict(distance <= PEER_SAMPLES, distance)
-        rows = checked_rows(self.case.num, self.device)
-        guided = GuidedDenoiser(copy.deepcopy(self.denoiser).double(), copy.deepcopy(self.guidance).double())
+            return limited(distance, PEER_SAMPLES)
+        rows = checked_rows(num, device)
+        double = [copy.deepcopy(network).double() for network in (problem.denoiser, problem.guidance)]
         with torch.inference_mode(), use_backend("reference"):
-            exact = run_table(guided, self.table, self.initial[rows].double(), self.indices[rows])
+            exact, _ = guided_loop(*double, table)(initial[rows].double(), indices[rows], seed=SEED)
         error = error_of([samples[rows]], [exact]).maximum
-        return Verdict(error <= (SAMPLES_FP32 if self.precision == "fp32" else SAMPLES_BF16), error)
+        return limited(error, SAMPLES_FP32 if precision == "fp32" else SAMPLES_BF16)
+
+    return Setup(call, check)
 
 
-class _PreparedTrajectory(_PreparedSampling):
-    def _sampler(self, provider: str, denoiser: EpsilonModel, guidance: Guidance) -> Call:
-        guided = GuidedDenoiser(denoiser, guidance)
-        scales = [1.0] * self.table.nfe
-        dtype = None if self.precision == "fp32" else PRECISIONS[self.precision]
-
-        def fused() -> list[Tensor]:
-            with torch.inference_mode():
-                run = FusedRun.of(guided, self.table, scales, dtype, provider)
-                assert run is not None
-                return [run.run(self.initial, None, SEED, self.indices)[0]]
-
-        if provider not in PLAIN_PROVIDERS and FusedRun.of(guided, self.table, scales, dtype, provider) is not None:
-            return fused
-
-        def call() -> list[Tensor]:
-            with torch.inference_mode(), backend_of(provider), autocast(self.precision, self.device):
-                return [run_table(guided, self.table, self.initial, self.indices)]
-
-        return call
+def _networks(problem: _Problem, provider: str) -> tuple[EpsilonModel, Guidance]:
+    denoiser, guidance = problem.denoiser, problem.guidance
+    if provider != "compile":
+        return denoiser, guidance
+    compiled: Any = torch.compile(denoiser.network, dynamic=False)
+    compiled = Denoiser(compiled, denoiser.schedule, "v_prediction", time_input="half_log_snr")
+    return compiled, _CompiledGuidance(guidance)
 
 
-def run_table(guided: GuidedDenoiser, table: SolverTable, x: Tensor, indices: Tensor) -> Tensor:
-    """All evaluations of a solver from the state ``x`` [B, D], in its dtype; ``indices`` [B] are the sample indices."""
-    history = x.new_zeros((table.history, *x.shape)) if table.history else None
-    for k in range(table.nfe):
-        x, history, _ = advance(guided, table, k, x, history, SEED, indices)
-    return x
+def _peer(problem: _Problem) -> list[Tensor]:
+    loop = guided_loop(problem.denoiser, _AutogradGuidance(problem.guidance), problem.table)
+    with torch.no_grad(), autocast(problem.precision, problem.initial.device), use_backend("reference"):
+        return [loop(problem.initial, problem.indices, seed=SEED)[0]]
+
+
+def _end_to_end(problem: _Problem, provider: str, denoiser: EpsilonModel, guidance: Guidance) -> Call:
+    backend = "reference" if provider == "compile" else provider
+    config = SamplingConfig(problem.table, precision=problem.precision, backend=backend)
+    sampler = Sampler(denoiser, guidance, config, shape=(INPUTS,), device=problem.initial.device)
+    return lambda: [sampler.draw(len(problem.indices), seed=SEED)]
+
+
+def _loop(problem: _Problem, provider: str, denoiser: EpsilonModel, guidance: Guidance) -> Call:
+    loop, dtype = guided_loop(denoiser, guidance, problem.table), PRECISIONS[problem.precision]
+
+    def full() -> Sequence[Tensor]:
+        with torch.inference_mode():
+            trajectory = FullTrajectory.of(loop, dtype, provider)
+            assert trajectory is not None
+            return [trajectory.run(problem.initial, None, SEED, problem.indices)[0]]
+
+    def evaluations() -> Sequence[Tensor]:
+        device = problem.initial.device
+        with torch.inference_mode(), backend_of(provider), autocast(problem.precision, device):
+            return [loop(problem.initial, problem.indices, seed=SEED)[0]]
+
+    served = provider not in PLAIN_PROVIDERS and FullTrajectory.of(loop, dtype, provider) is not None
+    return full if served else evaluations
+
+
+def guided_loop(denoiser: EpsilonModel, guidance: Guidance, table: SolverTable) -> Loop:
+    """All evaluations of a solver with exact guidance."""
+    return Loop(denoiser, guidance, table, table.sigma.tolist())
 
 
 class _AutogradGuidance:
@@ -205,8 +191,8 @@ class _AutogradGuidance:
 
 
 class _CompiledGuidance:
-    """The guidance network with its perceptron compiled. The time embedding, of one row, is not: its input is another
-    number at each evaluation.
+    """The guidance network with its MLP compiled. The time embedding, of one row, is not: its input is another number
+    at each evaluation.
     """
 
     num_classes = 0
@@ -216,12 +202,12 @@ class _CompiledGuidance:
         layers = [layer for layer in network.layers if isinstance(layer, nn.Linear)]
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers[1:]]
 
-        def perceptron(x: Tensor, first_bias: Tensor) -> tuple[Tensor, Tensor]:
+        def mlp(x: Tensor, first_bias: Tensor) -> tuple[Tensor, Tensor]:
             return mlp_value_and_grad(x, first_bias, weights, biases, backend="reference")
 
-        self.perceptron = torch.compile(perceptron, dynamic=False)
+        self.mlp = torch.compile(mlp, dynamic=False)
 
     def log_ratio_and_grad(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        value, gradient = self.perceptron(x, self.network.first_bias(t, labels))
+        value, gradient = self.mlp(x, self.network.first_bias(t, labels))
         alpha = float(self.network.schedule.alpha(float(t))) ** self.network.alpha_power
         return alpha * value, alpha * gradient
