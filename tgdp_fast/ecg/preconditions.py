@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast.ecg.config import Config, to_dict
+from tgdp_fast.ecg.config import OLD_SPELLINGS, Config, to_dict
 
 #: Names for pip of packages that are imported by another one.
 _INSTALLED_AS = {"sklearn": "scikit-learn"}
@@ -72,6 +72,7 @@ def check_same_run(out: Path, config: Config, changeable: Sequence[str] = ()) ->
     changes = []
     for name, new in _flat(json.loads(json.dumps(to_dict(config)))):
         old = before.get(name, new)  # A setting that is newer than the run had its default value.
+        old = OLD_SPELLINGS.get(old, old) if isinstance(old, str) else old
         same = old == new or (name in _PATHS and old and new and _same_place(Path(old), Path(new)))
         matters = finished or name.startswith(_BEFORE_THE_MODEL) or not name.startswith(_AFTER_THE_MODEL)
         if not same and matters and name not in (*_HARMLESS, *changeable):
