@@ -24,6 +24,8 @@ from tgdp_fast.models import ScoreMLP as ScoreMLP
 from tgdp_fast.ops._dispatch import BackendUnavailableError as BackendUnavailableError
 from tgdp_fast.ops._dispatch import use_backend as use_backend
 from tgdp_fast.runtime.checkpoint import CheckpointError as CheckpointError
+from tgdp_fast.sampling.config import SamplingConfig as SamplingConfig
+from tgdp_fast.sampling.sampler import Sampler as Sampler
 from tgdp_fast.sampling.sampler import SamplingDivergedError as SamplingDivergedError
 from tgdp_fast.sampling.sampler import sample as sample
 from tgdp_fast.sampling.to_file import sample_to_file as sample_to_file

@@ -624,8 +624,8 @@ def test_a_recording_that_gives_something_else_is_not_timed(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     value = torch.zeros(3)
-    monkeypatch.setattr(runner.graph, "record", lambda function, inputs: (lambda: None, function()))
+    monkeypatch.setattr(runner.sampling_loop, "capture", lambda function, inputs: (lambda: None, function()))
     assert torch.equal(runner.replayed(lambda: [value])()[0], value)
-    monkeypatch.setattr(runner.graph, "record", lambda function, inputs: (lambda: None, (value + 1,)))
+    monkeypatch.setattr(runner.sampling_loop, "capture", lambda function, inputs: (lambda: None, (value + 1,)))
     with pytest.raises(RuntimeError, match="something else"):
         runner.replayed(lambda: [value])

@@ -493,7 +493,7 @@ def test_files_of_samples_tell_the_precisions_apart():
     network = randomised(**TINY | {"out_channels": 3})
     denoisers = [Denoiser(network, SCHEDULE)]
     denoisers += [denoisers[0].compile_for_sampling(precision=precision) for precision in ("fp32", "bf16")]
-    assert len({sampling._signature(GuidedDenoiser(denoiser)) for denoiser in denoisers}) == 3
+    assert len({sampling._signature({"denoiser": denoiser}) for denoiser in denoisers}) == 3
 
 
 # without a GPU ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from tgdp_fast import distributed
+from tgdp_fast.runtime import distributed
 from test_distributed import work
 with distributed.process_group("cpu"):
     work(Path(sys.argv[1]))
@@ -74,7 +74,7 @@ def work(out: Path) -> None:
 def run(out: Path, processes: int) -> list[dict]:
     out.mkdir()
     script = out / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(out)],

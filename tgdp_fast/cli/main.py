@@ -471,7 +471,7 @@ def _check_sampling(options: argparse.Namespace) -> None:
     """Refuse bad sampling options before anything is read or trained."""
     from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
     from tgdp_fast.ops._dispatch import BACKENDS
-    from tgdp_fast.sampling.sampler import PRECISIONS
+    from tgdp_fast.runtime.precision import PRECISIONS
 
     check_integer("--num", options.num, 1)
     check_integer("--steps", options.steps, 1)

@@ -21,7 +21,7 @@ from tgdp_fast.lab.cases.case import GRAPH, PROVIDERS, Call, Case, InaccurateErr
 from tgdp_fast.ops import BackendUnavailableError
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.info import environment
-from tgdp_fast.sampling import graph
+from tgdp_fast.sampling import loop as sampling_loop
 
 Row = dict[str, Any]
 
@@ -152,7 +152,7 @@ def replayed(call: Call) -> Call:
         for _ in range(3):
             plain = [output.clone() for output in call()]
     current.wait_stream(other)
-    replay, outputs = graph.record(lambda: tuple(call()), [])
+    replay, outputs = sampling_loop.capture(lambda: tuple(call()), [])
 
     def run() -> Sequence[torch.Tensor]:
         replay()

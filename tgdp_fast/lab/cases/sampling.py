@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
-from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
+from tgdp_fast.diffusion.guided import EpsilonModel, Guidance
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
 from tgdp_fast.lab.accuracy import PRECISIONS, error_of
 from tgdp_fast.lab.cases.case import (
@@ -34,8 +34,10 @@ from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
 from tgdp_fast.metrics import sliced_wasserstein
 from tgdp_fast.ops import mlp_value_and_grad, use_backend
 from tgdp_fast.ops.noise import normal
-from tgdp_fast.sampling.fused import FusedRun
-from tgdp_fast.sampling.sampler import advance, sample
+from tgdp_fast.sampling.config import SamplingConfig
+from tgdp_fast.sampling.full_trajectory import FullTrajectory
+from tgdp_fast.sampling.loop import Loop
+from tgdp_fast.sampling.sampler import Sampler
 
 DEPTH, INPUTS, STEPS = 4, 2, 25
 
@@ -119,9 +121,9 @@ def _setup(num: int, width: int, sampler: Callable[..., Call], precision: str, d
             distance = sliced_wasserstein(samples.float(), reference) / float(reference.std())
             return limited(distance, PEER_SAMPLES)
         rows = checked_rows(num, device)
-        double = GuidedDenoiser(copy.deepcopy(denoiser).double(), copy.deepcopy(problem.guidance).double())
+        double = guided_loop(copy.deepcopy(denoiser).double(), copy.deepcopy(problem.guidance).double(), table)
         with torch.inference_mode(), use_backend("reference"):
-            exact = run_table(double, table, initial[rows].double(), indices[rows])
+            exact, _ = double(initial[rows].double(), indices[rows], seed=SEED)
         error = error_of([samples[rows]], [exact]).maximum
         return limited(error, SAMPLES_FP32 if precision == "fp32" else SAMPLES_BF16)
 
@@ -138,49 +140,39 @@ def _networks(problem: _Problem, provider: str) -> tuple[EpsilonModel, Guidance]
 
 
 def _peer(problem: _Problem) -> list[Tensor]:
+    loop = guided_loop(problem.denoiser, _AutogradGuidance(problem.guidance), problem.table)
     with torch.no_grad(), autocast(problem.precision, problem.initial.device), use_backend("reference"):
-        guided = GuidedDenoiser(problem.denoiser, _AutogradGuidance(problem.guidance))
-        return [run_table(guided, problem.table, problem.initial, problem.indices)]
+        return [loop(problem.initial, problem.indices, seed=SEED)[0]]
 
 
 def _end_to_end(problem: _Problem, provider: str, denoiser: EpsilonModel, guidance: Guidance) -> Call:
-    arguments: dict[str, Any] = {
-        "num": len(problem.indices),
-        "shape": (INPUTS,),
-        "solver": problem.table,
-        "seed": SEED,
-        "precision": problem.precision,
-        "backend": "reference" if provider == "compile" else provider,
-        "device": problem.initial.device,
-    }
-    return lambda: [sample(denoiser, guidance, **arguments)]
+    backend = "reference" if provider == "compile" else provider
+    config = SamplingConfig(problem.table, precision=problem.precision, backend=backend)
+    sampler = Sampler(denoiser, guidance, config, shape=(INPUTS,), device=problem.initial.device)
+    return lambda: [sampler.draw(len(problem.indices), seed=SEED)]
 
 
 def _loop(problem: _Problem, provider: str, denoiser: EpsilonModel, guidance: Guidance) -> Call:
-    guided, table = GuidedDenoiser(denoiser, guidance), problem.table
-    dtype = None if problem.precision == "fp32" else PRECISIONS[problem.precision]
-    find = partial(FusedRun.of, guided, table, [1.0] * table.nfe, dtype, provider)
+    loop, dtype = guided_loop(denoiser, guidance, problem.table), PRECISIONS[problem.precision]
 
-    def fused() -> Sequence[Tensor]:
+    def full() -> Sequence[Tensor]:
         with torch.inference_mode():
-            run = find()
-            assert run is not None
-            return [run.run(problem.initial, None, SEED, problem.indices)[0]]
+            trajectory = FullTrajectory.of(loop, dtype, provider)
+            assert trajectory is not None
+            return [trajectory.run(problem.initial, None, SEED, problem.indices)[0]]
 
-    def loop() -> Sequence[Tensor]:
+    def evaluations() -> Sequence[Tensor]:
         device = problem.initial.device
         with torch.inference_mode(), backend_of(provider), autocast(problem.precision, device):
-            return [run_table(guided, table, problem.initial, problem.indices)]
+            return [loop(problem.initial, problem.indices, seed=SEED)[0]]
 
-    return fused if provider not in PLAIN_PROVIDERS and find() is not None else loop
+    served = provider not in PLAIN_PROVIDERS and FullTrajectory.of(loop, dtype, provider) is not None
+    return full if served else evaluations
 
 
-def run_table(guided: GuidedDenoiser, table: SolverTable, x: Tensor, indices: Tensor) -> Tensor:
-    """All evaluations of a solver from the state ``x`` [B, D], in its dtype; ``indices`` [B] are the sample indices."""
-    history = x.new_zeros((table.history, *x.shape)) if table.history else None
-    for k in range(table.nfe):
-        x, history, _ = advance(guided, table, k, x, history, SEED, indices)
-    return x
+def guided_loop(denoiser: EpsilonModel, guidance: Guidance, table: SolverTable) -> Loop:
+    """All evaluations of a solver with exact guidance."""
+    return Loop(denoiser, guidance, table, table.sigma.tolist())
 
 
 class _AutogradGuidance:

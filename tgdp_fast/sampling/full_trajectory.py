@@ -1,4 +1,4 @@
-"""Whole runs of our own perceptrons as one operator: what :func:`tgdp_fast.sample` hands to ``ops.trajectory``."""
+"""The full trajectory of the MLPs of this package as one operator, ``ops.trajectory``, in place of the loop."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tgdp_fast.diffusion.denoiser import Denoiser, epsilon_scales, labels_for
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
-from tgdp_fast.diffusion.guided import GuidedDenoiser
-from tgdp_fast.diffusion.solvers import SolverTable
 from tgdp_fast.models import ScoreMLP, encode_labels
 from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory, use_backend
 from tgdp_fast.ops._dispatch import requested_backend, resolve
 from tgdp_fast.ops._measured import loop_is_faster
+from tgdp_fast.sampling.loop import Loop
 
 
-@dataclass(frozen=True)
-class FusedRun:
-    """A denoiser with a :class:`ScoreMLP`, and a :class:`GuidanceNetwork` or none, ready for the operator."""
+@dataclass(frozen=True, eq=False)
+class FullTrajectory:
+    """A :class:`Loop` with a :class:`ScoreMLP`, and a :class:`GuidanceNetwork` or none, ready for the operator.
 
-    guided: GuidedDenoiser
+    It holds the weights as they were; make another one when they change.
+    """
+
+    loop: Loop
     score: TrajectoryNetwork
     guidance: TrajectoryNetwork | None
     plan: TrajectoryPlan
@@ -35,27 +37,17 @@ class FusedRun:
 
     @classmethod
     def of(
-        cls,
-        guided: GuidedDenoiser,
-        table: SolverTable,
-        scales: Sequence[float],
-        dtype: torch.dtype | None,
-        backend: str,
-        *,
-        split: bool = False,
-        samples: int | None = None,
-    ) -> FusedRun | None:
-        """The run of ``table``, or None where the models or the backends here need the loop.
+        cls, loop: Loop, dtype: torch.dtype, backend: str, *, split: bool = False, samples: int | None = None
+    ) -> FullTrajectory | None:
+        """The full trajectory of ``loop``, or None where the models or the backends here need the loop.
 
         Args:
-            guided: the models.
-            table: the solver.
-            scales: guidance scale at each of its evaluations.
-            dtype: of the networks' products; None for that of their parameters.
+            loop: models, table and weights.
+            dtype: of the factors of the networks' matmuls.
             backend, split: as for the operators.
-            samples: of the whole run, so that a choice left open goes to the loop where that is faster.
+            samples: of the draw, so that a choice left open goes to the loop where that is faster.
         """
-        denoiser, guidance = guided.denoiser, guided.guidance
+        denoiser, guidance, table = loop.denoiser, loop.guidance, loop.table
         # Exactly these: a subclass, or a hook, may compute something else.
         if not _is_plain(denoiser, Denoiser) or not _is_plain(denoiser.network, ScoreMLP):
             return None
@@ -66,10 +58,10 @@ class FusedRun:
         device = network.head.weight.device
         layers = [*(layer for layer in network.layers if isinstance(layer, nn.Linear)), network.head]
         score = _network(layers, network.time_embedding, denoiser.network_time(times).to(device), dtype)
-        weights = np.zeros(table.nfe)
+        weights = np.array(loop.weights, dtype=np.float64)
         other = None
-        if guidance is not None and any(scales):
-            weights = np.array(scales) * table.sigma * np.power(table.alpha, guidance.alpha_power)
+        if guidance is not None and weights.any():
+            weights = weights * np.power(table.alpha, guidance.alpha_power)
             half_log_snr = guidance.schedule.half_log_snr(times).to(device)
             other = _network(guidance.linear_layers(), guidance.time_embedding, half_log_snr, dtype)
         scaled = [
@@ -84,8 +76,8 @@ class FusedRun:
             table.sigma,
             np.array([a for a, _ in scaled]),
             np.array([b for _, b in scaled]),
-            guided.clamp,
-            guided.gradient_norm_limit,
+            loop.clamp,
+            loop.gradient_norm_limit,
         )
         try:
             chosen = resolve("trajectory", backend, score.evaluation_bias, score, other, plan).backend
@@ -95,17 +87,17 @@ class FusedRun:
             networks = [network.weights for network in (score, other) if network is not None]
             if loop_is_faster(samples, networks):
                 return None
-        return None if chosen == "reference" else cls(guided, score, other, plan, split, chosen)
+        return None if chosen == "reference" else cls(loop, score, other, plan, split, chosen)
 
     def run(self, x: Tensor, labels: Tensor | None, seed: int, sample_index: Tensor) -> tuple[Tensor, int]:
         """States [B, ...] after all evaluations, and the first evaluation that diverged, or -1.
 
         Shapes: x [B, ...] float32, the initial states; labels None, [B] or [B, K]; sample_index [B] int64.
         """
-        score = self.score._replace(sample_bias=_label_bias(self.guided.denoiser, labels))
+        score = self.score._replace(sample_bias=_label_bias(self.loop.denoiser, labels))
         guidance = self.guidance
         if guidance is not None:
-            guidance = guidance._replace(sample_bias=_label_bias(self.guided.guidance, labels))
+            guidance = guidance._replace(sample_bias=_label_bias(self.loop.guidance, labels))
         result, diverged = trajectory(
             x.flatten(1),
             score,
@@ -120,10 +112,10 @@ class FusedRun:
 
 
 def _network(
-    layers: Sequence[nn.Linear], time_embedding: nn.Module, times: Tensor, dtype: torch.dtype | None
+    layers: Sequence[nn.Linear], time_embedding: nn.Module, times: Tensor, dtype: torch.dtype
 ) -> TrajectoryNetwork:
-    weights = [layer.weight.detach().to(dtype or layer.weight.dtype) for layer in layers]
-    biases = [layer.bias.detach().to(dtype or layer.bias.dtype) for layer in layers[1:]]
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
+    biases = [layer.bias.detach().to(dtype) for layer in layers[1:]]
     evaluation_bias = layers[0].bias.detach() + _rounded_once(time_embedding, times)
     return TrajectoryNetwork(weights, biases, evaluation_bias)
 

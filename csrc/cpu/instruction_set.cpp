@@ -1,4 +1,4 @@
-#include "capability.h"
+#include "instruction_set.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -42,5 +42,21 @@ Capability capability() {
 }
 
 const char* capability_name() { return kNames[static_cast<int>(capability())]; }
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet chosen = [] {
+    using namespace instruction_sets;
+    InstructionSet best = baseline;
+    const InstructionSet* const higher[] = {&avx2, &avx512, &avx512_bf16};
+    for (int i = 0; i < static_cast<int>(capability()); ++i) {
+      if (higher[i]->pointwise != nullptr) best.pointwise = higher[i]->pointwise;
+      if (higher[i]->guided_step != nullptr) best.guided_step = higher[i]->guided_step;
+      if (higher[i]->long_convolution != nullptr) best.long_convolution = higher[i]->long_convolution;
+      if (higher[i]->residual_block != nullptr) best.residual_block = higher[i]->residual_block;
+    }
+    return best;
+  }();
+  return chosen;
+}
 
 }  // namespace tgdp

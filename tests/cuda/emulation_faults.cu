@@ -1,7 +1,7 @@
 // Kernels that are wrong on purpose, each with a right one beside it, and single instructions: what the emulation of
 // CUDA must see.
-#include "../csrc/cuda/cluster.cuh"
-#include "../csrc/cuda/tensor_core.cuh"
+#include "../../csrc/cuda/cluster.cuh"
+#include "../../csrc/cuda/tensor_core.cuh"
 
 namespace {
 

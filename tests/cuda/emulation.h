@@ -96,7 +96,7 @@ struct Settings {
   bool watch_accesses = false;
   int64_t access_conflicts = 0;
   // Of the device: as sm_90 but for its size, and as long as tests do not ask for them, without clusters.
-  int multiprocessors = 2, shared_per_block = 227 << 10, shared_per_multiprocessor = 228 << 10;
+  int sms = 2, shared_per_block = 227 << 10, shared_per_sm = 228 << 10;
   int clusters = 0;  // that run at once
 };
 inline Settings settings;

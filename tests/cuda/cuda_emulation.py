@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: builds their sources with g++ under csrc/cuda/emulation.h and calls them by ctypes.
+"""The CUDA kernels on the CPU: builds their sources with g++ under emulation.h and calls them by ctypes.
 
 Functions mirror the reference twins, on CPU tensors. Outputs are filled with NaN before and surrounded by numbers that
 must survive.
@@ -24,15 +24,16 @@ from torch import Tensor
 from tgdp_fast.ops import LongConvolution, TrajectoryNetwork, TrajectoryPlan
 from tgdp_fast.ops.noise import key_words
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 SOURCES = (
     "csrc/cuda/guided_step.cu",
     "csrc/cuda/long_convolution.cu",
     "csrc/cuda/mlp_value_and_grad.cu",
     "csrc/cuda/trajectory.cu",
     "csrc/cuda/trajectory_cluster.cu",
-    "csrc/cuda/emulation.cpp",
-    "tests/emulation_faults.cu",
+    "tests/cuda/emulation.cpp",
+    "tests/cuda/emulation_faults.cu",
 )
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FORWARD, REVERSE, RANDOM = range(3)
@@ -174,8 +175,9 @@ def _build(linked: Path) -> None:
     objects, running = [], []
     for source in SOURCES:
         target = linked.with_name(f"{Path(source).stem}.o")
-        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-DTGDP_EMULATION", "-Wall", "-Wextra"]
-        command += ["-Werror", "-Wno-unknown-pragmas", "-x", "c++", "-c", str(ROOT / source), "-o", str(target)]
+        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-DTGDP_EMULATION", f"-I{HERE}"]
+        command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-x", "c++"]
+        command += ["-c", str(ROOT / source), "-o", str(target)]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         objects.append(str(target))
     for process in running:

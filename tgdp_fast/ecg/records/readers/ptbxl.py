@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
-from tgdp_fast.ecg.records.entries import Listing, Problem, fold, identifier, read_table, scp_labels, wfdb_entry, years
+from tgdp_fast.ecg.records.entries import ECGFolder, wfdb_entry
 from tgdp_fast.ecg.records.leads import TWELVE_LEADS
+from tgdp_fast.ecg.records.registry import Selection, reader
 from tgdp_fast.ecg.records.statements import STATEMENTS
+from tgdp_fast.ecg.records.tables import described, identifier, read_table
 from tgdp_fast.ecg.records.wfdb import RecordError, Root, check_relative
 
 TABLE = "ptbxl_database.csv"
@@ -15,7 +16,8 @@ VOCABULARY = "scp_statements.csv"
 _SEXES = {"0": "male", "1": "female"}
 
 
-def read_ptbxl(root: Root, rate: float | None, minimum_likelihood: float | None) -> Listing:
+@reader("ptb-xl", lambda root: (root.path / TABLE).exists(), contents=f"{TABLE} (PTB-XL)", rank=1)
+def read_ptbxl(folder: ECGFolder, root: Root, selection: Selection) -> None:
     """Records of ``ptbxl_database.csv``: ``filename_lr`` (100 Hz) where it is there and has the rate, else
     ``filename_hr`` (500 Hz).
 
@@ -30,13 +32,12 @@ def read_ptbxl(root: Root, rate: float | None, minimum_likelihood: float | None)
                 f"{root.path / VOCABULARY} must name the 71 statements of PTB-XL; it differs in {', '.join(other[:5])}"
             )
     columns = ("filename_lr", "filename_hr")
-    if rate is None or rate > 100:
+    if selection.rate is None or selection.rate > 100:
         columns = columns[::-1]
-    listing, seen, others = Listing(), set(), 0
+    seen, others = set(), 0
     for row in read_table(root.path / TABLE, ["ecg_id", "scp_codes", *columns], root):
-        number = identifier(row["ecg_id"]) or ""
-        name = number.zfill(5)
-        try:
+        name = (identifier(row["ecg_id"]) or "").zfill(5)
+        with folder.record(name):
             if name in seen:
                 raise RecordError(f"{TABLE} has its row twice")
             seen.add(name)
@@ -46,22 +47,9 @@ def read_ptbxl(root: Root, rate: float | None, minimum_likelihood: float | None)
             chosen = next((file for file in files if os.path.lexists(os.path.join(root.path, file))), None)
             if chosen is None:
                 raise RecordError(f"missing: {' and '.join(files)}")
-            entry, _ = wfdb_entry(name, root.join(chosen), root, TWELVE_LEADS, rate)
-            labels = scp_labels(row["scp_codes"], minimum_likelihood)
-            entry = replace(
-                entry,
-                labels=labels,
-                patient=identifier(row.get("patient_id")),
-                fold=fold(row.get("strat_fold")),
-                age=years(row.get("age")),
-                sex=_SEXES.get(identifier(row.get("sex")) or ""),
-            )
-        except RecordError as error:
-            listing.problems.append(Problem(name, str(error)))
-            continue
-        listing.entries.append(entry)
-        others += chosen != files[0]
+            entry, _ = wfdb_entry(name, root.join(chosen), root, TWELVE_LEADS, selection.rate)
+            folder.entries.append(described(entry, row, _SEXES, selection.minimum_likelihood))
+            others += chosen != files[0]
     if others:
         wanted, taken = ("100", "500") if columns[0] == "filename_lr" else ("500", "100")
-        listing.notes.append(f"{others} records have no {wanted} Hz file; their {taken} Hz file is taken")
-    return listing
+        folder.notes.append(f"{others} records have no {wanted} Hz file; their {taken} Hz file is taken")

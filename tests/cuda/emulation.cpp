@@ -1,8 +1,6 @@
 // What tests choose and learn of the emulation; part of no build but theirs.
 #include "emulation.h"
 
-#if defined(TGDP_EMULATION)
-
 extern "C" {
 
 // order: 0 forward, 1 reverse, 2 random by `seed`. left_out: the barrier to leave out, -1 for none; `forget` numbers
@@ -28,14 +26,12 @@ int64_t tgdp_emulation_access_conflicts(int watch) {
 }
 
 // Bytes of shared memory; clusters that run at once.
-void tgdp_emulation_device(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int clusters) {
+void tgdp_emulation_device(int sms, int shared_per_block, int shared_per_sm, int clusters) {
   auto& settings = tgdp::emulation::settings;
-  settings.multiprocessors = multiprocessors;
+  settings.sms = sms;
   settings.shared_per_block = shared_per_block;
-  settings.shared_per_multiprocessor = shared_per_multiprocessor;
+  settings.shared_per_sm = shared_per_sm;
   settings.clusters = clusters;
 }
 
 }  // extern "C"
-
-#endif
