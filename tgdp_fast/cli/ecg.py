@@ -15,6 +15,8 @@ from tgdp_fast.cli.arguments import add_command, add_quiet, with_flags
 if TYPE_CHECKING:
     from tgdp_fast.ecg.pipeline import Pipeline
 
+#: Settings of :class:`tgdp_fast.sampling.config.SamplingConfig` that ``ecg sample`` takes.
+SETTINGS = ("solver", "steps", "spacing", "scale", "precision")
 _SHOWN = 20  # problems, and labels, that are printed one by one
 
 
@@ -159,20 +161,17 @@ def _say(text: str) -> None:
 def sample(options: argparse.Namespace) -> None:
     """Draw 12-lead records from a fitted model, as WFDB records with labels and a manifest."""
     from tgdp_fast.ecg.drawing import draw_records
+    from tgdp_fast.sampling.config import SamplingConfig
 
     check_model_folder(options.model)
     try:
         place = draw_records(
             options.model,
             options.out,
+            SamplingConfig(**{name: getattr(options, name) for name in SETTINGS}),
             num=options.num,
             statements=options.statements,
             guided=not options.unguided,
-            solver=options.solver,
-            steps=options.steps,
-            spacing=options.spacing,
-            scale=options.scale,
-            precision=options.precision,
             seed=options.seed,
             batch_size=options.batch_size,
             device=options.device,

@@ -24,24 +24,28 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
 from tgdp_fast.fit.density_ratio import RATIO_LOSSES
 from tgdp_fast.fit.training import TIME_DISTRIBUTIONS, Optimisation
 from tgdp_fast.models.s4 import CAUCHY
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
 from tgdp_fast.runtime.precision import PRECISIONS
+from tgdp_fast.sampling.config import SamplingConfig
 
 #: In the order of tables and plots.
 METHODS = ("source", "vanilla", "fine_tune", "tgdp")
 #: What is said of every result of the preset smoke.
 SMOKE = "preset smoke: shows that everything works; samples and numbers are not good"
 PRIORS = ("standard", "gaussian", "empirical")
-UNITS = ("mV", "standardised")
+UNITS = ("mV", "standardized")
+#: Spellings of earlier versions, which stay valid.
+_OLD_SPELLINGS = {"standardised": "standardized"}
+#: Entries of [sampling] that are written only where they differ from this.
+UNSAID: dict[str, Any] = {"eta": None, "interval": None, "clamp": None, "backend": "auto"}
 DOMAIN_CLASSIFIERS = ("features", "xresnet1d")
 
 T = TypeVar("T")
@@ -91,7 +95,7 @@ class Backbone:
     Attributes:
         checkpoint: a released SSSD-ECG checkpoint, or a denoiser saved by this package, in the place of training. Its
             architecture replaces the one here.
-        checkpoint_units: of the signals that it works on: "mV", as released ones do, or "standardised" by the source
+        checkpoint_units: of the signals that it works on: "mV", as released ones do, or "standardized" by the source
             records given here. A model that ``tgdp-fast ecg fit`` has saved brings its own standardisation.
         cauchy: which sum of kernels a released file was trained with, "pair" or "half" (see
             :class:`tgdp_fast.models.SSSDECG`).
@@ -113,7 +117,8 @@ class Backbone:
     def __post_init__(self) -> None:
         for name in ("num_res_layers", "res_channels", "d_state", "step_features", "step_embedding", "label_dim"):
             check_integer(name, getattr(self, name), 1)
-        check_choice("checkpoint_units", self.checkpoint_units, UNITS)
+        units = _OLD_SPELLINGS.get(self.checkpoint_units, self.checkpoint_units)
+        object.__setattr__(self, "checkpoint_units", check_choice("checkpoint_units", units, UNITS))
         check_choice("cauchy", self.cauchy, CAUCHY)
         check_integer("diffusion_steps", self.diffusion_steps, 2)
         self.schedule()
@@ -170,38 +175,41 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How samples are drawn; see :func:`tgdp_fast.sample`.
+class Sampling(SamplingConfig):
+    """How samples are drawn: a :class:`tgdp_fast.sampling.config.SamplingConfig`, of how many and from where.
 
     Attributes:
         num: samples of each method.
+        gradient_norm_limit: 0 for no limit.
         prior: where sampling starts: "standard" is N(0, I); "gaussian" and "empirical" are fitted to what the model
             was trained on, for TGDP to source records weighted with their ratios
             (see :mod:`tgdp_fast.diffusion.prior`).
+        seed, batch_size: see :meth:`tgdp_fast.Sampler.draw`.
     """
 
-    num: int = 1000
     solver: str = "ddpm"
     steps: int = 200
     spacing: str = "uniform"
-    scale: float = 1.0
-    gradient_norm_limit: float = 0.0
+    num: int = 1000
     prior: str = "standard"
-    precision: str = "fp32"
     seed: int = 0
     batch_size: int = 64
 
     def __post_init__(self) -> None:
         check_integer("num", self.num, 2)
-        check_choice("solver", self.solver, SOLVERS)
-        check_integer("steps", self.steps, 1)
-        check_choice("spacing", self.spacing, SPACINGS)
-        check_number("scale", self.scale)
-        check_number("gradient_norm_limit", self.gradient_norm_limit, 0.0)
         check_choice("prior", self.prior, PRIORS)
         check_choice("precision", self.precision, PRECISIONS)
         check_seed(self.seed)
         check_integer("batch_size", self.batch_size, 1)
+        if self.gradient_norm_limit == 0:
+            object.__setattr__(self, "gradient_norm_limit", None)
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, without the entries of ``UNSAID`` that have their defaults."""
+        values = {"num": self.num, **super().to_dict()}
+        values["gradient_norm_limit"] = values["gradient_norm_limit"] or 0.0
+        return {name: value for name, value in values.items() if name not in UNSAID or value != UNSAID[name]}
 
 
 @dataclass(frozen=True)
@@ -342,8 +350,11 @@ def load_config(path: str | os.PathLike[str] | None, **changes: Any) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """JSON-able, as in a TOML file."""
-    return dataclasses.asdict(config)
+    """A configuration, or a section of it, JSON-able and as in a TOML file."""
+    if isinstance(config, SamplingConfig):
+        return config.to_dict()
+    values = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+    return {name: to_dict(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -366,7 +377,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _changed(base: T, given: Mapping[str, Any], prefix: str) -> T:
     """``base``, a dataclass, with the entries of ``given``; checks names and kinds."""
     assert is_dataclass(base)
-    kinds = get_type_hints(type(base))
     known = [entry.name for entry in fields(base)]
     values: dict[str, Any] = {}
     for name, value in given.items():
@@ -377,7 +387,7 @@ def _changed(base: T, given: Mapping[str, Any], prefix: str) -> T:
                 raise ValueError(f"{full} must be a table, written as [{full}], got {value!r}")
             values[name] = _changed(current, value, full)
         else:
-            values[name] = _converted(full, value, kinds[name])
+            values[name] = _converted(full, value, current)
     try:
         result: T = dataclasses.replace(base, **values)  # type: ignore[type-var]
     except ValueError as error:
@@ -386,14 +396,17 @@ def _changed(base: T, given: Mapping[str, Any], prefix: str) -> T:
     return result
 
 
-def _converted(name: str, value: Any, kind: Any) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+def _converted(name: str, value: Any, current: Any) -> Any:
+    """``value`` as what stands in its place is; the section itself checks what may be None."""
+    if current is None:
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(current, float) and type(value) is int:
         return float(value)
-    if getattr(kind, "__origin__", None) is tuple:
-        (item, *_) = get_args(kind)
+    if isinstance(current, tuple):
+        item = type(current[0])
         if isinstance(value, list | tuple) and all(type(entry) is item for entry in value):
             return tuple(value)
         raise ValueError(f"{name} must be a list of {item.__name__}, got {value!r}")
-    if type(value) is not kind:
-        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    if type(value) is not type(current):
+        raise ValueError(f"{name} must be of type {type(current).__name__}, got {value!r}")
     return value

@@ -73,7 +73,7 @@ def in_units_of(given: Denoiser | TransferModel | None, backbone: Backbone, coho
     """The cohorts, standardized as a given source model wants its signals."""
     if isinstance(given, TransferModel):
         return replace(cohorts, standardizer=given.standardizer)
-    if given is None or backbone.checkpoint_units == "standardised":
+    if given is None or backbone.checkpoint_units == "standardized":
         return cohorts
     return replace(cohorts, standardizer=Standardizer.identity(cohorts.source.signals.shape[1:]))
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast.ecg.config import Config, to_dict
+from tgdp_fast.ecg.config import PRESETS, UNSAID, Config, to_dict
 
 #: Names for pip of packages that are imported by another one.
 _INSTALLED_AS = {"sklearn": "scikit-learn"}
@@ -19,6 +19,10 @@ _AFTER_THE_MODEL = ("methods", "vanilla.", "fine_tune.", "sampling.", "evaluatio
 #: But these among them: where guided samples start, and what makes features.
 _BEFORE_THE_MODEL = ("sampling.prior", "evaluation.classifier.")
 _PATHS = ("data.source", "data.target", "backbone.checkpoint")
+#: Settings that are written down only where they are not as here.
+_UNSAID = {f"sampling.{name}": value for name, value in UNSAID.items()}
+#: What earlier versions wrote for a value.
+_RENAMED = {"backbone.checkpoint_units": ("standardised", "standardized")}
 _SHOWN = 5
 #: What evaluation imports at its end: neurokit2 needs pandas and matplotlib. wfdb is needed by some forms of files
 #: alone, and reading, which comes first, says so.
@@ -69,9 +73,14 @@ def check_same_run(out: Path, config: Config, changeable: Sequence[str] = ()) ->
         before = dict(_flat(json.loads((out / "config.json").read_text())))
     except (OSError, ValueError, AttributeError):  # Not there, or damaged: nothing to compare with.
         return
+    for name, (old, new) in _RENAMED.items():
+        if before.get(name) == old:
+            before[name] = new
     changes = []
-    for name, new in _flat(json.loads(json.dumps(to_dict(config)))):
-        old = before.get(name, new)  # A setting that is newer than the run had its default value.
+    now, usual = (dict(_flat(json.loads(json.dumps(to_dict(each))))) for each in (config, PRESETS[config.preset]))
+    for name in dict.fromkeys([*now, *_UNSAID]):
+        # A setting that is newer than the run had its default value.
+        old, new = (each.get(name, usual.get(name, _UNSAID.get(name))) for each in (before, now))
         same = old == new or (name in _PATHS and old and new and _same_place(Path(old), Path(new)))
         matters = finished or name.startswith(_BEFORE_THE_MODEL) or not name.startswith(_AFTER_THE_MODEL)
         if not same and matters and name not in (*_HARMLESS, *changeable):
