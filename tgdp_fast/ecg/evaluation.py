@@ -32,7 +32,7 @@ from tgdp_fast.metrics import (
     f_max,
     frechet_distance,
     macro_auc_by_ranks,
-    memorisation,
+    memorization,
     per_class_scores,
     spectra,
     spectral_difference,
@@ -157,9 +157,9 @@ class _Judge:
             augmented=augmented,
             per_class=per_class_scores(self.truth, utility.scores.mean(axis=0), target.statements),
             quality=quality,
-            memorisation=None
+            memorization=None
             if name == REAL
-            else memorisation(drawn.signals, self.few.signals, self.cohorts.test.signals),
+            else memorization(drawn.signals, self.few.signals, self.cohorts.test.signals),
             statistics=compare_statistics(self.statistics, self._statistics(drawn.signals)),
             spectra=spectra(all_leads(drawn.signals, target.leads), target.rate),
             cost=None if name == REAL else cost(self.run.costs.found, name),
@@ -240,7 +240,7 @@ def _results(run: Run, cohorts: Cohorts, methods: Mapping[str, Method], model: T
             "with_real": {key: asdict(value) for key, value in method.augmented.items()},
             "per_class": [asdict(row) for row in method.per_class],
             "quality": dict(method.quality),
-            "memorisation": method.memorisation and {key: getattr(method.memorisation, key) for key in copies},
+            "memorisation": method.memorization and {key: getattr(method.memorization, key) for key in copies},
             "statistics": [asdict(row) for row in method.statistics],
         }
         for name, method in methods.items()

@@ -13,7 +13,7 @@ import numpy as np
 
 from tgdp_fast.ecg import plots
 from tgdp_fast.metrics.classification import ClassScore, Interval
-from tgdp_fast.metrics.copies import Memorisation
+from tgdp_fast.metrics.copies import Memorization
 from tgdp_fast.metrics.ecg_intervals import Spectra, StatisticComparison
 from tgdp_fast.runtime.files import write_atomic
 
@@ -50,7 +50,7 @@ class Method:
         augmented: the same, trained on these samples and the few real records.
         per_class: scores of that classifier.
         quality: name -> number, such as the Frechet distance.
-        memorisation: see :func:`tgdp_fast.metrics.memorisation`.
+        memorization: see :func:`tgdp_fast.metrics.memorization`.
         statistics: see :func:`tgdp_fast.metrics.compare_statistics`.
         spectra: with the leads of the report.
         cost: see :class:`Cost`.
@@ -64,7 +64,7 @@ class Method:
     augmented: Mapping[str, Interval] = field(default_factory=dict)
     per_class: Sequence[ClassScore] = ()
     quality: Mapping[str, float] = field(default_factory=dict)
-    memorisation: Memorisation | None = None
+    memorization: Memorization | None = None
     statistics: Sequence[StatisticComparison] = ()
     spectra: Spectra | None = None
     cost: Cost | None = None
@@ -193,14 +193,14 @@ def _ecgs(report: Report) -> str:
 
 def _quality(report: Report) -> str:
     columns = _keys(method.quality for method in report.methods)
-    remembered = any(method.memorisation for method in report.methods)
+    remembered = any(method.memorization for method in report.methods)
     extra = ["nearest record, ratio", "5 % nearest, ratio", "nearer than held-out", "copies"] if remembered else []
     rows = []
     for method in report.methods:
-        if not method.quality and method.memorisation is None:
+        if not method.quality and method.memorization is None:
             continue
         cells = [_number(method.quality[c]) if c in method.quality else "–" for c in columns]
-        found = method.memorisation
+        found = method.memorization
         if found is not None:
             cells += [
                 _number(found.median_ratio),
@@ -258,9 +258,9 @@ def _ratios(report: Report) -> str:
     values = {name: np.asarray(v) for name, v in report.log_ratios.items() if np.size(v)}
     if not values:
         return ""
-    colours = (1, 4, 3, 5)
-    plot = plots.histogram(values, "Histograms of the learned log-ratio", "log r = log q / p (nats)", colours=colours)
-    legend = plots.legend([(name, colours[i % 4]) for i, name in enumerate(values)])
+    colors = (1, 4, 3, 5)
+    plot = plots.histogram(values, "Histograms of the learned log-ratio", "log r = log q / p (nats)", colors=colors)
+    legend = plots.legend([(name, colors[i % 4]) for i, name in enumerate(values)])
     rows = [
         [name, str(len(v)), *(_number(float(q)) for q in np.quantile(v[np.isfinite(v)], [0.05, 0.5, 0.95]))]
         for name, v in values.items()
