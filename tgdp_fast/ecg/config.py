@@ -36,9 +36,9 @@ from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, 
 from tgdp_fast.runtime.precision import PRECISIONS
 from tgdp_fast.sampling.config import SamplingConfig
 
-#: In the order of tables and plots.
+#: Methods, in the order of tables and plots.
 METHODS = ("source", "vanilla", "fine_tune", "tgdp")
-#: What is said of every result of the preset smoke.
+#: Printed with every result of the preset smoke.
 SMOKE = "preset smoke: shows that everything works; samples and numbers are not good"
 PRIORS = ("standard", "gaussian", "empirical")
 UNITS = ("mV", "standardized")
@@ -57,15 +57,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Data:
-    """What is read, and how it is divided.
+    """The folders of records, and how the records are divided.
 
     Attributes:
         source, target: folders of records.
         rate: samples per second to which records are resampled.
-        seconds: kept of each record, from its start; shorter ones are dropped.
-        target_fraction: of the target's records that methods may see (the paper: 0.1); a record of the rest is never
-            trained on, it tests. In cases where that leaves fewer than ``least_target``, so many are taken.
-        least_target: see there.
+        seconds: length that is kept of each record, from its start; shorter records are dropped.
+        target_fraction: fraction of the target records that methods may see (0.1 in the paper); the others are used
+            for tests only.
+        least_target: the least number of target records that methods see, whatever ``target_fraction`` says.
         seed: of the division.
         on_problem: "skip" broken records and report them, or "raise" at the first.
     """
@@ -93,11 +93,11 @@ class Backbone:
     """The SSSD-ECG network and its noise schedule; the defaults are the paper's (TGDP section 4.2).
 
     Attributes:
-        checkpoint: a released SSSD-ECG checkpoint, or a denoiser saved by this package, in the place of training. Its
-            architecture replaces the one here.
-        checkpoint_units: of the signals that it works on: "mV", as released ones do, or "standardized" by the source
-            records given here. A model that ``tgdp-fast ecg fit`` has saved brings its own standardisation.
-        cauchy: which sum of kernels a released file was trained with, "pair" or "half" (see
+        checkpoint: a released SSSD-ECG checkpoint, or a denoiser saved by this package, to use instead of training
+            one. Its architecture replaces the one here.
+        checkpoint_units: units of its signals: "mV" for released checkpoints, or "standardized" by the source records
+            given here. A model saved by ``tgdp-fast ecg fit`` brings its own standardization.
+        cauchy: the Cauchy sum that a released file was trained with, "pair" or "half" (see
             :class:`tgdp_fast.models.SSSDECG`).
     """
 
@@ -130,7 +130,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Classifier:
-    """An xresnet1d of statements: its features, its use as a judge of samples, and the domain classifier's body."""
+    """An xresnet1d that computes features, judges samples, and is the body of the domain classifier of signals."""
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     expansion: int = 4
@@ -145,12 +145,12 @@ class Guidance:
     """Density ratio and guidance network (TGDP Algorithms 1 to 4).
 
     Attributes:
-        domain_classifier: what tells source from target on clean signals: a perceptron on "features" of the frozen
-            statement classifier, or an "xresnet1d" on the signals.
-        conditional: whether it and the guidance take labels (TGDP Theorem 3.3).
+        domain_classifier: the classifier of source against target on clean signals: an MLP on "features" of the
+            frozen statement classifier, or an "xresnet1d" on the signals.
+        conditional: whether this classifier and the guidance take labels (TGDP Theorem 3.3).
         loss, consistency, cycle, width, depth, alpha_power, time_distribution: see :func:`tgdp_fast.fit_guidance`. The
-            default is Algorithm 4; the weights of its terms are ours. A time-dependent classifier ("logistic") tells
-            8,000 numbers of few records apart by heart, and h with it; regression on the calibrated ratio does not.
+            default is Algorithm 4 with weights of our own. A time-dependent classifier ("logistic") memorizes a few
+            records of 8,000 numbers each; regression on the calibrated ratio does not.
     """
 
     domain_classifier: str = "features"
@@ -214,13 +214,14 @@ class Sampling(SamplingConfig):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What samples are judged by.
+    """How samples are evaluated.
 
     Attributes:
-        classifier: trained on samples, tested on real records; and on source records, for features.
-        bootstrap: resamplings of the test records behind an interval.
-        seeds: classifiers trained on each set of samples; figures are their means.
-        plots: samples shown of each method.
+        classifier: trained on samples and tested on real records; another one, trained on source records, computes
+            features.
+        bootstrap: number of bootstrap samples of the test records behind an interval.
+        seeds: number of classifiers trained on each set of samples; their mean score is used.
+        plots: number of samples shown of each method.
     """
 
     classifier: Classifier = field(default_factory=Classifier)
@@ -272,8 +273,8 @@ _SMOKE_CLASSIFIER = Classifier(
     (1, 1, 1, 1), 1, 16, Optimisation(steps=80, batch_size=32, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.95)
 )
 
-#: ``paper``: TGDP section 4.2 (rates decay, where the paper's are constant). ``small``: hours on a processor, minutes
-#: on a GPU. ``smoke``: minutes on two cores, to see that everything works; its samples are not good.
+#: ``paper``: TGDP section 4.2 (rates decay, where the paper's are constant). ``small``: hours on a CPU, minutes on a
+#: GPU. ``smoke``: minutes on two cores, to see that everything works; its samples are not good.
 PRESETS: dict[str, Config] = {
     "paper": Config(),
     "small": Config(
@@ -320,11 +321,11 @@ def load_config(path: str | os.PathLike[str] | None, **changes: Any) -> Config:
 
     Args:
         path: the file; None stands for an empty one. Folders in it are relative to its own.
-        changes: "preset" of a file that names none, and entries as ``section__name`` or ``name`` that win over the
-            file; None leaves an entry alone.
+        changes: "preset" where the file names none, and entries as ``section__name`` or ``name``, which override the
+            file; None changes nothing.
 
     Raises:
-        ConfigError: no such file, no TOML, an unknown entry or preset, a value that cannot be.
+        ConfigError: the file cannot be read or is no TOML; an unknown entry or preset; a bad value.
     """
     given: dict[str, Any] = {}
     if path is not None:

@@ -26,7 +26,7 @@ DASHES = ("", "6 3", "2 2", "8 2 2 2", "", "4 2", "1 3")
 _MARGIN = 5.0  # mm, around everything
 _PULSE = 10.0  # mm, room for the calibration pulse before each row
 _ABOVE, _BELOW = (15.0, 30.0), (15.0, 20.0)  # mm of a row above and below its baseline, at least and at most
-_LARGEST = 5.0  # mV; what is beyond is cut off
+_LARGEST = 5.0  # mV; larger values are cut off
 _UNIT = 100  # paths are written in hundredths of a millimetre: whole numbers are short
 
 #: The two grids of ECG paper; once in a page, before the first plot.
@@ -62,7 +62,7 @@ def ecg_plot(signals: np.ndarray, rate: float, leads: Sequence[str], title: str)
         signals: [12, L] in mV.
         rate: samples per second.
         leads: names of the leads, in any case.
-        title: what the plot shows, read to those who cannot see it.
+        title: description for screen readers.
 
     Raises:
         ValueError: other shapes, a lead is missing.
@@ -142,7 +142,7 @@ def curves(
 
     Args:
         series: at least one.
-        title: read to those who cannot see it.
+        title: for screen readers.
         x_label, y_label: of the axes.
         heading: written above.
         width, height: in pixels at full size.
@@ -170,7 +170,7 @@ def histogram(
     width: int = 760,
     height: int = 280,
 ) -> str:
-    """Histograms over common bins, each as a density; filled steps in their colors.
+    """Histograms over common bins, each as a density in filled steps.
 
     Bins span the central 99.8 % of all values; what lies outside is counted in the first and last one.
     """
