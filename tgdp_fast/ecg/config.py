@@ -148,8 +148,8 @@ class Guidance:
         domain_classifier: the classifier of source against target on clean signals: an MLP on "features" of the
             frozen statement classifier, or an "xresnet1d" on the signals.
         conditional: whether this classifier and the guidance take labels (TGDP Theorem 3.3).
-        loss, consistency, cycle, width, depth, alpha_power, time_distribution: see :class:`tgdp_fast.GuidanceConfig`. The
-            default is Algorithm 4 with weights of our own. A time-dependent classifier ("logistic") memorizes a few
+        loss, consistency, cycle, width, depth, alpha_power, time_distribution: see :class:`tgdp_fast.GuidanceConfig`.
+            The default is Algorithm 4 with weights of our own. A time-dependent classifier ("logistic") memorizes a few
             records of 8,000 numbers each; regression on the calibrated ratio does not.
     """
 
