@@ -62,9 +62,9 @@ class TransferArrays:
         if num_classes is None and stated:
             num_classes = stated
         own = (("source_labels", source_labels, len(source)), ("target_labels", target_labels, len(target)))
-        classes = max(count_classes(*given, num_classes) for given in own)
-        labels = [checked_labels(*given, classes) for given in own]
-        return cls(source, target, labels[0], labels[1], classes)
+        classes = max(count_classes(*labels, num_classes) for labels in own)
+        y_source, y_target = (checked_labels(*labels, classes) for labels in own)
+        return cls(source, target, y_source, y_target, classes)
 
     def standardized(self, standardizer: Standardizer) -> TransferArrays:
         """With the samples in the coordinates of ``standardizer``, where a value may lie beyond float32."""
