@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from native import run_with
-from test_mlp_native import check, double, network
+from test_mlp_native import double, network
+from tolerances import assert_no_worse_than_eager, of_perceptron, of_perceptron_backward, of_sums
 from triton_interpreter import compiled, interpreted, run_interpreted
 
 from tgdp_fast.ops import BackendUnavailableError, mlp_value_and_grad, perceptron
@@ -60,9 +61,8 @@ def test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, per_sample
     value, gradient, kept = run("mlp_value_and_grad", *call, save_pre_activations=True)
     eager_value, eager_gradient, eager_kept = _forward_reference(*call, save_pre_activations=True)
     exact = _forward_reference(*double(*call), save_pre_activations=True)
-    check(
-        (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept), (*exact[:2], *exact[2]), dtype, max(sizes)
-    )
+    got, eager = (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept)
+    assert_no_worse_than_eager(got, eager, (*exact[:2], *exact[2]), of_perceptron(sizes, dtype))
 
 
 def joint_derivatives(sizes, batch, dtype, cotangents, per_sample):
@@ -89,7 +89,8 @@ def joint_derivatives(sizes, batch, dtype, cotangents, per_sample):
 @pytest.mark.parametrize(("sizes", "batch"), SHAPES)
 def test_joint_derivative(sizes, batch, dtype, cotangents):
     per_sample = cotangents != "gradient"
-    check(*joint_derivatives(sizes, batch, dtype, cotangents, per_sample), dtype, max(*sizes, batch))
+    results = joint_derivatives(sizes, batch, dtype, cotangents, per_sample)
+    assert_no_worse_than_eager(*results, of_perceptron_backward(sizes, batch, dtype))
 
 
 @interpreted
@@ -105,7 +106,8 @@ def test_many_rows_in_one_launch(dtype, monkeypatch):
     call = network((2, 20, 33), 70, dtype)
     got = run("mlp_value_and_grad", *call, save_pre_activations=False)[:2]
     eager = _forward_reference(*call, save_pre_activations=False)[:2]
-    check(got, eager, _forward_reference(*double(*call), save_pre_activations=False)[:2], dtype, 33)
+    exact = _forward_reference(*double(*call), save_pre_activations=False)[:2]
+    assert_no_worse_than_eager(got, eager, exact, of_perceptron((2, 20, 33), dtype))
 
 
 @interpreted
@@ -117,7 +119,7 @@ def test_a_batch_that_is_divided_among_programs(dtype):
 
     assert batch_parts(1100, 1) == 3
     first, *exact = joint_derivatives((3, 16), 1100, dtype, "both", per_sample=False)
-    check(first, *exact, dtype, 1100)
+    assert_no_worse_than_eager(first, *exact, of_perceptron_backward((3, 16), 1100, dtype))
     again = joint_derivatives((3, 16), 1100, dtype, "both", per_sample=False)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -142,7 +144,8 @@ def test_all_outputs_and_their_derivative(sizes, batch, dtype):
             output, kept = forward(x, first_bias, weights, biases, save_pre_activations=True)
             gradients = backward(*convert(cotangent), x, first_bias, weights, kept, needs_grad=needs)
             results.append((output, *kept, *gradients))
-        check(*results, dtype, max(*sizes, batch, outputs))
+        # Up, down, and over the batch.
+        assert_no_worse_than_eager(*results, of_sums([*sizes, outputs, *sizes, batch], dtype))
 
 
 @interpreted

@@ -43,6 +43,7 @@ from torch.nn import functional
 from tgdp_fast.ops import _cuda, _dispatch, _measured, _triton
 from tgdp_fast.ops.perceptron import (
     checked_call,
+    dense_rows,
     fake_gradients,
     fake_pre_activations,
     flat,
@@ -161,7 +162,8 @@ def mlp_value_and_grad_backward_reference(
     head = weights[depth]
 
     # Upwards: activations, slopes, and the tangent pass.
-    activations, tangents, slopes, curved = [x], [gradient_cotangent], [], []
+    tangent = None if gradient_cotangent is None else dense_rows(gradient_cotangent)
+    activations, tangents, slopes, curved = [x], [tangent], [], []
     for layer in range(depth):
         z = pre_activations[layer].to(precise)
         s = torch.sigmoid(z)
@@ -224,7 +226,7 @@ def _forward_reference(
     split: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     depth = len(biases)
-    activation = x
+    activation = dense_rows(x)
     pre_activations = []
     for weight, bias in zip(weights[:depth], (first_bias, *biases[:-1]), strict=True):
         pre_activations.append(torch.addmm(bias, activation, weight.t()))

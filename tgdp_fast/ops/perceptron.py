@@ -115,7 +115,7 @@ def perceptron_backward_reference(
     needs_weight, needs_bias = needs_grad[2 : depth + 3], (needs_first, *needs_grad[depth + 3 :])
     weight_grads: list[Tensor | None] = [None] * (depth + 1)
     bias_grads: list[Tensor | None] = [None] * (depth + 1)
-    zbar = output_cotangent
+    zbar = dense_rows(output_cotangent)
     for layer in reversed(range(depth + 1)):
         if needs_weight[layer]:
             below = x if layer == 0 else functional.silu(pre_activations[layer - 1])
@@ -130,7 +130,7 @@ def perceptron_backward_reference(
 
 def _forward_reference(*call: Any, save_pre_activations: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     x, first_bias, weights, biases = call
-    activation, pre_activations = x, []
+    activation, pre_activations = dense_rows(x), []
     for weight, bias in zip(weights[:-1], (first_bias, *biases[:-1]), strict=True):
         pre_activations.append(functional.linear(activation, weight) + bias)
         activation = functional.silu(pre_activations[-1])
@@ -173,6 +173,17 @@ def checked_call(
 def flat(call: Call) -> tuple[Tensor, ...]:
     """All tensors of a call in the order of the backward's gradients."""
     return call[0], call[1], *call[2], *call[3]
+
+
+def dense_rows(matrix: Tensor) -> Tensor:
+    """``matrix`` [M, K] as the left factor of a matmul, copied where PyTorch may read past its rows.
+
+    On a CPU with AMX, oneDNN reads 16-bit rows two numbers at a time: where K is odd, also the number behind each row,
+    which it multiplies by zero. In a slice of a larger tensor that number belongs to somebody else, and NaN or infinity
+    there would spread into the row.
+    """
+    odd = matrix.dtype in (torch.float16, torch.bfloat16) and matrix.shape[1] % 2 == 1
+    return matrix.contiguous() if odd and matrix.device.type == "cpu" else matrix
 
 
 def needs_autograd(call: Call) -> bool:
