@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from tgdp_fast.runtime.progress import announce
 from tgdp_fast.sampling.blocks import BlockFile
 from tgdp_fast.sampling.config import SPLIT, SamplingConfig
 from tgdp_fast.sampling.full_trajectory import FullTrajectory
-from tgdp_fast.sampling.loop import GraphCache, Loop, state_of
+from tgdp_fast.sampling.loop import GraphCache, Loop
 
 #: callback(step, t, x, x0): solver step, its time, the state after it, the predicted clean sample.
 Callback = Callable[[int, float, Tensor, Tensor], None]
@@ -124,10 +124,10 @@ class Sampler:
     """Models, settings and what follows from them, for any number of draws.
 
     It holds the solver's table, the guidance weight of each evaluation and, on a GPU, the CUDA graphs of its loop by
-    batch shape, so that a draw of a shape that was drawn before is one replay per batch. Weights that change in place
-    are followed; parameters that were replaced or moved are noticed at the next draw. A stochastic solver's graph
-    belongs to one seed. Graphs keep torch's other settings, such as TF32, as they were when captured. Not for two
-    threads at once.
+    batch shape, so that a draw of a shape that was drawn before is one replay per batch. Models may change between
+    draws: weights, hooks and other attributes are looked at before a graph is used. A stochastic solver's graph belongs
+    to one seed. Graphs keep torch's other settings, such as TF32, as they were when captured. Not for two threads at
+    once.
 
     Args:
         denoiser: a :class:`Denoiser`, anything with ``schedule`` and ``epsilon(x, t, labels)``, or a
@@ -331,25 +331,25 @@ class Sampler:
                 dtype, split = PRECISIONS.get(config.precision, torch.float32), config.precision == SPLIT
                 full = FullTrajectory.of(self._loop, dtype, config.backend, split=split, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
-            state = self._state(request) if captured else None
             loop, after = partial(self._loop, seed=request.seed), self._after(request, bar)
-            for first in batches:
-                last = min(first + request.batch_size, stop)
-                x, indices, labels = self._initial_state(request, first, last)
-                if full is not None:
-                    x, diverged = full.run(x, labels, request.seed, indices)
-                    bar.update(table.nfe)
-                else:
-                    with autocast(config.precision, device.type):
-                        if captured:
-                            x, finite = self._graphs.run(loop, x, indices, labels, state=state)
-                            bar.update(table.nfe)
-                        else:
-                            x, finite = loop(x, indices, labels, after=after)
-                    diverged = -1 if finite.all() else int((~finite).int().argmax())
-                if diverged >= 0:
-                    raise SamplingDivergedError(diverged, float(table.times[diverged]), table)
-                result[first - start : last - start] = x
+            with self._graphs.checked(self._settings(request)) if captured else nullcontext():
+                for first in batches:
+                    last = min(first + request.batch_size, stop)
+                    x, indices, labels = self._initial_state(request, first, last)
+                    if full is not None:
+                        x, diverged = full.run(x, labels, request.seed, indices)
+                        bar.update(table.nfe)
+                    else:
+                        with autocast(config.precision, device.type):
+                            if captured:
+                                x, finite = self._graphs.run(loop, x, indices, labels)
+                                bar.update(table.nfe)
+                            else:
+                                x, finite = loop(x, indices, labels, after=after)
+                        diverged = -1 if finite.all() else int((~finite).int().argmax())
+                    if diverged >= 0:
+                        raise SamplingDivergedError(diverged, float(table.times[diverged]), table)
+                    result[first - start : last - start] = x
         return result
 
     def _initial_state(self, request: _Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -377,15 +377,14 @@ class Sampler:
 
         return after
 
-    def _state(self, request: _Request) -> Hashable:
-        """All that a CUDA graph of the loop holds as it was, besides this object."""
+    def _settings(self, request: _Request) -> tuple[Any, ...]:
+        """What a graph of the loop holds as it was, besides this object and the models."""
         place = request.device.type
         return (
             request.seed if self.table.is_stochastic else None,  # the noise's key is an argument of its launches
             requested_backend(self.config.backend),
-            (torch.is_autocast_enabled(place), torch.get_autocast_dtype(place)),
-            state_of(self.denoiser),
-            state_of(self.guidance),
+            torch.is_autocast_enabled(place),
+            torch.get_autocast_dtype(place),
         )
 
 
