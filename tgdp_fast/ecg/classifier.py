@@ -1,4 +1,4 @@
-"""Training and use of the ECG classifier: judge of synthetic records, and frozen features of real ones."""
+"""Training and use of the ECG classifier, which judges synthetic records and computes features of records."""
 
 from __future__ import annotations
 
