@@ -122,6 +122,7 @@ class GraphCache:
         self._capacity = capacity
         self._state: Any = None
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, not captured yet
+        self._ran = False  # whether the function was, since the state was taken
         self._refused = False
 
     @contextmanager
@@ -131,12 +132,13 @@ class GraphCache:
         A replay runs no line of Python, so whatever the function reads there has to be in ``settings``, an object that
         is compared, or in the attributes of the models; see :func:`state_of`.
         """
-        if (settings, [state_of(model) for model in self._models]) != self._state:
+        state = settings, [state_of(model) for model in self._models]
+        if state != self._state:
             self._graphs.clear()
-        self._state = None
+        self._state, self._ran = None, False
         yield
-        # Afterwards: running a network may change what it keeps.
-        self._state = settings, [state_of(model) for model in self._models]
+        # Running a network, unlike replaying it, may change what it keeps.
+        self._state = (settings, [state_of(model) for model in self._models]) if self._ran else state
 
     def run(self, function: Callable[..., Tensors], *inputs: Tensor | None) -> Tensors:
         """``function(*inputs)``, within :meth:`checked`.
@@ -154,7 +156,9 @@ class GraphCache:
         with to_be_replayed():  # the same kernels as it is and captured
             if seen and graph is None and not self._refused:
                 graph = self._capture(function, inputs)
-            result = function(*inputs) if graph is None else graph.outputs
+            if graph is None:
+                self._ran = True
+                result = function(*inputs)
         self._graphs[key] = graph
         if len(self._graphs) > self._capacity:
             self._graphs.popitem(last=False)
@@ -164,9 +168,10 @@ class GraphCache:
             if static is not None and tensor is not None:
                 static.copy_(tensor)
         graph.replay()
-        return result
+        return graph.outputs
 
     def _capture(self, function: Callable[..., Tensors], inputs: Sequence[Tensor | None]) -> _Graph | None:
+        self._ran = True
         static = [None if tensor is None else tensor.clone() for tensor in inputs]
         try:
             replay, outputs = capture(function, static)
@@ -205,11 +210,17 @@ def state_of(model: Any) -> Any:
         return None
     if not isinstance(model, nn.Module):
         return object()
-    return [(id(module), [(name, _token(value)) for name, value in vars(module).items()]) for module in model.modules()]
+    return [
+        (id(module), [(name, _token(value)) for name, value in vars(module).items() if value is not None])
+        for module in model.modules()
+    ]
+
+
+_PLAIN = (bool, int, float, str)
 
 
 def _token(value: Any, depth: int = 1) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Tensor):
         version = 0 if value.is_inference() else value._version
@@ -218,8 +229,8 @@ def _token(value: Any, depth: int = 1) -> Any:
         except RuntimeError:  # A tensor made of others, which may move unseen.
             return object()
     if depth > 0 and isinstance(value, dict):
-        return [(key, _token(item, depth - 1)) for key, item in value.items()]
-    if depth > 0 and isinstance(value, list | tuple | set):
+        return [(key, _token(item, depth - 1)) for key, item in value.items()] if value else ()
+    if depth > 0 and isinstance(value, (list, tuple, set)):
         return [_token(item, depth - 1) for item in value]
     return id(value)
 
