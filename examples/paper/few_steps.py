@@ -26,7 +26,8 @@ from tgdp_fast.diffusion.solvers import solver_table
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 from tgdp_fast.ecg.records.wfdb import read_leads
-from tgdp_fast.fit.training import Optimisation, seeded_initialisation, train_denoiser
+from tgdp_fast.fit.config import TrainingConfig
+from tgdp_fast.fit.training import seeded_initialization, train_denoiser
 from tgdp_fast.lab.experiments.digits import nearest_distance
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import SSSDECG
@@ -87,8 +88,8 @@ class Plan:
     num_res_layers: int = 2
     res_channels: int = 16
     d_state: int = 16
-    settings: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=7000, batch_size=32, learning_rate=3e-3, ema_decay=0.998)
+    settings: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=7000, batch_size=32, learning_rate=3e-3, ema_decay=0.998)
     )
     progress: bool = False
 
@@ -210,7 +211,7 @@ def run(plan: Plan) -> list[Row]:
 
 def source_model(plan: Plan, signals: Signals) -> Denoiser:
     """The model, trained once and kept in ``<out>/source``."""
-    with seeded_initialisation(0):
+    with seeded_initialization(0):
         initial = Denoiser(plan.network(), paper_schedule())
     return Stages(plan.out / "source").run(
         "denoiser",

@@ -25,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("quick_ratio", "quick_guidance")
 def quick_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guidance fits of a few steps: these tests are about files and messages."""
     import tgdp_fast.fit.guidance as transfer
-    from tgdp_fast import Optimisation
+    from tgdp_fast import TrainingConfig
 
-    settings = Optimisation(steps=10, batch_size=16, ema_decay=0.5, warmup=1)
-    monkeypatch.setattr(transfer, "default_settings", lambda count: settings)
+    settings = TrainingConfig(steps=10, batch_size=16, ema_decay=0.5, warmup=1)
+    monkeypatch.setattr(transfer, "default_training", lambda count: settings)
 
 
 @pytest.fixture
@@ -397,7 +397,7 @@ def test_a_backend_that_is_missing_is_told_in_words_of_the_command_line(
 
 def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     from tgdp_fast.ecg.config import PRESETS
-    from tgdp_fast.fit.training import Optimisation
+    from tgdp_fast.fit.config import TrainingConfig
 
     def help_of(*words: str) -> str:
         with pytest.raises(SystemExit):
@@ -405,7 +405,7 @@ def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         return " ".join(capsys.readouterr().out.split())
 
     text = help_of("transfer")
-    assert f"training steps of the source denoiser ({Optimisation().steps})" in text
+    assert f"training steps of the source denoiser ({TrainingConfig().steps})" in text
     for stated in ("consistency term (1)", "units of epsilon (no limit)", "at most 8192)"):
         assert stated in text
     nums = ", ".join(f"{name} {PRESETS[name].sampling.num}" for name in ("smoke", "small", "paper"))

@@ -642,7 +642,7 @@ def deadly(self, name, signature, compute, save, load, **options):
     def work(state_dir):
         if stage == name + ":midway":
             advance, own = training._Run.advance, [0]
-            training.optimise.__kwdefaults__["save_every"] = 0.0
+            training.minimize.__kwdefaults__["save_every"] = 0.0
             def advance_and_die(self, loss):
                 if self.step == 2:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,13 +9,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from tgdp_fast._version import __version__
 from tgdp_fast.cli import ecg as ecg_commands
-from tgdp_fast.cli.arguments import Parser, add_command, add_quiet
-from tgdp_fast.runtime.checks import check_choice, check_device, check_integer, check_number, check_seed
+from tgdp_fast.cli.arguments import Parser, add_command, add_quiet, with_flags
+from tgdp_fast.fit.losses import LOSSES
+from tgdp_fast.fit.regularizers import REGULARIZERS
+from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
 
 #: As in tgdp_fast.diffusion.solvers, which loads torch; --help does not wait for it.
 SOLVER_NAMES = (
@@ -120,11 +123,11 @@ def info(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """The paper's simulation in its quick form: n = 100, one draw, table and plots."""
-    from tgdp_fast.fit.training import Optimisation
+    from tgdp_fast.fit.config import TrainingConfig
     from tgdp_fast.lab.experiments import gaussians
 
     methods = (*gaussians.REFERENCES, *gaussians.BASELINES, "tgdp")
-    settings = Optimisation(steps=2000, batch_size=512, learning_rate=2e-3, ema_decay=0.998)
+    settings = TrainingConfig(steps=2000, batch_size=512, learning_rate=2e-3, ema_decay=0.998)
     jobs = min(3, os.cpu_count() or 1)
     plan = gaussians.Plan(
         options.out, (100,), 1, methods, source_settings=settings, jobs=jobs, progress=not options.quiet
@@ -251,74 +254,41 @@ def validate(options: argparse.Namespace) -> int | None:
 def transfer(options: argparse.Namespace) -> None:
     """Two arrays in, target samples out."""
     from tgdp_fast.diffusion.denoiser import Denoiser
-    from tgdp_fast.fit.density_ratio import RATIO_LOSSES
+    from tgdp_fast.fit.config import TrainingConfig
     from tgdp_fast.fit.diagnostics import TransferDiagnostics
-    from tgdp_fast.fit.guidance import common_classes
     from tgdp_fast.fit.model import TransferModel
-    from tgdp_fast.fit.training import Optimisation
-    from tgdp_fast.runtime.arrays import check_labels, check_samples, load_array
+    from tgdp_fast.runtime.arrays import CheckedArray, load_array
     from tgdp_fast.runtime.checkpoint import check_replaceable, checkpoint_kind
     from tgdp_fast.runtime.stages import Stages
 
     _check_sampling(options)
-    check_choice("--loss", options.loss, RATIO_LOSSES)
-    check_number("--cycle", options.cycle, 0.0)
-    if options.consistency is not None:
-        check_number("--consistency", options.consistency, 0.0)
+    config = _guidance_config(options)
     if options.train_steps is not None:
         check_integer("--train-steps", options.train_steps, 1)
     if options.save is not None:
         _check_folder("--save", options.save)
         _named("--save", check_replaceable, options.save)
-    source = check_samples("--source", load_array(options.source, "--source"))
-    target = check_samples("--target", load_array(options.target, "--target"), event_shape=source.shape[1:])
+    source = CheckedArray.samples("--source", load_array(options.source, "--source"))
+    event_shape = source.values.shape[1:]
+    target = CheckedArray.samples("--target", load_array(options.target, "--target"), event_shape=event_shape)
     denoiser: Denoiser | TransferModel | None = None
     if options.denoiser is not None:
         kind = _named("--denoiser", checkpoint_kind, options.denoiser)
         load = TransferModel.load if kind == "transfer_model" else Denoiser.load
         denoiser = _named("--denoiser", load, options.denoiser)
         _move(denoiser, options.device)
-    labels = {}
-    for name, count in (("source_labels", len(source)), ("target_labels", len(target)), ("labels", options.num)):
-        path = getattr(options, name)
-        flag = "--" + name.replace("_", "-")
-        found = None if path is None else _labels(path, count) if name == "labels" else load_array(path, flag)
-        labels[name] = None if found is None else check_labels(flag, found, count)
-    given = [name for name, value in labels.items() if value is not None]
-    if given and len(given) < 3:
-        raise ValueError(
-            "--source-labels, --target-labels and --labels (of the samples to draw) belong together; got only "
-            + ", ".join("--" + name.replace("_", "-") for name in given)
-        )
-    stated = denoiser.denoiser if isinstance(denoiser, TransferModel) else denoiser
-    if stated is not None and stated.num_classes and not given:
-        raise ValueError(
-            "--source-labels, --target-labels and --labels must be given: --denoiser is conditional on "
-            f"{stated.num_classes} classes"
-        )
-    if given:
-        classes = common_classes(
-            labels["source_labels"],
-            labels["target_labels"],
-            len(source),
-            len(target),
-            None,
-            None if stated is None else stated.num_classes,
-        )
-        check_labels("--labels", labels["labels"], options.num, classes)
+    labels = _transfer_labels(options, source, target, denoiser)
     work = _work(options.out)
     if not options.quiet:
         print(f"finished stages and, every 30 s, training states go to {work} until the end", file=sys.stderr)
     model = TransferModel.fit(
         source,
         target,
+        config,
         source_labels=labels["source_labels"],
         target_labels=labels["target_labels"],
         denoiser=denoiser,
-        denoiser_settings=None if options.train_steps is None else Optimisation(steps=options.train_steps),
-        loss=options.loss,
-        consistency=options.consistency,
-        cycle=options.cycle,
+        denoiser_training=None if options.train_steps is None else TrainingConfig(steps=options.train_steps),
         work_dir=work,
         seed=options.seed,
         device=options.device,
@@ -331,8 +301,49 @@ def transfer(options: argparse.Namespace) -> None:
     if options.save is not None:
         model.save(options.save)
         print(f"model saved in {options.save}")
-    _draw(model, options, labels["labels"])
+    _draw(model, options, None if labels["labels"] is None else labels["labels"].values)
     Stages(work).remove("denoiser", "guidance")
+
+
+def _guidance_config(options: argparse.Namespace) -> Any:
+    """The loss and the regularizers that the command line names."""
+    from tgdp_fast.fit.config import GuidanceConfig
+
+    given = {name: getattr(options, name) for name in REGULARIZERS}
+    regularizers = [
+        _flagged(options, kind, weight=kind.default if given[name] is None else given[name])
+        for name, kind in REGULARIZERS.items()
+    ]
+    return _flagged(options, GuidanceConfig, loss=options.loss, regularizers=regularizers)
+
+
+def _transfer_labels(options: argparse.Namespace, source: Any, target: Any, denoiser: Any) -> dict[str, Any]:
+    """Labels of the source, of the target and of the samples to draw, checked: all three or none."""
+    from tgdp_fast.fit.data import TransferArrays
+    from tgdp_fast.runtime.arrays import CheckedArray, load_array
+
+    labels: dict[str, Any] = {}
+    for name, count in (("source_labels", len(source)), ("target_labels", len(target)), ("labels", options.num)):
+        path = getattr(options, name)
+        flag = "--" + name.replace("_", "-")
+        found = None if path is None else _labels(path, count) if name == "labels" else load_array(path, flag)
+        labels[name] = None if found is None else CheckedArray.labels(flag, found, count)
+    given = [name for name, value in labels.items() if value is not None]
+    if given and len(given) < 3:
+        raise ValueError(
+            "--source-labels, --target-labels and --labels (of the samples to draw) belong together; got only "
+            + ", ".join("--" + name.replace("_", "-") for name in given)
+        )
+    stated = getattr(denoiser, "denoiser", denoiser)  # that of a whole model
+    if stated is not None and stated.num_classes and not given:
+        raise ValueError(
+            "--source-labels, --target-labels and --labels must be given: --denoiser is conditional on "
+            f"{stated.num_classes} classes"
+        )
+    if given:
+        arrays = TransferArrays.check(source, target, labels["source_labels"], labels["target_labels"], denoiser=stated)
+        CheckedArray.labels("--labels", labels["labels"], options.num, arrays.num_classes)
+    return labels
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -372,7 +383,8 @@ def _check_own(model: Any, options: argparse.Namespace, labels: Any) -> None:
     except ValueError:  # Something else, or damaged: somebody's all the same.
         held = None
     _move(model, options.device)
-    if held is None or not model.drew(held, options.num, labels=labels, **_settings(options)):
+    config, drawing = _sampling_config(options), {"seed": options.seed, "batch_size": options.batch_size}
+    if held is None or not model.reproduces(held, options.num, config, labels=labels, **drawing):
         raise ValueError(
             f"--out must be given: {SAMPLES}, the default, is there already and holds something else; give another "
             f"file, or --out {SAMPLES} to replace it"
@@ -384,17 +396,29 @@ def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
     drawn = model.sample_to_file(
         options.out,
         options.num,
+        _sampling_config(options),
         labels=labels,
-        **_settings(options),
+        seed=options.seed,
+        batch_size=options.batch_size,
         progress=not options.quiet,
     )
     print(f"{len(drawn)} samples of shape {tuple(drawn.shape[1:])} written to {options.out}")
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of sampling that the command line has under the same names."""
-    names = ("solver", "steps", "spacing", "scale", "gradient_norm_limit", "seed", "batch_size", "precision", "backend")
-    return {name: getattr(options, name) for name in names}
+def _sampling_config(options: argparse.Namespace) -> Any:
+    """How to sample, as the command line says."""
+    from tgdp_fast.sampling.config import SamplingConfig
+
+    names = [entry.name for entry in fields(SamplingConfig) if entry.name in options]
+    return _flagged(options, SamplingConfig, **{name: getattr(options, name) for name in names})
+
+
+def _flagged(options: argparse.Namespace, function: Callable[..., Any], **arguments: Any) -> Any:
+    """``function(**arguments)``, with the flag in its message instead of the argument."""
+    try:
+        return function(**arguments)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error), options, {})) from None
 
 
 def _labels(given: Path, count: int) -> Any:
@@ -469,22 +493,11 @@ def _check_backend(options: argparse.Namespace) -> None:
 
 def _check_sampling(options: argparse.Namespace) -> None:
     """Refuse bad sampling options before anything is read or trained."""
-    from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
-    from tgdp_fast.ops._dispatch import BACKENDS
-    from tgdp_fast.runtime.precision import PRECISIONS
-
     check_integer("--num", options.num, 1)
-    check_integer("--steps", options.steps, 1)
     check_seed(options.seed, "--seed")
     if options.batch_size is not None:
         check_integer("--batch-size", options.batch_size, 1)
-    check_choice("--solver", options.solver, SOLVERS)
-    check_choice("--spacing", options.spacing, SPACINGS)
-    check_choice("--precision", options.precision, PRECISIONS)
-    check_choice("--backend", options.backend, ("auto", *BACKENDS))
-    check_number("--scale", options.scale)
-    if options.gradient_norm_limit is not None:
-        check_number("--gradient-norm-limit", options.gradient_norm_limit, 0.0, exclusive=True)
+    _sampling_config(options)
     if options.device is not None:
         check_device(options.device, "--device")
     if options.out.suffix != ".npy" or options.out.is_dir():
@@ -578,9 +591,10 @@ def _parser() -> argparse.ArgumentParser:
         "--denoiser", type=Path, help="saved model whose source denoiser to use instead of training one"
     )
     command.add_argument("--train-steps", type=int, help="training steps of the source denoiser (2000)")
-    command.add_argument("--loss", default="logistic", help="logistic, ratio_mse, poisson or log_mse (%(default)s)")
-    command.add_argument("--consistency", type=float, help="weight of the consistency term (1)")
-    command.add_argument("--cycle", type=float, default=0.0, help="weight of the cycle term (%(default)s)")
+    command.add_argument("--loss", default="logistic", help=f"{', '.join(LOSSES)} (%(default)s)")
+    for name, kind in REGULARIZERS.items():
+        flag, term = f"--{name.replace('_', '-')}", name.replace("_", " ")
+        command.add_argument(flag, type=float, help=f"weight of the {term} term ({kind.default:g})")
     _sampling(command)
 
     command = add_command(commands, "sample", sample)

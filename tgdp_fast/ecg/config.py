@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.fit.density_ratio import RATIO_LOSSES
-from tgdp_fast.fit.training import TIME_DISTRIBUTIONS, Optimisation
+from tgdp_fast.fit.config import GuidanceConfig, NetworkConfig, TrainingConfig
+from tgdp_fast.fit.regularizers import Consistency, Cycle
 from tgdp_fast.models.s4 import CAUCHY
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
 from tgdp_fast.runtime.precision import PRECISIONS
@@ -135,8 +135,8 @@ class Classifier:
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     expansion: int = 4
     width: int = 64
-    training: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01)
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01)
     )
 
 
@@ -148,8 +148,8 @@ class Guidance:
         domain_classifier: the classifier of source against target on clean signals: an MLP on "features" of the
             frozen statement classifier, or an "xresnet1d" on the signals.
         conditional: whether this classifier and the guidance take labels (TGDP Theorem 3.3).
-        loss, consistency, cycle, width, depth, alpha_power, time_distribution: see :func:`tgdp_fast.fit_guidance`. The
-            default is Algorithm 4 with weights of our own. A time-dependent classifier ("logistic") memorizes a few
+        loss, consistency, cycle, width, depth, alpha_power, time_distribution: see :class:`tgdp_fast.GuidanceConfig`.
+            The default is Algorithm 4 with weights of our own. A time-dependent classifier ("logistic") memorizes a few
             records of 8,000 numbers each; regression on the calibrated ratio does not.
     """
 
@@ -162,16 +162,26 @@ class Guidance:
     depth: int = 4
     alpha_power: float = 2.0
     time_distribution: str = "uniform"
-    training: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=50_000, batch_size=128, learning_rate=2e-4, weight_decay=0.1)
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=50_000, batch_size=128, learning_rate=2e-4, weight_decay=0.1)
     )
 
     def __post_init__(self) -> None:
         check_choice("domain_classifier", self.domain_classifier, DOMAIN_CLASSIFIERS)
-        check_choice("loss", self.loss, RATIO_LOSSES)
-        check_number("consistency", self.consistency, 0.0)
-        check_number("cycle", self.cycle, 0.0)
-        check_choice("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        self.fit_config("none", None)  # Checks the rest.
+
+    def fit_config(self, stem: str, num_classes: int | None) -> GuidanceConfig:
+        """What :func:`tgdp_fast.fit_guidance` is asked for, with this stem of the network."""
+        return GuidanceConfig(
+            loss=self.loss,
+            regularizers=(Consistency(self.consistency), Cycle(self.cycle)),
+            network=NetworkConfig(self.width, self.depth, self.alpha_power, stem),
+            training=self.training,
+            conditional=self.conditional,
+            num_classes=num_classes,
+            time_distribution=self.time_distribution,
+            diagnostics=False,
+        )
 
 
 @dataclass(frozen=True)
@@ -245,14 +255,14 @@ class Config:
     device: str = "cpu"
     data: Data = field(default_factory=Data)
     backbone: Backbone = field(default_factory=Backbone)
-    source: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
+    source: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
     )
-    vanilla: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
+    vanilla: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
     )
-    fine_tune: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=50_000, batch_size=8, learning_rate=2e-5, ema_decay=0.9999)
+    fine_tune: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=50_000, batch_size=8, learning_rate=2e-5, ema_decay=0.9999)
     )
     guidance: Guidance = field(default_factory=Guidance)
     sampling: Sampling = field(default_factory=Sampling)
@@ -267,10 +277,10 @@ class Config:
 
 
 _SMALL_CLASSIFIER = Classifier(
-    (1, 1, 1, 1), 1, 32, Optimisation(steps=600, batch_size=64, learning_rate=2e-3, weight_decay=0.01, ema_decay=0.99)
+    (1, 1, 1, 1), 1, 32, TrainingConfig(steps=600, batch_size=64, learning_rate=2e-3, weight_decay=0.01, ema_decay=0.99)
 )
 _SMOKE_CLASSIFIER = Classifier(
-    (1, 1, 1, 1), 1, 16, Optimisation(steps=80, batch_size=32, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.95)
+    (1, 1, 1, 1), 1, 16, TrainingConfig(steps=80, batch_size=32, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.95)
 )
 
 #: ``paper``: TGDP section 4.2 (rates decay, where the paper's are constant). ``small``: hours on a CPU, minutes on a
@@ -282,14 +292,14 @@ PRESETS: dict[str, Config] = {
         backbone=Backbone(
             num_res_layers=8, res_channels=64, d_state=32, step_features=64, step_embedding=256, label_dim=64
         ),
-        source=Optimisation(steps=20_000, batch_size=16, learning_rate=1e-3, ema_decay=0.999),
-        vanilla=Optimisation(steps=10_000, batch_size=16, learning_rate=1e-3, ema_decay=0.999),
-        fine_tune=Optimisation(steps=3_000, batch_size=16, learning_rate=1e-4, ema_decay=0.995),
+        source=TrainingConfig(steps=20_000, batch_size=16, learning_rate=1e-3, ema_decay=0.999),
+        vanilla=TrainingConfig(steps=10_000, batch_size=16, learning_rate=1e-3, ema_decay=0.999),
+        fine_tune=TrainingConfig(steps=3_000, batch_size=16, learning_rate=1e-4, ema_decay=0.995),
         guidance=Guidance(
             loss="poisson",
             cycle=0.0,
             width=256,
-            training=Optimisation(steps=5000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, ema_decay=0.998),
+            training=TrainingConfig(steps=5000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, ema_decay=0.998),
         ),
         sampling=Sampling(num=400, solver="dpmpp_2m", steps=20, spacing="logsnr", prior="gaussian"),
         evaluation=Evaluation(_SMALL_CLASSIFIER),
@@ -300,15 +310,15 @@ PRESETS: dict[str, Config] = {
         backbone=Backbone(
             num_res_layers=2, res_channels=16, d_state=16, step_features=32, step_embedding=64, label_dim=16
         ),
-        source=Optimisation(steps=500, batch_size=8, learning_rate=3e-3, ema_decay=0.99),
-        vanilla=Optimisation(steps=200, batch_size=8, learning_rate=3e-3, ema_decay=0.98),
-        fine_tune=Optimisation(steps=100, batch_size=8, learning_rate=5e-4, ema_decay=0.95),
+        source=TrainingConfig(steps=500, batch_size=8, learning_rate=3e-3, ema_decay=0.99),
+        vanilla=TrainingConfig(steps=200, batch_size=8, learning_rate=3e-3, ema_decay=0.98),
+        fine_tune=TrainingConfig(steps=100, batch_size=8, learning_rate=5e-4, ema_decay=0.95),
         guidance=Guidance(
             loss="poisson",
             consistency=0.0,
             cycle=0.0,
             width=128,
-            training=Optimisation(steps=200, batch_size=32, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.98),
+            training=TrainingConfig(steps=200, batch_size=32, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.98),
         ),
         sampling=Sampling(num=64, solver="dpmpp_2m", steps=10, spacing="logsnr", prior="gaussian", batch_size=16),
         evaluation=Evaluation(_SMOKE_CLASSIFIER, bootstrap=100, plots=2),

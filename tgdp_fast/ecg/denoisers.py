@@ -10,7 +10,7 @@ from tgdp_fast.ecg.cohorts import Cohorts
 from tgdp_fast.ecg.config import Backbone
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.model import TransferModel
-from tgdp_fast.fit.training import seeded_initialisation, train_denoiser
+from tgdp_fast.fit.training import seeded_initialization, train_denoiser
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import checkpoint_kind, signature_of
@@ -20,7 +20,7 @@ def untrained(run: Run, cohorts: Cohorts, name: str) -> Denoiser:
     """An SSSD-ECG of the configuration's size with fresh weights, for signals and statements like the cohorts'."""
     backbone = run.config.backbone
     leads, length = cohorts.source.signals.shape[1:]
-    with seeded_initialisation(run.seed(name)):
+    with seeded_initialization(run.seed(name)):
         network = SSSDECG(
             in_channels=leads,
             out_channels=leads,

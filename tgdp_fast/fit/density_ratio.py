@@ -1,4 +1,4 @@
-"""Density ratios of target to source on clean data: domain classifier, ratio losses, and whether to trust them."""
+"""Density ratios of target to source on clean data: domain classifier, cross-fitted over folds."""
 
 from __future__ import annotations
 
@@ -8,67 +8,21 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
-from tgdp_fast.fit.training import Batches, Optimisation, derived_seed, optimise, seeded_initialisation
+from tgdp_fast.fit.batches import Batches
+from tgdp_fast.fit.config import TrainingConfig
+from tgdp_fast.fit.losses import logistic_loss
+from tgdp_fast.fit.training import derived_seed, minimize, seeded_initialization
 from tgdp_fast.runtime.checks import check_integer
-
-RATIO_LOSSES = ("logistic", "ratio_mse", "poisson", "log_mse")
 
 _ROWS = 4_096  # held-out samples classified at once
 _CALIBRATION = 50  # batches behind the running statistics of a batch normalisation
 
 #: Of a domain classifier on clean data: few steps and a strong weight decay, since nothing stops it early.
-DEFAULT_SETTINGS = Optimisation(
+DEFAULT_SETTINGS = TrainingConfig(
     steps=300, batch_size=256, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10
 )
-
-
-def bounded_exp(log_ratio: Tensor, limit: float = 30.0) -> Tensor:
-    """exp(f) up to f = ``limit``, its tangent beyond: exp(limit) (1 + f - limit).
-
-    Cannot overflow, increases everywhere and is differentiable, so that a loss of it keeps its minimiser and a wild
-    value finds back.
-    """
-    return log_ratio.clamp_max(limit).exp() * (1.0 + functional.relu(log_ratio - limit))
-
-
-def ratio_loss(name: str, log_ratio: Tensor, target_log_ratio: Tensor) -> Tensor:
-    """Regression losses for Algorithm 3, averaged over source samples.
-
-    ========== ===================== =============================================================
-    name       per sample            minimiser f
-    ========== ===================== =============================================================
-    ratio_mse  (exp(f) - r)^2        log E[r | x_t]; the paper's (TGDP equation 8)
-    poisson    exp(f) - r f          the same; a Bregman divergence, convex in f
-    log_mse    (f - log r)^2         E[log r | x_t]; biased low by Jensen's inequality
-    ========== ===================== =============================================================
-
-    Args:
-        name: "ratio_mse", "poisson" or "log_mse" ("logistic" needs both domains: :func:`logistic_loss`).
-        log_ratio: f [B]. exp is :func:`bounded_exp`, so that one wild sample cannot overflow.
-        target_log_ratio: log r(x_0) [B].
-    """
-    if name == "log_mse":
-        return (log_ratio - target_log_ratio).square().mean()
-    ratio, target = bounded_exp(log_ratio), bounded_exp(target_log_ratio)
-    if name == "ratio_mse":
-        return (ratio - target).square().mean()
-    if name == "poisson":
-        return (ratio - target * log_ratio).mean()
-    raise ValueError(f"loss must be one of ratio_mse, poisson, log_mse here, got {name!r}")
-
-
-def logistic_loss(source_log_ratio: Tensor, target_log_ratio: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Balanced cross-entropy of the domain, f = -logit c = log q/p (TGDP Algorithms 1 and 2).
-
-    Each domain counts one half whatever its number of samples, so the minimiser is the log ratio with no offset.
-    ``smoothing`` is the probability with which each label is taken to be wrong (label smoothing): it bounds the
-    minimiser, |f| <= log((1 - smoothing) / smoothing). Shapes: [A], [B] -> scalar.
-    """
-    plain = functional.softplus(source_log_ratio).mean() + functional.softplus(-target_log_ratio).mean()
-    return 0.5 * (plain + smoothing * (target_log_ratio.mean() - source_log_ratio.mean()))
 
 
 class DomainClassifier(nn.Module):
@@ -125,7 +79,7 @@ def fit_density_ratio(
     width: int = 64,
     depth: int = 2,
     build: Callable[[], nn.Module] | None = None,
-    settings: Optimisation | None = None,
+    settings: TrainingConfig | None = None,
     clip: float = 10.0,
     seed: int = 0,
     progress: bool = False,
@@ -147,7 +101,7 @@ def fit_density_ratio(
         width, depth: of each classifier.
         build: makes an untrained classifier of another architecture, (x [B, ...], label rows [B, K] or None) -> logit
             [B]; default a :class:`DomainClassifier` of ``width`` and ``depth``.
-        settings: of the optimisation; default :data:`DEFAULT_SETTINGS`.
+        settings: of the training; default :data:`DEFAULT_SETTINGS`.
         clip: log r is limited to [-clip, clip].
         seed: of folds, weights and batches.
         progress: show a bar per fold.
@@ -163,7 +117,7 @@ def fit_density_ratio(
     for fold in range(folds):
         data = [(source, source_labels, source_fold != fold), (target, target_labels, target_fold != fold)]
         fold_seed = derived_seed(seed, f"fold {fold}")
-        with seeded_initialisation(fold_seed):
+        with seeded_initialization(fold_seed):
             new = DomainClassifier(source[0].numel(), num_classes, width, depth) if build is None else build()
             classifier = new.to(source.device)
         _train_classifier(classifier, data, settings, fold_seed, progress, f"classifier {fold + 1}/{folds}")
@@ -199,7 +153,7 @@ def _stratified_folds(count: int, folds: int, labels: Tensor | None, generator: 
 def _train_classifier(
     classifier: nn.Module,
     data: list[tuple[Tensor, Tensor | None, Tensor]],
-    settings: Optimisation,
+    settings: TrainingConfig,
     seed: int,
     progress: bool,
     description: str,
@@ -218,7 +172,7 @@ def _train_classifier(
         # Both domains in one call: batch normalisation must not see them apart.
         return logistic_loss(*classifier(*draw(generator)).chunk(2))
 
-    optimise(classifier, loss, settings, seed=seed, progress=progress, description=description)
+    minimize(classifier, loss, settings, seed=seed, progress=progress, description=description)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.modules()):
         # Its running statistics are of the last weights, and what is kept is their average.
         generator = torch.Generator().manual_seed(seed)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tgdp_fast._version import __version__
+from tgdp_fast.runtime.arrays import CheckedArray
 from tgdp_fast.runtime.files import _flush, _real_path, write_atomic
 
 FORMAT = "tgdp_fast"
@@ -253,8 +254,9 @@ def load_state_dict_checked(module: nn.Module, tensors: Mapping[str, Tensor], wh
 def signature_of(*parts: Any) -> str:
     """SHA-256 that tells whether saved work belongs to this data and these models.
 
-    Tensors and arrays count by dtype, shape and bytes; modules by class, ``to_config()`` where they have it, and state
-    dict; anything else by its JSON (sorted keys), or its ``repr`` where it has none.
+    Tensors and arrays count by dtype, shape and bytes, checked arrays by their digest; modules by class,
+    ``to_config()`` where they have it, and state dict; anything else by its JSON (sorted keys), or its ``repr`` where
+    it has none.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -262,6 +264,8 @@ def signature_of(*parts: Any) -> str:
             to_config = getattr(part, "to_config", None)
             config = to_config() if callable(to_config) else None
             digest.update(signature_of(type(part).__qualname__, config, *_flattened(part.state_dict())).encode())
+        elif isinstance(part, CheckedArray):
+            digest.update(part.digest.encode())
         elif isinstance(part, Tensor):
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
             digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
