@@ -75,7 +75,7 @@ def paper_schedule() -> NoiseSchedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. The network has the paper's architecture at a size that a processor trains in minutes."""
+    """What is run. The network has the paper's architecture at a size that a CPU trains in minutes."""
 
     out: Path
     records: Path | None = None  # folder of WFDB records at 100 Hz, such as PTB-XL's records100
@@ -128,7 +128,7 @@ class Signals:
 
     Attributes:
         train, reference: what the model is trained on, and what samples are measured against.
-        fresh: fresh(num, seed), signals of the same law.
+        fresh: fresh(num, seed), signals of the same distribution.
         description: of the training signals.
     """
 
@@ -264,10 +264,10 @@ def measure(x: np.ndarray, signals: Signals) -> Row:
     }
 
 
-def principal_variance(x: np.ndarray, law: GaussianPrior) -> float:
-    """Variance of ``x`` along the principal directions of ``law``, as a share of its own."""
-    along = torch.from_numpy(x).flatten(1).double() @ law.directions
-    return float((along.var(dim=0) / law.variances).mean())
+def principal_variance(x: np.ndarray, fitted: GaussianPrior) -> float:
+    """Variance of ``x`` along the principal directions of ``fitted``, as a share of its own."""
+    along = torch.from_numpy(x).flatten(1).double() @ fitted.directions
+    return float((along.var(dim=0) / fitted.variances).mean())
 
 
 def _spectrum_db(x: np.ndarray) -> np.ndarray:
@@ -329,7 +329,7 @@ def report(rows: Sequence[Row], plan: Plan, signals: Signals, gain: float) -> st
         f"{PRINCIPAL} principal directions of the signals, as a share of their own. Lead std is the relative error of "
         "a lead's standard deviation, and spectrum the difference of mean periodograms: root mean squares over leads "
         "and frequencies. Nearest is the median distance to the nearest training signal: far below that of `real` it "
-        "means copies. Times are of the processor.\n",
+        "means copies. Times are CPU times.\n",
         markdown_table(["method", "evaluations", *_COLUMNS, "CPU s"], body),
     ]
     if differences:

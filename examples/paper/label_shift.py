@@ -496,7 +496,7 @@ def report(rows: Sequence[Row], plan: Plan, beats: Beats) -> str:
             "loss `poisson`), with the ratio r from a classifier of the source's statements, cross-fitted over "
             f"records, at the guidance scale {plan.scale:g}; `tgdp_scale_1` is the same guidance at the scale 1, which "
             "is exact for an exact h. TGDP uses which source beats are AF; no method is told which target beats are. "
-            "Times are of the processor, without the training of the source model; `tgdp_scale_1` needs no fit of its "
+            "Times are CPU times, without the training of the source model; `tgdp_scale_1` needs no fit of its "
             "own.\n",
             markdown_table(["method", "samples", "AF, %", "error", *_DISTANCES, "CPU s"], body),
             f"## AF by seed (truth: {plan.target_share:.0%} in the target)\n",

@@ -63,7 +63,8 @@ class TransferArrays:
             num_classes = stated
         own = (("source_labels", source_labels, len(source)), ("target_labels", target_labels, len(target)))
         classes = max(count_classes(*labels, num_classes) for labels in own)
-        return cls(source, target, *(checked_labels(*labels, classes) for labels in own), classes)
+        y_source, y_target = (checked_labels(*labels, classes) for labels in own)
+        return cls(source, target, y_source, y_target, classes)
 
     def standardized(self, standardizer: Standardizer) -> TransferArrays:
         """With the samples in the coordinates of ``standardizer``, where a value may lie beyond float32."""

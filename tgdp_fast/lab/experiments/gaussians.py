@@ -65,7 +65,7 @@ VARIANTS: dict[str, GuidanceConfig] = {
     "tgdp/bf16_sampling": GuidanceConfig(),
     "tgdp/bf16": GuidanceConfig(precision="bf16"),
 }
-#: Variants that also sample with products in bf16.
+#: Variants that also sample with bf16 matmuls.
 BF16_SAMPLING = ("tgdp/bf16_sampling", "tgdp/bf16")
 #: "means" is the exact target but for the means of its modes, which are estimated from the given samples: how far
 #: those samples can tell the target at all, for someone who knows everything else.
