@@ -161,7 +161,7 @@ def test_an_interrupted_row_leaves_no_older_one_beside_its_arrays(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gaussians.metrics, "sliced_wasserstein", interrupted)
+        patch.setattr(gaussians, "sliced_wasserstein", interrupted)
         with pytest.raises(KeyboardInterrupt):
             gaussians.run(plan(tmp_path, methods=("target",), num_target=(4,), seeds=1, num_samples=60))
     gaussians.run(first)
