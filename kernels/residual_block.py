@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tgdp_fast.kernels import launching, long_convolution
 from tgdp_fast.kernels.launching import Compilation, Tile
-from tgdp_fast.kernels.matrix import INTERPRETED, multiply_add, power_of_two, saturated
+from tgdp_fast.kernels.matmul import INTERPRETED, multiply_add, power_of_two, saturated
 
 
 class Layer(NamedTuple):
@@ -61,9 +61,9 @@ def transposed_kernel(
     groups,
     state_sample_stride,
     width,
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """output[b, 1 + t, c] = state[b, c, t], and zeros at [b, 0] and [b, L + 1], with L = groups * ALIGNMENT.
 
@@ -99,9 +99,9 @@ def _product(
     column_mask,
     channels,
     width,
-    TAPS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    TAPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """[r, t] = sum over i < TAPS and c < channels of weight[r, i channels + c] x[t + i, c]; rows of x are ``width``."""
     inner = tl.arange(0, DEPTH)
@@ -125,8 +125,8 @@ def _product(
 def _tile(
     rows,
     length,
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Sample, rows and positions of this program. Programs that share positions are neighbours."""
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(length, COLUMNS)
@@ -148,10 +148,10 @@ def taps_kernel(
     stride,
     width,
     step_sample_stride,
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """output[b, h, t] = sum over taps i, channels c of weight[h, i channels + c] x[b, t + i, c], and the step's bias.
 
@@ -186,11 +186,11 @@ def output_kernel(
     channels,
     groups,
     width,
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """state = [state[:, :channels] / sqrt 2; the rest] + weight gated + bias, with L = groups * ALIGNMENT.
 
@@ -263,12 +263,12 @@ def mixture_kernel(
     stride,
     width,
     label_sample_stride,
-    GATED: tl.constexpr,  # noqa: N803
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    CHANNELS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    GATED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """LayerNorm(u + mixture y + mixture_bias) at COLUMNS positions of a sample, 2 ``channels`` = H wide, to output.
 
@@ -533,7 +533,7 @@ def convolve(output: Tensor, u: Tensor, layer: Layer, *, exact: bool) -> None:
         torch.ops.tgdp_fast.cuda_long_convolution_(u, layer.packed, layer.scales, True, not exact, output)
     else:
         filters = layer.packed, layer.scales
-        long_convolution.launch(output, u, *filters, activation=True, split=exact, saturate=not exact)
+        long_convolution.launch(output, u, *filters, activation=True, exact=exact, saturate=not exact)
 
 
 #: Of spectra that are packed for the CUDA kernel, [H, M, 2]; Triton's are [H, 2, A, B].

@@ -13,7 +13,7 @@ from tgdp_fast.fit.guidance import GuidanceFit, fit_guidance
 from tgdp_fast.fit.model import TransferModel
 from tgdp_fast.fit.training import Optimisation, TrainingDivergedError, train_denoiser
 from tgdp_fast.models import SSSDECG, ScoreMLP
-from tgdp_fast.ops._dispatch import BackendUnavailableError, use_backend
+from tgdp_fast.ops.registry import BackendUnavailableError, use_backend
 from tgdp_fast.runtime.checkpoint import CheckpointError
 from tgdp_fast.sampling.sampler import SamplingDivergedError, sample
 from tgdp_fast.sampling.to_file import sample_to_file

@@ -83,7 +83,7 @@ def test_signals_and_filters_of_any_size(dtype):
     u[0, 2] = 0.0
     prepared = prepare_long_convolution(taps, dtype)
     launched = torch.empty(u.shape)
-    kernels.launch(launched, u, prepared.packed, prepared.scales, activation=False, split=dtype == torch.float32)
+    kernels.launch(launched, u, prepared.packed, prepared.scales, activation=False, exact=dtype == torch.float32)
     exact = oracle(u, taps, gelu=False)
     errors, norms = (np.linalg.norm(values, axis=2) for values in (launched.double().numpy() - exact, exact))
     assert (errors <= limit(dtype) * norms).all()

@@ -92,7 +92,7 @@ def gated_activation(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def perceptron(x: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """Outputs [B, O] of the SiLU perceptron of :func:`tgdp_fast.ops.perceptron`; x [B, D]."""
+    """Outputs [B, O] of the SiLU MLP of :func:`tgdp_fast.ops.mlp_forward`; x [B, D]."""
     hidden = functional.silu(functional.linear(x, weights[0]) + first_bias)
     for weight, bias in zip(weights[1:-1], biases[:-1], strict=True):
         hidden = functional.silu(functional.linear(hidden, weight, bias))

@@ -23,7 +23,7 @@ from tgdp_fast.ops import (
 
 
 class PerceptronInputs(NamedTuple):
-    """Arguments of ``mlp_value_and_grad`` and ``perceptron``."""
+    """Arguments of ``mlp_value_and_grad`` and ``mlp_forward``."""
 
     x: Tensor
     first_bias: Tensor

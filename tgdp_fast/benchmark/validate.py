@@ -26,14 +26,15 @@ from tgdp_fast.benchmark.problems import (
 from tgdp_fast.experiments.results import markdown_table
 from tgdp_fast.ops import (
     BackendUnavailableError,
+    SolverStep,
     TrajectoryNetwork,
-    _dispatch,
     gated_activation,
     guided_step,
     long_convolution,
+    mlp_forward,
     mlp_value_and_grad,
-    perceptron,
     prepare_long_convolution,
+    registry,
     residual_block_,
     trajectory,
 )
@@ -190,7 +191,7 @@ def _outputs(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
         placed = inputs.map(partial(place, layout=layout))
 
         def outputs(backend: str, placed: PerceptronInputs = placed) -> Sequence[Tensor]:
-            return [perceptron(*placed, backend=backend)]
+            return [mlp_forward(*placed, backend=backend)]
 
         yield name, outputs, [eager.perceptron(*inputs.to(torch.float64))], [eager.perceptron(*inputs)]
 
@@ -211,7 +212,7 @@ def _outputs_backward(dtype: torch.dtype, device: torch.device) -> Iterator[_Che
         def call(
             backend: str, placed: PerceptronInputs = placed, gradients: Callable[..., Sequence[Tensor]] = gradients
         ) -> Sequence[Tensor]:
-            return gradients(partial(perceptron, backend=backend), placed)
+            return gradients(partial(mlp_forward, backend=backend), placed)
 
         exact = gradients(eager.perceptron, inputs.to(torch.float64))
         yield name, call, exact, gradients(eager.perceptron, inputs)
@@ -245,7 +246,7 @@ def _step(dtype: torch.dtype, device: torch.device) -> Iterator[_Check]:
             sample_index: Tensor = sample_index,
         ) -> Sequence[Tensor]:
             x_next, history, x0 = guided_step(
-                *placed, **step, seed=_SEED, sample_index=sample_index, evaluation=5, backend=backend
+                *placed, step=SolverStep(**step), seed=_SEED, sample_index=sample_index, evaluation=5, backend=backend
             )
             return [x_next, x0, *(() if history is None else history.unbind(0))]
 
@@ -456,8 +457,8 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[_Check]]] = {
     "long_convolution": _convolution,
     "mlp_value_and_grad": _forward,
     "mlp_value_and_grad_backward": _backward,
-    "perceptron": _outputs,
-    "perceptron_backward": _outputs_backward,
+    "mlp_forward": _outputs,
+    "mlp_backward": _outputs_backward,
     "residual_block_": _block,
     "trajectory": _trajectory,
 }
@@ -477,13 +478,13 @@ def validate(backend: str | None = None, operators: Sequence[str] = (), precisio
     Raises:
         ValueError: no such backend, operator or precision, or a backend that no operator has here.
     """
-    report = _dispatch.backend_report()
+    report = registry.backend_report()
     for name in operators:
         check_choice("--operators", name, report)
     for name in precisions:
         check_choice("--precisions", name, PRECISIONS)
     if backend is not None:
-        check_choice("--backend", backend, _dispatch.BACKENDS)
+        check_choice("--backend", backend, registry.BACKENDS)
         reasons = {states[backend] for states in report.values()}
         if "available" not in reasons:
             raise ValueError(f"--backend must be one that is available here, got {backend!r}: {'; '.join(reasons)}")

@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         raise
     except Exception as error:
         # Torch comes with it, and some commands do without.
-        from tgdp_fast.ops._dispatch import BackendUnavailableError
+        from tgdp_fast.ops.registry import BackendUnavailableError
 
         if not isinstance(error, (*EXPECTED, BackendUnavailableError)):
             raise
@@ -110,7 +110,7 @@ def _work(out: Path) -> Path:
 
 def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
-    from tgdp_fast.ops._dispatch import backend_report
+    from tgdp_fast.ops.registry import backend_report
     from tgdp_fast.runtime.info import describe, environment
     from tgdp_fast.runtime.native import cpu_capability
 
@@ -489,7 +489,7 @@ def _check_backend(options: argparse.Namespace) -> None:
     from tgdp_fast.diffusion.guidance import GuidanceNetwork
     from tgdp_fast.diffusion.schedule import NoiseSchedule
     from tgdp_fast.models import ScoreMLP
-    from tgdp_fast.ops._dispatch import requested_backend
+    from tgdp_fast.ops.registry import requested_backend
     from tgdp_fast.sampling.sampler import sample
 
     if requested_backend(options.backend) == "auto":
@@ -503,7 +503,7 @@ def _check_backend(options: argparse.Namespace) -> None:
 def _check_sampling(options: argparse.Namespace) -> None:
     """Refuse bad sampling options before anything is read or trained."""
     from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
-    from tgdp_fast.ops._dispatch import BACKENDS
+    from tgdp_fast.ops.registry import BACKENDS
     from tgdp_fast.sampling.sampler import PRECISIONS
 
     check_integer("--num", options.num, 1)

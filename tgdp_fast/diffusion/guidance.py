@@ -13,7 +13,7 @@ from tgdp_fast.diffusion.denoiser import number_on, per_sample
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
-from tgdp_fast.ops import mlp_value_and_grad, perceptron
+from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
 from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.pretrained import Pretrained
@@ -67,7 +67,7 @@ class GuidanceNetwork(Pretrained, nn.Module):
         self.label_embedding = nn.Linear(num_classes, width, bias=False) if num_classes else None
 
     def linear_layers(self) -> list[nn.Linear]:
-        """The layers of the perceptron, the head last."""
+        """The layers of the MLP, the head last."""
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def first_bias(self, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
@@ -120,7 +120,7 @@ class GuidanceNetwork(Pretrained, nn.Module):
         """
         features = x.flatten(1) if self.stem is None else self.stem(x)
         layers = self.linear_layers()
-        value = perceptron(
+        value = mlp_forward(
             features,
             self.first_bias(t, labels),
             [layer.weight for layer in layers],

@@ -18,8 +18,8 @@ from tgdp_fast.diffusion.guided import GuidedDenoiser
 from tgdp_fast.diffusion.solvers import SolverTable
 from tgdp_fast.models import ScoreMLP, encode_labels
 from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory, use_backend
-from tgdp_fast.ops._dispatch import requested_backend, resolve
-from tgdp_fast.ops._measured import loop_is_faster
+from tgdp_fast.ops.measured import loop_is_faster
+from tgdp_fast.ops.registry import requested_backend, resolve
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FusedRun:
     score: TrajectoryNetwork
     guidance: TrajectoryNetwork | None
     plan: TrajectoryPlan
-    split: bool
+    bf16x3: bool
     backend: str
 
     @classmethod
@@ -42,7 +42,7 @@ class FusedRun:
         dtype: torch.dtype | None,
         backend: str,
         *,
-        split: bool = False,
+        bf16x3: bool = False,
         samples: int | None = None,
     ) -> FusedRun | None:
         """The run of ``table``, or None where the models or the backends here need the loop.
@@ -52,7 +52,7 @@ class FusedRun:
             table: the solver.
             scales: guidance scale at each of its evaluations.
             dtype: of the networks' products; None for that of their parameters.
-            backend, split: as for the operators.
+            backend, bf16x3: as for the operators.
             samples: of the whole run, so that a choice left open goes to the loop where that is faster.
         """
         denoiser, guidance = guided.denoiser, guided.guidance
@@ -95,7 +95,7 @@ class FusedRun:
             networks = [network.weights for network in (score, other) if network is not None]
             if loop_is_faster(samples, networks):
                 return None
-        return None if chosen == "reference" else cls(guided, score, other, plan, split, chosen)
+        return None if chosen == "reference" else cls(guided, score, other, plan, bf16x3, chosen)
 
     def run(self, x: Tensor, labels: Tensor | None, seed: int, sample_index: Tensor) -> tuple[Tensor, int]:
         """States [B, ...] after all evaluations, and the first evaluation that diverged, or -1.
@@ -113,7 +113,7 @@ class FusedRun:
             self.plan,
             seed=seed,
             sample_index=sample_index,
-            split=self.split,
+            bf16x3=self.bf16x3,
             backend=self.backend,
         )
         return result.reshape(x.shape), diverged

@@ -19,11 +19,11 @@ from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
-from tgdp_fast.ops import guided_step
-from tgdp_fast.ops._dispatch import requested_backend, use_backend
-from tgdp_fast.ops._measured import to_be_replayed
+from tgdp_fast.ops import SolverStep, guided_step
 from tgdp_fast.ops.guided_step import GuidedStepOutput
+from tgdp_fast.ops.measured import capturing
 from tgdp_fast.ops.noise import normal
+from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime.arrays import check_labels
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_device, check_integer, check_seed
@@ -270,9 +270,9 @@ def _draw(plan: _Plan, start: int, stop: int, progress: bool) -> Tensor:
     with torch.inference_mode(), evaluation_mode(*networks), _backend(plan.backend), bar:
         fused = None
         if plan.callback is None:
-            split = plan.precision == SPLIT
+            bf16x3 = plan.precision == SPLIT
             run = plan.guided, plan.table, plan.scales, dtype, plan.backend
-            fused = FusedRun.of(*run, split=split, samples=plan.num)
+            fused = FusedRun.of(*run, bf16x3=bf16x3, samples=plan.num)
         replayed = None
         if plan.device.type == "cuda" and plan.callback is None and fused is None:
             replayed = Replayed(partial(_replayed_evaluations, plan), "the sampling loop")
@@ -333,7 +333,7 @@ def _run_table(plan: _Plan, start: int, stop: int, bar: Any, replayed: Replayed 
 
 def _replayed_evaluations(plan: _Plan, x: Tensor, indices: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """The hot loop with the same kernels in the call that warms up and in its recording."""
-    with to_be_replayed():
+    with capturing():
         return _evaluations(plan, x, indices, labels, after=None)
 
 
@@ -377,12 +377,14 @@ def advance(
         evaluation.epsilon,
         evaluation.gradient,
         history,
-        matrix=table.matrix[k],
-        noise_scale=float(table.noise_scale[k]),
-        guidance_weight=evaluation.weight,
-        alpha=float(table.alpha[k]),
-        sigma=float(table.sigma[k]),
-        clamp=guided.clamp,
+        step=SolverStep(
+            table.matrix[k],
+            noise_scale=float(table.noise_scale[k]),
+            guidance_weight=evaluation.weight,
+            alpha=float(table.alpha[k]),
+            sigma=float(table.sigma[k]),
+            clamp=guided.clamp,
+        ),
         seed=seed,
         sample_index=sample_index,
         evaluation=k + 1,

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.benchmark.accuracy import PRECISIONS, ROUNDINGS, Error, Verdict, error_of, within
-from tgdp_fast.ops import _dispatch, use_backend
+from tgdp_fast.ops import registry, use_backend
 
 #: Returns what the numeric check looks at.
 Call = Callable[[], Sequence[Tensor]]
 
 PLAIN_PROVIDERS = ("peer", "reference", "compile")
-BACKENDS = tuple(name for name in _dispatch.BACKENDS if name != "reference")
+BACKENDS = tuple(name for name in registry.BACKENDS if name != "reference")
 #: Of whole networks: as released code computes them, as others would speed them up, and compiled for sampling.
 NETWORK_PROVIDERS = ("published", "strong", "sampling")
 PROVIDERS = (*PLAIN_PROVIDERS, *BACKENDS, "auto", *NETWORK_PROVIDERS)
@@ -92,7 +92,7 @@ class Case(ABC):
 
     def providers(self, device: torch.device | None = None) -> tuple[str, ...]:
         """Names of the providers that may serve it on a device (default: the CPU), each before its recording."""
-        report = _dispatch.backend_report()
+        report = registry.backend_report()
         there = [
             backend
             for backend in BACKENDS
@@ -138,18 +138,18 @@ def hidden_weights(inputs: int, width: int, depth: int) -> int:
 @contextmanager
 def _recorded_backends() -> Iterator[set[str]]:
     """The backends that operators resolve to within the block."""
-    real, used = _dispatch.resolve, set()
+    real, used = registry.resolve, set()
 
-    def resolve(*arguments: Any, **keywords: Any) -> _dispatch.Implementation:
+    def resolve(*arguments: Any, **keywords: Any) -> registry.Implementation:
         implementation = real(*arguments, **keywords)
         used.add(implementation.backend)
         return implementation
 
-    _dispatch.resolve = resolve
+    registry.resolve = resolve
     try:
         yield used
     finally:
-        _dispatch.resolve = real
+        registry.resolve = real
 
 
 class PreparedComposite(Prepared):

@@ -20,7 +20,7 @@ from tgdp_fast.fit.training import NoisedBatch, adamw, add_noise
 from tgdp_fast.models import XResNet1d
 
 #: Largest relative error of the loss and L2 error of its gradient: float32 through a denoiser (1e-6), 3,904 features
-#: and a perceptron.
+#: and an MLP.
 TOLERANCE = 1e-4
 
 
@@ -44,7 +44,7 @@ class ECGFitStep(Case):
         self.precisions = ("fp32",)
         self.quick = False
         self.memory = 4.0 * batch * self.LENGTH * (40.0 * channels + 1000.0)
-        self.operators = ("perceptron", "mlp_value_and_grad", "residual_block_")
+        self.operators = ("mlp_forward", "mlp_value_and_grad", "residual_block_")
         self.recordable = False  # AdamW counts its steps on the host
         self.rounds = 5
 

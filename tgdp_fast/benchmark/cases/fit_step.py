@@ -45,7 +45,7 @@ class FitStep(Case):
         self.precisions = ("fp32", "bf16")
         self.quick = quick
         self.memory = 400.0 * batch * width
-        self.operators = ("mlp_value_and_grad", "perceptron")
+        self.operators = ("mlp_value_and_grad", "mlp_forward")
         self.composite = True
         self.recordable = False  # AdamW counts its steps on the host
 

@@ -24,7 +24,7 @@ from tgdp_fast.benchmark.cases.base import (
 from tgdp_fast.benchmark.problems import step_inputs
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import solver_table
-from tgdp_fast.ops import guided_step
+from tgdp_fast.ops import SolverStep, guided_step
 from tgdp_fast.ops.guided_step import guided_step_reference
 from tgdp_fast.ops.noise import normal
 
@@ -87,13 +87,12 @@ class _PreparedStep(Prepared):
             return lambda: eager.guided_step(
                 *self.inputs, **self.step, noise_scale=self.noise_scale, z=torch.randn_like(x)
             )
-        arguments = {**self.step, "noise_scale": self.noise_scale, "seed": SEED, "evaluation": 1}
+        step = SolverStep(**self.step, noise_scale=self.noise_scale)
+        arguments = {"seed": SEED, "evaluation": 1, "sample_index": self.sample_index}
         if provider == "compile":
             compiled = torch.compile(guided_step_reference, dynamic=False)
-            return lambda: self._flat(compiled(*self.inputs, **arguments, sample_index=self.sample_index))
-        return lambda: self._flat(
-            guided_step(*self.inputs, **arguments, sample_index=self.sample_index, backend=provider)
-        )
+            return lambda: self._flat(compiled(*self.inputs, step, **arguments))
+        return lambda: self._flat(guided_step(*self.inputs, step=step, **arguments, backend=provider))
 
     @staticmethod
     def _flat(result: Sequence[Any]) -> list[Tensor]:

@@ -13,8 +13,8 @@ from tgdp_fast.benchmark import eager
 from tgdp_fast.benchmark.accuracy import PRECISIONS, Verdict, error_of
 from tgdp_fast.benchmark.cases.base import SEED, Call, Case, Prepared, Work, bytes_of, judge
 from tgdp_fast.ops import LongConvolution, long_convolution, prepare_long_convolution
-from tgdp_fast.ops._dispatch import BACKENDS
 from tgdp_fast.ops.long_convolution import long_convolution_reference
+from tgdp_fast.ops.registry import BACKENDS
 
 
 class Convolution(Case):

@@ -22,7 +22,7 @@ from tgdp_fast.benchmark.cases.base import (
 )
 from tgdp_fast.benchmark.problems import perceptron_inputs
 from tgdp_fast.ops import mlp_value_and_grad
-from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
+from tgdp_fast.ops.mlp import mlp_value_and_grad_reference
 
 _FEW_ROWS = 64
 
