@@ -113,7 +113,7 @@ if [ "${2:-all}" != checks ]; then
     "$python" -m tgdp_fast bench-report "$result" --out "$folder/logs" > /dev/null 2>&1
     "$python" - "$result" <<'CODE'
 import json, sys
-from tgdp_fast.benchmark import report
+from tgdp_fast.lab.benchmark import report
 
 print(sys.argv[1], report.table(json.load(open(sys.argv[1]))["rows"]), sep="\n")
 CODE

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tgdp_fast.benchmark.problems import perceptron_inputs, residual_block_inputs, step_inputs, trajectory_inputs
+from tgdp_fast.lab.cases.guided_step import step_inputs
+from tgdp_fast.lab.cases.mlp import mlp_inputs
+from tgdp_fast.lab.cases.residual_block import residual_block_inputs
+from tgdp_fast.lab.cases.trajectory import trajectory_inputs
 from tgdp_fast.ops import (
     BackendUnavailableError,
     SolverStep,
@@ -35,8 +38,8 @@ def main() -> None:
 
 def calls(device: torch.device, dtype: torch.dtype, backend: str):
     tensors = step_inputs((37, 13), 1, dtype, device)
-    inputs = perceptron_inputs(70, 5, (48, 33), dtype, device, bias_rows="per sample")
-    wide = perceptron_inputs(33, 2, (128, 128), dtype, device)
+    inputs = mlp_inputs(70, 5, (48, 33), dtype, device, bias_rows="per sample")
+    wide = mlp_inputs(33, 2, (128, 128), dtype, device)
 
     def derivative(function):
         leaves = inputs.map(lambda tensor: tensor.detach().requires_grad_())

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/capability.h"
 #include "cpu/guided_step.h"
+#include "cpu/instruction_set.h"
 #include "cpu/long_convolution.h"
 #include "cpu/mlp_backward.h"
 #include "cpu/mlp_forward.h"

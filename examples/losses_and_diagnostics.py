@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Losses, and diagnostics where TGDP fails
 #
-# The paper's simulation (section 4.1) is known in closed form: the source has modes at (0.5, 0.5) and (-0.5, -0.5),
-# the target at (0.5, -0.5) and (-0.5, 0.5). So the source model here is exact, and whatever is wrong with samples
-# comes from the guidance. That is fitted to 100 target samples with each of the four losses.
+# The paper's simulation (section 4.1) is known in closed form: the source has modes at (0.5, 0.5) and (-0.5, -0.5), the
+# target at (0.5, -0.5) and (-0.5, 0.5). The source model here is therefore exact, so any error of the samples comes
+# from the guidance. It is fitted to 100 target samples with each of the four losses.
 
 # %%
 import tgdp_fast as tgdp
@@ -46,7 +46,7 @@ for loss, consistency in pairs:
 assert found["logistic", 1.0] < distance(None)
 
 # %% [markdown]
-# One draw and 200 steps are an example, not a measurement: docs/results/simulation has five draws, with the defaults.
+# One draw and 200 steps are an example, not a measurement: docs/results/simulation has five draws with the defaults.
 #
 # ## A target that the source does not cover
 #
@@ -80,16 +80,16 @@ for loss, fit in fits.items():
         assert away > 2.0
 
 # %% [markdown]
-# Regression on the ratio alone stays with the source, as the theory says: there is no source sample to give weight
-# to. The default (`logistic` with the consistency term) also learns from the noised target samples themselves, and in
-# two dimensions it may well move there. Then the samples owe nothing to the source: the fitted h is no density ratio
-# (its mean over the source is near 0 and should be 1), and a vanilla diffusion model of the target samples would be
-# the honest way to the same. The warnings are right in both cases.
+# Regression on the ratio alone stays with the source, as the theory predicts: there is no source sample to give weight
+# to. The default (`logistic` with the consistency term) also learns from the noised target samples, and in two
+# dimensions it may move there. Then the samples owe nothing to the source. The fitted h is not a density ratio (its
+# mean over the source is near 0 and should be 1), and a vanilla diffusion model of the target samples would be the
+# honest way to the same result. The warnings are correct in both cases.
 #
 # ## A target that few source samples are like
 #
-# Here the target is a narrow part of one mode. It lies inside the source, so nothing is out of reach, but the
-# effective sample size is small: the ratio gives nearly all its weight to few of the 2000 source samples.
+# Here the target is a narrow part of one mode. It lies inside the source, so nothing is out of reach, but the effective
+# sample size is small: the ratio gives nearly all its weight to a few of the 2000 source samples.
 
 # %%
 narrow = GaussianMixture([[0.9, 0.9]], 0.002).sample(100, seed=4)

@@ -99,8 +99,8 @@ def guided_step_kernel(
        memory does for float32. Rows that follow the groups of such samples would start at any address, and read and
        write single elements in four times as many memory transactions.
 
-    Moves elements * (b (3 + 2 H) + e + g) bytes for b, e and g bytes an element of x, epsilon and gradient, and
-    computes about elements * (5 + (1 + H) (3 + 2 H)) FLOPs, 2 more and the noise with it.
+    Twin: ``guided_step_reference``. Moves elements * (b (3 + 2 H) + e + g) bytes for b, e and g bytes an element of x,
+    epsilon and gradient, and computes about elements * (5 + (1 + H) (3 + 2 H)) FLOPs, 2 more and the noise with it.
     """
     start = tl.program_id(0).to(tl.int64) * block
     # Four neighbours a thread whatever the dtypes: a flat tile would take eight of 16 bits, and move tensors of another
@@ -136,7 +136,7 @@ def guided_step_kernel(
             slot = tl.load(history + (offsets + i * elements), mask=inside, other=0.0).to(tl.float32)
         else:
             slot = tl.zeros_like(state)
-        moments = moments + (slot,)
+        moments = moments + (slot,)  # type: ignore[assignment]
     for i in tl.static_range(len(step.matrix) - 1):
         row = _row(step.matrix[1 + i], state, moments, guided)
         _store(history_next, offsets + i * elements, row, inside)

@@ -132,10 +132,8 @@ def long_convolution_kernel(
     channels,
     groups,
     share,
-    output_sample_stride,
-    output_channel_stride,
-    u_sample_stride,
-    u_channel_stride,
+    output_strides,
+    u_strides,
     GELU: tl.constexpr,
     SATURATE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -146,11 +144,13 @@ def long_convolution_kernel(
 ):
     """One channel of ``share`` samples, SAMPLES at a time: output = u convolved with the filter, then GELU.
 
-    output and u [batch, channels, L] with positions in one piece; L and the strides are in units of ALIGNMENT; packed
-    [channels, 2, A, B], real and imaginary parts relative to scales [channels]; roots and twiddles: :func:`_tables`.
+    output and u [batch, channels, L] with positions in one piece; L and the strides, of a sample and of a channel, are
+    in units of ALIGNMENT; packed [channels, 2, A, B], real and imaginary parts relative to scales [channels]; roots and
+    twiddles: :func:`_tables`.
 
-    Moves u and the output once and the spectrum once for each share; about 2^10 * (24 * 32 + 70) FLOPs for a channel of
-    a sample at 1024 points, four times the former with PRECISION "fp16x4" instead of "fp16".
+    Twin: ``long_convolution_reference``. Moves u and the output once and the spectrum once for each share; about 2^10 *
+    (24 * 32 + 70) FLOPs for a channel of a sample at 1024 points, four times the former with PRECISION "fp16x4" instead
+    of "fp16".
     """
     EXACT: tl.constexpr = PRECISION == "fp16x4"
     length = groups * ALIGNMENT
@@ -169,13 +169,13 @@ def long_convolution_kernel(
     packed += channel * (2 * A * B) + a[None, :, None] * B + b[None, None, :]
     scale = tl.load(scales + channel)
     position = a[:, None, None] * B + b[None, None, :]
-    u += channel * (u_channel_stride * ALIGNMENT) + position
-    output += channel * (output_channel_stride * ALIGNMENT) + position
+    u += channel * (u_strides[1] * ALIGNMENT) + position
+    output += channel * (output_strides[1] * ALIGNMENT) + position
 
     for start in range(first, tl.minimum(first + share, batch), SAMPLES):
         sample = (start + s).to(tl.int64)[None, :, None]
         mask = (sample < batch) & (position < length)
-        x = tl.load(u + sample * (u_sample_stride * ALIGNMENT), mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(u + sample * (u_strides[0] * ALIGNMENT), mask=mask, other=0.0).to(tl.float32)
         # The exponent of the largest entry; far from the ends of the range, so that its inverse is a number too.
         largest = tl.max(tl.max(tl.abs(x), 2), 0)
         bits = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23), 253 << 23)
@@ -218,7 +218,7 @@ def long_convolution_kernel(
         if GELU:
             y = gelu(y)
         y = saturated(y, output.dtype.element_ty) if SATURATE else narrow(y, output.dtype.element_ty)
-        tl.store(output + sample * (output_sample_stride * ALIGNMENT), y, mask=mask)
+        tl.store(output + sample * (output_strides[0] * ALIGNMENT), y, mask=mask)
 
 
 def points_of(length: int) -> int | None:
@@ -311,7 +311,8 @@ def launch(
         channels,
         length // alignment,
         share,
-        *(stride // alignment for stride in strides),
+        tuple(stride // alignment for stride in strides[:2]),
+        tuple(stride // alignment for stride in strides[2:]),
         tile=block,
         GELU=activation,
         SATURATE=saturate,

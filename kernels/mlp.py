@@ -473,8 +473,9 @@ def value_and_grad_backward(
     depth = len(pre_activations)
     found = _Gradients(first_bias, depth, needs_grad)
     if found.needs_bias[depth]:
-        no_sum = value_cotangent is None
-        found.biases[depth] = x.new_zeros(1) if no_sum else column_sum(value_cotangent.unsqueeze(1), x.dtype)
+        found.biases[depth] = (
+            x.new_zeros(1) if value_cotangent is None else column_sum(value_cotangent.unsqueeze(1), x.dtype)
+        )
     if found.lowest >= depth and not found.needs_weight[depth]:
         return found.needed()
     zs = [z.contiguous() for z in pre_activations]

@@ -68,7 +68,7 @@ def transposed_kernel(
     """output[b, 1 + t, c] = state[b, c, t], and zeros at [b, 0] and [b, L + 1], with L = groups * ALIGNMENT.
 
     output [B, L + 2, width], state float32 of ``channels`` or more. A program writes ROWS positions of COLUMNS
-    channels. Moves both once; no FLOPs to speak of.
+    channels. Twin: ``state[:, :C].mT``, padded. Moves both once; no FLOPs to speak of.
     """
     length = groups * ALIGNMENT
     tiles = tl.cdiv(length, ROWS)
@@ -159,7 +159,8 @@ def taps_kernel(
     :func:`transposed_kernel`; weight [hidden, 3 channels]; step_bias float32 [.., 3, hidden]: what is added inside, and
     what the first and the last position lack of it.
 
-    6 B L hidden channels FLOPs; bytes: all once, if the level-2 cache serves what several programs read.
+    Twin: the first product of ``residual_block_reference_``. 6 B L hidden channels FLOPs; bytes: all once, if the L2
+    cache serves what several programs read.
     """
     sample, row, column = _tile(hidden, length, ROWS, COLUMNS)
     row_mask, column_mask = row < hidden, column < length
@@ -197,7 +198,8 @@ def output_kernel(
     state float32 [B, rows, L]; gated [B, L + 2, width], position t at 1 + t; weight [rows, channels]; bias float32
     [rows].
 
-    2 B L rows channels FLOPs; bytes: the state twice, the others once.
+    Twin: the last product of ``residual_block_reference_``. 2 B L rows channels FLOPs; bytes: the state twice, the
+    others once.
     """
     length = groups * ALIGNMENT
     sample, row, column = _tile(rows, length, ROWS, COLUMNS)
@@ -253,9 +255,7 @@ def mixture_kernel(
     mixture,
     u,
     output,
-    mixture_bias,
-    norm_weight,
-    norm_bias,
+    vectors,
     label_bias,
     epsilon,
     channels,
@@ -272,13 +272,16 @@ def mixture_kernel(
 ):
     """LayerNorm(u + mixture y + mixture_bias) at COLUMNS positions of a sample, 2 ``channels`` = H wide, to output.
 
-    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant. With GATED, output is what
-    :func:`output_kernel` reads, [B, L + 2, width], and becomes tanh(first half) sigmoid(second half) of that.
+    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant; vectors: mixture_bias, and the
+    weight and bias of LayerNorm, float32 [H]. With GATED, output is what :func:`output_kernel` reads, [B, L + 2,
+    width], and becomes tanh(first half) sigmoid(second half) of that.
 
     The halves have accumulators of their own, each [CHANNELS, COLUMNS], so that the gate is pointwise.
 
-    2 B L H^2 FLOPs; bytes: all once, if the level-2 cache serves the weights, which every program reads.
+    Twin: ``_s4`` after the convolution, and ``gated_activation_reference``. 2 B L H^2 FLOPs; bytes: all once, if the L2
+    cache serves the weights, which every program reads.
     """
+    mixture_bias, norm_weight, norm_bias = vectors
     length, hidden = groups * ALIGNMENT, 2 * channels
     tiles = tl.cdiv(length, COLUMNS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -466,7 +469,7 @@ def mixture(
         weight,
         u,
         output,
-        *vectors,
+        vectors,
         label_bias,
         epsilon,
         hidden // 2,

@@ -124,7 +124,7 @@ def forward_block(x, layers, inputs, row, row_mask, column, zero, DEPTH: tl.cons
         next_low, slope_low = next_half(low, high, layers[i], depth, row, row_mask, column, column)
         next_high, slope_high = next_half(low, high, layers[i], depth, row, row_mask, high_column, column)
         low, high = next_low, next_high
-        slopes = slopes + (pack(slope_low, slope_high, zero),)
+        slopes = slopes + (pack(slope_low, slope_high, zero),)  # type: ignore[assignment]
     return low, high, slopes
 
 
@@ -262,11 +262,10 @@ def _launch(
     batch, inputs = x.shape
     widths = [weight.shape[0] for weight in weights[:-1]]
     kept = [x.new_empty(batch, width) for width in widths] if keep else []
+    places: Sequence[Tensor | None] = kept or [None] * len(widths)
     layers = tuple(
         Layer(matrix_of(weight.contiguous()), bias_of(bias), width, z)
-        for weight, bias, width, z in zip(
-            weights[:-1], (first_bias, *biases[:-1]), widths, kept or [None] * len(widths), strict=True
-        )
+        for weight, bias, width, z in zip(weights[:-1], (first_bias, *biases[:-1]), widths, places, strict=True)
     )
     tile = _tile(batch, inputs, max(widths))
     launch(

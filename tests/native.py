@@ -19,7 +19,8 @@ needs_extension = pytest.mark.skipif(native.CPU_MISSING is not None, reason=str(
 
 def run_with(code: str, **environment: str) -> str:
     """What the code prints in a new interpreter with further environment variables; fails if it fails."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests", *folders]))
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -306,7 +306,7 @@ def test_every_logger_is_described() -> None:
 
 
 def test_limits_of_the_diagnostics_are_those_of_the_code() -> None:
-    source = (ROOT / "tgdp_fast" / "density_ratio.py").read_text()
+    source = (ROOT / "tgdp_fast" / "fit" / "diagnostics.py").read_text()
     for text in (
         "_MOST_OUTSIDE = 0.34",
         "0.1 <= mean_ratio <= 10",

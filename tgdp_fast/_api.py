@@ -1,49 +1,31 @@
-"""The names of the package. ``tgdp_fast`` hands them on."""
+"""The public names: the one list of them. ``import X as X`` is how type checkers see that a name is handed on."""
 
-from tgdp_fast._version import __version__
-from tgdp_fast.diffusion.denoiser import Denoiser
-from tgdp_fast.diffusion.guidance import GuidanceNetwork
-from tgdp_fast.diffusion.guided import GuidedDenoiser
-from tgdp_fast.diffusion.prior import EmpiricalPrior, GaussianPrior
-from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, solver_table
-from tgdp_fast.fit.density_ratio import fit_density_ratio
-from tgdp_fast.fit.diagnostics import TransferDiagnostics
-from tgdp_fast.fit.guidance import GuidanceFit, fit_guidance
-from tgdp_fast.fit.model import TransferModel
-from tgdp_fast.fit.training import Optimisation, TrainingDivergedError, train_denoiser
-from tgdp_fast.models import SSSDECG, ScoreMLP
-from tgdp_fast.ops.registry import BackendUnavailableError, use_backend
-from tgdp_fast.runtime.checkpoint import CheckpointError
-from tgdp_fast.sampling.sampler import SamplingDivergedError, sample
-from tgdp_fast.sampling.to_file import sample_to_file
-
-__all__ = [
-    "SOLVERS",
-    "SPACINGS",
-    "SSSDECG",
-    "BackendUnavailableError",
-    "CheckpointError",
-    "Denoiser",
-    "EmpiricalPrior",
-    "GaussianPrior",
-    "GuidanceFit",
-    "GuidanceNetwork",
-    "GuidedDenoiser",
-    "NoiseSchedule",
-    "Optimisation",
-    "SamplingDivergedError",
-    "ScoreMLP",
-    "SolverTable",
-    "TrainingDivergedError",
-    "TransferDiagnostics",
-    "TransferModel",
-    "__version__",
-    "fit_density_ratio",
-    "fit_guidance",
-    "sample",
-    "sample_to_file",
-    "solver_table",
-    "train_denoiser",
-    "use_backend",
-]
+from tgdp_fast._version import __version__ as __version__
+from tgdp_fast.diffusion.denoiser import Denoiser as Denoiser
+from tgdp_fast.diffusion.guidance import GuidanceNetwork as GuidanceNetwork
+from tgdp_fast.diffusion.guided import GuidedDenoiser as GuidedDenoiser
+from tgdp_fast.diffusion.prior import EmpiricalPrior as EmpiricalPrior
+from tgdp_fast.diffusion.prior import GaussianPrior as GaussianPrior
+from tgdp_fast.diffusion.schedule import NoiseSchedule as NoiseSchedule
+from tgdp_fast.diffusion.solvers import SOLVERS as SOLVERS
+from tgdp_fast.diffusion.solvers import SPACINGS as SPACINGS
+from tgdp_fast.diffusion.solvers import SolverTable as SolverTable
+from tgdp_fast.diffusion.solvers import solver_table as solver_table
+from tgdp_fast.fit.density_ratio import fit_density_ratio as fit_density_ratio
+from tgdp_fast.fit.diagnostics import TransferDiagnostics as TransferDiagnostics
+from tgdp_fast.fit.guidance import GuidanceFit as GuidanceFit
+from tgdp_fast.fit.guidance import fit_guidance as fit_guidance
+from tgdp_fast.fit.model import TransferModel as TransferModel
+from tgdp_fast.fit.training import Optimisation as Optimisation
+from tgdp_fast.fit.training import TrainingDivergedError as TrainingDivergedError
+from tgdp_fast.fit.training import train_denoiser as train_denoiser
+from tgdp_fast.models import SSSDECG as SSSDECG
+from tgdp_fast.models import ScoreMLP as ScoreMLP
+from tgdp_fast.ops.registry import BackendUnavailableError as BackendUnavailableError
+from tgdp_fast.ops.registry import use_backend as use_backend
+from tgdp_fast.runtime.checkpoint import CheckpointError as CheckpointError
+from tgdp_fast.sampling.config import SamplingConfig as SamplingConfig
+from tgdp_fast.sampling.sampler import Sampler as Sampler
+from tgdp_fast.sampling.sampler import SamplingDivergedError as SamplingDivergedError
+from tgdp_fast.sampling.sampler import sample as sample
+from tgdp_fast.sampling.to_file import sample_to_file as sample_to_file

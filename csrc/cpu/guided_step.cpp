@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "capability.h"
+#include "instruction_set.h"
 #include "tile_product.h"
 
 namespace tgdp {
@@ -15,11 +15,7 @@ constexpr int64_t kGrain = 64;
 // Bytes of outputs from which they are written around the caches.
 constexpr int64_t kPastCache = int64_t{16} << 20;
 
-const GuidedStepKernels& kernels() {
-  static const GuidedStepKernels& chosen =
-      best_copy({guided_step_copies::baseline(), guided_step_copies::avx2(), guided_step_copies::avx512()});
-  return chosen;
-}
+const auto& kernels() { return *instruction_set().guided_step; }
 
 }  // namespace
 

@@ -23,19 +23,12 @@ void guided_step(GuidedStepCall call);
 // Elements [first, first + count) of the noise of all samples, numbered through.
 void normals(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out);
 
-// The copies of one instruction set.
+// Compiled once per instruction set.
 struct GuidedStepKernels {
-  const char* name;
   // Blocks [begin, end); history: memory for slots * kStepBlock floats.
   void (*step)(const GuidedStepCall& call, int64_t begin, int64_t end, float* history);
   // count <= kStepBlock elements.
   void (*normals)(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out);
 };
-
-namespace guided_step_copies {
-const GuidedStepKernels* baseline();
-const GuidedStepKernels* avx2();
-const GuidedStepKernels* avx512();
-}  // namespace guided_step_copies
 
 }  // namespace tgdp

@@ -234,7 +234,7 @@ def test_messages_of_an_interrupt_and_a_failure_say_what_was_kept(
         assert capsys.readouterr().err == "tgdp-fast: interrupted; nothing was kept\n"
     with monkeypatch.context() as patch:
         patch.setattr(
-            "tgdp_fast.sampling.to_file.save_array", interrupt_after(2, "tgdp_fast.sampling.to_file.save_array")
+            "tgdp_fast.sampling.blocks.save_array", interrupt_after(2, "tgdp_fast.sampling.blocks.save_array")
         )
         assert main([*command, "--quiet"]) == 130
         assert f"interrupted; finished work is kept in {folder / 'y.npy.partial'}" in capsys.readouterr().err
@@ -346,7 +346,7 @@ def test_samples_that_nobody_named_are_not_replaced(
     words = [*command, "--num", "9000", "--steps", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "tgdp_fast.sampling.to_file.save_array", interrupt_after(2, "tgdp_fast.sampling.to_file.save_array")
+            "tgdp_fast.sampling.blocks.save_array", interrupt_after(2, "tgdp_fast.sampling.blocks.save_array")
         )
         assert main(words) == 130
     assert (folder / "samples.npy.partial").is_dir()
@@ -469,7 +469,7 @@ def test_output_that_nobody_reads_is_no_error() -> None:
 def test_the_log_says_why_a_backend_does_not_serve() -> None:
     code = """
 import sys, torch
-from tgdp_fast.cli import main
+from tgdp_fast.cli.main import main
 from tgdp_fast.ops import SolverStep, guided_step
 main(["--log-level", sys.argv[1], "info", "--json"])
 x = torch.zeros(1, 2, dtype=torch.float64)

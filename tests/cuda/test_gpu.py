@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tgdp_fast import sample
-from tgdp_fast.benchmark.cases.networks import guidance_network, source_denoiser
-from tgdp_fast.benchmark.validate import failures, validate
+from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
+from tgdp_fast.lab.validate import failures, validate
 from tgdp_fast.ops import backend_report, long_convolution, prepare_long_convolution
-from tgdp_fast.sampling import graph as captured
+from tgdp_fast.sampling import loop as sampling_loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
@@ -60,16 +60,16 @@ def test_samples_are_those_of_the_cpu(solver, backend):
     torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
 
 
-def test_chunks_are_recorded_and_change_nothing(monkeypatch):
-    recordings = []
-    real = captured.record
-    monkeypatch.setattr(captured, "record", lambda *call: recordings.append(1) or real(*call))
+def test_batches_are_captured_and_change_nothing(monkeypatch):
+    captures = []
+    real = sampling_loop.capture
+    monkeypatch.setattr(sampling_loop, "capture", lambda *call: captures.append(1) or real(*call))
     # With Triton there is no fused run, so that the loop is what runs.
     arguments = {"num": 500, "solver": "ddpm", "steps": 10, "seed": 1, "precision": "bf16", "backend": "triton"}
     networks = models("cuda")
     parts = sample(*networks, batch_size=100, **arguments)
     whole = sample(*networks, batch_size=500, **arguments)
-    assert recordings == [1]
+    assert captures == [1]
     torch.testing.assert_close(parts, whole, rtol=2e-2, atol=2e-2)
 
 

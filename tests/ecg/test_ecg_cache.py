@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from tgdp_fast.ecg.records.cache import ECGCacheError, ECGDataset, build_ecg_cac
 from tgdp_fast.ecg.records.folder import ECGEntry, open_ecg_folder
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS
 from tgdp_fast.ecg.records.signals import rate_ratio, read_entry, resample
-from tgdp_fast.ecg.records.splits import split_by_fold, split_by_patient
+from tgdp_fast.ecg.records.splits import split_by_patient
 from tgdp_fast.ecg.records.statements import STATEMENTS
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime import arrays
@@ -497,56 +496,27 @@ def test_splits_spread_labels_and_sizes() -> None:
     assert [len(side) for side in few] == [4, 12]
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(-1, 10)), min_size=1, max_size=40))
-def test_folds_never_leak_patients(rows: list[tuple[int, int]]) -> None:
-    patients, folds = [str(p) for p, _ in rows], np.array([fold for _, fold in rows])
-    sides = [{1, 2, 3, 4, 5, 6, 7, 8}, {9}, {10}]
-    by_patient: dict[str, set[int]] = {}
-    for patient, fold in zip(patients, folds.tolist(), strict=True):
-        by_patient.setdefault(patient, set()).update(i for i, side in enumerate(sides) if fold in side)
-    if (folds < 0).all() or max(map(len, by_patient.values())) > 1:
-        with pytest.raises(ValueError, match="no record has a fold|records of one patient"):
-            split_by_fold(folds, patients, *sides)
-        return
-    found = split_by_fold(folds, patients, *sides)
-    for side, rows_ in zip(sides, found, strict=True):
-        assert rows_.tolist() == [row for row, fold in enumerate(folds) if fold in side]
-    owners = [{patients[row] for row in part} for part in found]
-    assert len(set().union(*owners)) == sum(map(len, owners))
-
-
-def test_splits_of_a_dataset(tmp_path: Path) -> None:
+def test_rows_and_splits_of_a_dataset(tmp_path: Path) -> None:
     root = write_ptbxl(tmp_path / "ptbxl", 40)
     dataset = build_ecg_cache(open_ecg_folder(root), tmp_path / "cache", seconds=1.0)
-    train, validation, test = dataset.split()
-    assert set(dataset.folds[train]) == set(range(1, 9))
-    assert set(dataset.folds[validation]) == {9}
-    assert set(dataset.folds[test]) == {10}
-    assert [len(part) for part in dataset.split_by_fold({1}, {2, 3})] == [28, 4, 8]
-    with pytest.raises(ValueError, match="each fold must be on one side"):
-        dataset.split_by_fold({9}, {9, 10})
     assert [len(part) for part in dataset.split_by_patient((0.5, 0.5))] == [20, 20]
     with pytest.raises(ValueError, match="fractions must be positive with sum 1"):
         dataset.split_by_patient((0.5, 0.6))
-    table = root / "ptbxl_database.csv"
-    text = table.read_text()
-    table.write_text(re.sub(r"(\n1,1000.0,.*),1,", r"\1,9,", text))
-    leaking = build_ecg_cache(open_ecg_folder(root), tmp_path / "cache", seconds=1.0)
-    with pytest.raises(ValueError, match=r"records of one patient \(1000: records 00002 and 00001\) on two sides"):
-        leaking.split()
-    table.write_text(re.sub(r",10,records", ",8,records", text))
-    without = build_ecg_cache(open_ecg_folder(root), tmp_path / "cache", seconds=1.0)
-    parts = without.split((0.6, 0.2, 0.2), seed=3)
-    assert [len(part) for part in parts] == [24, 8, 8]
-    with pytest.raises(ValueError, match="fractions must be three"):
-        without.split((0.5, 0.5))
-
-
-def test_records_without_a_fold_cannot_be_split_by_it(tmp_path: Path) -> None:
-    dataset = build_ecg_cache(open_ecg_folder(write_icbeb(tmp_path / "i", [500] * 9)), tmp_path / "c", seconds=1.0)
-    with pytest.raises(ValueError, match="no record has a fold; split by patient"):
-        dataset.split_by_fold()
-    assert sorted(np.concatenate(dataset.split((0.4, 0.3, 0.3)))) == list(range(9))
+    rows = np.array([3, 0])
+    part = dataset.rows(rows)
+    assert len(part) == 2
+    assert part.names == ("00004", "00001")
+    assert part.patients == ("1001", "1000")
+    assert part.sexes == ("male", "female")
+    assert part.folds.tolist() == [2, 1]
+    assert part.ages.tolist() == [44, 90]
+    assert not isinstance(part.signals, np.memmap)
+    assert part.signals.dtype == part.labels.dtype == np.float32
+    assert np.array_equal(part.signals, dataset.signals[rows])
+    assert np.array_equal(part.labels, dataset.labels[rows])
+    assert part.statements == ["NORM", "SR"]
+    assert dataset.statements == ["AFIB", "LVH", "NORM", "PVC", "SR"]
+    assert (part.rate, part.leads, part.vocabulary) == (dataset.rate, dataset.leads, dataset.vocabulary)
 
 
 def test_statistics_come_from_the_rows_chosen(tmp_path: Path) -> None:
@@ -579,5 +549,3 @@ def test_the_real_records(tmp_path: Path) -> None:
         assert 0.05 < float(dataset.standardizer().std.min()) < float(dataset.standardizer().std.max()) < 1.0
     state = json.loads((tmp_path / "source" / "cache.json").read_text())
     assert state["signals"]["shape"] == list(source.signals.shape)
-    train, validation, test = source.split()
-    assert len(train) + len(validation) + len(test) == len(source)

@@ -28,7 +28,7 @@ from tgdp_fast.ecg.records.folder import ECGEntry, open_ecg_folder
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS
 from tgdp_fast.ecg.records.signals import read_entry
 from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, STATEMENTS
-from tgdp_fast.ecg.records.wfdb import Root
+from tgdp_fast.ecg.records.wfdb import RecordError, Root
 
 
 def signal(entry: ECGEntry, root: Path, rate: float = 100.0, seconds: float = 1.0) -> np.ndarray:
@@ -399,3 +399,76 @@ def test_thousands_of_records_take_about_a_second_and_no_torch(tmp_path: Path) -
         [sys.executable, "-c", code, str(tmp_path / "0")], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# a data set of one's own ------------------------------------------------------------------------------------
+
+READER = '''
+"""Records as CSV files of millivolts, one column for each lead, with a table of names, rates and statements."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, check_rate
+from tgdp_fast.ecg.records.registry import Selection, reader, signal_reader
+from tgdp_fast.ecg.records.tables import number, read_table, statements
+from tgdp_fast.ecg.records.wfdb import RecordError, Root
+
+
+@reader("toy", lambda root: (root.path / "toy.csv").exists(), contents="toy.csv (toy)")
+def read_toy(folder: ECGFolder, root: Root, selection: Selection) -> None:
+    for row in read_table(root.path / "toy.csv", ["name", "rate", "labels"], root):
+        with folder.record(row["name"]):
+            path = root.join(row["name"] + ".txt")
+            stamp, rate = root.stamp(path), number(row["rate"]) or 0.0
+            check_rate(rate, selection.rate)
+            labels = statements(row["labels"].split("+"))
+            folder.entries.append(ECGEntry(row["name"], path, "toy", rate, None, labels, files=(stamp,)))
+
+
+@signal_reader("toy")
+def read_signals(path: Path, root: Root) -> tuple[np.ndarray, list[str], float]:
+    root.status(path)
+    try:
+        table = np.genfromtxt(path, delimiter=",", names=True, dtype=np.float32)
+        return np.stack([table[name] for name in table.dtype.names]), list(table.dtype.names), 100.0
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"{path.name} cannot be read: {error}") from None
+'''
+
+
+def test_one_module_adds_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in the folder of readers is enough: it is found, recognizes its folders and reads them."""
+    from tgdp_fast.ecg.records import readers, registry
+    from tgdp_fast.ecg.records.cache import build_ecg_cache
+
+    monkeypatch.setattr(registry, "_readers", dict(registry._readers))
+    monkeypatch.setattr(registry, "_signal_readers", dict(registry._signal_readers))
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "toy.py").write_text(READER)
+    monkeypatch.setattr(readers, "__path__", [*readers.__path__, str(tmp_path / "modules")])
+    data = tmp_path / "data"
+    data.mkdir()
+    values = np.random.default_rng(0).standard_normal((3, 130, 8)).astype(np.float32)
+    for name, signals in zip("abc", values, strict=True):
+        np.savetxt(data / f"{name}.txt", signals, "%.9g", ",", header=",".join(STORED_LEADS), comments="")
+    (data / "toy.csv").write_text("name,rate,labels\na,100,SR+NORM\nb,100,AFIB\nc,50,SR\nd,100,SR\n../e,100,SR\n")
+    try:
+        folder = open_ecg_folder(data)
+        assert folder.kind == "toy"
+        assert [(entry.name, entry.labels) for entry in folder.entries] == [("a", ("NORM", "SR")), ("b", ("AFIB",))]
+        assert [str(problem) for problem in folder.problems] == [
+            "record c: it is at 50 Hz, fewer than the 100 Hz that are asked for",
+            "record d: d.txt is missing",
+            "record ../e: the path '../e.txt' leaves the folder",
+        ]
+        dataset = build_ecg_cache(folder, tmp_path / "cache", seconds=1.2)
+        assert dataset.kind == "toy"
+        assert np.array_equal(dataset.signals, values[:2, :120].transpose(0, 2, 1))
+        with pytest.raises(ValueError, match=r"path must hold toy.csv \(toy\), ptbxl_database.csv \(PTB-XL\), REFER"):
+            open_ecg_folder(tmp_path / "modules")
+        with pytest.raises(RecordError, match="no reader is registered for records of the form 'tapes'"):
+            registry.read_signals_of("tapes", data / "a.txt", Root(data))
+    finally:
+        sys.modules.pop("tgdp_fast.ecg.records.readers.toy", None)

@@ -18,8 +18,9 @@ from tgdp_fast.cli import main as cli
 from tgdp_fast.ecg.cohorts import load_cohorts
 from tgdp_fast.ecg.config import PRESETS, ConfigError, load_config, to_dict
 from tgdp_fast.ecg.costs import Costs
-from tgdp_fast.ecg.evaluation import cost, evaluate
-from tgdp_fast.ecg.pipeline import Pipeline, SignalDomainClassifier
+from tgdp_fast.ecg.density_ratio import SignalDomainClassifier
+from tgdp_fast.ecg.evaluation import cost
+from tgdp_fast.ecg.pipeline import NotComputedError, Pipeline
 from tgdp_fast.ecg.preconditions import check_same_run
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS
 from tgdp_fast.ecg.records.statements import STATEMENTS
@@ -165,9 +166,10 @@ def test_cohorts_share_no_record_and_no_statistics(config: Path, tmp_path: Path)
     cohorts = load_cohorts(data, tmp_path)
     assert len(cohorts.target) == len(cohorts.test) == 4
     assert not set(cohorts.target.names) & set(cohorts.test.names)
-    assert cohorts.leads == STORED_LEADS
-    assert cohorts.vocabulary == STATEMENTS
-    assert cohorts.statements_of(cohorts.target) == cohorts.statements_of(cohorts.test) == ["AFIB", "NORM"]
+    assert cohorts.source.leads == cohorts.target.leads == STORED_LEADS
+    assert cohorts.source.vocabulary == STATEMENTS
+    assert cohorts.target.statements == cohorts.test.statements == ["AFIB", "NORM"]
+    assert not set(cohorts.target.patients) & set(cohorts.test.patients)
     assert cohorts.source.signals.shape[1:] == cohorts.test.signals.shape[1:] == (8, 120)
     # Folds 9 and 10 are nobody's here: 12 records of 6 patients are in folds 1 to 6.
     assert len(cohorts.source) == 12
@@ -237,9 +239,6 @@ def test_samples_are_of_the_model_that_is_kept(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`ecg sample` with the labels and settings of the run draws its samples again."""
-    pipeline = Pipeline(load_config(None, preset="smoke"), tmp_path / "unused")
-    assert not (tmp_path / "unused" / "stages").exists()  # Nothing is done before it is asked for.
-    del pipeline
     labels = (finished / "records" / "labels.csv").read_text().splitlines()[1:]
     statements = [line.split(",", 1)[1].strip('"').replace(" ", ",") for line in labels]
     out = tmp_path / "drawn"
@@ -297,6 +296,34 @@ def test_a_model_of_ecgs_draws_arrays_only_with_labels(
     assert np.load(tmp_path / "x.npy").shape == (2, 8, 120)
 
 
+def test_verbs_compute_and_attributes_do_not(finished: Path, config: Path, tmp_path: Path) -> None:
+    """Reading a result never trains: before its verb it is an error that names the verb."""
+    pipeline = Pipeline(load_config(config), tmp_path / "unused")
+    for name, verb in (
+        ("cohorts", "read"),
+        ("classifier", "estimate_ratio"),
+        ("ratio", "estimate_ratio"),
+        ("model", "fit"),
+        ("report", "evaluate"),
+    ):
+        with pytest.raises(NotComputedError, match=rf"^{name} has not been computed; call pipeline.{verb}\(\) first$"):
+            getattr(pipeline, name)
+    assert (pipeline.denoisers, pipeline.samples) == ({}, {})
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(ValueError, match="methods must be one of .*; got 'tgpd'"):
+        pipeline.draw("tgpd")
+    with pytest.raises(ValueError, match="name must be one of fine_tune, source, vanilla; got 'tgdp'"):
+        pipeline.train("tgdp")
+    done = Pipeline(load_config(config), finished)
+    report = done.evaluate()
+    assert done.report is report
+    assert done.fit() is done.model
+    assert list(done.draw()) == list(done.samples) == ["source", "vanilla", "fine_tune", "tgdp"]
+    assert done.draw("tgdp") == {"tgdp": done.samples["tgdp"]}
+    assert set(done.denoisers) == {"source", "vanilla", "fine_tune"}
+    assert done.ratio == done.estimate_ratio()
+
+
 def test_a_second_run_computes_nothing(finished: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tgdp_fast.fit import training
 
@@ -305,7 +332,7 @@ def test_a_second_run_computes_nothing(finished: Path, config: Path, monkeypatch
 
     monkeypatch.setattr(training._Run, "advance", never)
     before = (finished / "results.json").read_text()
-    evaluate(Pipeline(load_config(config), finished))
+    Pipeline(load_config(config), finished).evaluate()
     assert json.loads((finished / "results.json").read_text())["methods"] == json.loads(before)["methods"]
 
 
@@ -326,7 +353,7 @@ def test_fit_and_evaluate_say_what_they_did(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pipeline, "samples", interrupted)
+    monkeypatch.setattr(Pipeline, "draw", interrupted)
     assert cli.main(["ecg", "run", *arguments]) == 130
     assert f"finished work is kept in {finished}: the same command goes on from there" in capsys.readouterr().err
 
@@ -462,14 +489,14 @@ def test_the_smallest_preset_says_what_its_results_are_not(
 
 
 def test_the_source_model_costs_what_it_cost(finished: Path, config: Path) -> None:
-    pipeline = Pipeline(load_config(config), finished)
-    found = cost(pipeline, "source")
-    assert found.trainable_parameters == pipeline.costs.found["source"]["parameters"] > 0
-    assert found.training_seconds == pipeline.costs.found["source"]["seconds"] > 0
-    assert cost(pipeline, "fine_tune").training_seconds == pipeline.costs.found["fine_tune"]["seconds"]
+    costs = Costs(finished / "costs.json", "cpu").found
+    found = cost(costs, "source")
+    assert found.trainable_parameters == costs["source"]["parameters"] > 0
+    assert found.training_seconds == costs["source"]["seconds"] > 0
+    assert cost(costs, "fine_tune").training_seconds == costs["fine_tune"]["seconds"]
     assert "training is in its own row alone" in (finished / "report.html").read_text()
-    del pipeline.costs.found["source"]  # As where a checkpoint is in its place.
-    assert (cost(pipeline, "source").trainable_parameters, cost(pipeline, "source").training_seconds) == (None, None)
+    del costs["source"]  # As where a checkpoint is in its place.
+    assert (cost(costs, "source").trainable_parameters, cost(costs, "source").training_seconds) == (None, None)
 
 
 def test_another_setting_computes_its_stage_and_what_follows(finished: Path, config: Path, tmp_path: Path) -> None:
@@ -480,7 +507,7 @@ def test_another_setting_computes_its_stage_and_what_follows(finished: Path, con
     shutil.copytree(finished, out)
     times = {path.name: path.stat().st_mtime_ns for path in (out / "stages").glob("*.json")}
     pipeline = Pipeline(load_config(config, sampling__scale=2.0), out)
-    pipeline.samples("tgdp")
+    pipeline.draw("tgdp")
     changed = {name for name, time in times.items() if (out / "stages" / name).stat().st_mtime_ns != time}
     assert changed == {"samples-tgdp.json"}
     pipeline.write_records("tgdp")
@@ -494,31 +521,32 @@ def test_a_checkpoint_in_the_place_of_training(config: Path, finished: Path, tmp
     """A released file works on millivolts; a model of an earlier run brings its standardisation."""
     own = Pipeline(load_config(config), finished)
     released = tmp_path / "100.pkl"
-    torch.save({"model_state_dict": own.source_model.network.state_dict()}, released)
+    torch.save({"model_state_dict": own.train("source").network.state_dict()}, released)
     for checkpoint, standardizer in ((released, None), (finished / "model", own.cohorts.standardizer)):
         changes = {"backbone__checkpoint": str(checkpoint), "backbone__cauchy": "pair"}
         pipeline = Pipeline(load_config(config, **changes), tmp_path / f"run-{checkpoint.name}")
-        for mine, theirs in zip(pipeline.source_model.parameters(), own.source_model.parameters(), strict=True):
-            assert torch.equal(mine, theirs)
+        mine, theirs = (each.train("source").state_dict() for each in (pipeline, own))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
         if standardizer is None:
-            assert np.array_equal(pipeline.x_source, pipeline.cohorts.source.signals)
+            assert np.array_equal(pipeline.cohorts.x_source, pipeline.cohorts.source.signals)
         else:
             assert torch.equal(pipeline.cohorts.standardizer.std, standardizer.std)
-        assert "source" not in pipeline.costs.found
+        assert "source" not in pipeline.run.costs.found
     wrong = Pipeline(load_config(config, backbone__checkpoint=str(released), data__seconds=1.1), tmp_path / "wrong")
     with pytest.raises(ValueError, match=r"backbone.checkpoint: .* works on signals of shape \(8, 120\)"):
-        _ = wrong.source_model
+        wrong.train("source")
 
 
 def test_the_signals_themselves_tell_the_domains(config: Path, finished: Path, tmp_path: Path) -> None:
     changes = {"guidance__domain_classifier": "xresnet1d", "guidance__loss": "poisson", "guidance__conditional": False}
     pipeline = Pipeline(load_config(config, **changes), tmp_path / "run")
-    ratio, diagnostics = pipeline.ratio
+    ratio, diagnostics = pipeline.estimate_ratio()
     assert len(ratio.source_log_ratio) == 12
     assert float(ratio.source_log_ratio.double().exp().mean().log()) == pytest.approx(0.0, abs=1e-5)  # E_p[r] = 1
     assert diagnostics.num_target == 4
-    assert pipeline.model.guidance.num_classes == 0
-    assert pipeline.samples("tgdp").signals.shape == (6, 8, 120)
+    assert pipeline.fit().guidance.num_classes == 0
+    assert pipeline.draw("tgdp")["tgdp"].signals.shape == (6, 8, 120)
 
 
 def test_label_rows_shift_the_logit_of_a_domain_classifier() -> None:
@@ -560,7 +588,8 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tgdp_fast import cli, training
+from tgdp_fast.cli import main as cli
+from tgdp_fast.fit import training
 from tgdp_fast.runtime.stages import Stages
 
 stage, config, out = sys.argv[1:]

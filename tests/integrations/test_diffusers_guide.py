@@ -643,4 +643,5 @@ def test_a_list_of_generators_and_the_progress_bar(capsys: pytest.CaptureFixture
         together, alone = draw([1, 2, 3]), draw([3])
     torch.testing.assert_close(together[2:], alone, rtol=1e-4, atol=1e-5)
     assert (together - unguided).abs().mean() > 0.01
-    assert capsys.readouterr().err.count("4/4") == 3
+    # One line for each bar, in which a slow machine draws its end more than once.
+    assert sum("4/4" in line for line in capsys.readouterr().err.split("\n")) == 3

@@ -8,8 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-
-from tgdp_fast.benchmark.binaries import (
+from triton_binaries import (
     SHARED_MEMORY,
     compile_amd,
     compile_nvidia,

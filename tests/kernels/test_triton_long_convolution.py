@@ -10,8 +10,9 @@ import torch
 from test_long_convolution import draw, oracle
 from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_program
 
-from tgdp_fast.benchmark import validate
-from tgdp_fast.benchmark.accuracy import PRECISIONS
+from tgdp_fast.lab import validate
+from tgdp_fast.lab.accuracy import PRECISIONS
+from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.ops import BackendUnavailableError, long_convolution, prepare_long_convolution
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
@@ -62,10 +63,9 @@ def test_matches_the_sum(length, dtype):
 @interpreted
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_validates(monkeypatch, precision):
-    few = [shape for shape in validate.CONVOLUTIONS if math.prod(shape.shape[:2]) < 40]
-    monkeypatch.setattr(validate, "CONVOLUTIONS", few)
-    rows = list(validate._rows("long_convolution", "triton", precision))
+def test_validates(precision):
+    few = [entry for entry in CHECKS["long_convolution"][0] if math.prod(entry[0][:2]) < 40]
+    rows = list(validate.rows_of("long_convolution", "triton", precision, few))
     assert len(rows) == len(few) > 7
     assert validate.failures(rows) == []
     assert [row["verdict"] for row in rows if "1025" not in row["shape"]] == ["passed"] * (len(rows) - 1)
@@ -157,8 +157,8 @@ def test_long_batches_of_triton_are_addressed_beyond_32_bits(monkeypatch):
     distance = sample * channels * length
     run_program(
         monkeypatch, kernels.long_convolution_kernel, channel * parts + sample, Far(output, distance),
-        Far(u, distance), packed, scales, roots, twiddles, parts, channels, length, 1, channels * length, length,
-        channels * length, length, GELU=True, SATURATE=False, ALIGNMENT=1, A=32, B=16, SAMPLES=1, PRECISION="fp16x4",
+        Far(u, distance), packed, scales, roots, twiddles, parts, channels, length, 1, (channels * length, length),
+        (channels * length, length), GELU=True, SATURATE=False, ALIGNMENT=1, A=32, B=16, SAMPLES=1, PRECISION="fp16x4",
     )  # fmt: skip
     exact = oracle(u, taps)[0, 2]
     got = output[2 * length : 3 * length].double().numpy()

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from native import run_with
-from test_mlp_native import check, double, network
+from test_mlp_native import double, network
+from tolerances import assert_no_worse_than_eager, of_perceptron, of_perceptron_backward, of_sums
 from triton_interpreter import compiled, interpreted, run_interpreted
 
 from tgdp_fast.ops import BackendUnavailableError, mlp_forward, mlp_value_and_grad
@@ -49,10 +50,10 @@ def test_in_the_interpreter():
 def test_validates_in_the_interpreter(operator):
     code = f"""
 import triton_interpreter, torch
-from tgdp_fast.benchmark import validate
+from tgdp_fast.lab import validate
 torch.use_deterministic_algorithms(True)  # new tensors hold NaN
 assert torch.isnan(torch.empty(100)).all()
-rows = [row for precision in ("bf16", "fp16") for row in validate._rows({operator!r}, "triton", precision)]
+rows = [row for precision in ("bf16", "fp16") for row in validate.rows_of({operator!r}, "triton", precision)]
 print(len(rows), len(validate.failures(rows)), {{row["verdict"] for row in rows}})
 """
     assert run_with(code, TRITON_INTERPRET="1").split(maxsplit=2) == ["24", "0", "{'passed'}\n"]
@@ -72,9 +73,8 @@ def test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, per_sample
     value, gradient, kept = run("mlp_value_and_grad", *call, save_pre_activations=True)
     eager_value, eager_gradient, eager_kept = _reference_value_and_grad(*call, save_pre_activations=True)
     exact = _reference_value_and_grad(*double(*call), save_pre_activations=True)
-    check(
-        (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept), (*exact[:2], *exact[2]), dtype, max(sizes)
-    )
+    got, eager = (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept)
+    assert_no_worse_than_eager(got, eager, (*exact[:2], *exact[2]), of_perceptron(sizes, dtype))
 
 
 def joint_derivatives(sizes, batch, dtype, cotangents, per_sample):
@@ -101,7 +101,8 @@ def joint_derivatives(sizes, batch, dtype, cotangents, per_sample):
 @pytest.mark.parametrize(("sizes", "batch"), SHAPES)
 def test_joint_derivative(sizes, batch, dtype, cotangents):
     per_sample = cotangents != "gradient"
-    check(*joint_derivatives(sizes, batch, dtype, cotangents, per_sample), dtype, max(*sizes, batch))
+    results = joint_derivatives(sizes, batch, dtype, cotangents, per_sample)
+    assert_no_worse_than_eager(*results, of_perceptron_backward(sizes, batch, dtype))
 
 
 @interpreted
@@ -117,7 +118,8 @@ def test_many_rows_in_one_launch(dtype, monkeypatch):
     call = network((2, 20, 33), 70, dtype)
     got = run("mlp_value_and_grad", *call, save_pre_activations=False)[:2]
     eager = _reference_value_and_grad(*call, save_pre_activations=False)[:2]
-    check(got, eager, _reference_value_and_grad(*double(*call), save_pre_activations=False)[:2], dtype, 33)
+    exact = _reference_value_and_grad(*double(*call), save_pre_activations=False)[:2]
+    assert_no_worse_than_eager(got, eager, exact, of_perceptron((2, 20, 33), dtype))
 
 
 @interpreted
@@ -129,7 +131,7 @@ def test_a_batch_that_is_divided_among_programs(dtype):
 
     assert batch_parts(1100, 1) == 3
     first, *exact = joint_derivatives((3, 16), 1100, dtype, "both", per_sample=False)
-    check(first, *exact, dtype, 1100)
+    assert_no_worse_than_eager(first, *exact, of_perceptron_backward((3, 16), 1100, dtype))
     again = joint_derivatives((3, 16), 1100, dtype, "both", per_sample=False)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -154,7 +156,8 @@ def test_all_outputs_and_their_derivative(sizes, batch, dtype):
             output, kept = forward(x, first_bias, weights, biases, save_pre_activations=True)
             gradients = backward(*convert(cotangent), x, first_bias, weights, kept, needs_grad=needs)
             results.append((output, *kept, *gradients))
-        check(*results, dtype, max(*sizes, batch, outputs))
+        # Up, down, and over the batch.
+        assert_no_worse_than_eager(*results, of_sums([*sizes, outputs, *sizes, batch], dtype))
 
 
 @interpreted
@@ -233,7 +236,7 @@ def test_compiles_and_differentiates_as_the_reference():
 
     got = gradients(loss, "triton", torch.float16)
     eager, exact = gradients(loss, "reference", torch.float16), gradients(loss, "reference", torch.float64)
-    check(got, eager, exact, torch.float16, 60)
+    assert_no_worse_than_eager(got, eager, exact, of_perceptron_backward((3, 40, 50), 60, torch.float16))
     torch._dynamo.reset()
     compiled_loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
     again = gradients(compiled_loss, "triton", torch.float16)

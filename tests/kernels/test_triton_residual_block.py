@@ -10,10 +10,11 @@ from test_residual_block import CPU, error
 from torch.nn import functional
 from triton_interpreter import compiled, interpreted, run_interpreted
 
-from tgdp_fast.benchmark import validate
-from tgdp_fast.benchmark.accuracy import PRECISIONS
-from tgdp_fast.benchmark.problems import residual_block_inputs
 from tgdp_fast.kernels import residual_block as kernels
+from tgdp_fast.lab import validate
+from tgdp_fast.lab.accuracy import PRECISIONS
+from tgdp_fast.lab.cases import CHECKS
+from tgdp_fast.lab.cases.residual_block import residual_block_inputs
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.ops import BackendUnavailableError, prepare_long_convolution, residual_block_, use_backend
 from tgdp_fast.ops.gated_activation import gated_activation_reference
@@ -102,9 +103,8 @@ def test_products_of_several_tiles_and_slices(monkeypatch, large, dtype):
 
 @interpreted
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_validates(monkeypatch, precision):
-    monkeypatch.setattr(validate, "BLOCKS", validate.BLOCKS[:3])
-    rows = list(validate._rows("residual_block_", "triton", precision))
+def test_validates(precision):
+    rows = list(validate.rows_of("residual_block_", "triton", precision, CHECKS["residual_block_"][0][:3]))
     assert [row["verdict"] for row in rows] == ["passed"] * 3
 
 

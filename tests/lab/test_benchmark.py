@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from tgdp_fast.benchmark import accuracy, cases, eager, floors, problems, report, runner, sssd_ecg, validate
-from tgdp_fast.benchmark.cases import ecg_guidance
 from tgdp_fast.cli.main import main
+from tgdp_fast.lab import accuracy, cases, validate
+from tgdp_fast.lab.benchmark import floors, report, runner
+from tgdp_fast.lab.cases import ecg_guidance, fit_step, guided_step, mlp, sampling, sssd_ecg, sssd_ecg_peers
+from tgdp_fast.lab.cases.case import Case, InaccurateError, place
 from tgdp_fast.ops import registry
 from tgdp_fast.ops.mlp import _reference_value_and_grad
 
@@ -42,7 +44,7 @@ def silent(_: str) -> None:
     pass
 
 
-def wrong_perceptron(factor: float) -> Any:
+def wrong_mlp(factor: float) -> Any:
     def forward(*call: Any, **keywords: Any) -> Any:
         value, gradient, saved = _reference_value_and_grad(*call, **keywords)
         return value, factor * gradient, saved
@@ -57,13 +59,13 @@ def wrong_perceptron(factor: float) -> Any:
 @pytest.mark.parametrize("factor", [1.01, math.nan])
 def test_a_wrong_provider_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._BACKENDS, "cuda", registry.Backend("cuda", "cpu", ("cuda",)))
-    registry.register("mlp_value_and_grad", "cuda", wrong_perceptron(factor))
+    registry.register("mlp_value_and_grad", "cuda", wrong_mlp(factor))
     timed = []
     real = runner.interleave
     monkeypatch.setattr(runner, "interleave", lambda entries, options: (timed.extend(entries), real(entries, options)))
     options = runner.Options(seconds=0.01, least_rounds=2, most_rounds=2, providers=("reference", "cuda"))
     lines: list[str] = []
-    case = cases.Perceptron(33, 5, 16)
+    case = mlp.case(33, 5, 16)
     case.precisions = ("fp32",)
     rows = runner.run_case(case, options, FLOORS, lines.append)
     assert [(row["provider"], row["median_s"] is None) for row in rows] == [("reference", False), ("cuda", True)]
@@ -84,7 +86,7 @@ def test_a_provider_that_raises_costs_no_other_its_row(monkeypatch: pytest.Monke
     registry.register("mlp_value_and_grad", "cuda", broken)
     lines: list[str] = []
     options = runner.Options(seconds=0.01, least_rounds=1, most_rounds=1, providers=("reference", "cuda"))
-    rows = runner.run_case(cases.Perceptron(3, 2, 8), options, FLOORS, lines.append)
+    rows = runner.run_case(mlp.case(3, 2, 8), options, FLOORS, lines.append)
     assert [row["median_s"] is None for row in rows] == [False, False, True, True]
     assert "TypeError: no such kernel" in lines[0]
 
@@ -186,12 +188,12 @@ def test_floor_takes_the_bandwidth_of_a_copy_as_large() -> None:
 
 def test_measured_floors_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "COPIES", (2**16, 2**18))
-    monkeypatch.setattr(floors, "PRODUCTS", ((64, 64, 64),))
-    monkeypatch.setattr(floors, "_PERCEPTRON", (64, 64))
+    monkeypatch.setattr(floors, "MATMULS", ((64, 64, 64),))
+    monkeypatch.setattr(floors, "MLP", (64, 64))
     measured = floors.measure_floors(CPU, 0.001)
     assert set(measured.copy) == {2**16, 2**18}
-    assert set(measured.products) == {"fp32", "bf16"}
-    assert all(1e6 < rate < 1e15 for rate in (*measured.copy.values(), *measured.products.values()))
+    assert set(measured.matmul) == {"fp32", "bf16"}
+    assert all(1e6 < rate < 1e15 for rate in (*measured.copy.values(), *measured.matmul.values()))
 
 
 # cases ------------------------------------------------------------------------------------------------------
@@ -200,18 +202,18 @@ def test_measured_floors_are_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        cases.GuidedStep(4),
-        cases.GuidedStep(4, noise=True),
-        cases.Perceptron(1, 2, 16),
-        cases.Perceptron(600, 3, 16),
-        cases.FitStep(16, consistency=False, batch=64),
-        cases.FitStep(16, consistency=True, batch=64),
-        cases.Trajectory(65, 16),
-        cases.Sampling(700, 16),
+        guided_step.case(4),
+        guided_step.case(4, noise=True),
+        mlp.case(1, 2, 16),
+        mlp.case(600, 3, 16),
+        fit_step.case(16, consistency=False, batch=64),
+        fit_step.case(16, consistency=True, batch=64),
+        sampling.trajectory_case(65, 16),
+        sampling.case(700, 16),
     ],
     ids=lambda case: case.name,
 )
-def test_every_kind_of_case(case: cases.Case) -> None:
+def test_every_kind_of_case(case: Case) -> None:
     lines: list[str] = []
     options = runner.Options(
         seconds=0.01, least_rounds=1, most_rounds=1, providers=("peer", "reference", "cpu", "auto")
@@ -232,11 +234,11 @@ def test_every_kind_of_case(case: cases.Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(cases.GuidedStep(4), marks=pytest.mark.slow(ci=False)),
-        pytest.param(cases.FitStep(8, consistency=True, batch=16), marks=pytest.mark.slow(ci=True)),
+        pytest.param(guided_step.case(4), marks=pytest.mark.slow(ci=False)),
+        pytest.param(fit_step.case(8, consistency=True, batch=16), marks=pytest.mark.slow(ci=True)),
     ],
 )
-def test_compiled_provider(case: cases.Case) -> None:
+def test_compiled_provider(case: Case) -> None:
     case.precisions = ("fp32",)
     lines: list[str] = []
     options = runner.Options(seconds=0.01, least_rounds=1, most_rounds=1, providers=("compile",))
@@ -249,16 +251,16 @@ def test_compiled_provider(case: cases.Case) -> None:
 @pytest.mark.usefixtures("own_registry")
 def test_a_backend_is_a_provider_only_where_it_runs() -> None:
     registry.register("mlp_value_and_grad", "triton", _reference_value_and_grad)
-    assert "triton" in cases.Perceptron(1, 2, 8).providers()
-    assert "triton" not in cases.GuidedStep(4).providers()
+    assert "triton" in mlp.case(1, 2, 8).providers()
+    assert "triton" not in guided_step.case(4).providers()
     lines: list[str] = []
     options = runner.Options(seconds=0.01, least_rounds=1, most_rounds=1, providers=("triton",))
-    assert runner.run_case(cases.FitStep(8, consistency=False, batch=8), options, FLOORS, lines.append) == []
+    assert runner.run_case(fit_step.case(8, consistency=False, batch=8), options, FLOORS, lines.append) == []
     assert "no triton" in lines[0]
 
 
 def test_a_case_that_does_not_fit_into_memory_is_left_out() -> None:
-    case, lines = cases.GuidedStep(4), []
+    case, lines = guided_step.case(4), []
     case.memory = 1e18
     assert runner.run_case(case, QUICK, FLOORS, lines.append) == []
     assert "left out, needs about 931322574.6 GiB" in lines[0]
@@ -266,7 +268,7 @@ def test_a_case_that_does_not_fit_into_memory_is_left_out() -> None:
 
 @pytest.mark.slow(ci=True)
 def test_the_denoiser_of_sssd_ecg() -> None:
-    case, lines = cases.SSSDECGCall(1, 4, 2), []
+    case, lines = sssd_ecg.case(1, 4, 2), []
     case.rounds = 2
     options = runner.Options(seconds=10.0, least_rounds=5, most_rounds=9)
     rows = runner.run_case(case, options, FLOORS, lines.append)
@@ -283,25 +285,23 @@ def test_the_denoiser_of_sssd_ecg() -> None:
 
 
 def test_the_ways_to_compute_sssd_ecg_agree() -> None:
-    network = sssd_ecg.random_network(2, 8, 0)
+    network = sssd_ecg_peers.random_network(2, 8, 0)
     x, steps, labels = torch.randn(2, 8, 1000), torch.tensor([3.0, 150.0]), torch.rand(2, 71)
     with torch.inference_mode():
         expected = network(x, steps, labels)
-        for other in (sssd_ecg.published(network), sssd_ecg.StrongSSSDECG(network, compiled=False)):
+        for other in (sssd_ecg_peers.published(network), sssd_ecg_peers.StrongSSSDECG(network, compiled=False)):
             torch.testing.assert_close(other(x, steps, labels), expected, rtol=1e-4, atol=1e-5)
-    published = sssd_ecg.published(network)
+    published = sssd_ecg_peers.published(network)
     assert not any(module.training for module in network.modules())
     assert all(a is b for a, b in zip(published.parameters(), network.parameters(), strict=True))
 
 
 def test_floor_work_follows_the_formulas() -> None:
-    step = cases.GuidedStep(4).work("bf16")  # one history slot
-    assert (step.traffic, step.flops, step.precision) == (1e4 * 2 * 7, 1e4 * 15, "fp32")
-    perceptron = cases.Perceptron(10, 3, 8).work("fp32")
+    step = guided_step.case(4).work("bf16")  # one history slot
+    assert step == (1e4 * 2 * 7, 1e4 * 15, "fp32")
     weights = 3 * 8 + 3 * 64 + 8
-    assert (perceptron.traffic, perceptron.flops) == (4.0 * (10 * 7 + weights + 32), 40.0 * weights)
-    sampling = cases.Sampling(10, 8).work("fp32")
-    assert sampling.flops == 25 * 10 * (2 * (2 * 8 + 3 * 64 + 16) + 4 * (2 * 8 + 3 * 64 + 8))
+    assert mlp.case(10, 3, 8).work("fp32") == (4.0 * (10 * 7 + weights + 32), 40.0 * weights, "fp32")
+    assert sampling.case(10, 8).work("fp32")[1] == 25 * 10 * (2 * (2 * 8 + 3 * 64 + 16) + 4 * (2 * 8 + 3 * 64 + 8))
 
 
 def test_names_are_unique_and_selected_by_part_or_pattern() -> None:
@@ -320,11 +320,11 @@ def test_names_are_unique_and_selected_by_part_or_pattern() -> None:
 
 
 def test_float64_eager_step_is_the_operators_own() -> None:
-    inputs = problems.step_inputs((4, 3), 1, torch.float64, CPU)
+    inputs = guided_step.step_inputs((4, 3), 1, torch.float64, CPU)
     step = {"matrix": [[0.9, 0.1, -0.3], [1.25, 0.0, -0.75]], "guidance_weight": 0.6, "alpha": 0.8, "sigma": 0.6}
     general, special = (
-        eager.guided_step(*inputs, **step),
-        eager.multistep(inputs.x, inputs.epsilon, inputs.gradient, inputs.history[0], **step),
+        guided_step.eager_step(*inputs, **step),
+        guided_step.eager_multistep(inputs.x, inputs.epsilon, inputs.gradient, inputs.history[0], **step),
     )
     for a, b in zip(general, special, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -408,7 +408,7 @@ def test_an_interrupt_keeps_the_finished_cases(
 ) -> None:
     real = runner.run_case
 
-    def once(case: cases.Case, *rest: Any) -> Any:
+    def once(case: Case, *rest: Any) -> Any:
         if case.name != "guided_step/1e4":
             raise KeyboardInterrupt
         return real(case, *rest)
@@ -465,12 +465,12 @@ def test_validate_passes_and_covers_everything(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_every_operator_has_checks() -> None:
-    assert set(validate.CHECKS) == set(registry.backend_report())
+    assert set(cases.CHECKS) == set(registry.backend_report())
 
 
 @pytest.mark.usefixtures("own_registry")
 def test_validate_catches_a_wrong_operator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    record = registry.Implementation("mlp_value_and_grad", "reference", wrong_perceptron(1.0 + 3e-6))
+    record = registry.Implementation("mlp_value_and_grad", "reference", wrong_mlp(1.0 + 3e-6))
     monkeypatch.setitem(registry._registry["mlp_value_and_grad"], "reference", record)
     assert main(["validate", "--backend", "reference"]) == 1
     failed = [
@@ -495,7 +495,7 @@ def test_validate_reports_refusals_and_operators_without_checks() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "misaligned"])
 def test_layouts_hold_the_values(layout: str) -> None:
     tensor = torch.arange(12.0).reshape(2, 3, 2)
-    placed = validate.place(tensor, layout)
+    placed = place(tensor, layout)
     assert torch.equal(placed, tensor)
     assert placed.is_contiguous() == (layout != "strided")
     assert (placed.storage_offset() == 1) == (layout == "misaligned")
@@ -582,10 +582,10 @@ def test_speeds_are_relative_to_the_reference_in_fp32() -> None:
 
 def test_on_a_gpu_every_provider_comes_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
-    names = cases.Perceptron(1, 2, 8).providers(gpu)
+    names = mlp.case(1, 2, 8).providers(gpu)
     assert names[:4] == ("peer", "peer+graph", "reference", "reference+graph")
-    assert not any("graph" in name for name in cases.FitStep(8, consistency=False).providers(gpu))
-    assert not any("graph" in name for name in cases.Perceptron(1, 2, 8).providers())
+    assert not any("graph" in name for name in fit_step.case(8, consistency=False).providers(gpu))
+    assert not any("graph" in name for name in mlp.case(1, 2, 8).providers())
     runner.Options(providers=("reference+graph",))
     with pytest.raises(ValueError, match="--providers must be one of auto"):
         runner.Options(providers=("graph",))
@@ -594,25 +594,22 @@ def test_on_a_gpu_every_provider_comes_recorded_too(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("consistency", [False, True])
 def test_a_step_of_the_ecg_guidance_is_the_same_in_all_ways(consistency: bool) -> None:
     lines: list[str] = []
-    case = cases.ECGFitStep(consistency=consistency, blocks=1, channels=4, batch=2)
+    case = ecg_guidance.case(consistency=consistency, blocks=1, channels=4, batch=2)
     rows = runner.run_case(case, runner.Options(seconds=0.01, least_rounds=1, most_rounds=1), FLOORS, lines.append)
     assert [row["provider"] for row in rows] == ["published", "reference", "auto"], lines
     assert all(0 <= row["max_error"] < 1e-5 and row["median_s"] > 0 for row in rows)
     # The gate notices another ratio.
-    prepared = case.prepare("fp32", torch.device("cpu"))
-    assert isinstance(prepared, ecg_guidance._PreparedECGFitStep)
-    call = prepared.call("reference")
-    prepared.log_ratio = prepared.log_ratio + 1.0
-    value = call()
-    prepared.log_ratio = prepared.log_ratio - 1.0
-    assert not prepared.check("reference", lambda: value).passed
+    problem = ecg_guidance.problem_of(1, 4, 2, CPU)
+    other = ecg_guidance.setup(problem._replace(log_ratio=problem.log_ratio + 1.0), consistency)
+    with pytest.raises(InaccurateError):
+        ecg_guidance.setup(problem, consistency).check("reference", other.call("reference"))
 
 
 def test_the_precisions_asked_for() -> None:
     options = runner.Options(
         seconds=0.01, least_rounds=1, most_rounds=1, providers=("reference",), precisions=("bf16", "fp32")
     )
-    rows = runner.run_case(cases.Perceptron(5, 2, 8), options, FLOORS, lambda line: None)
+    rows = runner.run_case(mlp.case(5, 2, 8), options, FLOORS, lambda line: None)
     assert [row["dtype"] for row in rows] == ["fp32", "bf16"]
     with pytest.raises(ValueError, match="--precisions must be one of bf16, fp16, fp32; got 'float'"):
         runner.Options(precisions=("float",))
@@ -627,8 +624,8 @@ def test_a_recording_that_gives_something_else_is_not_timed(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     value = torch.zeros(3)
-    monkeypatch.setattr(runner.captured, "record", lambda function, inputs: (lambda: None, function()))
-    assert torch.equal(runner.recorded(lambda: [value])()[0], value)
-    monkeypatch.setattr(runner.captured, "record", lambda function, inputs: (lambda: None, (value + 1,)))
+    monkeypatch.setattr(runner.sampling_loop, "capture", lambda function, inputs: (lambda: None, function()))
+    assert torch.equal(runner.replayed(lambda: [value])()[0], value)
+    monkeypatch.setattr(runner.sampling_loop, "capture", lambda function, inputs: (lambda: None, (value + 1,)))
     with pytest.raises(RuntimeError, match="something else"):
-        runner.recorded(lambda: [value])
+        runner.replayed(lambda: [value])

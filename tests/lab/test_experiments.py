@@ -17,9 +17,10 @@ import pytest
 
 from tgdp_fast import Optimisation
 from tgdp_fast.data.digits import load_digits_arrays
-from tgdp_fast.experiments import digits, figures, gaussians
-from tgdp_fast.experiments.results import RowStore, markdown_table, mean_and_deviation
 from tgdp_fast.fit import guidance as transfer
+from tgdp_fast.lab.experiments import digits, gaussians
+from tgdp_fast.runtime import figures
+from tgdp_fast.runtime.tables import RowStore, markdown_table, mean_and_deviation
 
 TINY = Optimisation(steps=5, batch_size=32, ema_decay=0.5, warmup=1)
 KEYS = ["n", "seed", "method", "sw2", "nll", "average_likelihood", "mmd", "mode_mass", "fit_seconds", "sample_seconds"]
@@ -213,7 +214,7 @@ import signal
 import sys
 from pathlib import Path
 from tgdp_fast import Optimisation
-from tgdp_fast.experiments import gaussians
+from tgdp_fast.lab.experiments import gaussians
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # A background shell has it ignored.

@@ -14,7 +14,7 @@ from test_captured import NothingFromTheHost
 from test_sssd_ecg import MEDIUM, TINY, arguments, randomised, relative
 
 from tgdp_fast import SSSDECG, Denoiser, GuidanceNetwork, GuidedDenoiser, NoiseSchedule, ScoreMLP, sample, solver_table
-from tgdp_fast.benchmark.runner import peak_memory
+from tgdp_fast.lab.benchmark.runner import peak_memory
 from tgdp_fast.models.sssd_ecg import compiled as sssd_ecg_sampling
 from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG, step_bias
 from tgdp_fast.ops import BackendUnavailableError, use_backend
@@ -493,7 +493,7 @@ def test_files_of_samples_tell_the_precisions_apart():
     network = randomised(**TINY | {"out_channels": 3})
     denoisers = [Denoiser(network, SCHEDULE)]
     denoisers += [denoisers[0].compile_for_sampling(precision=precision) for precision in ("fp32", "bf16")]
-    assert len({sampling._signature(GuidedDenoiser(denoiser)) for denoiser in denoisers}) == 3
+    assert len({sampling._signature({"denoiser": denoiser}) for denoiser in denoisers}) == 3
 
 
 # without a GPU ----------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_training_is_reproducible_and_resumes(tmp_path: Path, monkeypatch: pytes
 
     def train(state: str | None = None) -> XResNet1d:
         return train_ecg_classifier(
-            x, y, architecture=SMALL, settings=SETTINGS, crop=61, seed=2, state_dir=state and tmp_path / state
+            x, y, architecture=SMALL, settings=SETTINGS, seed=2, state_dir=state and tmp_path / state
         )
 
     before = torch.get_rng_state()
@@ -169,22 +169,12 @@ def test_running_statistics_belong_to_the_averaged_weights() -> None:
     assert torch.allclose(norm.running_var, outputs.transpose(0, 1).flatten(1).var(dim=1), rtol=1e-4)
 
 
-def test_windows_of_a_prediction() -> None:
-    """Windows start at 0, 15, 30, 45 and end with the record: 83 - 30 = 53."""
-    network = small()
-    x, _ = records(4)
-    expected = np.max([predict(network, x[:, :, s : s + 30]) for s in (0, 15, 30, 45, 53)], axis=0)
-    assert np.array_equal(predict(network, x, crop=30), expected)
-    assert np.array_equal(predict(network, x, crop=83), predict(network, x))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"x": np.zeros((4, 83), np.float32)}, r"x must have shape \[N, leads, L\], got \[4, 83\]"),
         ({"y": np.zeros(4, int)}, r"y must be multi-hot rows \[N, K\]"),
         ({"y": np.zeros((3, 2))}, "y holds 3 labels for 4 samples"),
-        ({"crop": 84}, "crop must be at most 83"),
         ({"settings": Optimisation(batch_size=1)}, "settings.batch_size must be at least 2"),
         ({"network": small(4)}, "network must take 3 leads and give 2 statements, it has 4 and 2"),
         ({"network": small(), "architecture": SMALL}, "network and architecture were both given"),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from native import CAPABILITIES, needs_extension, run_with
+from tolerances import assert_no_worse_than_eager, of_perceptron, of_perceptron_backward, of_sums
 from torch import Tensor
 
 from tgdp_fast.ops import BackendUnavailableError, mlp_forward, mlp_value_and_grad, use_backend
@@ -76,28 +77,6 @@ def distance(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm())
 
 
-def check(got, eager, truth, dtype, terms):
-    """Error at most twice eager's, plus a bound for the order of summation.
-
-    Both sum up to ``terms`` products of roundoff ``u``; the worst typical difference of two orders is sqrt(terms) u of
-    the result's scale. 16-bit results are rounded once more.
-    """
-    for ours, theirs, exact in zip(got, eager, truth, strict=True):
-        assert ours.dtype == dtype
-        assert ours.shape == exact.shape
-        if not exact.numel():
-            continue
-        slack = terms**0.5 * 2.0**-24 * float(exact.norm())
-        if dtype != torch.float32 and exact.numel() > 1:
-            slack += ROUNDOFF[dtype] * float(exact.norm())
-        elif dtype != torch.float32:
-            # A sum of a few terms of order one, each of several rounded factors; eager may be lucky in all of them.
-            slack += 4 * ROUNDOFF[dtype]
-        # A single number may cancel: then its scale is that of what was summed, at most 1 per term here.
-        slack += terms**0.5 * 2.0**-24 if exact.numel() == 1 else 0.0
-        assert distance(ours, exact) <= 2 * distance(theirs, exact) + slack
-
-
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("dtype", list(ROUNDOFF))
 @pytest.mark.parametrize(("sizes", "batch"), SHAPES)
@@ -107,7 +86,7 @@ def test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, per_sample
     eager_value, eager_gradient, eager_kept = _reference_value_and_grad(*call, save_pre_activations=True)
     exact = _reference_value_and_grad(*double(*call), save_pre_activations=True)
     got, eager = (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept)
-    check(got, eager, (*exact[:2], *exact[2]), dtype, max(sizes))
+    assert_no_worse_than_eager(got, eager, (*exact[:2], *exact[2]), of_perceptron(sizes, dtype))
 
 
 # One, a few and many outputs, ends of a vector and of a panel in between.
@@ -129,7 +108,8 @@ def test_all_outputs_and_their_derivative(sizes, batch, dtype, outputs):
             needs = (True,) * (2 * len(biases) + 3)
             gradients = backward(*convert(cotangent), x, first_bias, weights, kept, needs_grad=needs)
             results.append((output, *kept, *gradients))
-        check(*results, dtype, max(*sizes, batch, outputs))
+        # Up, down, and over the batch.
+        assert_no_worse_than_eager(*results, of_sums([*sizes, outputs, *sizes, batch], dtype))
 
 
 def test_the_gradient_twin_of_all_outputs_is_that_of_autograd():
@@ -204,7 +184,7 @@ def test_joint_derivative(sizes, batch, dtype, cotangents):
             pair = convert(value_cotangent), convert(gradient_cotangent)
             needs = (True,) * (2 * len(biases) + 3)
             results.append(backward(*pair, x, first_bias, weights, kept, needs_grad=needs))
-        check(*results, dtype, max(*sizes, batch))
+        assert_no_worse_than_eager(*results, of_perceptron_backward(sizes, batch, dtype))
 
 
 def test_only_what_is_needed_comes_back_and_is_the_same():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native import needs_extension
+from tolerances import assert_no_worse_than_eager, of_perceptron_backward, rms
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast.ops import BackendUnavailableError, mlp_value_and_grad, registry
+from tgdp_fast.ops import BackendUnavailableError, mlp_forward, mlp_value_and_grad, registry
 from tgdp_fast.ops.mlp import (
     _reference_value_and_grad,
     mlp_value_and_grad_backward_reference,
@@ -223,6 +225,35 @@ def test_slices_of_nan_filled_buffers():
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_odd_length_in_nan_filled_buffers(dtype, backend):
+    """On a processor with AMX, PyTorch's products in 16 bits read one number past each row of odd length."""
+    sizes, batch = (11, 35, 51), 37
+    dense = flat(*problem(widths=sizes, batch=batch, dtype=dtype))
+    cotangents = [torch.randn(batch, columns).to(dtype) for columns in (sizes[0], 1)]
+
+    def row_slice(tensor):
+        view = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), torch.nan, dtype=dtype)[..., : tensor.shape[-1]]
+        return view.copy_(tensor)
+
+    results = []
+    for convert in (torch.clone, row_slice):
+        leaves = [convert(tensor).requires_grad_() for tensor in dense]
+        call = leaves[0], leaves[1], leaves[2:5], leaves[5:]
+        value, gradient = mlp_value_and_grad(*call, backend=backend)
+        output = mlp_forward(*call, backend=backend)
+        both = convert(cotangents[1]), convert(cotangents[0])
+        results.append([value, gradient, output])
+        results[-1] += torch.autograd.grad((gradient, value), leaves, (both[1], both[0][:, 0]))
+        results[-1] += torch.autograd.grad(output, leaves, both[0])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        # Another layout may take another product routine: rounding only, in both.
+        tolerance = 2 * of_perceptron_backward(sizes, batch, dtype)
+        assert rms(ours.double() - expected.double()) <= tolerance * max(rms(expected.double()), 1.0)
+
+
 def test_inputs_and_cotangents_are_not_written():
     arguments = problem(2, requires_grad=True)
     before = [t.detach().clone() for t in flat(*arguments)]
@@ -260,12 +291,9 @@ def test_error_is_at_most_twice_that_of_eager_autograd(dtype, batch):
         grads = torch.autograd.grad((gradient**2).mean() + value.mean(), flat(*arguments))
         results.append((value, gradient, *grads))
     assert all(t.dtype == dtype for t in results[0])
-    epsilon = torch.finfo(dtype).eps
-    for ours, eager, truth in zip(*results, (*exact, *exact_grads), strict=True):
-        error, yardstick = (float((t.double() - truth).detach().norm()) for t in (ours, eager))
-        # Root of the summed squares, for a maximum over few elements is luck; plus half a unit in the last place of the
-        # result, for scalars that eager happens to hit.
-        assert error <= 2 * yardstick + epsilon / 2 * float(truth.detach().norm())
+    # The mean over all elements, for a maximum over few of them is luck.
+    tolerance = of_perceptron_backward((17, 129, 130, 127, 128), batch, dtype)
+    assert_no_worse_than_eager(*results, (*exact, *exact_grads), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from native import CAPABILITIES, needs_extension, run_with
 
-from tgdp_fast.benchmark.problems import residual_block_inputs
+from tgdp_fast.lab.cases.residual_block import residual_block_inputs
 from tgdp_fast.ops import BackendUnavailableError, residual_block_
 from tgdp_fast.ops.residual_block import multiplies_bf16, residual_block_reference_
 
@@ -99,7 +99,7 @@ def test_every_instruction_set(capability):
     code = """
 import torch
 from test_residual_block import error, run
-from tgdp_fast.benchmark.problems import residual_block_inputs
+from tgdp_fast.lab.cases.residual_block import residual_block_inputs
 from tgdp_fast.ops.residual_block import multiplies_bf16
 for dtype in (torch.float32, torch.bfloat16)[:1 + multiplies_bf16()]:
     inputs = residual_block_inputs((2, 34, 20, 129), dtype, torch.device("cpu"))

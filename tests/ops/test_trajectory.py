@@ -12,10 +12,10 @@ from torch import nn
 
 from tgdp_fast import Denoiser, GuidanceNetwork, NoiseSchedule, sample, solver_table
 from tgdp_fast.data.gaussians import paper_source
-from tgdp_fast.diffusion.guided import GuidedDenoiser
 from tgdp_fast.models import ScoreMLP
 from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory
-from tgdp_fast.sampling.fused import FusedRun
+from tgdp_fast.sampling.full_trajectory import FullTrajectory
+from tgdp_fast.sampling.loop import Loop
 from tgdp_fast.sampling.sampler import SamplingDivergedError
 
 SCHEDULE = NoiseSchedule.vp_linear()
@@ -184,7 +184,7 @@ def test_which_models_run_fused():
     table = solver_table("ddim", SCHEDULE, 3)
 
     def fused(denoiser, guidance, backend="auto"):
-        return FusedRun.of(GuidedDenoiser(denoiser, guidance), table, [1.0] * 3, None, backend) is not None
+        return FullTrajectory.of(Loop(denoiser, guidance, table, table.sigma), torch.float32, backend) is not None
 
     assert fused(denoiser, guidance)
     assert not fused(denoiser, guidance, "reference")
@@ -253,7 +253,7 @@ def test_simulation_with_both_paths_has_the_same_statistics():
 def test_opcheck_and_empty_batches():
     denoiser, guidance = models()
     table = solver_table("dpmpp_2m", SCHEDULE, 3)
-    run = FusedRun.of(GuidedDenoiser(denoiser, guidance), table, [1.0] * 3, None, "auto")
+    run = FullTrajectory.of(Loop(denoiser, guidance, table, table.sigma), torch.float32, "auto")
     score, other, host = run.score, run.guidance, run.plan
     x = torch.randn(5, 2)
     arguments = (

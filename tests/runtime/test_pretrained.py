@@ -200,7 +200,7 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new(tmp_path: Path) -
     code = """
 import os, sys
 import torch
-from tgdp_fast import checkpoint
+from tgdp_fast.runtime import checkpoint
 sys.path.insert(0, sys.argv[3])
 from test_pretrained import guidance
 place = sys.argv[1]
@@ -231,7 +231,7 @@ for moment in range(100):  # each in a process of its own
 print(moment)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "", str(Path(__file__).parents[1])],
+        [sys.executable, "-c", code, str(tmp_path), "", str(Path(__file__).parent)],
         capture_output=True,
         text=True,
         check=True,

@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgdp_fast.cli.arguments import add_command, add_quiet, with_flags
-from tgdp_fast.runtime.checks import check_device
 
-#: What evaluation imports at its end: neurokit2 needs pandas and matplotlib. wfdb is needed by some forms of files
-#: alone, and reading, which comes first, says so.
-MEASURING = ("scipy", "sklearn", "pandas", "matplotlib", "neurokit2")
-#: Settings that judge samples anew without drawing others.
-EVALUATED_ANEW = ("evaluation.bootstrap", "evaluation.seeds", "evaluation.plots")
+if TYPE_CHECKING:
+    from tgdp_fast.ecg.pipeline import Pipeline
 
 _SHOWN = 20  # problems, and labels, that are printed one by one
 
@@ -74,42 +71,27 @@ def _print_inspection(found: dict[str, Any]) -> None:
 
 def fit(options: argparse.Namespace) -> None:
     """Read both folders, train or load the source model, fit the guidance; the model is kept in OUT/model."""
-
-    def stages(pipeline: Any) -> None:
-        for text in pipeline.model.diagnostics["warnings"]:
+    with _pipeline(options) as pipeline:
+        for text in pipeline.fit().diagnostics["warnings"]:
             _say(f"WARNING: {text}")
-        _say(f"model saved in {pipeline.out / 'model'}")
-        _caution(pipeline)
-
-    _on_pipeline(options, stages)
+        _say(f"model saved in {pipeline.run.out / 'model'}")
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Train the baselines, draw samples of every method, compare them with real records: OUT/report.html."""
-
-    def stages(pipeline: Any) -> None:
-        _evaluated(pipeline)
-        _caution(pipeline)
-
-    _on_pipeline(options, stages, MEASURING, EVALUATED_ANEW)
+    with _pipeline(options, evaluates=True, judges_anew=True) as pipeline:
+        _print_report(pipeline)
 
 
 def run(options: argparse.Namespace) -> None:
     """From two folders to samples and report: fit and evaluate, and the samples of TGDP as records in OUT/records."""
-
-    def stages(pipeline: Any) -> None:
-        _evaluated(pipeline)
-        place = pipeline.write_records("tgdp")
-        _say(f"samples of TGDP as WFDB records in {place}")
-        _caution(pipeline)
-
-    _on_pipeline(options, stages, MEASURING)
+    with _pipeline(options, evaluates=True) as pipeline:
+        _print_report(pipeline)
+        _say(f"samples of TGDP as WFDB records in {pipeline.write_records('tgdp')}")
 
 
-def _evaluated(pipeline: Any) -> None:
-    from tgdp_fast.ecg.evaluation import evaluate as evaluate_samples
-
-    report = evaluate_samples(pipeline)
+def _print_report(pipeline: Pipeline) -> None:
+    report = pipeline.evaluate()
     for text in report.warnings:
         _say(f"WARNING: {text}")
     for method in report.methods:
@@ -118,31 +100,21 @@ def _evaluated(pipeline: Any) -> None:
         ]
         found += [f"{name} {value:.3g}" for name, value in list(method.quality.items())[:1]]
         _say(f"{method.name:14s} {'   '.join(found)}")
-    _say(f"written: {pipeline.out / 'report.html'} and results.json")
+    _say(f"written: {pipeline.run.out / 'report.html'} and results.json")
 
 
-def _caution(pipeline: Any) -> None:
-    """Say what a result of the smallest preset is not."""
-    from tgdp_fast.ecg.config import SMOKE
+@contextmanager
+def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_anew: bool = False) -> Iterator[Pipeline]:
+    """The run that the options describe; under torchrun in each process. What can fail at its end fails now.
 
-    if pipeline.config.preset == "smoke":
-        _say(SMOKE)
-
-
-def _on_pipeline(
-    options: argparse.Namespace,
-    stages: Callable[[Any], None],
-    packages: Sequence[str] = (),
-    changeable: Sequence[str] = (),
-) -> None:
-    """Run ``stages``, which need ``packages``, of the run that the options describe; under torchrun in each process.
-
-    ``changeable`` are settings that may be others than those of results that the folder has.
+    Args:
+        options: of the command.
+        evaluates: the run needs the packages of evaluation.
+        judges_anew: settings of evaluation may be others than those of results that the folder has.
     """
-    from tgdp_fast.ecg.cohorts import check_folders
-    from tgdp_fast.ecg.config import ConfigError, load_config
+    from tgdp_fast.ecg.config import SMOKE, ConfigError, load_config
     from tgdp_fast.ecg.pipeline import Pipeline
-    from tgdp_fast.ecg.preconditions import check_packages, check_same_run
+    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_packages, check_same_run
     from tgdp_fast.runtime import distributed
 
     try:
@@ -160,22 +132,16 @@ def _on_pipeline(
             raise
         text = str(error).removeprefix("the configuration: ").removeprefix("sampling.")
         raise ValueError(with_flags(text, options, {})) from None
-    # Whatever can fail at the end fails now.
-    check_folders(config.data)
-    check_packages(packages)
-    check_same_run(options.out, config, changeable)
+    check_packages(MEASURING if evaluates else ())
+    check_same_run(options.out, config, EVALUATED_ANEW if judges_anew else ())
     with distributed.process_group(config.device):
-        device = config.device
-        if device == "cuda" and distributed.size() > 1:
-            device = f"cuda:{distributed.rank() % max(1, _gpus())}"
-        check_device(device, "--device")
-        stages(Pipeline(config, options.out, device=device, progress=not options.quiet and distributed.is_first()))
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
+        try:
+            pipeline = Pipeline(config, options.out, progress=not options.quiet)
+        except ValueError as error:
+            raise ValueError(with_flags(str(error), options, {})) from None
+        yield pipeline
+        if config.preset == "smoke":
+            _say(SMOKE)
 
 
 def _text(path: Path | None) -> str | None:

@@ -120,8 +120,8 @@ def info(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """The paper's simulation in its quick form: n = 100, one draw, table and plots."""
-    from tgdp_fast.experiments import gaussians
     from tgdp_fast.fit.training import Optimisation
+    from tgdp_fast.lab.experiments import gaussians
 
     methods = (*gaussians.REFERENCES, *gaussians.BASELINES, "tgdp")
     settings = Optimisation(steps=2000, batch_size=512, learning_rate=2e-3, ema_decay=0.998)
@@ -139,7 +139,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def experiment_gaussians(options: argparse.Namespace) -> None:
     """The paper's simulation, section 4.1."""
-    from tgdp_fast.experiments import gaussians
+    from tgdp_fast.lab.experiments import gaussians
 
     plan = gaussians.Plan(
         options.out,
@@ -156,7 +156,7 @@ def experiment_gaussians(options: argparse.Namespace) -> None:
 
 
 def _gaussians(plan: Any) -> None:
-    from tgdp_fast.experiments import gaussians
+    from tgdp_fast.lab.experiments import gaussians
 
     gaussians.run(plan)
     print((plan.out / "results.md").read_text())
@@ -165,44 +165,10 @@ def _gaussians(plan: Any) -> None:
 
 def experiment_digits(options: argparse.Namespace) -> None:
     """Real data: all handwritten digits to two of them, from 20 images."""
-    from tgdp_fast.experiments import digits
+    from tgdp_fast.lab.experiments import digits
 
     plan = digits.Plan(options.out, tuple(options.digits), options.n, options.seeds, progress=not options.quiet)
     digits.run(plan)
-    print((plan.out / "results.md").read_text())
-
-
-def experiment_few_steps(options: argparse.Namespace) -> None:
-    """Few solver steps and the matched prior, with one small SSSD-ECG model."""
-    from tgdp_fast.experiments import few_steps
-
-    plan = few_steps.Plan(
-        options.out,
-        options.records,
-        options.seeds,
-        options.num,
-        tuple(options.methods or few_steps.METHODS),
-        progress=not options.quiet,
-    )
-    few_steps.run(plan)
-    print((plan.out / "results.md").read_text())
-
-
-def experiment_label_shift(options: argparse.Namespace) -> None:
-    """Beats of two rhythms, of which source and target have known shares, and what every method makes of them."""
-    from tgdp_fast.experiments import label_shift
-
-    components = label_shift.SYNTHETIC_COMPONENTS if options.records is None else label_shift.REAL_COMPONENTS
-    plan = label_shift.Plan(
-        options.out,
-        options.records,
-        options.seeds,
-        options.num,
-        options.n,
-        num_components=components,
-        progress=not options.quiet,
-    )
-    label_shift.run(plan)
     print((plan.out / "results.md").read_text())
 
 
@@ -210,7 +176,8 @@ def bench(options: argparse.Namespace) -> int | None:
     """Time the operators, a training step and sampling, beside public ways to do the same."""
     import torch
 
-    from tgdp_fast.benchmark import cases, floors, report, runner
+    from tgdp_fast.lab import cases
+    from tgdp_fast.lab.benchmark import floors, report, runner
     from tgdp_fast.runtime.files import save_json
 
     check_device(options.device, "--device")
@@ -250,8 +217,8 @@ def bench(options: argparse.Namespace) -> int | None:
 
 def bench_report(options: argparse.Namespace) -> None:
     """Results of bench as one Markdown text, and plots."""
-    from tgdp_fast.benchmark import report
-    from tgdp_fast.experiments import figures
+    from tgdp_fast.lab.benchmark import report
+    from tgdp_fast.runtime import figures
     from tgdp_fast.runtime.files import write_atomic
 
     results = {path.stem: report.load(path) for path in options.files}
@@ -268,7 +235,7 @@ def bench_report(options: argparse.Namespace) -> None:
 
 def validate(options: argparse.Namespace) -> int | None:
     """Check every operator, backend and precision on awkward shapes against float64; exit status 1 on failure."""
-    from tgdp_fast.benchmark import validate as checks
+    from tgdp_fast.lab import validate as checks
     from tgdp_fast.runtime.files import save_json
     from tgdp_fast.runtime.info import environment
 
@@ -504,7 +471,7 @@ def _check_sampling(options: argparse.Namespace) -> None:
     """Refuse bad sampling options before anything is read or trained."""
     from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
     from tgdp_fast.ops.registry import BACKENDS
-    from tgdp_fast.sampling.sampler import PRECISIONS
+    from tgdp_fast.runtime.precision import PRECISIONS
 
     check_integer("--num", options.num, 1)
     check_integer("--steps", options.steps, 1)
@@ -570,22 +537,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--digits", type=int, nargs=2, default=[3, 8], help="target digits (3 8)")
     command.add_argument("--n", type=int, default=20, help="target images (%(default)s)")
     command.add_argument("--seeds", type=int, default=3, help="draws of the target images (%(default)s)")
-    command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
-    add_quiet(command)
-    command = add_command(experiments, "few-steps", experiment_few_steps)
-    command.add_argument("--records", type=Path, help="folder of WFDB records at 100 Hz (default: synthetic signals)")
-    command.add_argument("--seeds", type=int, default=3, help="draws (%(default)s)")
-    command.add_argument("--num", type=int, default=300, help="samples drawn per method (%(default)s)")
-    command.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
-    command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
-    add_quiet(command)
-    command = add_command(experiments, "label-shift", experiment_label_shift)
-    command.add_argument(
-        "--records", type=Path, help="folder with records.csv and .npz files of lead I (default: synthetic records)"
-    )
-    command.add_argument("--n", "--target-beats", type=int, default=300, help="target beats (%(default)s)")
-    command.add_argument("--seeds", type=int, default=3, help="divisions of the records (%(default)s)")
-    command.add_argument("--num", type=int, default=1000, help="samples drawn per method (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder; the same command resumes there")
     add_quiet(command)
 

@@ -1,4 +1,4 @@
-"""The frozen source model: any network, any prediction type, one way to ask for epsilon."""
+"""The frozen source model: any network and prediction type, with one method that returns epsilon."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def per_sample(value: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def number_on(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor on ``device``. A number that is on the host is not copied there but written by the device itself: a copy
-    could not be recorded in a CUDA graph.
+    """A tensor on ``device``. A number on the host is written by the device itself instead of copied: a copy could not
+    be captured in a CUDA graph.
     """
     if value.device == device or value.numel() != 1 or value.device.type != "cpu":
         return value.to(device)
@@ -77,7 +77,7 @@ def epsilon_scales(prediction: str, alpha: float, sigma: float) -> tuple[float, 
 def training_target(
     prediction: str, x0: Tensor, epsilon: Tensor, alpha: float | Tensor, sigma: float | Tensor
 ) -> Tensor:
-    """What a network of this prediction type is trained to output (``score`` networks are trained on epsilon)."""
+    """Training target of a network of this prediction type (``score`` networks are trained on epsilon)."""
     if prediction == "sample":
         return x0
     if prediction == "v_prediction":
@@ -90,17 +90,17 @@ class Denoiser(Pretrained, nn.Module):
 
     Args:
         network: any module, called as ``network(x, time)`` or ``network(x, time, labels)``, that returns the shape of
-            x; a result with an attribute ``sample`` (diffusers) and a tuple are unwrapped. With an attribute
-            ``takes_host_time`` that is true, it gets the time of a float on the host instead of the device of x.
+            x. A result with an attribute ``sample`` (diffusers) or a tuple is unwrapped. If its attribute
+            ``takes_host_time`` is true, a float time is passed on the host instead of on the device of x.
         schedule: the noise schedule it was trained with.
         prediction: "epsilon", "sample" (x0), "v_prediction" (alpha epsilon - sigma x0) or "score".
-        time_input: what the network receives as time, as a float32 tensor [B]: "time" (the schedule's t times
+        time_input: the time that the network receives, a float32 tensor [B]: "time" (the schedule's t times
             ``time_scale``; for discrete schedules the integer step) or "half_log_snr".
         time_scale: factor on t, e.g. 1000 for a continuous schedule and a network trained on 0..999. The t of a
-            discrete schedule is such a step already.
+            discrete schedule already is such a step.
         integer_time: pass the time as int64 (embedding tables need it).
-        num_classes: number of label classes, 0 for an unconditional network; default what the network states, and None
-            (unknown, labels are passed on as they come) where it states nothing.
+        num_classes: number of label classes, 0 for an unconditional network. Default: the network's own value, or None
+            (unknown: labels are passed on unchanged) if it has none.
 
     Raises:
         ValueError: unknown ``prediction`` or ``time_input``; a bad ``time_scale``.
@@ -145,7 +145,7 @@ class Denoiser(Pretrained, nn.Module):
 
     @property
     def event_shape(self) -> tuple[int, ...] | None:
-        """Shape of one sample where the network states it, else None."""
+        """Shape of one sample if the network has one, else None."""
         shape = getattr(self.network, "event_shape", None)
         return None if shape is None else tuple(shape)
 
@@ -163,7 +163,7 @@ class Denoiser(Pretrained, nn.Module):
             output = self.network(*arguments)
         except (RuntimeError, TypeError, IndexError) as error:
             if type(error) not in (RuntimeError, TypeError, IndexError):
-                raise  # Out of memory, for one, has a type of its own that callers look for.
+                raise  # Some errors, such as out of memory, have a type that callers look for.
             raise type(error)(f"{error}\n{self._call(arguments)}") from error
         if not isinstance(output, Tensor):
             output = output[0] if isinstance(output, tuple | list) and output else getattr(output, "sample", None)
@@ -179,7 +179,7 @@ class Denoiser(Pretrained, nn.Module):
             f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
             for name, value in zip(names, arguments, strict=False)
         )
-        # Of the denoiser, which has no others: the network may be a plain function.
+        # The denoiser has no other parameters: the network may be a plain function.
         found = sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters() if p.is_floating_point()})
         return (
             f"denoiser.network was called as network({shown}); its parameters are {' and '.join(found) or 'none'}. It "
@@ -188,7 +188,7 @@ class Denoiser(Pretrained, nn.Module):
         )
 
     def network_time(self, t: float | Tensor) -> Tensor:
-        """What the network receives as time for schedule time ``t``: a tensor of its shape, float32 or int64."""
+        """The time that the network receives for schedule time ``t``: a tensor of the same shape, float32 or int64."""
         times = torch.as_tensor(t, dtype=torch.float64, device="cpu" if not isinstance(t, Tensor) else t.device)
         times = self.schedule.half_log_snr(times) if self.time_input == "half_log_snr" else times * self.time_scale
         return times.round().long() if self.integer_time else times.to(torch.float32)
@@ -201,23 +201,23 @@ class Denoiser(Pretrained, nn.Module):
     def compile_for_sampling(
         self, table: SolverTable | None = None, *, precision: str = "fp32", **arguments: Any
     ) -> Denoiser:
-        """This denoiser with its network compiled for sampling: the same calls, cheaper ones.
+        """This denoiser with its network compiled for sampling: the same calls at lower cost.
 
             fast = denoiser.compile_for_sampling(precision="bf16")
             samples = sample(fast, guidance, num=64)
 
         Args:
-            table: of the solver, whose times become a table. None: all times of a discrete schedule. Other times work
-                too; each costs a little at its first call.
-            precision, arguments: of the network's own method, see
-                :meth:`tgdp_fast.SSSDECG.compile_for_sampling`. It prevails over ``sample(precision=...)``.
+            table: the solver's table, whose times are precomputed. None: all times of a discrete schedule. Other times
+                also work; each costs a little at its first call.
+            precision, arguments: passed to the network's own method, see
+                :meth:`tgdp_fast.SSSDECG.compile_for_sampling`. This precision overrides ``sample(precision=...)``.
 
         Returns:
-            A new Denoiser in eval mode; it shares the parameters, and notices when they change. Saving it saves the
-            network that was compiled.
+            A new Denoiser in eval mode. It shares the parameters and detects changes to them. Saving it saves the
+            original network.
 
         Raises:
-            ValueError: the network has no such method; as the network's method does.
+            ValueError: the network has no such method, or its method raised it.
         """
         compile_network = getattr(self.network, "compile_for_sampling", None)
         if compile_network is None:
@@ -242,14 +242,14 @@ class Denoiser(Pretrained, nn.Module):
 
     @property
     def _stored_network(self) -> nn.Module:
-        """What checkpoints hold: the network, or the one that it was compiled from."""
+        """The network in checkpoints: this one, or the one that it was compiled from."""
         network: nn.Module = getattr(self.network, "uncompiled", self.network)
         return network
 
     def to_config(self) -> dict[str, Any]:
         """Everything but the weights, JSON-able.
 
-        A network that is not one of ours has architecture None; it is passed again to :meth:`load`.
+        A network from outside this package has architecture None; pass it to :meth:`load` again.
         """
         network = self._stored_network
         ours = ((name, network.to_config()) for name, cls in ARCHITECTURES.items() if isinstance(network, cls))
@@ -275,7 +275,7 @@ class Denoiser(Pretrained, nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], network: nn.Module | None = None) -> Denoiser:
-        """Read a checkpoint folder. A network of another make than ours is passed in, and its weights are filled.
+        """Read a checkpoint folder. Pass in a network from outside this package; its weights are loaded.
 
         Raises:
             CheckpointError: damaged, of another kind or architecture, or a network is needed and none was given.
@@ -288,10 +288,10 @@ class Denoiser(Pretrained, nn.Module):
     def from_parts(
         cls, config: dict[str, Any], tensors: dict[str, Tensor], network: nn.Module | None, where: str
     ) -> Denoiser:
-        """The denoiser of a checkpoint's config and tensors, ``where`` they come from being for messages.
+        """The denoiser with a checkpoint's config and tensors; ``where`` names their origin in messages.
 
         Raises:
-            CheckpointError, ValueError: as :meth:`load`.
+            CheckpointError, ValueError: as in :meth:`load`.
         """
         if isinstance(network, type):
             raise ValueError(
@@ -323,13 +323,13 @@ class Denoiser(Pretrained, nn.Module):
 
 
 def labels_for(model: Any, labels: Tensor | None) -> Tensor | None:
-    """``labels``, or None for a model that states it is unconditional (``num_classes`` 0)."""
+    """``labels``, or None for an unconditional model (``num_classes`` 0)."""
     return None if getattr(model, "num_classes", None) == 0 else labels
 
 
 @contextmanager
 def evaluation_mode(*modules: Any) -> Iterator[None]:
-    """Put modules in eval mode (dropout and batch statistics off) and restore each on exit."""
+    """Put modules in eval mode (dropout and batch statistics off) and restore each one on exit."""
     trained = [
         child for module in modules if isinstance(module, nn.Module) for child in module.modules() if child.training
     ]

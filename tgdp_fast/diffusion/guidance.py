@@ -25,7 +25,7 @@ class GuidanceNetwork(Pretrained, nn.Module):
     """log h(x, t[, y]) as an MLP, h = exp(f) > 0, so that the guidance gradient is simply grad f.
 
     f = alpha_t^k (w . a_L + c), a_l = silu(W_l a_{l-1} + b_l); time and labels add to the first bias. The factor
-    alpha_t^k builds in that h -> 1 as alpha_t -> 0 (TGDP Theorem 3.1 and section 3.2; Theorem 3.3 for labels).
+    alpha_t^k ensures that h -> 1 as alpha_t -> 0 (TGDP Theorem 3.1 and section 3.2; Theorem 3.3 for labels).
 
     Args:
         event_shape: shape of one sample.
@@ -80,7 +80,7 @@ class GuidanceNetwork(Pretrained, nn.Module):
         return bias if label_bias is None else bias + label_bias
 
     def label_bias(self, labels: Tensor | None) -> Tensor | None:
-        """What labels add to the first bias: [B, width], or None for an unconditional network.
+        """Contribution of the labels to the first bias: [B, width], or None for an unconditional network.
 
         Raises:
             ValueError: labels for an unconditional network, or none for a conditional one.
@@ -95,7 +95,7 @@ class GuidanceNetwork(Pretrained, nn.Module):
     def forward(
         self, x: Tensor, t: float | Tensor, labels: Tensor | None = None, *, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
-        """log h and its gradient in x, both differentiable in x and in the parameters (double backward closed form).
+        """log h and its gradient in x, both differentiable in x and in the parameters (double backward in closed form).
 
         Shapes: x [B, *event_shape]; t float or [B]; labels None, [B] or [B, K]; returns ([B], [B, *event_shape]).
         """
@@ -113,10 +113,10 @@ class GuidanceNetwork(Pretrained, nn.Module):
         return alpha * value, per_sample(alpha, x) * gradient
 
     def log_ratio(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
-        """log h [B] alone: what the classification and ratio losses need.
+        """log h [B] alone, for the classification and ratio losses.
 
-        Differentiable once in the parameters; where x requires a gradient, in x and the parameters as often as one
-        likes, by ordinary autograd.
+        Differentiable once in the parameters. If x requires a gradient, differentiable any number of times in x and
+        the parameters, by ordinary autograd.
         """
         features = x.flatten(1) if self.stem is None else self.stem(x)
         layers = self.linear_layers()

@@ -46,6 +46,8 @@ class GuidedEvaluation:
 class GuidedDenoiser:
     """A frozen denoiser with guidance: epsilon_q = epsilon_p - scale * sigma_t * grad log h  (TGDP Theorem 3.1).
 
+    For a sampler of your own; :func:`tgdp_fast.sample` takes one too.
+
     Args:
         denoiser: the source model.
         guidance: anything with ``log_ratio_and_grad``; None leaves the source unguided.
@@ -69,23 +71,13 @@ class GuidedDenoiser:
         clamp: tuple[float, float] | None = None,
         gradient_norm_limit: float | None = None,
     ) -> None:
-        if not hasattr(denoiser, "epsilon"):
-            raise ValueError(
-                f"denoiser must have a method epsilon(x, t, labels), got {type(denoiser).__name__}; "
-                "wrap a plain network as tgdp_fast.Denoiser(network, schedule)"
-            )
-        if guidance is not None:
-            check_guidance(guidance)
+        check_models(denoiser, guidance)
         self.denoiser = denoiser
         self.guidance = guidance
-        self.scale = scale if callable(scale) else check_number("scale", scale)
-        self.interval = _check_pair("interval", interval)
-        self.clamp = _check_pair("clamp", clamp, finite=True)
-        self.gradient_norm_limit = (
-            None
-            if gradient_norm_limit is None
-            else check_number("gradient_norm_limit", gradient_norm_limit, 0.0, exclusive=True)
-        )
+        self.scale = check_scale(scale)
+        self.interval = check_pair("interval", interval)
+        self.clamp = check_pair("clamp", clamp, finite=True)
+        self.gradient_norm_limit = check_gradient_norm_limit(gradient_norm_limit)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -94,26 +86,15 @@ class GuidedDenoiser:
 
     def scale_at(self, t: float) -> float:
         """Guidance scale at schedule time ``t``; 0 outside the interval or without guidance."""
-        if self.guidance is None:
-            return 0.0
-        if self.interval is not None and not self.interval[0] <= t <= self.interval[1]:
-            return 0.0
-        return check_number("scale(t)", self.scale(t)) if callable(self.scale) else self.scale
+        return 0.0 if self.guidance is None else scale_at(self.scale, self.interval, t)
 
     def evaluate(self, x: Tensor, t: float, labels: Tensor | None = None) -> GuidedEvaluation:
         """Run the denoiser and, where the scale is not 0, the guidance network. x [B, ...]."""
         scale = self.scale_at(t)
-        guidance = self.guidance
-        if scale == 0.0 or guidance is None:
-            return GuidedEvaluation(self.denoiser.epsilon(x, t, labels_for(self.denoiser, labels)), None, 0.0)
-        weight = scale * float(self.schedule.sigma(t))
-        epsilon, (_, gradient) = side_by_side(
-            x.device,
-            lambda: self.denoiser.epsilon(x, t, labels_for(self.denoiser, labels)),
-            lambda: guidance.log_ratio_and_grad(x, t, labels_for(guidance, labels)),
+        weight = 0.0 if scale == 0.0 else scale * float(self.schedule.sigma(t))
+        epsilon, gradient = evaluate_models(
+            self.denoiser, self.guidance, x, t, labels, weight, self.gradient_norm_limit
         )
-        if self.gradient_norm_limit is not None:
-            gradient = limit_gradient(gradient, weight, self.gradient_norm_limit)
         return GuidedEvaluation(epsilon, gradient, weight)
 
     def epsilon(self, x: Tensor, t: float, labels: Tensor | None = None) -> Tensor:
@@ -125,7 +106,57 @@ class GuidedDenoiser:
         ]
 
 
-def _check_pair(name: str, pair: tuple[float, float] | None, finite: bool = False) -> tuple[float, float] | None:
+def evaluate_models(
+    denoiser: EpsilonModel,
+    guidance: Guidance | None,
+    x: Tensor,
+    t: float,
+    labels: Tensor | None,
+    weight: float,
+    gradient_norm_limit: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """epsilon of the source [B, ...], and grad log h [B, ...] or, where ``weight`` is 0, None.
+
+    Args:
+        denoiser, guidance: the models; labels go to those that take any.
+        x: [B, ...] state.
+        t: schedule time.
+        labels: None, [B] or [B, K].
+        weight: scale * sigma_t, factor of the gradient in epsilon_q; the gradient is returned without it.
+        gradient_norm_limit: largest per-sample norm of weight * gradient; longer gradients are shortened.
+    """
+    if weight == 0.0 or guidance is None:
+        return denoiser.epsilon(x, t, labels_for(denoiser, labels)), None
+    epsilon, (_, gradient) = side_by_side(
+        x.device,
+        lambda: denoiser.epsilon(x, t, labels_for(denoiser, labels)),
+        lambda: guidance.log_ratio_and_grad(x, t, labels_for(guidance, labels)),
+    )
+    if gradient_norm_limit is not None:
+        gradient = limit_gradient(gradient, weight, gradient_norm_limit)
+    return epsilon, gradient
+
+
+def scale_at(
+    scale: float | Callable[[float], float], interval: tuple[float, float] | None, t: float, name: str = "t"
+) -> float:
+    """Guidance scale at time ``t``, 0 outside the interval. A function is called within the interval only.
+
+    Raises:
+        ValueError: the function gives no finite number; the message calls the time ``name``.
+    """
+    if interval is not None and not interval[0] <= t <= interval[1]:
+        return 0.0
+    return check_number(f"scale({name})", scale(t)) if callable(scale) else scale
+
+
+def check_scale(scale: float | Callable[[float], float]) -> float | Callable[[float], float]:
+    """The scale, a number as a float; ValueError for what is neither a function nor a finite number."""
+    return scale if callable(scale) else check_number("scale", scale)
+
+
+def check_pair(name: str, pair: tuple[float, float] | None, finite: bool = False) -> tuple[float, float] | None:
+    """None, or the pair as floats; ValueError unless it is two numbers (low, high) with low < high."""
     if pair is None:
         return None
     try:
@@ -137,9 +168,25 @@ def _check_pair(name: str, pair: tuple[float, float] | None, finite: bool = Fals
     return low, high
 
 
+def check_gradient_norm_limit(limit: float | None) -> float | None:
+    """None, or the limit as a float; ValueError unless it is finite and above 0."""
+    return None if limit is None else check_number("gradient_norm_limit", limit, 0.0, exclusive=True)
+
+
 def hint_of_guidance(value: Any) -> str:
     """For messages about what is no guidance: where one is inside it, as in the result of a fit."""
     return "; pass its attribute guidance" if hasattr(getattr(value, "guidance", None), "log_ratio_and_grad") else ""
+
+
+def check_models(denoiser: Any, guidance: Any) -> None:
+    """Raises ValueError for a denoiser without ``epsilon`` and a guidance without ``log_ratio_and_grad``."""
+    if not hasattr(denoiser, "epsilon"):
+        raise ValueError(
+            f"denoiser must have a method epsilon(x, t, labels), got {type(denoiser).__name__}; "
+            "wrap a plain network as tgdp_fast.Denoiser(network, schedule)"
+        )
+    if guidance is not None:
+        check_guidance(guidance)
 
 
 def check_guidance(guidance: Any) -> None:

@@ -1,17 +1,17 @@
-"""Where sampling starts: the law that noised data have at the first time, in place of N(0, I).
+"""Where sampling starts: the distribution of noised data at the first time, in place of N(0, I).
 
-Sampling should start from the law of x_T = alpha_T x_0 + sigma_T epsilon. N(0, I) is that law where alpha_T is next to
-0: it is 0.0066 for ``NoiseSchedule.vp_linear()``, but 0.36 (alpha_bar_T = 0.13) for the 200 steps of SSSD-ECG. Two laws
-are offered in its place: :class:`GaussianPrior` has the mean and the covariance, :class:`EmpiricalPrior` the whole law
-of stored samples.
+Sampling should start from the distribution of x_T = alpha_T x_0 + sigma_T epsilon. This is N(0, I) if alpha_T is close
+to 0: it is 0.0066 for ``NoiseSchedule.vp_linear()``, but 0.36 (alpha_bar_T = 0.13) for the 200 steps of SSSD-ECG. Two
+priors replace it there: :class:`GaussianPrior` has the mean and the covariance of the data, :class:`EmpiricalPrior` the
+full distribution of stored samples.
 
-Priors hold clean data and no schedule: the first time of the solver decides on alpha_T and sigma_T. Noise is that of
-:mod:`tgdp_fast.ops.noise`, so that a start depends on the seed and the index of its sample alone.
+Priors hold clean data and no schedule: the first time of the solver determines alpha_T and sigma_T. The noise is that
+of :mod:`tgdp_fast.ops.noise`, so a start depends only on the seed and the index of its sample.
 
-Which data to fit: what the samples are to be like, in the coordinates of the denoiser. Without guidance those are the
-source samples, of one class where one class is drawn. With guidance x_T has the target's law q_T: give the source
-samples with their density ratios r(x_0) as ``weights``, up to a factor, such as
-``guidance.log_ratio(source, schedule.t_min).softmax(0)``, or the target samples themselves where they are many.
+Fit a prior to data that the samples should resemble, in the coordinates of the denoiser. Without guidance these are the
+source samples, or those of one class if one class is drawn. With guidance x_T has the target's distribution q_T. Then
+give the source samples with their density ratios r(x_0) as ``weights``, up to a factor, such as
+``guidance.log_ratio(source, schedule.t_min).softmax(0)``, or the target samples themselves if there are many.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from tgdp_fast.runtime.checks import check_integer
 KIND = "prior"
 
 _ROWS = 1_024  # rows converted to float64 at once
-#: Evaluation whose random words choose rows; a solver has fewer.
+#: Evaluation index whose random words choose rows; no solver has as many evaluations.
 _CHOICE = 2**32 - 1
 
 
 class Prior(ABC):
-    """What :func:`tgdp_fast.sample` starts from."""
+    """The distribution that :func:`tgdp_fast.sample` starts from."""
 
     @property
     @abstractmethod
@@ -55,11 +55,11 @@ class Prior(ABC):
 
     @abstractmethod
     def to(self, device: str | torch.device) -> Prior:
-        """The same on ``device``."""
+        """The same prior on ``device``."""
 
     @abstractmethod
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything, for a checkpoint."""
+        """All tensors, for a checkpoint."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint folder (config.json, model.safetensors), atomically."""
@@ -76,7 +76,7 @@ class Prior(ABC):
 
 
 def prior_from_tensors(tensors: Mapping[str, Tensor]) -> Prior:
-    """The prior that has these :meth:`Prior.to_tensors`."""
+    """Inverse of :meth:`Prior.to_tensors`."""
     if set(tensors) == {"samples", "weights"}:
         return EmpiricalPrior(tensors["samples"], weights=tensors["weights"])
     names = ("mean", "directions", "variances", "remainder")
@@ -90,17 +90,17 @@ def prior_from_tensors(tensors: Mapping[str, Tensor]) -> Prior:
 
 @dataclass(frozen=True, eq=False)
 class GaussianPrior(Prior):
-    """The Gaussian with the mean and covariance of noised data, exact where the data are Gaussian::
+    """The Gaussian with the mean and covariance of noised data, exact if the data are Gaussian::
 
         prior = GaussianPrior.fit(source)
         samples = sample(denoiser, num=64, solver="dpmpp_2m", steps=20, prior=prior)
 
-    Standardised data have unit variances, so what differs from N(0, I) is the covariance between elements.
+    Standardized data have unit variances, so only the covariance between elements differs from N(0, I).
 
     Attributes:
         mean: float64, of the shape of one sample.
         directions: float64 [D, R], orthonormal columns over the D elements of a sample: the principal directions.
-        variances: float64 [R], the clean data's variance along each, descending.
+        variances: float64 [R], the variance of the clean data along each direction, descending.
         remainder: the variance along everything orthogonal to them.
 
     Source of the decomposition: Tipping & Bishop, "Probabilistic Principal Component Analysis", JRSS B 61 (1999),
@@ -132,14 +132,14 @@ class GaussianPrior(Prior):
     ) -> GaussianPrior:
         """Moments of ``samples``, computed in float64.
 
-        Costs an eigenvalue decomposition of size min(N, D): a second for 1,000, minutes for 8,000.
+        The cost is an eigenvalue decomposition of size min(N, D): a second for 1,000, minutes for 8,000.
 
         Args:
             samples: [N, ...], N >= 2, in the coordinates of the denoiser.
-            weights: [N] >= 0, up to a factor; None counts all alike.
-            rank: R, directions that keep a variance of their own, at most D; all others share one. 0 leaves the mean
-                and one variance; None keeps all that the samples have, at most N - 1. Fewer save memory, 8 D R bytes;
-                :meth:`log_prob` of held-out samples tells what they cost.
+            weights: [N] >= 0, up to a factor; None: all equal.
+            rank: R, number of directions with a variance of their own, at most D; all others share one. 0 keeps only
+                the mean and one variance. None keeps all directions of the samples, at most N - 1. Fewer directions
+                save memory (8 D R bytes); :meth:`log_prob` of held-out samples shows the loss in accuracy.
 
         Raises:
             ValueError: bad samples, weights or rank; weights that leave a single sample.
@@ -158,7 +158,7 @@ class GaussianPrior(Prior):
             raise ValueError("weights must be positive for at least two samples; one has no covariance")
         chunks = [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
         mean = sum((share[rows] @ x[rows].double() for rows in chunks), torch.zeros(elements, dtype=torch.float64))
-        # Rows whose sum of squares is the unbiased estimate; for equal weights the division is by N - 1.
+        # Scale rows so that their sum of squares is the unbiased estimate; equal weights give division by N - 1.
         scale = (share / (1.0 - share.square().sum())).sqrt()[:, None]
         if count <= elements:
             _, singular, rows_of_v = torch.linalg.svd(scale * (x.double() - mean), full_matrices=False)
@@ -187,9 +187,9 @@ class GaussianPrior(Prior):
         return self.from_noise(z.reshape(-1, *self.event_shape), alpha, sigma)
 
     def from_noise(self, z: Tensor, alpha: float, sigma: float) -> Tensor:
-        """x_T [B, ...] float32 as the linear function of standard normal ``z`` [B, ...] that has its law.
+        """x_T [B, ...] float32, a linear function of standard normal ``z`` [B, ...] with the distribution of x_T.
 
-        Computed in float64, so that how many rows there are does not show.
+        Computed in float64, so that the result does not depend on the number of rows.
         """
         flat = z.flatten(1).double()
         own, rest = self._deviations(alpha, sigma)
@@ -198,10 +198,10 @@ class GaussianPrior(Prior):
         return x.reshape(z.shape).float()
 
     def log_prob(self, x: Tensor | np.ndarray, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
-        """Log density [B], float64, in nats, of the noised law at ``x`` [B, ...]; at alpha 1, sigma 0 of clean data.
+        """Log density [B], float64, in nats, of noised data at ``x`` [B, ...]; alpha 1, sigma 0 means clean data.
 
-        Its mean over noised samples that were not fitted, less that of N(0, I), is how much closer this start is to
-        x_T than N(0, I), in Kullback-Leibler divergence.
+        Its mean over held-out noised samples minus that of N(0, I) is the gain over N(0, I) as a start, in
+        Kullback-Leibler divergence to the distribution of x_T.
         """
         centred = torch.as_tensor(x, device=self.mean.device).flatten(1).double() - alpha * self.mean.flatten()
         own, rest = self._deviations(alpha, sigma)
@@ -216,7 +216,7 @@ class GaussianPrior(Prior):
         return -0.5 * (quadratic + determinant + len(self.directions) * math.log(2.0 * math.pi))
 
     def _deviations(self, alpha: float, sigma: float) -> tuple[Tensor, float]:
-        """Standard deviations of x_T along the directions [R], and across them."""
+        """Standard deviations of x_T along the directions [R], and orthogonal to them."""
         return (alpha**2 * self.variances + sigma**2).sqrt(), math.sqrt(alpha**2 * self.remainder + sigma**2)
 
     def to(self, device: str | torch.device) -> GaussianPrior:
@@ -234,14 +234,14 @@ class GaussianPrior(Prior):
 
 
 class EmpiricalPrior(Prior):
-    """Noised copies of stored samples, each drawn with its weight: the law of x_T itself, as far as they tell it.
+    """Noised copies of stored samples, each drawn with its weight: an estimate of the distribution of x_T.
 
-    An x_T of many elements still shows which sample it was made of, and its sample will be like that one: there are no
-    more kinds of samples than stored ones, and what is private in them may show. Store many.
+    An x_T with many elements still shows which stored sample it came from, and its result resembles that sample. There
+    are no more kinds of results than stored samples, and private details of them may show. Store many.
 
     Args:
         samples: [N, ...], in the coordinates of the denoiser; kept as float32.
-        weights: [N] >= 0, up to a factor; None counts all alike.
+        weights: [N] >= 0, up to a factor; None: all equal.
 
     Raises:
         ValueError: bad samples or weights.
@@ -257,12 +257,12 @@ class EmpiricalPrior(Prior):
         return tuple(self.samples.shape[1:])
 
     def rows(self, seed: int, sample_index: Tensor) -> Tensor:
-        """Which of the stored samples each start is made of: [B] int64, where the prior is."""
+        """Index of the stored sample behind each start: [B] int64, on the device of the prior."""
         low, high, choice = key_words(seed, _CHOICE)
         index = sample_index.to(self.weights.device)
         word = philox4x32((0, index, index >> 32, choice), (low, high))[0]
         level = (word.double() + 0.5) * 2.0**-32
-        # Rounding of the sum must not lead past the last sample that has a weight.
+        # Rounding of the sum must not select an index past the last sample with a positive weight.
         bounds = self.weights.cumsum(0)
         return torch.searchsorted(bounds, level * bounds[-1])
 

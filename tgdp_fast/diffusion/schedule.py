@@ -40,9 +40,9 @@ class NoiseSchedule:
     discrete schedule is the index of its arrays, 0 to N - 1, with log alpha linear between two indices.
 
     Every method takes a float, a numpy array or a torch tensor of any shape and returns the same kind and
-    shape. The arithmetic is float64; so are the arrays returned. A tensor keeps its device and floating dtype
+    shape. The arithmetic and the returned arrays are float64. A tensor keeps its device and floating dtype
     (an integer tensor gives float32), and gradients flow. Floats and arrays outside the schedule's domain
-    (t >= 0; t <= 1 if cosine; t <= N - 1 if discrete) raise ValueError; tensors give NaN there, as a check
+    (t >= 0; t <= 1 if cosine; t <= N - 1 if discrete) raise ValueError; tensors give NaN there, because a check
     would have to wait for the device.
 
     Attributes:
@@ -100,7 +100,7 @@ class NoiseSchedule:
 
         Raises:
             ValueError: if the array is not one-dimensional, is too short, holds a value outside (0, 1), or falls from
-                above to below 1/2 as only alphas_cumprod do.
+                above 1/2 to below it, as only alphas_cumprod do.
         """
         values = _host_array("betas", betas)
         if values[-1] == 1.0:
@@ -143,7 +143,7 @@ class NoiseSchedule:
 
         Raises:
             TypeError: if ``scheduler`` has no ``alphas_cumprod`` (flow-matching schedulers have none).
-            ValueError: as ``from_alphas_cumprod``, zero terminal SNR included.
+            ValueError: as in ``from_alphas_cumprod``, including zero terminal SNR.
         """
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
@@ -155,7 +155,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule that ``to_config`` described.
+        """The schedule described by ``to_config``.
 
         Raises:
             ValueError: if the kind is unknown, or a parameter is missing, unknown or invalid.
@@ -203,11 +203,11 @@ class NoiseSchedule:
         return self._of_time(t, self._log_alpha)
 
     def alpha(self, t: Values) -> Values:
-        """alpha(t), the signal's coefficient. Shape, kind and dtype of ``t``."""
+        """alpha(t), the coefficient of the signal. Shape, kind and dtype of ``t``."""
         return self._of_time(t, lambda t: torch.exp(self._log_alpha(t)))
 
     def sigma(self, t: Values) -> Values:
-        """sigma(t) = sqrt(1 - alpha(t)^2), the noise's coefficient. Shape, kind and dtype of ``t``."""
+        """sigma(t) = sqrt(1 - alpha(t)^2), the coefficient of the noise. Shape, kind and dtype of ``t``."""
         return self._of_time(t, lambda t: torch.sqrt(-torch.expm1(2.0 * self._log_alpha(t))))
 
     def half_log_snr(self, t: Values) -> Values:
@@ -221,7 +221,7 @@ class NoiseSchedule:
     def time_from_half_log_snr(self, half_log_snr: Values) -> Values:
         """The time t with ``half_log_snr(t)`` equal to the argument: the exact inverse.
 
-        A discrete schedule answers its nearest end, 0 or N - 1, outside its range.
+        Outside its range a discrete schedule returns its nearest end, 0 or N - 1.
 
         Raises:
             ValueError: if a float or an array holds NaN.
@@ -242,7 +242,7 @@ class NoiseSchedule:
             beta_min, beta_max = self.parameters
             value = -t * (0.25 * (beta_max - beta_min) * t + 0.5 * beta_min)
         elif self.kind == "cosine":
-            # cos(a) / cos(a_0) - 1, written in the difference a - a_0 so that nothing cancels at small t.
+            # cos(a) / cos(a_0) - 1, written with the difference a - a_0 so that nothing cancels at small t.
             angle_0, difference = self._angle_0, t * self._angle_rate
             drop = 2.0 * torch.sin(0.5 * difference) ** 2 + math.tan(angle_0) * torch.sin(difference)
             value = torch.log1p(-drop)
@@ -299,7 +299,7 @@ def _apply(
     minimum: float,
     maximum: float,
 ) -> Values:
-    """``function`` of ``values`` in float64, in the kind of ``values``; checks what lives on the host."""
+    """Apply ``function`` to ``values`` in float64, return the kind of ``values``; check values that are on the host."""
     if isinstance(values, torch.Tensor):
         dtype = values.dtype if values.is_floating_point() else torch.float32
         return function(values.to(torch.float64)).to(dtype)

@@ -1,8 +1,8 @@
 """Solvers as tables: a solver's name, a noise schedule and a number of steps give one matrix per evaluation.
 
 Every solver here is linear in the state x, its history m_1..m_H, the predicted noise eps and fresh noise z.
-So each is written once below as its textbook recurrence, over *linear forms*: vectors of coefficients in the
-basis [x, m_1, m_2, eps]. Running the recurrence once, on the host in float64, leaves the table's rows.
+Each is therefore written once below as its textbook recurrence, over *linear forms*: vectors of coefficients in
+the basis [x, m_1, m_2, eps]. Running the recurrence once, on the host in float64, gives the rows of the table.
 
 Notation: ``x = alpha x_0 + sigma eps``; lambda = log(alpha / sigma), half the log-SNR; h is a step in lambda;
 the predicted data are ``(x - sigma eps) / alpha``; in the variance-exploding coordinates the state is
@@ -33,7 +33,7 @@ import numpy.typing as npt
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 
-__all__ = ["SOLVERS", "SPACINGS", "SolverInfo", "SolverTable", "solver_table"]
+__all__ = ["SOLVERS", "SPACINGS", "SolverInfo", "SolverTable", "check_eta", "solver_table"]
 
 FloatArray = npt.NDArray[np.float64]
 Form = FloatArray  # [4] coefficients of x, m_1, m_2, eps
@@ -53,12 +53,12 @@ class SolverInfo:
 
     Attributes:
         evaluations: denoiser evaluations per regular step.
-        order: order of convergence in the step size, as the tests measure it; for a stochastic solver that of
-            the result's variance.
+        order: order of convergence in the step size, as the tests measure it; for a stochastic solver the order
+            of the variance of the result.
         stochastic: whether it draws noise with the default eta.
-        default_eta: the default of ``eta``, or None where the solver has no such parameter.
+        default_eta: the default of ``eta``, or None if the solver has no such parameter.
         history: H, the number of history slots.
-        description: what it is and where it comes from.
+        description: the method and its source.
     """
 
     evaluations: int
@@ -73,13 +73,13 @@ class SolverInfo:
 class SolverTable:
     """A solver on a grid, compiled: K evaluations, each one matrix (float64, read-only arrays).
 
-    At evaluation k the denoiser is called at ``times[k]`` on x and gives eps. Then, with z standard normal
-    and a history that starts as zeros::
+    At evaluation k the denoiser is called at ``times[k]`` on x and returns eps. Then, with z standard normal
+    and a history that starts at zero::
 
         [x, m_1..m_H] <- matrix[k] @ [x, m_1..m_H, eps] + [noise_scale[k] z, 0, ..., 0]
 
     Attributes:
-        solver, spacing: names; spacing is ``"explicit"`` where the times were given.
+        solver, spacing: names; spacing is ``"explicit"`` if the times were given.
         times: [K] model times.
         alpha, sigma: [K] the schedule at those times.
         matrix: [K, 1 + H, 2 + H].
@@ -88,7 +88,7 @@ class SolverTable:
         history: H, 0 to 2.
         final_alpha, final_sigma: coefficients of signal and noise in the result: 1 and 0, or the last time's.
 
-    Tables are equal when their contents are.
+    Two tables are equal if their contents are equal.
     """
 
     solver: str
@@ -123,7 +123,7 @@ class SolverTable:
         return bool((self.noise_scale > 0.0).any())
 
     def signature(self) -> str:
-        """SHA-256 (hexadecimal) of the contents: equal exactly where two tables are."""
+        """SHA-256 (hexadecimal) of the contents: equal exactly if two tables are equal."""
         digest = hashlib.sha256()
         for item in fields(self):
             value = getattr(self, item.name)
@@ -155,22 +155,22 @@ def solver_table(
 
     With ``denoise_final`` the grid has ``steps`` times from t_max to t_min and then clean data (alpha 1,
     sigma 0), reached by a first-order step of one evaluation; without it, ``steps + 1`` times from t_max to
-    t_min. So a solver with n evaluations per step makes ``n (steps - 1) + 1`` or ``n steps`` of them.
+    t_min. A solver with n evaluations per step makes ``n (steps - 1) + 1`` or ``n steps`` evaluations.
 
     On a discrete schedule all times are integers. Grid points are rounded and, where two collide, moved
     apart. The midpoints of dpm_solver_2s and dpmpp_2s are rounded too, with the coefficients of the rounded
-    point; a step with no integer inside is one of first order, with one evaluation.
+    point. A step with no integer inside is of first order and takes one evaluation.
 
     Args:
         solver: a name in ``SOLVERS``.
         schedule: the noise schedule the denoiser was trained with.
-        steps: number of solver steps, >= 1; may be left out when ``times`` is given.
+        steps: number of solver steps, >= 1; may be omitted if ``times`` is given.
         spacing: a name in ``SPACINGS``.
-        eta: noise of ddim (default 0) and euler_ancestral (default 1) as a share of ddpm's, in [0, 1].
+        eta: noise of ddim (default 0) and euler_ancestral (default 1) as a fraction of ddpm's noise, in [0, 1].
         rho: exponent of the karras spacing, > 0.
         denoise_final: whether the last step goes to clean data.
-        times: explicit grid times, strictly decreasing, instead of a spacing; clean data come after them with
-            ``denoise_final``.
+        times: explicit grid times, strictly decreasing, instead of a spacing; with ``denoise_final`` clean data
+            follow them.
 
     Returns:
         The table, float64, a pure function of the arguments.
@@ -182,12 +182,7 @@ def solver_table(
     info = SOLVERS[check_choice("solver", solver, SOLVERS)]
     check_choice("spacing", spacing, SPACINGS)
     rho = check_number("rho", rho, 0.0, exclusive=True)
-    if info.default_eta is None:
-        if eta is not None:
-            having = " and ".join(name for name, other in SOLVERS.items() if other.default_eta is not None)
-            raise ValueError(f"eta must be None for solver {solver!r}, got {eta!r}; only {having} have it")
-        eta = 0.0
-    eta = check_number("eta", info.default_eta if eta is None else eta, 0.0, 1.0)
+    eta = check_eta(solver, eta)
     if times is None:
         steps = check_integer("steps", steps, 1, "give steps, or the times themselves")
         grid = _spaced_times(schedule, steps, steps if denoise_final else steps + 1, spacing, rho)
@@ -218,6 +213,17 @@ def solver_table(
         final_alpha=1.0 if denoise_final else nodes[-1].alpha,
         final_sigma=0.0 if denoise_final else nodes[-1].sigma,
     )
+
+
+def check_eta(solver: str, eta: float | None) -> float:
+    """``eta`` of a named solver, its default for None; ValueError where it has no eta, or for one outside [0, 1]."""
+    default = SOLVERS[solver].default_eta
+    if default is None:
+        if eta is not None:
+            having = " and ".join(name for name, other in SOLVERS.items() if other.default_eta is not None)
+            raise ValueError(f"eta must be None for solver {solver!r}, got {eta!r}; only {having} have it")
+        return 0.0
+    return check_number("eta", default if eta is None else eta, 0.0, 1.0)
 
 
 # Time grids
@@ -264,11 +270,11 @@ def _spaced_times(schedule: NoiseSchedule, steps: int, points: int, spacing: str
             roots = np.linspace(math.exp(-noisiest / rho), math.exp(-cleanest / rho), points)
             half_log_snr = -rho * np.log(roots)
         times = schedule.time_from_half_log_snr(half_log_snr)
-    times[-1] = last  # the ends exactly, without the rounding of the inverse
+    times[-1] = last  # exact ends, without the rounding of the inverse
     times[0] = first
     if available is None:
         return times
-    # Round; then push colliding integers down, and lift what would end below 0.
+    # Round; then push colliding integers down, and lift those that would end below 0.
     index = np.arange(points)
     times = np.minimum.accumulate(np.rint(times) + index) - index
     return np.maximum(times, index[::-1])
@@ -378,7 +384,7 @@ def _noise_update(now: _Node, after: _Node, noise: Form) -> Form:
 
 
 def _phi(order: int, z: float) -> float:
-    """phi_1(z) = (e^z - 1) / z, phi_{n+1}(z) = (phi_n(z) - 1 / n!) / z; a series where those would cancel."""
+    """phi_1(z) = (e^z - 1) / z, phi_{n+1}(z) = (phi_n(z) - 1 / n!) / z; a series where these formulas would cancel."""
     if abs(z) < 0.5:
         return math.fsum(z**j / math.factorial(j + order) for j in range(16))
     return math.expm1(z) / z if order == 1 else (_phi(order - 1, z) - 1.0 / math.factorial(order - 1)) / z
@@ -463,7 +469,7 @@ def _dpm_solver_2s(run: _Run, k: int) -> list[_Row]:
     if middle is None:
         return _dpm_solver_1(run, k)
     weight = 0.5 * h / (middle.half_log_snr - now.half_log_snr)
-    # The update with (1 - weight) eps + weight eps_middle; m_1 holds what is known before eps_middle.
+    # The update with (1 - weight) eps + weight eps_middle; m_1 holds the part known before eps_middle.
     known = _noise_update(now, after, (1.0 - weight) * _EPS)
     return [
         _Row(now, _noise_update(now, middle, _EPS), (known,), ends_step=False),
@@ -493,7 +499,7 @@ def _dpmpp_2s(run: _Run, k: int) -> list[_Row]:
 
 
 def _extrapolated_data(run: _Run, k: int, data: Form) -> Form:
-    """Predicted data in the middle of step k, on the line through the last two; first, just ``data``."""
+    """Predicted data in the middle of step k, on the line through the last two; in the first step, ``data`` itself."""
     return data + 0.5 * (data - _M1) / run.ratio(k) if k > 0 else data
 
 
@@ -520,8 +526,8 @@ def _dpmpp_3m(run: _Run, k: int) -> list[_Row]:
         slope_0, slope_1 = (data - _M1) / r_0, (_M1 - _M2) / r_1
         curvature = (slope_0 - slope_1) / (r_0 + r_1)
         slope = slope_0 + r_0 * curvature
-        # As published and as in other libraries. The second derivative is twice this curvature: only with a
-        # factor of 2 on it would the order be 3, at little difference in error for the usual few steps.
+        # As published and as in other libraries. The second derivative is twice this curvature: the order would be 3
+        # only with a factor of 2 on it, with little difference in error for the usual few steps.
         x = _data_update(now, after, data)
         x = x + after.alpha * h * (_phi(2, -h) * slope + _phi(3, -h) * curvature)
     return [_Row(now, x, (data, _M1))]

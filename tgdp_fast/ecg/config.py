@@ -34,7 +34,7 @@ from tgdp_fast.fit.density_ratio import RATIO_LOSSES
 from tgdp_fast.fit.training import TIME_DISTRIBUTIONS, Optimisation
 from tgdp_fast.models.s4 import CAUCHY
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
-from tgdp_fast.sampling.sampler import PRECISIONS
+from tgdp_fast.runtime.precision import PRECISIONS
 
 #: In the order of tables and plots.
 METHODS = ("source", "vanilla", "fine_tune", "tgdp")

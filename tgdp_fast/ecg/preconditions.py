@@ -20,6 +20,11 @@ _AFTER_THE_MODEL = ("methods", "vanilla.", "fine_tune.", "sampling.", "evaluatio
 _BEFORE_THE_MODEL = ("sampling.prior", "evaluation.classifier.")
 _PATHS = ("data.source", "data.target", "backbone.checkpoint")
 _SHOWN = 5
+#: What evaluation imports at its end: neurokit2 needs pandas and matplotlib. wfdb is needed by some forms of files
+#: alone, and reading, which comes first, says so.
+MEASURING = ("scipy", "sklearn", "pandas", "matplotlib", "neurokit2")
+#: Settings that judge samples anew without drawing others.
+EVALUATED_ANEW = ("evaluation.bootstrap", "evaluation.seeds", "evaluation.plots")
 
 
 def check_packages(names: Sequence[str]) -> None:

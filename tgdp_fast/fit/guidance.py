@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,7 +42,7 @@ from tgdp_fast.fit.training import (
 from tgdp_fast.models.mlp import encode_labels
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
-from tgdp_fast.sampling.sampler import PRECISIONS
+from tgdp_fast.runtime.precision import PRECISIONS, autocast
 
 
 @dataclass
@@ -403,11 +402,7 @@ def _objective(
     precision: str = "fp32",
 ) -> Callable[[torch.Generator], Tensor]:
     """The loss of Algorithms 2, 3 or 4 on fresh batches of both domains."""
-    lower = PRECISIONS[precision]
     device_type = data.x_source.device.type
-
-    def in_precision() -> AbstractContextManager[Any]:
-        return nullcontext() if lower is None else torch.autocast(device_type, lower)
 
     source_batches = Batches(len(data.x_source), settings.batch_size)
     target_batches = Batches(len(data.x_target), settings.batch_size)
@@ -424,7 +419,7 @@ def _objective(
             own_labels = labels_for(network, labels)
         gradient = None
         own_source = labels_for(network, source_labels)
-        with in_precision():
+        with autocast(precision, device_type):
             if not needs_target:
                 f_source = network.log_ratio(source.x, source.t, own_source).float()
             elif consistency > 0:

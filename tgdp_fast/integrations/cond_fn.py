@@ -1,8 +1,11 @@
-"""log h as ``cond_fn``, the hook for classifier guidance that samplers in the manner of guided-diffusion have.
+"""log h as ``cond_fn``, the hook for classifier guidance in samplers like those of guided-diffusion.
 
-A sampler that can be guided by a classifier adds grad_x log p(y | x_t) to the score. TGDP adds grad_x log h(x_t, t)
-(Ouyang et al., NeurIPS 2024, arXiv 2405.16876, Theorem 3.1), so a guidance takes the place of the classifier. The
-samplers are algorithms 1 and 2 of Dhariwal & Nichol (NeurIPS 2021, arXiv 2105.05233).
+    cond_fn = as_cond_fn(guidance, NoiseSchedule.from_betas(diffusion.betas))
+    samples = diffusion.ddim_sample_loop(model, shape, cond_fn=cond_fn)
+
+Such a sampler adds grad_x log p(y | x_t) to the score. TGDP adds grad_x log h(x_t, t) (Ouyang et al., NeurIPS 2024,
+arXiv 2405.16876, Theorem 3.1), so a guidance can replace the classifier. The samplers are algorithms 1 and 2 of
+Dhariwal & Nichol (NeurIPS 2021, arXiv 2105.05233).
 """
 
 from __future__ import annotations
@@ -27,31 +30,31 @@ def as_cond_fn(
     labels: str = "y",
     time_scale: float = 1.0,
 ) -> Callable[..., Tensor]:
-    """``cond_fn(x, t, **model_kwargs) -> scale * grad_x log h(x, t)`` for samplers in the manner of guided-diffusion.
+    """``cond_fn(x, t, **model_kwargs) -> scale * grad_x log h(x, t)`` for samplers like those of guided-diffusion.
 
-    Sign and factor. The result is the gradient of a log ratio, target over source, with a plus sign: what a classifier
-    gives as grad log p(y | x). The sampler multiplies it:
+    Sign and factor. The result is the gradient of a log ratio, target over source, with a plus sign, like a
+    classifier's grad log p(y | x). The sampler multiplies it:
 
     - ``ddim_sample`` (algorithm 2) does ``eps -= sqrt(1 - alpha_bar_t) * cond_fn``. As sigma_t = sqrt(1 - alpha_bar_t),
       this is eps_q = eps_p - sigma_t grad log h, Theorem 3.1 itself: exact with scale 1.
     - ``p_sample`` (algorithm 1) does ``mean += variance * cond_fn`` at every step. The mean of the reverse step is
-      (x + beta_t score) / sqrt(alpha_t), so Theorem 3.1 asks for beta_t / sqrt(alpha_t) grad log h. A sampler whose
-      variance is beta_t falls short of it by the factor sqrt(alpha_t), 1 % for beta_t = 0.02; one whose variance is
-      the posterior's by sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), which is far from 1 in the last steps
-      only. The result's error vanishes with the step size. Between two Gaussians in 100 steps the posterior's variance
-      makes it twice that of exact guidance in the same loop, and beta_t a fifth larger. With few steps, use
+      (x + beta_t score) / sqrt(alpha_t), so Theorem 3.1 asks for beta_t / sqrt(alpha_t) grad log h. A sampler with
+      variance beta_t is too small by the factor sqrt(alpha_t), 1 % for beta_t = 0.02. One with the posterior variance
+      is too small by sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), which is far from 1 only in the last
+      steps. The error of the result vanishes with the step size. Between two Gaussians in 100 steps it is twice that of
+      exact guidance in the same loop with the posterior variance, and a fifth larger with beta_t. With few steps, use
       ``ddim_sample``.
 
-    Time. ``t`` is the index of the sampler's training schedule, 0 its cleanest, as a tensor [B]. With respaced steps
-    the sampler maps its own index to that one before it calls. A guidance with another schedule than the sampler's gets
-    the time at which its own log-SNR is the same.
+    Time. ``t`` is the index of the sampler's training schedule as a tensor [B], where 0 is the cleanest. With respaced
+    steps the sampler maps its own index to this one before the call. A guidance with another schedule receives the time
+    at which its own log-SNR is the same.
 
     Args:
         guidance: a :class:`tgdp_fast.GuidanceNetwork`, or anything with ``log_ratio_and_grad``.
         schedule: the sampler's training schedule, discrete; default the guidance's own.
         scale: guidance scale; 1 is exact.
         labels: the entry of ``model_kwargs`` that holds the labels, for a conditional guidance. Others are ignored.
-        time_scale: by what the sampler has multiplied the index, ``1000 / N`` with ``rescale_timesteps=True``.
+        time_scale: factor by which the sampler multiplied the index, ``1000 / N`` with ``rescale_timesteps=True``.
 
     Returns:
         The function; its result has the shape and dtype of ``x`` and carries no graph.

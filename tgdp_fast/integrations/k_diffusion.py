@@ -1,17 +1,13 @@
-"""Our guidance for samplers with a hook for classifier guidance: ``cond_fn`` of guided-diffusion, and k-diffusion.
+"""Guidance for the samplers of k-diffusion: the model is wrapped, because they have no hook for classifier guidance.
 
-A sampler that can be guided by a classifier adds grad_x log p(y | x_t) to the score. TGDP adds grad_x log h(x_t, t)
-(Theorem 3.1), so a guidance takes the place of the classifier with nothing else changed:
+    from tgdp_fast.integrations.k_diffusion import KDiffusionDenoiser
 
-    from tgdp_fast.integrations.classifier_guidance import KDiffusionDenoiser
-
-    cond_fn = guidance.as_cond_fn(NoiseSchedule.from_betas(diffusion.betas))
-    samples = diffusion.ddim_sample_loop(model, shape, cond_fn=cond_fn)               guided-diffusion
     samples = k_diffusion.sampling.sample_heun(KDiffusionDenoiser(model, guidance), x, sigmas)
 
-Sources: TGDP (Ouyang et al., NeurIPS 2024, arXiv 2405.16876), Theorem 3.1; Dhariwal & Nichol, NeurIPS 2021, arXiv
-2105.05233, algorithms 1 and 2, for ``cond_fn``; EDM (Karras et al., NeurIPS 2022, arXiv 2206.00364), for denoisers in
-variance-exploding coordinates.
+For samplers with such a hook see :mod:`tgdp_fast.integrations.cond_fn`.
+
+Sources: TGDP (Ouyang et al., NeurIPS 2024, arXiv 2405.16876), Theorem 3.1; EDM (Karras et al., NeurIPS 2022, arXiv
+2206.00364), for denoisers in variance-exploding coordinates.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 class ECGStem(nn.Module):
-    """Two strided convolutions with nothing between or after them: an affine map, so its gradient is a transpose.
+    """Two strided convolutions without activations: an affine map, so its gradient is a transpose.
 
     x [B, channels, L] -> features [B, 16 * L''], with kernel 10 and stride 2 in both (L = 1000 gives 3,904). This is
     the stem of the guidance network in the paper's ECG experiment (TGDP section 4.2).

@@ -365,14 +365,18 @@ def _launch_triton(
     scalars, entries = numbers[:_SCALARS], numbers[_SCALARS:]
     slots = _slots(len(entries))
     rows = tuple(tuple(entries[i : i + 2 + slots]) for i in range(0, len(entries), 2 + slots))
-    step = SolverStep(rows, *scalars, clamp=None if clamp is None else (clamp[0], clamp[1]))
+    noise_scale, guidance_weight, alpha, sigma = scalars
+    limits = None if clamp is None else (clamp[0], clamp[1])
+    step = SolverStep(rows, noise_scale, guidance_weight, alpha, sigma, limits)
     if step.noise_scale != 0.0 and x.numel() > (4 << 32) * x.shape[0]:
         raise ValueError(
             "samples with noise must have at most 2^34 elements (a 32-bit counter numbers groups of four), got "
             f"x of shape {tuple(x.shape)}"
         )
     outputs = _outputs(x, slots)
-    launch(outputs, *map(_triton.readable, (x, epsilon, gradient, history, sample_index)), step, tuple(words))
+    readable, (low, high, evaluation) = _triton.readable, words
+    tensors = readable(x), readable(epsilon), readable(gradient), readable(history), readable(sample_index)
+    launch(outputs, *tensors, step, (low, high, evaluation))
     return outputs
 
 

@@ -34,7 +34,7 @@ Each function and its derivative are operators of their own, so that a faster im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -171,6 +171,17 @@ def mlp_value_and_grad_reference(
     return value, gradient
 
 
+def _dense_rows(matrix: Tensor) -> Tensor:
+    """``matrix`` [M, K] as the left factor of a matmul, copied where PyTorch may read past its rows.
+
+    On a CPU with AMX, oneDNN reads 16-bit rows two numbers at a time: where K is odd, also the number behind each row,
+    which it multiplies by zero. In a slice of a larger tensor that number belongs to somebody else, and NaN or infinity
+    there would spread into the row.
+    """
+    odd = matrix.dtype in (torch.float16, torch.bfloat16) and matrix.shape[1] % 2 == 1
+    return matrix.contiguous() if odd and matrix.device.type == "cpu" else matrix
+
+
 def _reference_forward(
     x: Tensor,
     first_bias: Tensor,
@@ -180,7 +191,7 @@ def _reference_forward(
     save_pre_activations: bool,
     bf16x3: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    activation, pre_activations = x, []
+    activation, pre_activations = _dense_rows(x), []
     for weight, bias in zip(weights[:-1], (first_bias, *biases[:-1]), strict=True):
         pre_activations.append(functional.linear(activation, weight) + bias)
         activation = functional.silu(pre_activations[-1])
@@ -198,7 +209,7 @@ def _reference_value_and_grad(
     bf16x3: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     depth = len(biases)
-    activation = x
+    activation = _dense_rows(x)
     pre_activations = []
     for weight, bias in zip(weights[:depth], (first_bias, *biases[:-1]), strict=True):
         pre_activations.append(torch.addmm(bias, activation, weight.t()))
@@ -240,7 +251,7 @@ def mlp_backward_reference(
     needs_weight, needs_bias = needs_grad[2 : depth + 3], (needs_first, *needs_grad[depth + 3 :])
     weight_grads: list[Tensor | None] = [None] * (depth + 1)
     bias_grads: list[Tensor | None] = [None] * (depth + 1)
-    zbar = output_cotangent
+    zbar = _dense_rows(output_cotangent)
     for layer in reversed(range(depth + 1)):
         if needs_weight[layer]:
             below = x if layer == 0 else functional.silu(pre_activations[layer - 1])
@@ -288,7 +299,8 @@ def mlp_value_and_grad_backward_reference(
     head = weights[depth]
 
     # Forward: activations, slopes, and the tangent pass.
-    activations, tangents, slopes, curved = [x], [gradient_cotangent], [], []
+    tangent = None if gradient_cotangent is None else _dense_rows(gradient_cotangent)
+    activations, tangents, slopes, curved = [x], [tangent], [], []
     for layer in range(depth):
         z = pre_activations[layer].to(precise)
         s = torch.sigmoid(z)
@@ -598,7 +610,7 @@ _triton.define(
     _fake_value_and_grad_backward,
 )
 
-_REFERENCES = {
+_REFERENCES: dict[str, Callable[..., Any]] = {
     "mlp_forward": _reference_forward,
     "mlp_backward": mlp_backward_reference,
     "mlp_value_and_grad": _reference_value_and_grad,

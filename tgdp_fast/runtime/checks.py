@@ -1,4 +1,4 @@
-"""Argument checks. Each names the argument, says what came and what is expected."""
+"""Argument checks. Each error names the argument, the value received and the value expected."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_number(
     ``exclusive`` excludes both bounds.
     """
     try:
-        if isinstance(value, str | bytes):  # float would read the number in a text.
+        if isinstance(value, str | bytes):  # float() would parse a number in a string.
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
@@ -56,8 +56,8 @@ def check_seed(seed: Any, name: str = "seed") -> int:
 
 
 def check_device(device: Any, name: str = "device") -> torch.device:
-    """The device that torch has under this name, with its index, or ValueError."""
-    import torch  # Here, so that the command line can check words without it.
+    """The torch device with this name, including its index; ValueError if there is none."""
+    import torch  # Imported here, so that the command line can check names without it.
 
     try:
         return torch.empty(0, device=device).device  # "cuda" becomes "cuda:0".

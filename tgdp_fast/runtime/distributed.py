@@ -1,8 +1,8 @@
-"""Several processes that work as one, started by torchrun: they share each batch, and the samples to draw.
+"""Several processes, started by torchrun, that work as one: they share each batch, and the samples to draw.
 
-A batch is drawn whole in every process, from the same generator, and each takes its share of the rows; gradients are
-averaged. So a run of several processes is that of one, up to rounding: its state can be resumed with another number of
-them. Without a process group everything here does nothing.
+Every process draws the full batch from the same generator and uses its share of the rows; gradients are averaged. A run
+of several processes therefore equals that of one, up to rounding, and its state can be resumed with another number of
+processes. Without a process group everything here does nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-#: How long processes wait for each other: one may have hours of work that the others have no part in.
+#: How long processes wait for each other: one may have hours of work that the others do not share.
 _PATIENCE = timedelta(days=7)
 
 _is_alone = False
@@ -44,7 +44,7 @@ def barrier() -> None:
 
 
 def agreed(value: bool) -> bool:
-    """What the first process says."""
+    """The value of the first process."""
     if not _together():
         return value
     said = torch.tensor([value], dtype=torch.uint8, device=_device())
@@ -53,10 +53,10 @@ def agreed(value: bool) -> bool:
 
 
 def share(count: int, name: str = "batch_size") -> slice:
-    """This process's rows of a batch of ``count``, for which all have to be given as many.
+    """This process's rows of a batch of ``count``; all processes must get equally many.
 
     Raises:
-        ValueError: ``count`` is no multiple of the number of processes.
+        ValueError: ``count`` is not a multiple of the number of processes.
     """
     if count % size():
         raise ValueError(f"{name} must be a multiple of {size()}, the number of processes, got {count}")
@@ -64,13 +64,13 @@ def share(count: int, name: str = "batch_size") -> slice:
 
 
 def parts(count: int) -> list[range]:
-    """Indices of ``count`` items for each process, as equally many as can be."""
+    """Indices of ``count`` items for each process, divided as equally as possible."""
     bounds = [index * count // size() for index in range(size() + 1)]
     return [range(first, stop) for first, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-    """Average the gradients in place over all processes, and the loss; returns the latter."""
+    """Average the gradients in place over all processes, and the loss; return the loss."""
     if not _together():
         return loss
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -85,7 +85,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tenso
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """In the block this process is the only one: for work that the others wait for, or have done."""
+    """Inside the block this process acts as the only one, for work that the others wait for or have done."""
     global _is_alone
     before, _is_alone = _is_alone, True
     try:
@@ -96,11 +96,10 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def process_group(device: str | torch.device) -> Iterator[None]:
-    """The process group that torchrun's environment describes, for the time of the block; nothing outside torchrun.
+    """The process group described by torchrun's environment, inside the block; nothing outside torchrun.
 
     Args:
-        device: where tensors lie: gloo serves the CPU, NCCL serves CUDA, where each process takes the GPU of its
-            LOCAL_RANK.
+        device: of the tensors. The CPU uses gloo; CUDA uses NCCL, and each process uses the GPU of its LOCAL_RANK.
     """
     if _together() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield

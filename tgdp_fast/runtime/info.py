@@ -13,7 +13,7 @@ import torch
 
 from tgdp_fast._version import __version__
 
-# Those that decide which numeric code runs; x86 first, then Arm. Names as Linux spells them.
+# Flags that determine which numeric code runs; x86 first, then Arm. Spelled as in Linux.
 _INSTRUCTION_SETS = (
     "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni",
     "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16",
@@ -22,17 +22,17 @@ _INSTRUCTION_SETS = (
 
 
 def environment() -> dict[str, Any]:
-    """Return what a measured number depends on, as JSON-able values.
+    """Return the facts that measurements depend on, as JSON-able values.
 
     Returns:
-        ``system`` and ``machine`` (kind of processor), ``cpu`` (its model), ``instruction_sets`` (list of
-        str; empty where the system does not say), ``cpu_count`` (logical CPUs this process may use),
+        ``system`` and ``machine`` (type of CPU), ``cpu`` (its model), ``instruction_sets`` (list of
+        str; empty if the system does not report them), ``cpu_count`` (logical CPUs this process may use),
         ``torch_threads``; the versions ``python``, ``torch``, ``numpy`` and ``tgdp_fast``; ``commit`` (of the
         checkout the package runs from, with ``-dirty`` appended if tracked files differ from it; None outside
         a git checkout); ``cuda`` (None, or a dict with ``version``, ``device``, ``capability``,
         ``memory_gib`` and ``device_count``).
 
-    No paths and no host or user names, so that the result can be published.
+    The result contains no paths, host names or user names, so it can be published.
     """
     cpu, instruction_sets = _processor()
     return {
@@ -52,7 +52,7 @@ def environment() -> dict[str, Any]:
 
 
 def describe(facts: dict[str, dict[str, Any]]) -> str:
-    """What ``tgdp-fast info`` prints: one line that sums it up, then every fact.
+    """Text of ``tgdp-fast info``: a summary in one line, then every fact.
 
     Args:
         facts: "environment", of :func:`environment` with ``cpu_kernels``, and "backends", of
@@ -63,7 +63,7 @@ def describe(facts: dict[str, dict[str, Any]]) -> str:
     for name, value in environment.items():
         lines.append(f"{name:18s} {_shown(name, value)}")
     for operator, states in backends.items():
-        lines += ["", operator.rstrip("_")]  # the underscore says that an operator works in place
+        lines += ["", operator.rstrip("_")]  # the underscore marks an in-place operator
         lines += [f"  {backend:10s} {state}" for backend, state in states.items()]
     return "\n".join(lines)
 
@@ -89,13 +89,13 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux; fewer than the machine has in a container or under taskset
+    if hasattr(os, "sched_getaffinity"):  # Linux; in a container or under taskset, fewer than the machine has
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _processor() -> tuple[str, list[str]]:
-    """Return the processor's model and its instruction sets."""
+    """Return the model and the instruction sets of the CPU."""
     try:
         model, instruction_sets = _parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
     except OSError:  # not Linux
@@ -104,7 +104,7 @@ def _processor() -> tuple[str, list[str]]:
 
 
 def _parse_cpuinfo(text: str) -> tuple[str, list[str]]:
-    """Return model and instruction sets of the first processor in the text of ``/proc/cpuinfo``."""
+    """Return model and instruction sets of the first CPU in the text of ``/proc/cpuinfo``."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         name, separator, value = line.partition(":")
@@ -117,19 +117,19 @@ def _parse_cpuinfo(text: str) -> tuple[str, list[str]]:
 def _commit(root: Path) -> str | None:
     """Return the commit checked out in ``root``, or None if that is not the top folder of a git checkout.
 
-    A copy without its history is told by the environment variable TGDP_COMMIT.
+    For a copy without history, the environment variable TGDP_COMMIT gives the commit.
     """
     if os.environ.get("TGDP_COMMIT"):
         return os.environ["TGDP_COMMIT"]
     top = _git(root, "rev-parse", "--show-toplevel")
-    # A package installed below somebody else's checkout (say in its .venv) must not report their commit.
+    # A package installed inside another project's checkout (e.g. in its .venv) must not report that commit.
     if top is None or Path(top).resolve() != root.resolve():
         return None
     return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    # Not the variables of a git hook, which name another repository; and do not refresh the checkout's index.
+    # Ignore the variables of a git hook, which name another repository, and do not refresh the index of the checkout.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     variables["GIT_OPTIONAL_LOCKS"] = "0"
     try:

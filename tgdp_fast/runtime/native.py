@@ -1,4 +1,4 @@
-"""The compiled extensions: loaded once, when the operators are imported, or a reason why one is not there."""
+"""The compiled extensions: loaded once, when the operators are imported, or the reason why one is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-#: What a user runs to build it, in the environment whose torch is to be used.
+#: Command that builds it, in the environment whose torch is used.
 BUILD_COMMAND = "pip install --no-build-isolation --no-deps --force-reinstall"
 
 
@@ -19,7 +19,7 @@ _ADVICE = f"run `{BUILD_COMMAND} {'-e .' if (_FOLDER.parent / 'setup.py').is_fil
 
 
 def _load(kind: str) -> str | None:
-    """Load the extension of a kind that could be built here, or say what to do."""
+    """Load the extension of this kind if it was built here; otherwise return what to do."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     found = [path for suffix in suffixes if (path := _FOLDER / f"_{kind.lower()}{suffix}").is_file()]
     if not found:
@@ -49,7 +49,7 @@ def _load_cuda() -> str | None:
     return _load("CUDA")
 
 
-#: None where the CPU extension is loaded, else why not and what to do.
+#: None if the CPU extension is loaded, else why not and what to do.
 CPU_MISSING = _load("CPU")
 
 #: The same for the CUDA extension, whether or not a GPU is visible.

@@ -1,4 +1,4 @@
-"""Progress where no bar can be shown."""
+"""Progress if no bar can be shown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import sys
 
 
 def announce(text: str, progress: bool) -> None:
-    """Print a line for a stage that begins, where standard error is no terminal and so has no progress bar."""
+    """Print a line when a stage begins, if standard error is not a terminal and therefore has no progress bar."""
     if progress and not sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)

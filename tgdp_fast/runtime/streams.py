@@ -15,10 +15,10 @@ Second = TypeVar("Second")
 def side_by_side(
     device: torch.device, first: Callable[[], First], second: Callable[[], Second]
 ) -> tuple[First, Second]:
-    """(first(), second()); on a GPU the second on a stream of its own, where it fills what the first leaves idle.
+    """Return (first(), second()); on a GPU the second runs on its own stream and fills capacity the first leaves idle.
 
-    Neither may write what the other reads. The current stream waits for both, and the other stream for all that the
-    current one has been given before: memory that either frees is not used again too early.
+    Neither may write what the other reads. The current stream waits for both. The other stream waits for all earlier
+    work of the current one, so memory that either frees is not reused too early.
     """
     if device.type != "cuda":
         return first(), second()

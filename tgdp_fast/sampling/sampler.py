@@ -1,11 +1,16 @@
-"""Sampling: one loop over a solver table, in chunks, with noise that depends on seed and sample index alone."""
+"""Sampling: models and settings held by one object that draws sample sets, in memory or into a file.
+
+Noise depends on seed and sample index alone, so batches, blocks and processes may share a sample set as they like.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,26 +20,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tgdp_fast.diffusion.denoiser import evaluation_mode
-from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
+from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser, check_models, scale_at
 from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
-from tgdp_fast.ops import SolverStep, guided_step
-from tgdp_fast.ops.guided_step import GuidedStepOutput
-from tgdp_fast.ops.measured import capturing
 from tgdp_fast.ops.noise import normal
 from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime.arrays import check_labels
 from tgdp_fast.runtime.checkpoint import signature_of
-from tgdp_fast.runtime.checks import check_choice, check_device, check_integer, check_seed
+from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
+from tgdp_fast.runtime.precision import PRECISIONS, autocast
 from tgdp_fast.runtime.progress import announce
-from tgdp_fast.sampling.fused import FusedRun
-from tgdp_fast.sampling.graph import Replayed
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: fp32 in three bf16 products where whole runs are fused and the processor has the units, else fp32 itself.
-SPLIT = "bf16x3"
-
+from tgdp_fast.sampling.blocks import BlockFile
+from tgdp_fast.sampling.config import SPLIT, SamplingConfig
+from tgdp_fast.sampling.full_trajectory import FullTrajectory
+from tgdp_fast.sampling.loop import GraphCache, Loop, state_of
 
 #: callback(step, t, x, x0): solver step, its time, the state after it, the predicted clean sample.
 Callback = Callable[[int, float, Tensor, Tensor], None]
@@ -65,359 +65,363 @@ def sample(
     num: int,
     shape: tuple[int, ...] | None = None,
     labels: Any = None,
-    solver: str | SolverTable = "dpmpp_2m",
-    steps: int = 25,
-    spacing: str = "logsnr",
-    eta: float | None = None,
-    scale: float | Callable[[float], float] = 1.0,
-    interval: tuple[float, float] | None = None,
-    clamp: tuple[float, float] | None = None,
-    gradient_norm_limit: float | None = None,
     prior: Prior | None = None,
     seed: int = 0,
     first_index: int = 0,
     batch_size: int | None = None,
-    precision: str = "fp32",
-    backend: str = "auto",
     device: str | torch.device | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    **settings: Any,
 ) -> Tensor:
-    """Draw samples of the target domain (TGDP section 3.1, Theorem 3.1).
+    """Draw samples of the target domain in one call (TGDP section 3.1, Theorem 3.1).
 
-    Sample ``i`` depends on ``seed`` and ``first_index + i`` alone: not on ``batch_size``, nor on which process drew it
-    (up to rounding of the network's products).
+    To draw more than once, make a :class:`Sampler`: it keeps what does not change from draw to draw.
 
     Args:
-        denoiser: a :class:`Denoiser`, anything with ``schedule`` and ``epsilon(x, t, labels)``, or a
-            :class:`GuidedDenoiser` (then the guidance arguments below must be left at their defaults).
-        guidance: a :class:`GuidanceNetwork` or anything with ``log_ratio_and_grad``; None samples the source.
-        num: number of samples.
-        shape: shape of one sample; may be left out when the denoiser states its ``event_shape``.
-        labels: one class index for all, indices [num], or soft / multi-hot rows [num, K]. Required by conditional
-            models, refused where no model takes any.
-        solver: a name in ``SOLVERS``, or a ready :class:`SolverTable` of the denoiser's schedule (then steps, spacing
-            and eta are its own).
-        steps: solver steps; two-evaluation solvers run the network up to twice a step (``table.nfe``).
-        spacing: "logsnr", "uniform" or "karras".
-        eta: stochasticity of ddim and euler_ancestral.
-        scale, interval, clamp, gradient_norm_limit: see :class:`GuidedDenoiser`.
-        prior: law of the first state, a :class:`GaussianPrior` or :class:`EmpiricalPrior`; None for N(0, I), which is
-            right where the schedule ends with next to no signal.
-        seed: 0 <= seed < 2**64.
-        first_index: index of the first sample; shards draw disjoint ranges of one sample set.
-        batch_size: samples in flight; bounds memory, which does not grow with steps.
-        precision: of the networks, "fp32", "bf16" or "fp16" (autocast); the state is fp32 always. "bf16x3" may take
-            fp32 products as three in bf16, with about 16 bits: faster than fp32 only on processors whose bf16 units
-            are more than three times as fast.
-        backend: of the operators, "auto", "reference", ...
-        device: where the parameters of the models are; found by itself where a model is an ``nn.Module``.
-        callback: called after each solver step of each batch.
-        progress: show a progress bar over network evaluations.
+        denoiser, guidance, shape, device: as in :class:`Sampler`.
+        num, labels, prior, seed, first_index, batch_size, callback, progress: as in :meth:`Sampler.draw`.
+        settings: the fields of :class:`SamplingConfig`: solver, steps, spacing, eta, scale, interval, clamp,
+            gradient_norm_limit, precision, backend.
 
     Returns:
-        float32 [num, *shape] on ``device``.
+        [num, *shape] float32, on the device.
 
     Raises:
-        ValueError: a bad argument, or models that do not fit each other (schedule, shape, device), before any work.
-        SamplingDivergedError: the state is not finite.
+        ValueError: a bad argument; models that do not fit each other. No network has been run then.
+        TypeError: a setting that :class:`SamplingConfig` does not have.
+        SamplingDivergedError: the state is not finite. Where the full trajectory is one operator and on an accelerator
+            this is noticed at the end of a batch, elsewhere at once.
     """
-    plan = _prepare(
-        denoiser,
-        guidance,
-        num=num,
-        shape=shape,
+    sampler = Sampler(denoiser, guidance, SamplingConfig(**settings), shape=shape, device=device)
+    return sampler.draw(
+        num,
         labels=labels,
-        solver=solver,
-        steps=steps,
-        spacing=spacing,
-        eta=eta,
-        scale=scale,
-        interval=interval,
-        clamp=clamp,
-        gradient_norm_limit=gradient_norm_limit,
         prior=prior,
         seed=seed,
         first_index=first_index,
         batch_size=batch_size,
-        precision=precision,
-        backend=backend,
-        device=device,
         callback=callback,
+        progress=progress,
     )
-    announce(f"sampling: {num} samples", progress)
-    return _draw(plan, 0, plan.num, progress)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Checked arguments of one run."""
+class _Request:
+    """Checked arguments of one draw."""
 
-    guided: GuidedDenoiser
-    table: SolverTable
-    scales: list[float]  # at the table's times, 0 outside the interval
     num: int
-    shape: tuple[int, ...]
     labels: Tensor | None  # one row per sample, on the device
     prior: Prior | None  # on the device
     seed: int
     first_index: int
     batch_size: int
-    precision: str
-    backend: str
     device: torch.device
     callback: Callback | None
 
-    def identity(self) -> dict[str, Any]:
+
+class Sampler:
+    """Models, settings and what follows from them, for any number of draws.
+
+    It holds the solver's table, the guidance weight of each evaluation and, on a GPU, the CUDA graphs of its loop by
+    batch shape, so that a draw of a shape that was drawn before is one replay per batch. Weights that change in place
+    are followed; parameters that were replaced or moved are noticed at the next draw. A stochastic solver's graph
+    belongs to one seed. Graphs keep torch's other settings, such as TF32, as they were when captured. Not for two
+    threads at once.
+
+    Args:
+        denoiser: a :class:`Denoiser`, anything with ``schedule`` and ``epsilon(x, t, labels)``, or a
+            :class:`GuidedDenoiser` (then guidance, scale, interval, clamp and gradient_norm_limit must be left at their
+            defaults).
+        guidance: a :class:`GuidanceNetwork` or anything with ``log_ratio_and_grad``; None samples the source.
+        config: the settings; default ``SamplingConfig()``.
+        shape: shape of one sample; may be left out when the denoiser states its ``event_shape``.
+        device: where to sample; None for where the models' parameters are.
+
+    Attributes:
+        denoiser, guidance, config, shape: as given, or as the :class:`GuidedDenoiser` has them.
+        table: the :class:`SolverTable`, K evaluations.
+        weights: [K] floats, scale * sigma at each evaluation; 0 outside the interval and without guidance.
+
+    Raises:
+        ValueError: a bad argument; models that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        denoiser: EpsilonModel | GuidedDenoiser,
+        guidance: Guidance | None = None,
+        config: SamplingConfig | None = None,
+        *,
+        shape: tuple[int, ...] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.denoiser, self.guidance, self.config = _parts(denoiser, guidance, config)
+        config = self.config
+        requested_backend(config.backend)  # The environment may name another.
+        self._models = {"denoiser": self.denoiser} | ({} if self.guidance is None else {"guidance": self.guidance})
+        _check_schedules(self._models)
+        self.table = _table(config, self.denoiser.schedule)
+        self.shape = _event_shape(shape, self._models)
+        self._requested_device = None if device is None else check_device(device)
+        _device(self._requested_device, self._models)
+        self._scales = [0.0] * self.table.nfe if self.guidance is None else _scales(config, self.table)
+        self.weights = [scale * sigma for scale, sigma in zip(self._scales, self.table.sigma.tolist(), strict=True)]
+        limits = config.clamp, config.gradient_norm_limit
+        self._loop = Loop(self.denoiser, self.guidance, self.table, self.weights, *limits)
+        self._graphs = GraphCache("the sampling loop", (self.denoiser, self.guidance))
+
+    def draw(
+        self,
+        num: int,
+        *,
+        labels: Any = None,
+        prior: Prior | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw samples of the target domain.
+
+        Sample ``i`` depends on ``seed`` and ``first_index + i`` alone: not on ``batch_size``, nor on which process drew
+        it (up to rounding of the networks' matmuls).
+
+        Args:
+            num: number of samples.
+            labels: one class index for all, indices [num], or soft / multi-hot rows [num, K]. Required by conditional
+                models, refused where no model takes any.
+            prior: distribution of the first state, a :class:`GaussianPrior` or :class:`EmpiricalPrior`; None for
+                N(0, I), which is right where the schedule ends with next to no signal.
+            seed: 0 <= seed < 2**64.
+            first_index: index of the first sample; shards draw disjoint ranges of one sample set.
+            batch_size: samples in flight; bounds memory, which does not grow with steps. Default: 2**21 values' worth,
+                at most 8,192.
+            callback: ``callback(step, t, x, x0)`` after each solver step of each batch. With it, evaluations run one by
+                one.
+            progress: show a bar, on a terminal only.
+
+        Returns:
+            [num, *shape] float32, on the device.
+
+        Raises:
+            ValueError: a bad argument. No network has been run then.
+            SamplingDivergedError: as :func:`sample`.
+        """
+        request = self._request(num, labels, prior, seed, first_index, batch_size, callback)
+        announce(f"sampling: {num} samples", progress)
+        return self._run(request, 0, request.num, progress)
+
+    def draw_to_file(
+        self,
+        path: str | os.PathLike[str],
+        num: int,
+        *,
+        finish: Callable[[np.ndarray], np.ndarray] | None = None,
+        signature: str | None = None,
+        block_size: int | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> np.ndarray:
+        """:meth:`draw`, writing ``path`` (.npy) atomically and resuming after a kill at any moment.
+
+        Finished blocks lie in the folder ``<path>.partial`` until the file is complete. A later call takes them up if
+        it asks for the same samples of the same models, whatever its batch_size, block_size, backend and device;
+        otherwise it discards them, once it has a block of its own.
+
+        Args:
+            path: the .npy file, in an existing folder; float32 [num, *shape].
+            num: number of samples.
+            finish: applied to the whole array before it is written (e.g. undoing a standardization).
+            signature: text that identifies the models, such as a hash; needed only where one is no ``nn.Module``. The
+                default is a hash of their weights and buffers, ``to_config()`` and ``repr``.
+            block_size: samples per saved block, and the most that a kill can cost (default: 2**21 values' worth, 8 MB,
+                but at most 8,192 samples; or one batch, if that is more). No batch is larger.
+            progress: show progress.
+            options: labels, prior, seed, first_index, batch_size and callback, as in :meth:`draw`.
+
+        Returns:
+            The array written.
+
+        Raises:
+            ValueError: as :meth:`draw`; a bad path or block_size; no signature for models that need one. Nothing has
+                been written or removed then.
+            SamplingDivergedError: the state is not finite.
+        """
+        request = self._request(num, **options)
+        if block_size is None:
+            block_size = max(request.batch_size, _default_batch_size(self.shape))
+        block_size = check_integer("block_size", block_size, 1)
+        file = BlockFile(path)
+        if signature is None:
+            signature = _signature(self._models)
+        elif not isinstance(signature, str) or not signature:
+            raise ValueError(f"signature must be a text that identifies the models, or None, got {signature!r}")
+        identity = json.dumps({"signature": signature, **self._identity(request)}, sort_keys=True)
+        announce(f"sampling: {num} samples", progress)
+
+        def block(start: int, stop: int) -> np.ndarray:
+            values: np.ndarray = self._run(request, start, stop, progress).cpu().numpy()
+            return values
+
+        shape = (request.num, *self.shape)
+        return file.write(shape, identity, block_size, block, finish=finish, progress=progress)
+
+    def _request(
+        self,
+        num: int,
+        labels: Any = None,
+        prior: Prior | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> _Request:
+        """Check the arguments of a draw without running a network."""
+        num = check_integer("num", num, 0)
+        first_index = check_integer("first_index", first_index, 0)
+        if first_index + num > 2**63:
+            raise ValueError(f"first_index + num must be at most 2^63, got {first_index} + {num}")
+        seed = check_seed(seed)
+        if batch_size is None:
+            batch_size = _default_batch_size(self.shape)
+        device = _device(self._requested_device, self._models)
+        rows = _labels(labels, num, self._models)
+        _check_prior(prior, self.shape)
+        return _Request(
+            num,
+            None if rows is None else rows.to(device),
+            None if prior is None else prior.to(device),
+            seed,
+            first_index,
+            check_integer("batch_size", batch_size, 1),
+            device,
+            callback,
+        )
+
+    def _identity(self, request: _Request) -> dict[str, Any]:
         """All that decides the samples besides the models, JSON-able; the interval shows in the scales."""
         return {
-            "guided": self.guided.guidance is not None,
-            "scales": self.scales,
-            "clamp": self.guided.clamp,
-            "gradient_norm_limit": self.guided.gradient_norm_limit,
+            "guided": self.guidance is not None,
+            "scales": self._scales,
+            "clamp": self.config.clamp,
+            "gradient_norm_limit": self.config.gradient_norm_limit,
             "table": self.table.signature(),
-            "num": self.num,
+            "num": request.num,
             "shape": self.shape,
-            "labels": signature_of(self.labels),
-            "prior": None if self.prior is None else signature_of(*self.prior.to_tensors().values()),
-            "seed": self.seed,
-            "first_index": self.first_index,
-            "precision": self.precision,
+            "labels": signature_of(request.labels),
+            "prior": None if request.prior is None else signature_of(*request.prior.to_tensors().values()),
+            "seed": request.seed,
+            "first_index": request.first_index,
+            "precision": self.config.precision,
         }
 
+    def _run(self, request: _Request, start: int, stop: int, progress: bool) -> Tensor:
+        """Samples ``start`` to ``stop`` of a draw: float32 [stop - start, *shape]."""
+        device, config, table = request.device, self.config, self.table
+        with torch.inference_mode(False):  # An ordinary tensor also where the caller is in inference mode.
+            result = torch.empty((stop - start, *self.shape), dtype=torch.float32, device=device)
+        batches = range(start, stop, request.batch_size)
+        hidden = None if progress else True  # None: shown on a terminal only
+        bar = tqdm(total=len(batches) * table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
+        with torch.inference_mode(), evaluation_mode(self.denoiser, self.guidance), _backend(config.backend), bar:
+            full = None
+            if request.callback is None:
+                dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == SPLIT
+                full = FullTrajectory.of(self._loop, dtype, config.backend, bf16x3=bf16x3, samples=request.num)
+            captured = _can_capture(device) and request.callback is None and full is None
+            state = self._state(request) if captured else None
+            loop, after = partial(self._loop, seed=request.seed), self._after(request, bar)
+            for first in batches:
+                last = min(first + request.batch_size, stop)
+                x, indices, labels = self._initial_state(request, first, last)
+                if full is not None:
+                    x, diverged = full.run(x, labels, request.seed, indices)
+                    bar.update(table.nfe)
+                else:
+                    with autocast(config.precision, device.type):
+                        if captured:
+                            x, finite = self._graphs.run(loop, x, indices, labels, state=state)
+                            bar.update(table.nfe)
+                        else:
+                            x, finite = loop(x, indices, labels, after=after)
+                    diverged = -1 if finite.all() else int((~finite).int().argmax())
+                if diverged >= 0:
+                    raise SamplingDivergedError(diverged, float(table.times[diverged]), table)
+                result[first - start : last - start] = x
+        return result
 
-def _prepare(
-    denoiser: EpsilonModel | GuidedDenoiser,
-    guidance: Guidance | None,
-    *,
-    num: int,
-    shape: tuple[int, ...] | None,
-    labels: Any,
-    solver: str | SolverTable,
-    steps: int,
-    spacing: str,
-    eta: float | None,
-    scale: float | Callable[[float], float],
-    interval: tuple[float, float] | None,
-    clamp: tuple[float, float] | None,
-    gradient_norm_limit: float | None,
-    prior: Prior | None,
-    seed: int,
-    first_index: int,
-    batch_size: int | None,
-    precision: str,
-    backend: str,
-    device: str | torch.device | None,
-    callback: Callback | None,
-) -> _Plan:
-    """Check every argument of :func:`sample` without running a network."""
-    num = check_integer("num", num, 0)
-    first_index = check_integer("first_index", first_index, 0)
-    if first_index + num > 2**63:
-        raise ValueError(f"first_index + num must be at most 2^63, got {first_index} + {num}")
-    seed = check_seed(seed)
-    check_choice("precision", precision, (*PRECISIONS, SPLIT))
-    requested_backend(backend)
-    guided = _guided(denoiser, guidance, scale, interval, clamp, gradient_norm_limit)
-    models = {"denoiser": guided.denoiser} | ({} if guided.guidance is None else {"guidance": guided.guidance})
-    _check_schedules(models)
-    table = solver
-    if not isinstance(table, SolverTable):
-        table = solver_table(table, guided.schedule, steps, spacing=spacing, eta=eta)
-    elif not _is_table_of(guided.schedule, table):
-        raise ValueError(
-            f"solver is a table of another noise schedule than the denoiser's {guided.schedule!r}; build it with "
-            "solver_table(name, denoiser.schedule, steps)"
-        )
-    shape = _event_shape(shape, models)
-    if batch_size is None:
-        batch_size = _default_batch_size(shape)
-    device = _device(device, models)
-    all_labels = _labels(labels, num, models)
-    _check_prior(prior, shape)
-    return _Plan(
-        guided=guided,
-        table=table,
-        scales=_scales(guided, table),
-        num=num,
-        shape=shape,
-        labels=None if all_labels is None else all_labels.to(device),
-        prior=None if prior is None else prior.to(device),
-        seed=seed,
-        first_index=first_index,
-        batch_size=check_integer("batch_size", batch_size, 1),
-        precision=precision,
-        backend=backend,
-        device=device,
-        callback=callback,
-    )
+    def _initial_state(self, request: _Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x_T [B, *shape], sample indices [B] and labels of one batch."""
+        device, table = request.device, self.table
+        indices = torch.arange(request.first_index + start, request.first_index + stop, device=device)
+        if request.prior is None:
+            x = normal(request.seed, indices, math.prod(self.shape), 0, device=device)
+            x = x.reshape(len(indices), *self.shape)
+        else:
+            x = request.prior.start(request.seed, indices, float(table.alpha[0]), float(table.sigma[0]))
+        return x, indices, None if request.labels is None else request.labels[start:stop]
 
-
-def _default_batch_size(shape: tuple[int, ...]) -> int:
-    return max(1, min(8192, 2**21 // math.prod(shape)))
-
-
-def _draw(plan: _Plan, start: int, stop: int, progress: bool) -> Tensor:
-    """Samples ``start`` to ``stop`` of a run: float32 [stop - start, *shape]."""
-    with torch.inference_mode(False):  # An ordinary tensor also where the caller is in inference mode.
-        result = torch.empty((stop - start, *plan.shape), dtype=torch.float32, device=plan.device)
-    chunks = range(start, stop, plan.batch_size)
-    dtype = PRECISIONS.get(plan.precision)
-    autocast = torch.autocast(plan.device.type, dtype) if dtype is not None else nullcontext()
-    hidden = None if progress else True  # None: shown on a terminal only
-    bar = tqdm(total=len(chunks) * plan.table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
-    networks = (plan.guided.denoiser, plan.guided.guidance)
-    with torch.inference_mode(), evaluation_mode(*networks), _backend(plan.backend), bar:
-        fused = None
-        if plan.callback is None:
-            bf16x3 = plan.precision == SPLIT
-            run = plan.guided, plan.table, plan.scales, dtype, plan.backend
-            fused = FusedRun.of(*run, bf16x3=bf16x3, samples=plan.num)
-        replayed = None
-        if plan.device.type == "cuda" and plan.callback is None and fused is None:
-            replayed = Replayed(partial(_replayed_evaluations, plan), "the sampling loop")
-        for first in chunks:
-            last = min(first + plan.batch_size, stop)
-            if fused is not None:
-                samples = _run_fused(plan, fused, first, last)
-                bar.update(plan.table.nfe)
-            else:
-                with autocast:
-                    samples = _run_table(plan, first, last, bar, replayed)
-            result[first - start : last - start] = samples
-    return result
-
-
-def _initial_state(plan: _Plan, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x_T [B, *shape], sample indices [B] and labels of one chunk."""
-    indices = torch.arange(plan.first_index + start, plan.first_index + stop, device=plan.device)
-    if plan.prior is None:
-        x = normal(plan.seed, indices, math.prod(plan.shape), 0, device=plan.device).reshape(len(indices), *plan.shape)
-    else:
-        x = plan.prior.start(plan.seed, indices, float(plan.table.alpha[0]), float(plan.table.sigma[0]))
-    return x, indices, None if plan.labels is None else plan.labels[start:stop]
-
-
-def _run_fused(plan: _Plan, fused: FusedRun, start: int, stop: int) -> Tensor:
-    """All evaluations of one chunk, in one operator."""
-    x, indices, labels = _initial_state(plan, start, stop)
-    x, diverged = fused.run(x, labels, plan.seed, indices)
-    if diverged >= 0:
-        raise SamplingDivergedError(diverged, float(plan.table.times[diverged]), plan.table)
-    return x
-
-
-def _run_table(plan: _Plan, start: int, stop: int, bar: Any, replayed: Replayed | None) -> Tensor:
-    """All evaluations of one chunk, one by one or, if given, replayed."""
-    x, indices, labels = _initial_state(plan, start, stop)
-    if replayed is not None:
-        x, finite = replayed(x, indices, labels)
-        bar.update(plan.table.nfe)
-    else:
+    def _after(self, request: _Request, bar: Any) -> Callable[[int, Tensor, Tensor, Tensor], None]:
+        """What is done after each evaluation where they run one by one."""
+        table = self.table
 
         def after(k: int, x: Tensor, x0: Tensor, finite: Tensor) -> None:
             # On an accelerator asking would wait for it at every evaluation.
-            if plan.device.type == "cpu" and not finite:
-                raise SamplingDivergedError(k, float(plan.table.times[k]), plan.table)
-            if plan.table.ends_step[k] and plan.callback is not None:
-                step = int(plan.table.ends_step[:k].sum())
-                plan.callback(step, float(plan.table.times[k]), x, x0)
+            if request.device.type == "cpu" and not finite:
+                raise SamplingDivergedError(k, float(table.times[k]), table)
+            if table.ends_step[k] and request.callback is not None:
+                request.callback(int(table.ends_step[:k].sum()), float(table.times[k]), x, x0)
             bar.update()
 
-        x, finite = _evaluations(plan, x, indices, labels, after=after)
-    if not finite.all():
-        first = int((~finite).int().argmax())
-        raise SamplingDivergedError(first, float(plan.table.times[first]), plan.table)
-    return x
+        return after
 
-
-def _replayed_evaluations(plan: _Plan, x: Tensor, indices: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The hot loop with the same kernels in the call that warms up and in its recording."""
-    with capturing():
-        return _evaluations(plan, x, indices, labels, after=None)
-
-
-def _evaluations(
-    plan: _Plan,
-    x: Tensor,
-    indices: Tensor,
-    labels: Tensor | None,
-    *,
-    after: Callable[[int, Tensor, Tensor, Tensor], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """The hot loop: x at its end, and after which evaluations it was finite. It must not wait for an accelerator.
-
-    ``after(k, x, x0, finite)`` is called after each evaluation.
-    """
-    guided, table = plan.guided, plan.table
-    history = x.new_zeros((table.history, *x.shape)) if table.history else None
-    finite = []
-    for k in range(table.nfe):
-        x, history, x0 = advance(guided, table, k, x, history, plan.seed, indices, labels)
-        finite.append(x.isfinite().all())
-        if after is not None:
-            after(k, x, x0, finite[-1])
-    return x, torch.stack(finite)
-
-
-def advance(
-    guided: GuidedDenoiser,
-    table: SolverTable,
-    k: int,
-    x: Tensor,
-    history: Tensor | None,
-    seed: int,
-    sample_index: Tensor,
-    labels: Tensor | None = None,
-) -> GuidedStepOutput:
-    """Evaluation ``k`` of a solver: the networks, then the step. Shapes as in :func:`tgdp_fast.ops.guided_step`."""
-    evaluation = guided.evaluate(x, float(table.times[k]), labels)
-    return guided_step(
-        x,
-        evaluation.epsilon,
-        evaluation.gradient,
-        history,
-        step=SolverStep(
-            table.matrix[k],
-            noise_scale=float(table.noise_scale[k]),
-            guidance_weight=evaluation.weight,
-            alpha=float(table.alpha[k]),
-            sigma=float(table.sigma[k]),
-            clamp=guided.clamp,
-        ),
-        seed=seed,
-        sample_index=sample_index,
-        evaluation=k + 1,
-    )
-
-
-def _guided(
-    denoiser: EpsilonModel | GuidedDenoiser,
-    guidance: Guidance | None,
-    scale: float | Callable[[float], float],
-    interval: tuple[float, float] | None,
-    clamp: tuple[float, float] | None,
-    gradient_norm_limit: float | None,
-) -> GuidedDenoiser:
-    if not isinstance(denoiser, GuidedDenoiser):
-        return GuidedDenoiser(
-            denoiser,
-            guidance,
-            scale=scale,
-            interval=interval,
-            clamp=clamp,
-            gradient_norm_limit=gradient_norm_limit,
+    def _state(self, request: _Request) -> Hashable:
+        """All that a CUDA graph of the loop holds as it was, besides this object."""
+        place = request.device.type
+        return (
+            request.seed if self.table.is_stochastic else None,  # the noise's key is an argument of its launches
+            requested_backend(self.config.backend),
+            (torch.is_autocast_enabled(place), torch.get_autocast_dtype(place)),
+            state_of(self.denoiser),
+            state_of(self.guidance),
         )
-    given = {
-        "guidance": guidance,
-        "interval": interval,
-        "clamp": clamp,
-        "gradient_norm_limit": gradient_norm_limit,
-    }
-    repeated = [name for name, value in given.items() if value is not None] + (["scale"] if scale != 1.0 else [])
+
+
+def _parts(
+    denoiser: EpsilonModel | GuidedDenoiser, guidance: Guidance | None, config: SamplingConfig | None
+) -> tuple[EpsilonModel, Guidance | None, SamplingConfig]:
+    """Denoiser, guidance and settings, those of a :class:`GuidedDenoiser` taken out of it."""
+    default = SamplingConfig()
+    config = default if config is None else config
+    if not isinstance(config, SamplingConfig):
+        raise ValueError(
+            f"config must be a SamplingConfig, got {type(config).__name__}; SamplingConfig.from_dict makes one of a "
+            "dictionary"
+        )
+    if not isinstance(denoiser, GuidedDenoiser):
+        check_models(denoiser, guidance)
+        return denoiser, guidance, config
+    names = ("interval", "clamp", "gradient_norm_limit", "scale")
+    repeated = ["guidance"] * (guidance is not None)
+    repeated += [name for name in names if getattr(config, name) != getattr(default, name)]
     if repeated:
         raise ValueError(f"{', '.join(repeated)}: set on the GuidedDenoiser that was passed, not again in sample()")
-    return denoiser
+    config = replace(config, **{name: getattr(denoiser, name) for name in names})
+    return denoiser.denoiser, denoiser.guidance, config
+
+
+def _table(config: SamplingConfig, schedule: NoiseSchedule) -> SolverTable:
+    table = config.solver
+    if not isinstance(table, SolverTable):
+        return solver_table(table, schedule, config.steps, spacing=config.spacing, eta=config.eta)
+    if not _is_table_of(schedule, table):
+        raise ValueError(
+            f"solver is a table of another noise schedule than the denoiser's {schedule!r}; build it with "
+            "solver_table(name, denoiser.schedule, steps)"
+        )
+    return table
 
 
 def _check_schedules(models: Mapping[str, Any]) -> None:
@@ -437,16 +441,21 @@ def _is_table_of(schedule: NoiseSchedule, table: SolverTable) -> bool:
     return bool(inside.all()) and np.allclose(schedule.alpha(table.times), table.alpha, rtol=1e-6, atol=0.0)
 
 
-def _scales(guided: GuidedDenoiser, table: SolverTable) -> list[float]:
+def _scales(config: SamplingConfig, table: SolverTable) -> list[float]:
+    """Guidance scale at each time of the table, 0 outside the interval."""
     scales = []
     for t in table.times.tolist():
         try:
-            scales.append(guided.scale_at(t))
+            scales.append(scale_at(config.scale, config.interval, t))
         except ValueError as error:
             raise ValueError(
                 f"scale must give a finite number at every time of the solver; at t = {t}: {error}"
             ) from None
     return scales
+
+
+def _default_batch_size(shape: tuple[int, ...]) -> int:
+    return max(1, min(8192, 2**21 // math.prod(shape)))
 
 
 def _event_shape(shape: tuple[int, ...] | None, models: Mapping[str, Any]) -> tuple[int, ...]:
@@ -481,7 +490,7 @@ def _check_prior(prior: Prior | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"prior must be of samples of shape {shape}, got one of {prior.event_shape}")
 
 
-def _device(device: str | torch.device | None, models: Mapping[str, Any]) -> torch.device:
+def _device(device: torch.device | None, models: Mapping[str, Any]) -> torch.device:
     """``device``, or that of the first parameter; the parameters of all models must lie there."""
     places = {
         name: {parameter.device for parameter in model.parameters()}
@@ -491,7 +500,7 @@ def _device(device: str | torch.device | None, models: Mapping[str, Any]) -> tor
     if device is None:
         result = next((place for found in places.values() for place in found), torch.device("cpu"))
     else:
-        result = check_device(device)
+        result = device
     for name, found in places.items():
         for place in found - {result}:
             raise ValueError(
@@ -530,6 +539,23 @@ def _labels(labels: Any, num: int, models: Mapping[str, Any]) -> Tensor | None:
     for count in conditional.values():
         result = torch.from_numpy(check_labels("labels", result, num, count))
     return result
+
+
+def _signature(models: Mapping[str, Any]) -> str:
+    for name, model in models.items():
+        # The text of another object may abbreviate it, or be an address that the next object gets.
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"signature must be given, because the {name} ({type(model).__name__}) is no torch.nn.Module, whose "
+                "weights would identify it; pass any text that changes with the models"
+            )
+    parts = (models["denoiser"], models.get("guidance"))
+    # The repr of a module tells what its weights do not, such as the activations.
+    return signature_of(*parts, *map(repr, parts))
+
+
+def _can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @contextmanager

@@ -16,21 +16,20 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from tgdp_fast.ecg.records import splits as ecg_splits
-from tgdp_fast.ecg.records.entries import ECGEntry, Problem
-from tgdp_fast.ecg.records.folder import ECGFolder, is_short, known_leads
-from tgdp_fast.ecg.records.leads import STORED_LEADS
+from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, Problem
+from tgdp_fast.ecg.records.leads import STORED_LEADS, known_leads
 from tgdp_fast.ecg.records.signals import TooShortError, check_crop, read_entry
+from tgdp_fast.ecg.records.splits import split_by_patient
 from tgdp_fast.ecg.records.statements import STATEMENTS, multi_hot
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime.checks import check_choice, check_integer
@@ -66,7 +65,7 @@ class ECGDataset:
 
     Attributes:
         signals: float32 [N, leads, L] in mV, mapped read-only: rows are read when they are touched.
-        labels: uint8 [N, K], multi-hot.
+        labels: multi-hot [N, K], uint8; of :meth:`rows` float32.
         vocabulary: K statements.
         names: N names of records.
         patients: N identifiers; "record NAME" for records whose patient is not known.
@@ -76,7 +75,7 @@ class ECGDataset:
         problems: records that are not in it, and why.
         rate: samples per second.
         leads: names.
-        kind: of the folder, see :class:`~tgdp_fast.ecg.records.folder.ECGFolder`.
+        kind: of the folder, see :class:`~tgdp_fast.ecg.records.entries.ECGFolder`.
         sha256: of the file of signals.
     """
 
@@ -111,44 +110,30 @@ class ECGDataset:
         """
         return _load(Path(cache_dir), verify)
 
-    def split_by_fold(
-        self, validation: Collection[int] = (9,), test: Collection[int] = (10,)
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows for training, validation and test by ``strat_fold``; training has all folds that the others have not.
-
-        Folds 9 and 10 are those that PTB-XL recommends. Records without a fold are on no side.
-
-        Raises:
-            ValueError: no folds, one on two sides, or a patient on two sides.
-        """
-        rest = {int(fold) for fold in self.folds if fold >= 0} - {*validation, *test}
-        train, valid, tested = ecg_splits.split_by_fold(
-            self.folds, self.patients, rest, validation, test, names=self.names
+    def rows(self, rows: np.ndarray) -> ECGDataset:
+        """The records at ``rows``, in memory, with labels as networks take them."""
+        return replace(
+            self,
+            signals=np.asarray(self.signals[rows], dtype=np.float32),
+            labels=np.asarray(self.labels[rows], dtype=np.float32),
+            names=tuple(self.names[row] for row in rows),
+            patients=tuple(self.patients[row] for row in rows),
+            folds=self.folds[rows],
+            ages=self.ages[rows],
+            sexes=tuple(self.sexes[row] for row in rows),
         )
-        return train, valid, tested
+
+    @property
+    def statements(self) -> list[str]:
+        """Statements that occur, in the order of the vocabulary."""
+        return [self.vocabulary[column] for column in np.flatnonzero(self.labels.any(axis=0))]
 
     def split_by_patient(self, fractions: Sequence[float], seed: int = 0) -> tuple[np.ndarray, ...]:
         """Rows of each side; records of a patient are on one side, and labels are spread by ``fractions``.
 
         See :func:`tgdp_fast.ecg.records.splits.split_by_patient`.
         """
-        return ecg_splits.split_by_patient(self.patients, self.labels, fractions, seed)
-
-    def split(
-        self, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 0
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows for training, validation and test: by folds 1 to 8, 9 and 10 where all records have a fold and there
-        are records in 9 and 10, else by patient.
-
-        Raises:
-            ValueError: not three fractions, or as :meth:`split_by_fold`.
-        """
-        if len(fractions) != 3:
-            raise ValueError(f"fractions must be three (training, validation, test), got {list(fractions)}")
-        if (self.folds >= 0).all() and {9, 10} <= set(self.folds.tolist()):
-            return self.split_by_fold()
-        train, validation, test = self.split_by_patient(fractions, seed)
-        return train, validation, test
+        return split_by_patient(self.patients, self.labels, fractions, seed)
 
     def standardizer(self, rows: np.ndarray | None = None) -> Standardizer:
         """Mean and standard deviation of each lead over ``rows``: those of the training part. None: all rows."""
@@ -220,10 +205,11 @@ def build_ecg_cache(
 def _usable(folder: ECGFolder, seconds: float) -> tuple[list[ECGEntry], list[Problem]]:
     entries, problems = [], list(folder.problems)
     for entry in folder.entries:
-        if is_short(entry, seconds):
-            problems.append(Problem(entry.name, f"it has {entry.seconds:g} s, less than {seconds:g} s", short=True))
-        else:
+        short = entry.too_short(seconds)
+        if short is None:
             entries.append(entry)
+        else:
+            problems.append(short)
     return entries, problems
 
 

@@ -1,21 +1,19 @@
-"""What is known of a record before its signal is read, and what is wrong with others."""
+"""Records of a folder as far as headers and tables tell, before a signal is read."""
 
 from __future__ import annotations
 
-import ast
-import csv
-import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tgdp_fast.ecg.records.leads import find_leads
-from tgdp_fast.ecg.records.statements import check_statements
 from tgdp_fast.ecg.records.wfdb import FileStamp, RecordError, RecordHeader, Root, read_header
 
-#: Forms of files: a WFDB header with its files, or the original ICBEB2018 ``.mat`` with the struct ``ECG``.
-WFDB, MATLAB = "wfdb", "matlab"
+#: Form of files that most data sets have: a WFDB header with its files.
+WFDB = "wfdb"
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,8 @@ class ECGEntry:
 
     Attributes:
         name: unique in its folder.
-        path: the WFDB header, or the ``.mat`` file.
-        form: ``"wfdb"`` or ``"matlab"``.
+        path: the WFDB header, or the file that holds the signals.
+        form: of its files: ``"wfdb"``, ``"matlab"`` (original files of ICBEB2018), or another that a reader registers.
         rate: samples per second.
         length: samples of each lead; None where only reading tells.
         labels: statements, in the vocabulary's order.
@@ -53,6 +51,12 @@ class ECGEntry:
         """Duration; None where only reading tells."""
         return None if self.length is None else self.length / self.rate
 
+    def too_short(self, seconds: float) -> Problem | None:
+        """The problem of a record that is known to hold less than ``seconds``, else None."""
+        if self.length is None or self.length >= seconds * self.rate - 1e-6:
+            return None
+        return Problem(self.name, f"it has {self.seconds:g} s, less than {seconds:g} s", short=True)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -70,38 +74,50 @@ class Problem:
         return f"record {self.record}: {self.reason}"
 
 
-@dataclass
-class Listing:
-    """Entries, problems and notes that a reader of a table collects."""
+@dataclass(frozen=True)
+class ECGFolder:
+    """Records of a folder.
 
+    Attributes:
+        path: the folder.
+        kind: name of the reader that knows its form, such as ``"ptb-xl"``.
+        entries: records that can be used as far as headers and tables tell.
+        problems: records that cannot, and why.
+        notes: what was chosen where there was a choice.
+    """
+
+    path: Path
+    kind: str
     entries: list[ECGEntry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-
-def read_table(path: Path, columns: Sequence[str], root: Root) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file with a header.
-
-    Raises:
-        ValueError: it cannot be read, or a column is missing.
-    """
-    try:
-        root.status(path)
-    except RecordError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from None
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = csv.DictReader(file, restval="")
-        missing = [name for name in columns if name not in (rows.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path} must have the columns {', '.join(columns)}; {', '.join(missing)} is missing among "
-                f"{', '.join((rows.fieldnames or ())[:30])}"
-            )
+    @contextmanager
+    def record(self, name: str) -> Iterator[None]:
+        """A block that reads one record; a :class:`RecordError` in it becomes the record's problem."""
         try:
-            for row in rows:
-                yield {name: value for name, value in row.items() if isinstance(value, str)}
-        except csv.Error as error:
-            raise ValueError(f"{path} is damaged at line {rows.line_num}: {error}") from None
+            yield
+        except RecordError as error:
+            self.problems.append(Problem(name, str(error)))
+
+    def summary(self, seconds: float = 10.0) -> dict[str, Any]:
+        """Counts: records, rates, durations, labels, folds, patients, and those shorter than ``seconds``."""
+        known = [entry.seconds for entry in self.entries if entry.seconds is not None]
+        labels = Counter(label for entry in self.entries for label in entry.labels)
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "records": len(self.entries),
+            "rates": dict(sorted(Counter(f"{entry.rate:g}" for entry in self.entries).items())),
+            "seconds": {"least": min(known), "most": max(known)} if known else None,
+            "unknown_length": len(self.entries) - len(known),
+            "short": sum(entry.too_short(seconds) is not None for entry in self.entries),
+            "labels": dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
+            "unlabelled": sum(not entry.labels for entry in self.entries),
+            "patients": len({entry.patient for entry in self.entries if entry.patient is not None}),
+            "folds": dict(sorted(Counter(entry.fold for entry in self.entries if entry.fold is not None).items())),
+            "notes": self.notes,
+        }
 
 
 def wfdb_entry(
@@ -120,76 +136,15 @@ def wfdb_entry(
         raise RecordError(f"it has {len(header.signals)} leads: {error}") from None
     for place in places:
         _ = header.signals[place].millivolts
-    if rate is not None and header.rate < rate:
-        raise RecordError(f"it is at {header.rate:g} Hz, fewer than the {rate:g} Hz that are asked for")
+    check_rate(header.rate, rate)
     return ECGEntry(name, path, WFDB, header.rate, header.length, files=tuple(files)), header
 
 
-@lru_cache(maxsize=8192)  # most records share theirs with others
-def scp_labels(text: str, minimum_likelihood: float | None) -> tuple[str, ...]:
-    """Statements of a column ``scp_codes``: a dict literal from statement to likelihood in percent, 0 for unknown.
-
-    Args:
-        text: the literal.
-        minimum_likelihood: leave out statements whose likelihood is known and lower; None keeps all.
+def check_rate(found: float, wanted: float | None) -> None:
+    """Refuse a record with fewer samples per second than are asked for.
 
     Raises:
-        RecordError: no such literal, or an unknown statement.
+        RecordError: it has fewer.
     """
-    try:
-        codes = ast.literal_eval(text)
-        if not isinstance(codes, dict):
-            raise ValueError
-        likelihoods = {str(name): float(value) for name, value in codes.items()}
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise RecordError(f"scp_codes must be like {{'NORM': 100.0}}, got {text[:60]!r}") from None
-    if minimum_likelihood is not None:
-        likelihoods = {name: value for name, value in likelihoods.items() if value == 0 or value >= minimum_likelihood}
-    return statements(likelihoods)
-
-
-def statements(names: Sequence[str] | dict[str, float]) -> tuple[str, ...]:
-    """Known statements in order.
-
-    Raises:
-        RecordError: one is unknown.
-    """
-    try:
-        return check_statements(names)
-    except ValueError as error:
-        raise RecordError(str(error)) from None
-
-
-def number(text: str | None) -> float | None:
-    """The number in a cell, or None."""
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def years(text: str | None) -> float | None:
-    """An age; 90 for all from 90 on (PTB-XL writes 300 for them)."""
-    value = number(text)
-    return None if value is None or value < 0 else min(value, 90.0)
-
-
-def identifier(text: str | None) -> str | None:
-    """A patient's or record's identifier; integers that a table holds as "15709.0" lose the fraction."""
-    value = number(text)
-    return str(int(value)) if value is not None and value == int(value) else (text or "").strip() or None
-
-
-def fold(text: str | None) -> int | None:
-    """A fold's number; None where the cell is empty.
-
-    Raises:
-        RecordError: no integer.
-    """
-    if not (text or "").strip():
-        return None
-    value = number(text)
-    if value is None or value != int(value):
-        raise RecordError(f"strat_fold must be an integer, got {text!r}")
-    return int(value)
+    if wanted is not None and found < wanted:
+        raise RecordError(f"it is at {found:g} Hz, fewer than the {wanted:g} Hz that are asked for")

@@ -7,9 +7,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from tgdp_fast.ecg.records.entries import Problem
-from tgdp_fast.ecg.records.folder import ECGFolder, is_short
-from tgdp_fast.ecg.records.signals import TooShortError, check_crop, fit, read_whole
+from tgdp_fast.ecg.records.entries import ECGFolder, Problem
+from tgdp_fast.ecg.records.registry import read_signals_of
+from tgdp_fast.ecg.records.signals import TooShortError, check_crop, fit
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 
 
@@ -19,13 +19,13 @@ def inspect_ecg_folder(
     """Counts of records, rates, durations, labels, folds and patients, and all problems.
 
     Args:
-        folder: see :func:`~tgdp_fast.ecg.records.folder.open_ecg_folder`.
+        folder: see :func:`tgdp_fast.ecg.records.folder.open_ecg_folder`.
         seconds: kept of each record; shorter ones are listed.
         read: look at every signal too: truncated files, checksums, NaN, flat leads, lengths that only reading tells.
         progress: show progress of reading.
 
     Returns:
-        entries of :meth:`ECGFolder.summary <tgdp_fast.ecg.records.folder.ECGFolder.summary>`, and ``usable``,
+        entries of :meth:`tgdp_fast.ecg.records.entries.ECGFolder.summary`, and ``usable``,
         ``problems`` (``record``, ``reason``, ``short``) and ``read``.
     """
     problems, entries = list(folder.problems), list(folder.entries)
@@ -36,11 +36,12 @@ def inspect_ecg_folder(
         tqdm(folder.entries, desc="reading records", unit="record", disable=hidden, leave=False)
     ):
         check_crop(entry.rate, seconds)
+        if short := entry.too_short(seconds):
+            problems.append(short)
+            continue
         try:
-            if is_short(entry, seconds):
-                raise TooShortError(f"it has {entry.seconds:g} s, less than {seconds:g} s")
             if read:
-                signals, names, rate = read_whole(entry, root)
+                signals, names, rate = read_signals_of(entry.form, entry.path, root)
                 entries[index] = replace(entry, length=signals.shape[1])
                 fit(signals, names, rate, rate=rate, seconds=seconds, leads=())
             usable += 1

@@ -39,6 +39,18 @@ def lead_name(name: str) -> str | None:
     return _BY_NAME.get(text)
 
 
+def known_leads(leads: Sequence[str]) -> tuple[str, ...]:
+    """Names of leads, in their usual spelling.
+
+    Raises:
+        ValueError: none given, one twice, or one that is not of the twelve.
+    """
+    names = [lead_name(lead) for lead in leads]
+    if None in names or not names or len(set(names)) < len(names):
+        raise ValueError(f"leads must be different ones of I, II, III, aVR, aVL, aVF, V1 to V6, got {list(leads)}")
+    return tuple(name for name in names if name is not None)
+
+
 def find_leads(names: Sequence[str], wanted: Iterable[str]) -> list[int]:
     """Places of the leads ``wanted`` in ``names``; leads that are not of the twelve are found by their name in any
     case.

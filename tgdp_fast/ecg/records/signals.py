@@ -8,10 +8,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from tgdp_fast.ecg.records.entries import WFDB, ECGEntry
-from tgdp_fast.ecg.records.icbeb import RATE, read_original
-from tgdp_fast.ecg.records.leads import TWELVE_LEADS, find_leads
-from tgdp_fast.ecg.records.wfdb import RecordError, Root, read_signals
+from tgdp_fast.ecg.records.entries import ECGEntry, check_rate
+from tgdp_fast.ecg.records.leads import find_leads
+from tgdp_fast.ecg.records.registry import read_signals_of
+from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime.checks import check_number
 
 _LARGEST_FACTOR = 1000  # of a ratio of rates: beyond, the filter would be longer than records
@@ -42,28 +42,15 @@ def read_entry(entry: ECGEntry, root: Root, *, rate: float, seconds: float, lead
         RecordError: it is broken; the message says in which way.
         ImportError: SciPy is missing and the record is to be resampled, or is a MATLAB file.
     """
-    signals, names, found = read_whole(entry, root)
+    signals, names, found = read_signals_of(entry.form, entry.path, root)
     return fit(signals, names, found, rate=rate, seconds=seconds, leads=leads)
-
-
-def read_whole(entry: ECGEntry, root: Root) -> tuple[np.ndarray, list[str], float]:
-    """A record as it is stored: float32 [leads, samples] in mV, names of the leads, samples per second.
-
-    Raises:
-        RecordError: it is broken.
-    """
-    if entry.form == WFDB:
-        signals, header = read_signals(entry.path, root)
-        return signals, header.leads, header.rate
-    return read_original(entry.path, root), list(TWELVE_LEADS), RATE
 
 
 def fit(
     signals: np.ndarray, names: Sequence[str], found: float, *, rate: float, seconds: float, leads: Sequence[str]
 ) -> np.ndarray:
     """What is kept of signals [leads, samples] at ``found`` samples per second; see :func:`read_entry`."""
-    if found < rate:
-        raise RecordError(f"it is at {found:g} Hz, fewer than the {rate:g} Hz that are asked for")
+    check_rate(found, rate)
     needed = round(seconds * found)
     if signals.shape[1] < needed:
         raise TooShortError(f"it has {signals.shape[1] / found:g} s, less than {seconds:g} s")

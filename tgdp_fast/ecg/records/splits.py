@@ -2,47 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from tgdp_fast.runtime.checks import check_seed
-
-
-def split_by_fold(
-    folds: np.ndarray, patients: Sequence[str], *sides: Collection[int], names: Sequence[str] | None = None
-) -> tuple[np.ndarray, ...]:
-    """Rows of the records whose fold is in each of the ``sides``.
-
-    Args:
-        folds: int [N], -1 where not known; such records are on no side.
-        patients: N identifiers.
-        sides: folds of each side.
-        names: of the records, for messages.
-
-    Returns:
-        int64 rows of each side, ascending.
-
-    Raises:
-        ValueError: a fold on two sides, no record has a fold, or a patient is on two sides.
-    """
-    taken = [fold for side in sides for fold in side]
-    if len(set(taken)) < len(taken):
-        raise ValueError(f"each fold must be on one side, got {[sorted(side) for side in sides]}")
-    if not (np.asarray(folds) >= 0).any():
-        raise ValueError("no record has a fold; split by patient")
-    found = tuple(np.flatnonzero(np.isin(folds, list(side))) for side in sides)
-    place: dict[str, tuple[int, int]] = {}
-    for side, rows in enumerate(found):
-        for row in rows.tolist():
-            other, first = place.setdefault(patients[row], (side, row))
-            if other != side:
-                pair = " and ".join(names[r] if names else str(r) for r in (first, row))
-                raise ValueError(
-                    f"the folds put records of one patient ({patients[row]}: records {pair}) on two sides; split by "
-                    "patient"
-                )
-    return found
 
 
 def split_by_patient(

@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +115,15 @@ class Root:
         """
         return self.path / check_relative(relative)
 
+    @cached_property
+    def record_files(self) -> list[Path]:
+        """WFDB headers and MATLAB files at any depth; linked folders are not entered."""
+        found = []
+        for place, folders, names in os.walk(self.path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            found += [Path(place, name) for name in sorted(names) if name.endswith((".hea", ".mat"))]
+        return found
+
     def relative(self, path: Path) -> str:
         """The path as seen from the folder, with slashes."""
         text, start = str(path), str(self.path) + os.sep
@@ -146,6 +155,15 @@ class Root:
         if not stat.S_ISREG(status.st_mode):
             raise RecordError(f"{name} is not a file")
         return status
+
+    def stamp(self, path: Path) -> FileStamp:
+        """Name, size and time of change of a regular file inside.
+
+        Raises:
+            RecordError: as :meth:`status`.
+        """
+        status = self.status(path)
+        return self.relative(path), status.st_size, status.st_mtime_ns
 
     def _holds(self, real: str) -> bool:
         return real == self._real or real.startswith(self._real.rstrip(os.sep) + os.sep)
@@ -250,7 +268,7 @@ def read_header(path: Path, root: Root | None = None) -> tuple[RecordHeader, lis
         RecordError: a file is missing, lies outside of ``root`` or is truncated, or the format is not supported.
     """
     root = root or Root(path.parent)
-    files = [_seen(root, path)]
+    files = [root.stamp(path)]
     if files[0][1] > _HEADER_BYTES:
         raise RecordError(f"{path.name} is no header: it has {files[0][1]} bytes")
     try:
@@ -263,14 +281,9 @@ def read_header(path: Path, root: Root | None = None) -> tuple[RecordHeader, lis
     names = dict.fromkeys(signal.file for signal in header.signals)
     for name in names:
         check_relative(name)
-        files.append(_seen(root, path.parent / name))
+        files.append(root.stamp(path.parent / name))
         _check_size(header, name, files[-1][1])
     return header, files
-
-
-def _seen(root: Root, path: Path) -> FileStamp:
-    status = root.status(path)
-    return root.relative(path), status.st_size, status.st_mtime_ns
 
 
 def _check_size(header: RecordHeader, name: str, size: int) -> None:

@@ -1,19 +1,20 @@
-"""SSSD-ECG with everything that stays the same in sampling computed once: the same call, a fraction of its cost.
+"""SSSD-ECG for sampling, with all constants computed once: the same call at a fraction of its cost.
 
-What :class:`tgdp_fast.SSSDECG` computes at every call although it depends on the parameters alone, or on the diffusion
-step or the labels but not on the signal, is folded here, in float64, exactly:
+:class:`tgdp_fast.SSSDECG` computes several things at every call that depend only on the parameters, on the diffusion
+step or on the labels, but not on the signal. They are folded here, in float64, exactly:
 
-- the S4 kernels, D at lag 0 included, become spectra;
-- conv3(x + fc_t(step embedding)) = conv3(x) + a bias, from a table with a row per diffusion step. The zero padding sees
-  no embedding: at the first position the bias lacks the part of the left tap, at the last that of the right one;
+- the S4 kernels, including D at lag 0, become spectra;
+- conv3(x + fc_t(step embedding)) = conv3(x) + a bias, from a table with a row per diffusion step. The zero padding
+  excludes the embedding: the bias lacks the part of the left tap at the first position, and that of the right tap at
+  the last;
 - fc_label(label embedding) joins the bias of the first LayerNorm of each block;
-- weight_norm; the residual and skip convolutions as one product, 1 / sqrt 2 in its weights; the scale of the skip sum
-  in the weights of the head.
+- weight_norm is applied; the residual and skip convolutions become one matmul, with 1 / sqrt 2 in its weights; the
+  scale of the skip sum is in the weights of the head.
 
 Signals stay [B, channels, L] throughout, so nothing is permuted between layers; each block is a call of the operator
-:func:`tgdp_fast.ops.residual_block_`. Float32 are the state, the residual stream and the skip sum, the long
-convolution, LayerNorm and the accumulation of products; ``precision`` says to what the weights of a block's products
-are rounded, and their other factors where the processor has products of that precision.
+:func:`tgdp_fast.ops.residual_block_`. The state, the residual stream, the skip sum, the long convolution, LayerNorm and
+the accumulation of matmuls are float32. The weights of a block's matmuls are rounded to ``precision``, and so are their
+other factors if the CPU has matmuls of that precision.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ from tgdp_fast.models.sssd_ecg.layers import ResidualBlock, SSSDECGModules, Weig
 from tgdp_fast.ops import ResidualBlockWeights, S4Weights, prepare_long_convolution, residual_block_
 from tgdp_fast.ops.residual_block import multiplies_bf16, samples_together, without_unread_taps
 from tgdp_fast.runtime.checks import check_choice, check_integer
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from tgdp_fast.runtime.precision import PRECISIONS
 
 
 @runtime_checkable
 class DiscreteSchedule(Protocol):
-    """What is read of a :class:`tgdp_fast.NoiseSchedule`: how many diffusion steps it has."""
+    """The part of a :class:`tgdp_fast.NoiseSchedule` that is read: its number of diffusion steps."""
 
     @property
     def num_train_steps(self) -> int | None: ...
@@ -48,21 +48,21 @@ class DiscreteSchedule(Protocol):
 
 @runtime_checkable
 class Table(Protocol):
-    """What is read of a :class:`tgdp_fast.SolverTable`: the diffusion step of each evaluation, [K]."""
+    """The part of a :class:`tgdp_fast.SolverTable` that is read: the diffusion step of each evaluation, [K]."""
 
     @property
     def times(self) -> np.ndarray: ...
 
 
-#: What ``compile_for_sampling`` takes as diffusion steps.
+#: Types that ``compile_for_sampling`` accepts as diffusion steps.
 Times = DiscreteSchedule | Table | Sequence[float] | np.ndarray | Tensor | None
 
 _AGAIN = "call network.compile_for_sampling(...) again"
-#: Bytes of the state that is kept between blocks on the CPU, where samples share one pass over the weights.
+#: Bytes of the state kept between blocks on the CPU, where samples share one pass over the weights.
 _STATE_BYTES = 16 * 2**20
-#: Samples that pass the network together in PyTorch's kernels on a GPU: enough to fill it, and few launches.
+#: Samples per pass through PyTorch's kernels on a GPU: enough to fill it with few launches.
 _SAMPLES = 64
-#: Diffusion steps outside the table whose biases are kept.
+#: Number of diffusion steps outside the table whose biases are kept.
 _KEPT_TIMES = 64
 
 
@@ -70,7 +70,7 @@ _KEPT_TIMES = 64
 
 
 def _storage(precision: str, channels: int, device: torch.device) -> torch.dtype:
-    """The dtype of the factors of a block's products. On the CPU float32 holds what its kernels do not multiply."""
+    """The dtype of the factors of a block's matmuls; float32 on a CPU whose kernels do not multiply that type."""
     dtype = PRECISIONS[precision]
     if device.type != "cpu":
         return dtype
@@ -81,7 +81,7 @@ def _storage(precision: str, channels: int, device: torch.device) -> torch.dtype
 def _block_weights(
     block: ResidualBlock, rounding: torch.dtype, storage: torch.dtype, length: int
 ) -> ResidualBlockWeights:
-    """A block's weights for signals of at most ``length`` samples, those of products rounded to a dtype."""
+    """A block's weights for signals of at most ``length`` samples; those of matmuls are rounded to a dtype."""
 
     def factor(weight: Tensor) -> Tensor:
         return weight.to(rounding).to(storage).contiguous()
@@ -101,7 +101,7 @@ def _block_weights(
 def _s4_weights(block: S4Block, factor: Callable[[Tensor], Tensor], storage: torch.dtype, length: int) -> S4Weights:
     layer, norm = block.s4_layer, block.norm_layer
     taps = layer.taps(length)
-    # A GPU's residual blocks are Triton's.
+    # On a GPU, Triton computes the residual blocks.
     filters = prepare_long_convolution(taps, storage)
     return S4Weights(
         filters._replace(taps=filters.taps.float()),
@@ -120,14 +120,14 @@ def _convolution(block: ResidualBlock) -> WeightNormConv1d:
 
 
 def step_bias(source: SSSDECGModules, times: Tensor) -> Tensor:
-    """What the diffusion steps add to the convolutions of three taps, their own bias included.
+    """Contribution of the diffusion steps to the convolutions of three taps, including their own bias.
 
     Args:
         source: the network.
         times: [T], on its device.
 
     Returns:
-        float32 [T, blocks, 3, 2 res_channels]: the bias inside the signal, and what of it the first and the last
+        float32 [T, blocks, 3, 2 res_channels]: the bias inside the signal, and the parts that the first and the last
         position lack. Computed in float64.
     """
     group = source.residual_layer
@@ -150,7 +150,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class _Watch:
-    """Tells whether a module's parameters and buffers are those that they were."""
+    """Detects changes of a module's parameters and buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         self._tensors = [
@@ -162,7 +162,7 @@ class _Watch:
         ]
 
     def changed(self) -> str | None:
-        """The name of the first tensor that was replaced, moved, converted or changed in place since, or None."""
+        """The name of the first tensor that was replaced, moved, converted or changed in place since then, or None."""
         for holder, name, full_name, tensor, version, address in self._tensors:
             current = holder.get(name)
             if current is not tensor or _version(tensor) != version or tensor.data_ptr() != address:
@@ -182,12 +182,13 @@ class _Workspace:
     """Buffers of one signal length, reused by each call.
 
     Args:
-        network: whose sizes they have.
-        length: of the signals, L.
-        batch: samples of the call.
+        network: determines their sizes.
+        length: L, of the signals.
+        batch: number of samples in the call.
 
     Attributes:
-        samples: that pass the network together; state [samples, C + S, L] is the residual stream, then the skip sum.
+        samples: number that pass the network together. state [samples, C + S, L] is the residual stream, then the skip
+            sum.
     """
 
     def __init__(self, network: CompiledSSSDECG, length: int, batch: int) -> None:
@@ -199,19 +200,19 @@ class _Workspace:
         self.length = length
         self.samples = min(most, max(1, batch))
         self.is_largest = self.samples == most
-        # An ordinary tensor, which calls in and outside inference mode may write.
+        # An ordinary tensor, which calls inside and outside inference mode may write.
         with torch.inference_mode(False):
             self.state = torch.empty((self.samples, channels, length), device=network.device)
 
 
 class CompiledSSSDECG(nn.Module):
-    """What :meth:`tgdp_fast.SSSDECG.compile_for_sampling` returns; see there.
+    """The result of :meth:`tgdp_fast.SSSDECG.compile_for_sampling`; see there.
 
     Attributes:
-        source: the network that it was made of.
-        precision: of its products.
-        length: longest signal that it takes.
-        takes_host_time: tells :class:`tgdp_fast.Denoiser` to leave the time on the host, where it can be looked up.
+        source: the original network.
+        precision: of its matmuls.
+        length: the longest signal.
+        takes_host_time: tells :class:`tgdp_fast.Denoiser` to leave the time on the host, for the lookup.
     """
 
     takes_host_time = True
@@ -229,7 +230,7 @@ class CompiledSSSDECG(nn.Module):
         self.source = source
         if any(module.training for module in source.modules()):
             raise ValueError("network must be in eval mode to be compiled for sampling; call network.eval() first")
-        self.training = False  # Not by a call, which would have the source drop its kernels.
+        self.training = False  # Set directly: a call of eval() would make the source drop its kernels.
         with torch.inference_mode(False), torch.no_grad():
             self._fold(steps)
         self._forget()
@@ -249,7 +250,7 @@ class CompiledSSSDECG(nn.Module):
         assert isinstance(last, nn.Conv1d)
         assert last.bias is not None
         scale = math.sqrt(1.0 / len(self._blocks))
-        # Of the whole network these are a thousandth of the work: in float32 whatever the precision.
+        # These are a thousandth of the network's work, so they are in float32 for every precision.
         self._ends = [
             (weight.float()[..., 0], bias.float()[:, None].clone())
             for weight, bias in (
@@ -269,19 +270,19 @@ class CompiledSSSDECG(nn.Module):
         self._watch = _Watch(source)
 
     def _forget(self) -> None:
-        """Drop what calls keep for the next one."""
+        """Drop everything kept between calls."""
         self._labels: tuple[Tensor, int, Tensor] | None = None
         self._workspace: _Workspace | None = None
         self._lock = threading.Lock()
 
     @property
     def uncompiled(self) -> SSSDECGModules:
-        """The network that it was made of, whose weights checkpoints hold."""
+        """The original network, whose weights are in checkpoints."""
         return self.source
 
     @property
     def device(self) -> torch.device:
-        """Where it was compiled."""
+        """The device it was compiled for."""
         return self.source.final_conv[2].get_submodule("conv").get_parameter("weight").device
 
     @property
@@ -302,10 +303,10 @@ class CompiledSSSDECG(nn.Module):
 
         Args:
             x: [B, in_channels, L] with L in 1 .. length, on the network's device.
-            time: diffusion steps [B], or [1] for all. Looked up if they are on the host. On another device nobody can
-                look without waiting for it, so their biases are computed at each call: for a small batch that takes
-                longer than the rest.
-            labels: as for the network, [B] or [B, num_classes].
+            time: diffusion steps [B], or [1] for all. They are looked up if they are on the host. On another device a
+                lookup would wait for the device, so their biases are computed at each call; for a small batch this
+                takes longer than the rest.
+            labels: as in the network, [B] or [B, num_classes].
 
         Returns:
             [B, out_channels, L], new, in the dtype of x, without gradients.
@@ -315,7 +316,7 @@ class CompiledSSSDECG(nn.Module):
             RuntimeError: training mode, or the network was changed since it was compiled.
         """
         self._check(x, time)
-        # Where the caller has it enabled, it would round the products that are to be in float32.
+        # If the caller has it enabled, it would round matmuls that must be in float32.
         without_autocast: AbstractContextManager[Any] = nullcontext()
         if torch.amp.is_autocast_available(x.device.type):
             without_autocast = torch.autocast(x.device.type, enabled=False)
@@ -348,7 +349,7 @@ class CompiledSSSDECG(nn.Module):
         if time.numel() not in (1, len(x)):
             raise ValueError(f"time must have shape [{len(x)}] or [1], one diffusion step per sample, got {time.shape}")
 
-    # what depends on the step and on the labels ---------------------------------------------------------------
+    # parts that depend on the step and on the labels ---------------------------------------------------------------
 
     def _step_biases(self, time: Tensor) -> Tensor:
         """[T] -> [T, blocks, 3, 2 C], see :func:`step_bias`."""
@@ -361,23 +362,23 @@ class CompiledSSSDECG(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             rows = step_bias(self.source, torch.tensor(missing, dtype=torch.float64).to(self.device))
         found = self._step_rows | dict(zip(missing, rows.unbind(), strict=True))
-        if not _capturing(self.device):  # The memory of a recording is not for others.
+        if not _capturing(self.device):  # Memory of a captured graph must not be used by others.
             self._step_rows.update({value: found[value].clone() for value in missing})
             for value in list(self._step_rows)[self._table_size :][:-_KEPT_TIMES]:
                 del self._step_rows[value]
         return torch.stack([found[value] for value in values])
 
     def _label_biases(self, labels: Tensor | None) -> Tensor | None:
-        """[B] or [B, num_classes] -> what they add to the bias of each block's first LayerNorm, [B, blocks, 2 C]."""
+        """[B] or [B, num_classes] -> contribution to the bias of each block's first LayerNorm, [B, blocks, 2 C]."""
         if self._label_layer is None or labels is None:
             self.source.embed_labels(labels)  # raises unless both are missing
             return None
-        # A recording must compute what it depends on, and what it computes is valid in its replays only.
+        # A captured graph must compute all its inputs, and its results are valid only in its replays.
         keeps = not labels.is_inference() and not _capturing(self.device)
         kept = self._labels
         if keeps and kept is not None and kept[0] is labels and kept[1] == labels._version:
             return kept[2]
-        # On the CPU one by one, so that the bits of a sample depend on no other.
+        # One by one on the CPU, so that the bits of a sample do not depend on other samples.
         each = labels.split(1) if self.device.type == "cpu" else (labels,)
         embeddings = [embedding.float() for part in each if (embedding := self.source.embed_labels(part)) is not None]
         biases = torch.cat([functional.linear(embedding, *self._label_layer) for embedding in embeddings])
@@ -407,14 +408,14 @@ class CompiledSSSDECG(nn.Module):
         return output
 
     def _predict_together(self, x: Tensor, steps: Tensor, labels: Tensor | None, output: Tensor, state: Tensor) -> None:
-        """At most as many samples as ``state`` has rows; ``steps`` and ``labels`` have one for each, or one for all."""
+        """At most as many samples as ``state`` has rows; ``steps`` and ``labels`` have one row each, or one for all."""
         state = state[: len(x)]
         channels = self.source.res_channels
         stream, skip = state[:, :channels], state[:, channels:]
         stem, hidden, last = self._ends
         _add_product(stream.copy_(stem[1].expand_as(stream)), stem[0], x).relu_()
         skip.zero_()
-        # Block after block, so that the samples share its weights and spectra while they are in the cache.
+        # One block after the other, so that all samples use its weights and spectra while these are in the cache.
         for k, weights in enumerate(self._blocks):
             residual_block_(state, steps[:, k], None if labels is None else labels[:, k], weights)
         h = _add_product(hidden[1].expand_as(skip).contiguous(), hidden[0], skip)
@@ -423,7 +424,7 @@ class CompiledSSSDECG(nn.Module):
     # copies ---------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies hold no buffers. They watch their own network, so this one has to be what it was."""
+        """Copies include no buffers. They watch their own network, so this one must be unchanged."""
         changed = self._watch.changed()
         if changed is not None:
             raise RuntimeError(f"{changed} of the network was changed or moved since it was compiled; {_AGAIN}")
@@ -437,7 +438,7 @@ class CompiledSSSDECG(nn.Module):
 
 
 def _diffusion_steps(times: Times) -> Tensor:
-    """The different times, float32 values [K], on the host."""
+    """The distinct times, float32 values [K], on the host."""
     if times is None:
         return torch.empty(0)
     if isinstance(times, DiscreteSchedule):
@@ -467,8 +468,8 @@ def _add_product(target: Tensor, weight: Tensor, values: Tensor) -> Tensor:
     """target [B, M, L] += weight [M, K] times values [B, K, L]; float32."""
     if target.device.type != "cpu":
         return target.baddbmm_(weight.expand(len(values), -1, -1), values)
-    # One by one it is no slower, and bits depend on no other sample (unless L = 1, where libraries sum in an order that
-    # alignment decides).
+    # One by one is as fast, and bits do not depend on other samples (unless L = 1, where the order of sums in libraries
+    # depends on alignment).
     for sample, factor in zip(target.unbind(), values.unbind(), strict=True):
         sample.addmm_(weight, factor)
     return target
@@ -479,10 +480,10 @@ def _slices(total: int, size: int) -> Iterator[slice]:
 
 
 def _rows(values: Tensor, rows: slice) -> Tensor:
-    """The rows, or the one row that is for all."""
+    """The rows, or the one row that is common to all."""
     return values if len(values) == 1 else values[rows]
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether calls are being recorded in a CUDA graph."""
+    """Whether calls are being captured in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

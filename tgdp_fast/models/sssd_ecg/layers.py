@@ -18,8 +18,8 @@ from tgdp_fast.runtime.checks import check_choice, check_integer
 class WeightNormConv1d(nn.Module):
     """Convolution over time with the weight g v / ||v||, the norm taken over each output channel; zero padding.
 
-    The weight is computed from ``weight_g`` and ``weight_v`` at each use: there is no other copy that could be stale.
-    The first weight is the usual one of a convolution, as it is, in effect, in the released training code.
+    The weight is computed from ``weight_g`` and ``weight_v`` at each use, so no copy can become stale. The initial
+    weight is the usual one of a convolution, as in effect in the released training code.
 
     Shapes: weight_g [out, 1, 1], weight_v [out, in, kernel_size], bias [out]; [B, in, L] -> [B, out, L].
 
@@ -37,11 +37,11 @@ class WeightNormConv1d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The normalised weight [out, in, kernel_size]."""
+        """The normalized weight [out, in, kernel_size]."""
         return self.weight_in(self.weight_v.dtype)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The normalised weight [out, in, kernel_size], computed in ``dtype``."""
+        """The normalized weight [out, in, kernel_size], computed in ``dtype``."""
         v = self.weight_v.to(dtype)
         return self.weight_g.to(dtype) * v / _norm(v)
 
@@ -54,15 +54,15 @@ def _norm(weight: Tensor) -> Tensor:
 
 
 def _named_conv(convolution: nn.Module) -> nn.Sequential:
-    """The convolution under the name that it has in checkpoints: ``conv`` of a module of its own."""
+    """The convolution under its name in checkpoints: ``conv`` of a separate module."""
     return nn.Sequential(OrderedDict(conv=convolution))
 
 
 def diffusion_step_features(step: Tensor, dim: int) -> Tensor:
     """sin(step * f_i), then cos(step * f_i), with f_i = 10^(-4 i / (dim/2 - 1)): from 1 down to 1e-4 radians per step.
 
-    DiffWave (section 3.1) prints the exponents with the other sign; its code and that of SSSD-ECG, on which checkpoints
-    were trained, have this one. Computed in float64; that code's own float32 departs from it by up to 1e-5 at step 200.
+    DiffWave (section 3.1) prints the exponents with the opposite sign; its code and that of SSSD-ECG, which trained the
+    checkpoints, use this one. Computed in float64; the float32 of that code differs by up to 1e-5 at step 200.
 
     Shapes: step [B], integer or fractional; returns float64 [B, dim].
     """
@@ -73,10 +73,10 @@ def diffusion_step_features(step: Tensor, dim: int) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """One residual block; see the module's text.
+    """One residual block; see the docstring of :mod:`tgdp_fast.models.sssd_ecg.network`.
 
     Shapes: ``forward(x [B, res_channels, L], step_embedding [B, step_dim], label_embedding [B, label_dim] or None)``
-    gives the next x and this block's part of the skip sum [B, skip_channels, L].
+    returns the next x and this block's part of the skip sum [B, skip_channels, L].
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ResidualBlock(nn.Module):
         self.fc_label = None if label_dim is None else nn.Linear(label_dim, 2 * res_channels)
 
     def forward(self, x: Tensor, step_embedding: Tensor, label_embedding: Tensor | None) -> tuple[Tensor, Tensor]:
-        # The convolution's zero padding does not see the embedding, so at both ends it acts differently.
+        # The zero padding of the convolution excludes the embedding, so both ends differ.
         h = self.S41(self.conv_layer(x + self.fc_t(step_embedding)[:, :, None]))
         if self.fc_label is not None:
             h = h + self.fc_label(label_embedding)[:, :, None]
@@ -108,7 +108,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """The residual blocks and what they share: the embedding of the diffusion step, and the skip sum."""
+    """The residual blocks with their common embedding of the diffusion step and their skip sum."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class ResidualGroup(nn.Module):
 
     def forward(self, x: Tensor, step: Tensor, label_embedding: Tensor | None) -> Tensor:
         step_embedding = self.embed_step(step)
-        # x and the sum keep the precision of x, also where autocast computes their terms in 16 bits.
+        # x and the sum keep the precision of x, also if autocast computes their terms in 16 bits.
         skip = x.new_zeros((x.shape[0], self.skip_channels, x.shape[2]))
         for block in self.residual_blocks:
             x, term = block(x, step_embedding, label_embedding)
@@ -147,7 +147,7 @@ class ResidualGroup(nn.Module):
 
 
 class SSSDECGModules(nn.Module):
-    """The modules and sizes of :class:`tgdp_fast.SSSDECG`: what the network and its compiled form both read."""
+    """The modules and sizes of :class:`tgdp_fast.SSSDECG`: shared by the network and its compiled form."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class SSSDECGModules(nn.Module):
         )
         last = nn.Conv1d(skip_channels, out_channels, 1)
         assert last.bias is not None
-        nn.init.zeros_(last.weight)  # Start from the prediction zero, as DiffWave does.
+        nn.init.zeros_(last.weight)  # Initial prediction zero, as in DiffWave.
         nn.init.zeros_(last.bias)
         self.final_conv = nn.Sequential(
             _named_conv(WeightNormConv1d(skip_channels, skip_channels)), nn.ReLU(), _named_conv(last)

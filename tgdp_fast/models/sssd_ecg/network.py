@@ -34,9 +34,10 @@ _BLOCKS = "residual_layer.residual_blocks."
 class SSSDECG(SSSDECGModules):
     """The SSSD-ECG network. The defaults are the paper's: PTB-XL, 8 leads at 100 Hz for 10 s, 71 statements.
 
-    Wrapped as ``Denoiser(network, NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200)))`` it is the paper's model: it
-    takes the index of the diffusion step, 0 .. 199, and predicts epsilon. That schedule does not end in pure noise: see
-    :mod:`tgdp_fast.diffusion.prior` for where to start.
+    ``Denoiser(network, NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200)))`` is the paper's model: it takes the
+    index
+    of the diffusion step, 0 .. 199, and predicts epsilon. That schedule does not end in pure noise:
+    :mod:`tgdp_fast.diffusion.prior` explains where to start.
 
     Args:
         in_channels, out_channels: channels (leads) of the signal and of the prediction.
@@ -47,14 +48,14 @@ class SSSDECG(SSSDECGModules):
         label_dim: width of the label embedding.
         l_max: number of taps of the S4 kernels, the longest signal.
         d_state: state size of S4, even.
-        cauchy: "pair" or "half", which function the S4 kernels are; see :class:`tgdp_fast.models.s4.NPLRKernel`.
+        cauchy: "pair" or "half", the function behind the S4 kernels; see :class:`tgdp_fast.models.s4.NPLRKernel`.
 
     Shapes: ``forward(x [B, in_channels, L], time [B], labels=None) -> [B, out_channels, L]``, in the dtype of x, for
     any L in 1 .. l_max (see :class:`tgdp_fast.models.s4.S4Layer`). time is the diffusion step, of any real dtype.
     labels are class indices [B] or rows [B, num_classes], soft or multi-hot: the weights of a sum of class embeddings.
 
-    Parameters and x are float32, or both float64 (``.double()``), which serves as the reference for everything faster.
-    For products in 16 bits use torch.autocast. S4 kernels are computed anew in training and kept in eval mode without
+    Parameters and x are float32, or both float64 (``.double()``), which is the reference for everything faster. For
+    matmuls in 16 bits use torch.autocast. S4 kernels are recomputed in training and kept in eval mode without
     gradients: see :class:`tgdp_fast.models.s4.S4Kernel`.
 
     Raises:
@@ -86,25 +87,25 @@ class SSSDECG(SSSDECGModules):
     def from_checkpoint(
         cls, path: str | os.PathLike[str], *, cauchy: str, config: Mapping[str, Any] | None = None
     ) -> SSSDECG:
-        """The network of a file as the SSSD-ECG training code writes it, or of the same tensors as a safetensors file.
+        """Load a file written by the SSSD-ECG training code, or a safetensors file with the same tensors.
 
-        Sizes are read off the tensors. (Checkpoint folders of this package are read by ``Denoiser.load``.)
+        Sizes follow from the tensors. (``Denoiser.load`` reads checkpoint folders of this package.)
 
         Args:
             path: a file of ``torch.save`` with the state dict, alone or as the entry "model_state_dict", or a
-                ``.safetensors`` file with it. Nothing but tensors is unpickled (``weights_only=True``).
-            cauchy: which kernels the checkpoint was trained on; the file does not tell, and the wrong ones change the
-                prediction by a third. "pair" if training had the CUDA extension or PyKeOps; "half" if its log says
-                "Falling back on slow Cauchy kernel", as it does with the SSSD-ECG repository left as it is.
-            config: constructor arguments that the file must agree with, such as ``{"num_res_layers": 36}``: without, a
-                file that lacks whole blocks at its end passes for a smaller network.
+                ``.safetensors`` file with it. Only tensors are unpickled (``weights_only=True``).
+            cauchy: the kernels that the checkpoint was trained on. The file does not contain this, and the wrong ones
+                change the prediction by a third. "pair" if training had the CUDA extension or PyKeOps; "half" if its
+                log says "Falling back on slow Cauchy kernel", as with the unchanged SSSD-ECG repository.
+            config: constructor arguments that the file must match, such as ``{"num_res_layers": 36}``. Otherwise a file
+                that lacks whole blocks at its end would be read as a smaller network.
 
         Returns:
             The network in float32 (the default dtype), on the CPU, in eval mode.
 
         Raises:
             CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape; the message
-                names the first ones, with the shapes expected and found.
+                names the first ones, with expected and found shapes.
             ValueError: an unknown ``cauchy``; an unknown key or a bad value in ``config``.
         """
         check_choice("cauchy", cauchy, CAUCHY)
@@ -123,31 +124,31 @@ class SSSDECG(SSSDECGModules):
         precision: str = "fp32",
         length: int | None = None,
     ) -> CompiledSSSDECG:
-        """A network with the same call, for sampling: cheaper at each call by all that does not depend on the signal.
+        """A network with the same call, for sampling: each call omits everything that does not depend on the signal.
 
-        S4 kernels, normalised weights and the biases of the diffusion steps are computed here once, in float64, from
-        the parameters as they are, which at the paper's size takes a core ten to fifteen seconds;
-        :mod:`tgdp_fast.models.sssd_ecg.compiled` has the list. The result takes the place
-        of this network: ``Denoiser(network.compile_for_sampling(schedule), schedule)``, or shorter
+        S4 kernels, normalized weights and the biases of the diffusion steps are computed here once, in float64, from
+        the current parameters. At the paper's size this takes one core ten to fifteen seconds.
+        :mod:`tgdp_fast.models.sssd_ecg.compiled` has the list. The result replaces this network:
+        ``Denoiser(network.compile_for_sampling(schedule), schedule)``, or shorter
         :meth:`tgdp_fast.Denoiser.compile_for_sampling`.
 
         Compile after loading, ``.eval()`` and ``.to(device)``. The result refuses to run after a parameter was
-        replaced, moved, converted or changed in place; compile again then. (Not noticed: what PyTorch does not count,
-        such as changes through ``.data``.) Its calls wait for each other, for they share buffers.
+        replaced, moved, converted or changed in place; compile again then. (Changes that PyTorch does not count, such
+        as those through ``.data``, are not detected.) Its calls wait for each other, because they share buffers.
 
         Args:
             schedule_or_table: the diffusion steps to expect: those of a discrete schedule, the times of a solver's
-                table, or the steps themselves [K]. Any other step costs its biases at the first call, which is a
-                fraction of a call's time at full size; None expects none.
-            precision: to what the factors of the blocks' products are rounded, "fp32", "bf16" or "fp16". All else is
-                float32, products add up in float32, and autocast has no effect. What a processor has no product for
-                (float16 on any CPU) is multiplied in float32: weights alone are rounded, and it is as fast as "fp32".
-            length: the longest signal, default l_max. Long convolutions cost what they do at this length. What is
-                kept is what the backend reads that would serve a call here and now; compile again to use another.
+                table, or the steps themselves [K]. The biases of any other step are computed at its first call,
+                which takes a fraction of a call's time at full size. None: no step is expected.
+            precision: of the factors of the blocks' matmuls, "fp32", "bf16" or "fp16". Everything else is float32, sums
+                are accumulated in float32, and autocast has no effect. If the CPU has no matmul for the type (float16
+                on any CPU), only the weights are rounded and the matmul is in float32, as fast as "fp32".
+            length: the longest signal; default l_max. The cost of long convolutions is that of this length. The kept
+                tensors are in the format of the backend that would be chosen now; compile again to use another one.
 
         Returns:
-            A module that shares this network's parameters and keeps its own tensors beside them: at the paper's size
-            300 MB of spectra and 150 MB of weights, half of that in 16 bits.
+            A module that shares this network's parameters and also keeps its own tensors: at the paper's size 300 MB of
+            spectra and 150 MB of weights, half of that in 16 bits.
 
         Raises:
             ValueError: training mode; a continuous schedule; a bad precision or length.
@@ -166,10 +167,10 @@ class SSSDECG(SSSDECGModules):
 
 
 def config_from_state_dict(tensors: Mapping[str, Tensor], where: str | os.PathLike[str]) -> dict[str, Any]:
-    """Constructor arguments of :class:`SSSDECG`, all but ``cauchy``, as the shapes of a state dict tell them.
+    """Constructor arguments of :class:`SSSDECG`, except ``cauchy``, derived from the shapes of a state dict.
 
     Raises:
-        CheckpointError: a tensor that tells a size is missing, or has another number of dimensions.
+        CheckpointError: a tensor that determines a size is missing, or has another number of dimensions.
     """
 
     def shape(name: str, expected: str) -> torch.Size:
@@ -193,7 +194,7 @@ def config_from_state_dict(tensors: Mapping[str, Tensor], where: str | os.PathLi
         "out_channels": last[0],
         "res_channels": first[0],
         "skip_channels": last[1],
-        # A gap shows as missing tensors of the blocks in it.
+        # A gap leads to missing tensors for the blocks in it.
         "num_res_layers": len(indices),
         "step_dims": (hidden[1], hidden[0], output[0]),
         "num_classes": labels[0],
