@@ -16,7 +16,7 @@ denoiser = exact_denoiser(paper_source(), schedule)
 source = paper_source().sample(2000, seed=0)
 target = paper_target().sample(100, seed=1)
 truth = paper_target().sample(2000, seed=2)
-settings = tgdp.Optimisation(steps=200, batch_size=128, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.99)
+settings = tgdp.TrainingConfig(steps=200, batch_size=128, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.99)
 
 
 def distance(guidance: object) -> float:
@@ -30,17 +30,16 @@ print(f"{'exact guidance':28s} {distance(exact_guidance(paper_target(), paper_so
 # %% [markdown]
 # `logistic` tells source from target at every noise level; the others regress on a density ratio that is estimated
 # first, once for all of them. With a denoiser given, `fit_guidance` adds the consistency term, with the weight 1;
-# `consistency=0` leaves it out.
+# `Consistency(0.0)` leaves it out.
 
 # %%
-quick = tgdp.Optimisation(steps=150, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
+quick = tgdp.TrainingConfig(steps=150, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
 ratio = tgdp.fit_density_ratio(source.float(), target.float(), settings=quick)
 pairs = [("logistic", 1.0), ("logistic", 0.0), ("poisson", 0.0), ("ratio_mse", 0.0), ("log_mse", 0.0)]
 found = {}
 for loss, consistency in pairs:
-    fit = tgdp.fit_guidance(
-        source, target, denoiser=denoiser, loss=loss, consistency=consistency, ratio=ratio, settings=settings
-    )
+    config = tgdp.GuidanceConfig(loss, [tgdp.Consistency(consistency)], training=settings)
+    fit = tgdp.fit_guidance(source, target, config=config, denoiser=denoiser, ratio=ratio)
     found[loss, consistency] = distance(fit.guidance)
     print(f"{f'{loss}, consistency {consistency:g}':28s} {found[loss, consistency]:.3f}")
 assert found["logistic", 1.0] < distance(None)
@@ -56,10 +55,11 @@ assert found["logistic", 1.0] < distance(None)
 far = GaussianMixture([[3.0, 3.0]], 0.1).sample(100, seed=3)
 ratio = tgdp.fit_density_ratio(source.float(), far.float(), settings=quick)
 fits = {
-    loss: tgdp.fit_guidance(
-        source, far, denoiser=denoiser, loss=loss, consistency=consistency, ratio=ratio, settings=settings
+    config.loss.name: tgdp.fit_guidance(source, far, config=config, denoiser=denoiser, ratio=ratio)
+    for config in (
+        tgdp.GuidanceConfig("poisson", regularizers=[], training=settings),
+        tgdp.GuidanceConfig("logistic", [tgdp.Consistency(1.0)], training=settings),
     )
-    for loss, consistency in (("poisson", 0.0), ("logistic", 1.0))
 }
 diagnostics = fits["logistic"].diagnostics
 print(diagnostics)

@@ -33,8 +33,8 @@ target = draw(40, 0.8, seed=1)
 # the source here. The default fit of the guidance is already short for so few target samples.
 
 # %%
-settings = tgdp.Optimisation(steps=300, batch_size=256)
-model = tgdp.TransferModel.fit(source, target, denoiser_settings=settings, seed=0)
+settings = tgdp.TrainingConfig(steps=300, batch_size=256)
+model = tgdp.TransferModel.fit(source, target, denoiser_training=settings, seed=0)
 
 # %% [markdown]
 # **Check the diagnostics before the samples.** They tell you whether the target is within reach of the source. No

@@ -26,7 +26,8 @@ from tgdp_fast.diffusion.solvers import solver_table
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 from tgdp_fast.ecg.records.wfdb import read_leads
-from tgdp_fast.fit.training import Optimisation, seeded_initialisation, train_denoiser
+from tgdp_fast.fit.config import TrainingConfig
+from tgdp_fast.fit.training import seeded_initialization, train_denoiser
 from tgdp_fast.lab.experiments.digits import nearest_distance
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import SSSDECG
@@ -74,7 +75,7 @@ def paper_schedule() -> NoiseSchedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. The network has the paper's architecture at a size that a processor trains in minutes."""
+    """What is run. The network has the paper's architecture at a size that a CPU trains in minutes."""
 
     out: Path
     records: Path | None = None  # folder of WFDB records at 100 Hz, such as PTB-XL's records100
@@ -87,8 +88,8 @@ class Plan:
     num_res_layers: int = 2
     res_channels: int = 16
     d_state: int = 16
-    settings: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=7000, batch_size=32, learning_rate=3e-3, ema_decay=0.998)
+    settings: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=7000, batch_size=32, learning_rate=3e-3, ema_decay=0.998)
     )
     progress: bool = False
 
@@ -127,7 +128,7 @@ class Signals:
 
     Attributes:
         train, reference: what the model is trained on, and what samples are measured against.
-        fresh: fresh(num, seed), signals of the same law.
+        fresh: fresh(num, seed), signals of the same distribution.
         description: of the training signals.
     """
 
@@ -210,7 +211,7 @@ def run(plan: Plan) -> list[Row]:
 
 def source_model(plan: Plan, signals: Signals) -> Denoiser:
     """The model, trained once and kept in ``<out>/source``."""
-    with seeded_initialisation(0):
+    with seeded_initialization(0):
         initial = Denoiser(plan.network(), paper_schedule())
     return Stages(plan.out / "source").run(
         "denoiser",
@@ -263,10 +264,10 @@ def measure(x: np.ndarray, signals: Signals) -> Row:
     }
 
 
-def principal_variance(x: np.ndarray, law: GaussianPrior) -> float:
-    """Variance of ``x`` along the principal directions of ``law``, as a share of its own."""
-    along = torch.from_numpy(x).flatten(1).double() @ law.directions
-    return float((along.var(dim=0) / law.variances).mean())
+def principal_variance(x: np.ndarray, fitted: GaussianPrior) -> float:
+    """Variance of ``x`` along the principal directions of ``fitted``, as a share of its own."""
+    along = torch.from_numpy(x).flatten(1).double() @ fitted.directions
+    return float((along.var(dim=0) / fitted.variances).mean())
 
 
 def _spectrum_db(x: np.ndarray) -> np.ndarray:
@@ -328,7 +329,7 @@ def report(rows: Sequence[Row], plan: Plan, signals: Signals, gain: float) -> st
         f"{PRINCIPAL} principal directions of the signals, as a share of their own. Lead std is the relative error of "
         "a lead's standard deviation, and spectrum the difference of mean periodograms: root mean squares over leads "
         "and frequencies. Nearest is the median distance to the nearest training signal: far below that of `real` it "
-        "means copies. Times are of the processor.\n",
+        "means copies. Times are CPU times.\n",
         markdown_table(["method", "evaluations", *_COLUMNS, "CPU s"], body),
     ]
     if differences:

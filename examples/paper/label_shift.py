@@ -30,9 +30,10 @@ from tgdp_fast.ecg.classifier import predict, train_ecg_classifier
 from tgdp_fast.fit import baselines
 from tgdp_fast.fit import guidance as transfer
 from tgdp_fast.fit.baselines import fine_tune, train_vanilla
+from tgdp_fast.fit.config import GuidanceConfig, NetworkConfig, TrainingConfig
 from tgdp_fast.fit.density_ratio import DensityRatio, fit_density_ratio
 from tgdp_fast.fit.guidance import fit_guidance
-from tgdp_fast.fit.training import Optimisation, derived_seed, train_denoiser
+from tgdp_fast.fit.training import derived_seed, train_denoiser
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import XResNet1d
 from tgdp_fast.runtime.checkpoint import signature_of
@@ -52,6 +53,10 @@ JUDGE_PART, SOURCE_PART = 1 / 3, 5 / 12
 
 #: Principal components of real beats, and of synthetic ones, whose noise fills the others: whitened, it drowns P waves.
 REAL_COMPONENTS, SYNTHETIC_COMPONENTS = 48, 24
+
+#: Algorithm 3, by the loss "poisson". alpha_power is 1, for distributions whose means differ: where alpha_t -> 0, log h
+#: is of the order of alpha_t.
+GUIDANCE = GuidanceConfig("poisson", regularizers=(), network=NetworkConfig(alpha_power=1.0), diagnostics=False)
 
 #: Fields of a plan on which no row depends.
 _NOT_IN_ROWS = ("out", "records", "seeds", "progress")
@@ -74,11 +79,11 @@ class Plan:
     # The source's few beats of AF teach an h that is flatter than the true one: at the scale 1, exact for an exact h,
     # too few come out. Both scales are reported.
     scale: float = 1.4
-    source_settings: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=3000, batch_size=256, learning_rate=2e-3, ema_decay=0.998)
+    source_settings: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=3000, batch_size=256, learning_rate=2e-3, ema_decay=0.998)
     )
-    classifier_settings: Optimisation = field(
-        default_factory=lambda: Optimisation(
+    classifier_settings: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
             steps=200, batch_size=64, learning_rate=2e-3, weight_decay=0.05, ema_decay=0.98, warmup=20
         )
     )
@@ -104,7 +109,7 @@ class Plan:
             "vanilla": [inspect.getsource(baselines)],
             "finetune": [inspect.getsource(baselines)],
         }
-        guided = [repr(transfer.default_settings(self.num_target)), str(inspect.signature(transfer.fit_guidance))]
+        guided = [repr(GUIDANCE.resolved(transfer.default_training(self.num_target), 0, has_denoiser=True))]
         fits |= dict.fromkeys(("tgdp", "tgdp_scale_1"), guided)
         return json.dumps([__version__, settings, signature_of(*fits.get(method, []))], sort_keys=True)
 
@@ -340,25 +345,16 @@ def source_model(plan: Plan, draw: Draw) -> Denoiser:
 
 
 def fitted_guidance(plan: Plan, draw: Draw, model: Denoiser) -> GuidanceNetwork:
-    """log h of one draw, kept in ``<out>/source``: one fit serves every scale.
-
-    Algorithm 3, by the loss "poisson". alpha_power is 1, for laws whose means differ: where alpha_t -> 0, log h is of
-    the order of alpha_t.
-    """
+    """log h of one draw, kept in ``<out>/source``: one fit serves every scale."""
     x, target = draw.encode(draw.source), draw.encode(draw.target)
-    settings = transfer.default_settings(len(target))
 
     def fit(state_dir: Path | None) -> GuidanceNetwork:
         return fit_guidance(
             x,
             target,
+            config=GUIDANCE,
             denoiser=model,
-            loss="poisson",
-            consistency=0.0,
             ratio=density_ratio(draw),
-            alpha_power=1.0,
-            settings=settings,
-            diagnostics=False,
             seed=draw.seed,
             progress=plan.progress,
             state_dir=state_dir,
@@ -500,7 +496,7 @@ def report(rows: Sequence[Row], plan: Plan, beats: Beats) -> str:
             "loss `poisson`), with the ratio r from a classifier of the source's statements, cross-fitted over "
             f"records, at the guidance scale {plan.scale:g}; `tgdp_scale_1` is the same guidance at the scale 1, which "
             "is exact for an exact h. TGDP uses which source beats are AF; no method is told which target beats are. "
-            "Times are of the processor, without the training of the source model; `tgdp_scale_1` needs no fit of its "
+            "Times are CPU times, without the training of the source model; `tgdp_scale_1` needs no fit of its "
             "own.\n",
             markdown_table(["method", "samples", "AF, %", "error", *_DISTANCES, "CPU s"], body),
             f"## AF by seed (truth: {plan.target_share:.0%} in the target)\n",

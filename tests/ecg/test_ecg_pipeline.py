@@ -18,6 +18,7 @@ from tgdp_fast.cli import main as cli
 from tgdp_fast.ecg.cohorts import load_cohorts
 from tgdp_fast.ecg.config import PRESETS, ConfigError, load_config, to_dict
 from tgdp_fast.ecg.costs import Costs
+from tgdp_fast.ecg.denoisers import untrained
 from tgdp_fast.ecg.density_ratio import SignalDomainClassifier
 from tgdp_fast.ecg.evaluation import cost
 from tgdp_fast.ecg.pipeline import NotComputedError, Pipeline
@@ -25,6 +26,7 @@ from tgdp_fast.ecg.preconditions import check_same_run
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS
 from tgdp_fast.ecg.records.statements import STATEMENTS
 from tgdp_fast.runtime.checkpoint import load_checkpoint
+from tgdp_fast.sampling.config import SamplingConfig
 
 # Small enough for a test, with every part of a real run.
 TINY = """
@@ -124,6 +126,51 @@ def test_a_file_changes_a_preset(config: Path) -> None:
     assert json.loads(json.dumps(to_dict(found)))["evaluation"]["classifier"]["blocks"] == [1, 1]
 
 
+def test_a_file_may_say_what_the_package_samples_with(tmp_path: Path) -> None:
+    """Settings of a sampler are flat entries of [sampling]; what is not said is written down as before."""
+    path = tmp_path / "some.toml"
+    path.write_text("[sampling]\ninterval = [10.0, 80.5]\nsolver = 'ddim'\neta = 0.5\ngradient_norm_limit = 2\nnum = 5")
+    found = load_config(path).sampling
+    assert isinstance(found, SamplingConfig)
+    assert (found.interval, found.eta, found.gradient_norm_limit, found.num) == ((10.0, 80.5), 0.5, 2.0, 5)
+    assert to_dict(found)["interval"] == [10.0, 80.5]
+    assert to_dict(PRESETS["smoke"].sampling) == {
+        "num": 64,
+        "solver": "dpmpp_2m",
+        "steps": 10,
+        "spacing": "logsnr",
+        "scale": 1.0,
+        "gradient_norm_limit": 0.0,
+        "prior": "gaussian",
+        "precision": "fp32",
+        "seed": 0,
+        "batch_size": 16,
+    }
+    # Names and values enter the signatures of stages: others would train a kept folder again.
+    assert to_dict(PRESETS["smoke"].guidance) == {
+        "domain_classifier": "features",
+        "conditional": True,
+        "loss": "poisson",
+        "consistency": 0.0,
+        "cycle": 0.0,
+        "width": 128,
+        "depth": 4,
+        "alpha_power": 2.0,
+        "time_distribution": "uniform",
+        "training": {
+            "steps": 200,
+            "batch_size": 32,
+            "learning_rate": 2e-3,
+            "weight_decay": 1.0,
+            "ema_decay": 0.98,
+            "warmup": 50,
+            "gradient_clip": 1.0,
+        },
+    }
+    path.write_text("[backbone]\ncheckpoint_units = 'standardised'")  # As earlier versions spelled it.
+    assert load_config(path).backbone.checkpoint_units == "standardized"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -135,6 +182,9 @@ def test_a_file_changes_a_preset(config: Path) -> None:
         ("sampling = 3", "sampling must be a table, written as .sampling., got 3"),
         ("[guidance.training]\nsteps = 0", "guidance.training.steps must be an integer >= 1"),
         ("[evaluation.classifier]\nblocks = ['a']", "evaluation.classifier.blocks must be a list of int, got"),
+        ("[sampling]\nprecision = 'bf16x3'", "sampling.precision must be one of bf16, fp16, fp32; got 'bf16x3'"),
+        ("[sampling]\ninterval = [3.0]", "sampling.interval must be"),
+        ("[sampling]\nclamp = 'x'", "sampling.clamp must be"),
         ("methods = ['source']", "methods must be different ones of source, vanilla, fine_tune, tgdp, tgdp among them"),
         ("[data", "is no TOML file"),
     ],
@@ -259,7 +309,7 @@ def test_what_draws_no_records(
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("drawn")
 
-    monkeypatch.setattr("tgdp_fast.ecg.drawing.sample", never)
+    monkeypatch.setattr("tgdp_fast.ecg.drawing.Sampler.draw", never)
     model, taken = finished / "model", tmp_path / "taken"
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
@@ -322,6 +372,8 @@ def test_verbs_compute_and_attributes_do_not(finished: Path, config: Path, tmp_p
     assert done.draw("tgdp") == {"tgdp": done.samples["tgdp"]}
     assert set(done.denoisers) == {"source", "vanilla", "fine_tune"}
     assert done.ratio == done.estimate_ratio()
+    source, vanilla = (untrained(done.run, done.cohorts, name).network for name in ("source", "vanilla"))
+    assert not all(torch.equal(a, b) for a, b in zip(source.parameters(), vanilla.parameters(), strict=True))
 
 
 def test_a_second_run_computes_nothing(finished: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +470,8 @@ def test_settings_that_may_change_in_a_folder(finished: Path, config: Path, tmp_
     ):
         check_same_run(finished, same)
     check_same_run(tmp_path, load_config(config, seed=1))
+    with pytest.raises(ValueError, match="sampling.eta was None, now 0.5"):
+        check_same_run(finished, load_config(config, sampling__eta=0.5, sampling__solver="ddim"))
     judged = load_config(config, evaluation__bootstrap=20)
     check_same_run(finished, judged, changeable)
     with pytest.raises(ValueError, match="evaluation.bootstrap was 10, now 20"):
@@ -439,6 +493,20 @@ def test_settings_that_may_change_in_a_folder(finished: Path, config: Path, tmp_
     ):
         with pytest.raises(ValueError, match=f"has a model of other settings .{message}"):
             check_same_run(fitted, load_config(config, **changes))
+
+    # Written by an earlier version: another spelling, and without a setting that is newer.
+    written = (fitted / "config.json").read_text()
+    stated = json.loads(written)
+    stated["backbone"]["checkpoint_units"] = "standardised"
+    del stated["guidance"]["time_distribution"]
+    (fitted / "config.json").write_text(json.dumps(stated))
+    check_same_run(fitted, load_config(config, backbone__checkpoint_units="standardized"))
+    with pytest.raises(ValueError, match="guidance.time_distribution was 'uniform', now 'logsnr'"):
+        check_same_run(
+            fitted,
+            load_config(config, guidance__time_distribution="logsnr", backbone__checkpoint_units="standardised"),
+        )
+    (fitted / "config.json").write_text(written)
 
     # The data were read from another place, or seen from another folder.
     stated = json.loads((fitted / "config.json").read_text())
@@ -598,7 +666,7 @@ def deadly(self, name, signature, compute, save, load, **options):
     def work(state_dir):
         if stage == name + ":midway":
             advance, own = training._Run.advance, [0]
-            training.optimise.__kwdefaults__["save_every"] = 0.0
+            training.minimize.__kwdefaults__["save_every"] = 0.0
             def advance_and_die(self, loss):
                 if self.step == 2:
                     os.kill(os.getpid(), signal.SIGKILL)

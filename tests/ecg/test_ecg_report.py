@@ -18,7 +18,7 @@ from tgdp_fast.ecg import plots
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 from tgdp_fast.ecg.report import Cost, Method, Report, render, write_report
-from tgdp_fast.metrics import ClassScore, Interval, Memorisation, Spectra, StatisticComparison
+from tgdp_fast.metrics import ClassScore, Interval, Memorization, Spectra, StatisticComparison
 
 TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 NAMES = ("Real records", "Source model", "Vanilla", "Fine-tune", 'TGDP <guided> & "co"')
@@ -49,7 +49,7 @@ def method(i: int, name: str) -> Method:
         augmented={"macro AUC": Interval(0.81 + i / 100, 0.75, 0.88, 0.95, 200, 3)} if i else {},
         per_class=[ClassScore("NORM", 21, 0.9 - i / 50, 0.8, 0.7, 0.6), ClassScore("STE_", 0, NAN, NAN, NAN, NAN)],
         quality={"Fréchet": 10.125 + i, "density": 0.91, "coverage": 0.87},
-        memorisation=Memorisation(
+        memorization=Memorization(
             random.uniform(0.5, 1, 64), random.uniform(0.5, 1, 50), np.zeros(64, int), 1.013 + i, 0.981, 2, 1.3, i
         ),
         statistics=[comparison],

@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tgdp_fast import Optimisation
+from tgdp_fast import TrainingConfig
 from tgdp_fast.data.gaussians import GaussianMixture, log_density_ratio, paper_source, paper_target
-from tgdp_fast.fit.density_ratio import (
-    DensityRatio,
-    bounded_exp,
-    calibration_slope,
-    fit_density_ratio,
-    logistic_loss,
-    ratio_loss,
-)
+from tgdp_fast.fit.density_ratio import DensityRatio, calibration_slope, fit_density_ratio
 from tgdp_fast.fit.diagnostics import (
     TransferDiagnostics,
     area_under_curve,
@@ -28,9 +21,10 @@ from tgdp_fast.fit.diagnostics import (
     effective_sample_size,
     outside_fraction,
 )
+from tgdp_fast.fit.losses import LogMSE, Poisson, RatioLoss, RatioMSE, bounded_exp, logistic_loss
 
 
-def minimiser(loss_of_f: object) -> float:
+def minimizer(loss_of_f: object) -> float:
     """Argument of the minimum of a scalar convex function, by a fine grid and one parabola."""
     grid = torch.linspace(-4, 4, 8001, dtype=torch.float64)
     values = torch.stack([loss_of_f(f) for f in grid])  # type: ignore[operator]
@@ -40,21 +34,21 @@ def minimiser(loss_of_f: object) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("loss", "expected"),
     [
-        ("ratio_mse", lambda r: r.mean().log()),
-        ("poisson", lambda r: r.mean().log()),
-        ("log_mse", lambda r: r.log().mean()),
+        (RatioMSE, lambda r: r.mean().log()),
+        (Poisson, lambda r: r.mean().log()),
+        (LogMSE, lambda r: r.log().mean()),
     ],
 )
-def test_minimisers(name: str, expected: object) -> None:
-    """At one x_t seen with several x_0, the minimiser is log E[r] (or E[log r])."""
+def test_minimizers(loss: type[RatioLoss], expected: object) -> None:
+    """At one x_t seen with several x_0, the minimizer is log E[r] (or E[log r])."""
     log_r = torch.tensor([-1.3, 0.2, 0.9, 1.7], dtype=torch.float64)
-    found = minimiser(lambda f: ratio_loss(name, f.expand(4), log_r))
+    found = minimizer(lambda f: loss.per_sample(f.expand(4), log_r).mean())
     assert found == pytest.approx(float(expected(log_r.exp())), abs=1e-5)  # type: ignore[operator]
 
 
-def test_logistic_minimiser_is_the_log_ratio_whatever_the_sample_sizes() -> None:
+def test_logistic_minimizer_is_the_log_ratio_whatever_the_sample_sizes() -> None:
     """A place that holds 30 % of the target and 5 % of the source: f = log 6, with 7 or 700 target samples."""
     for repeat in (1, 100):
         target = torch.tensor([1.0] * 3 + [0.0] * 7, dtype=torch.float64).repeat(repeat)
@@ -65,7 +59,7 @@ def test_logistic_minimiser_is_the_log_ratio_whatever_the_sample_sizes() -> None
         def loss(f: Tensor, source: Tensor = source, target: Tensor = target, other: float = other) -> Tensor:
             return logistic_loss(source * f + (1 - source) * other, target * f + (1 - target) * other)
 
-        assert minimiser(loss) == pytest.approx(math.log(6.0), abs=1e-5)
+        assert minimizer(loss) == pytest.approx(math.log(6.0), abs=1e-5)
 
 
 def test_bounded_exp_is_exp_with_a_tangent_beyond_its_limit() -> None:
@@ -81,20 +75,15 @@ def test_bounded_exp_is_exp_with_a_tangent_beyond_its_limit() -> None:
     assert float(bounded_exp(torch.tensor(12.0), 10.0)) == pytest.approx(3 * math.exp(10), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ratio_mse", "poisson", "log_mse"])
+@pytest.mark.parametrize("loss", [RatioMSE, Poisson, LogMSE])
 @pytest.mark.parametrize("start", [31.0, 500.0, 1e6])
-def test_losses_lead_back_from_any_height_without_overflow(name: str, start: float) -> None:
+def test_losses_lead_back_from_any_height_without_overflow(loss: type[RatioLoss], start: float) -> None:
     f = torch.tensor([start], requires_grad=True)
-    value = ratio_loss(name, f, torch.tensor([1.0]))
+    value = loss.per_sample(f, torch.tensor([1.0])).mean()
     (gradient,) = torch.autograd.grad(value, f)
     assert value.isfinite()
     assert gradient.isfinite()
     assert float(gradient) > 0
-
-
-def test_unknown_loss() -> None:
-    with pytest.raises(ValueError, match="ratio_mse, poisson, log_mse"):
-        ratio_loss("huber", torch.zeros(1), torch.zeros(1))
 
 
 def test_effective_sample_size() -> None:
@@ -149,7 +138,7 @@ def test_outside_fraction_of_a_source_sorted_by_cluster() -> None:
     assert outside_fraction(source, target, limit=1500) == outside_fraction(source, target, limit=1500, seed=0)
 
 
-SETTINGS = Optimisation(steps=200, batch_size=256, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.9, warmup=5)
+SETTINGS = TrainingConfig(steps=200, batch_size=256, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.9, warmup=5)
 
 
 def test_fitted_ratio_against_the_exact_one() -> None:
@@ -182,7 +171,7 @@ def test_no_sample_has_any_part_in_the_classifier_that_judges_it() -> None:
     """Whatever the held-out samples are, training on the rest and its length are the same to the bit."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 3, generator=generator), torch.randn(25, 3, generator=generator) + 1
-    settings = Optimisation(steps=60, batch_size=32, learning_rate=1e-2, ema_decay=0.9, warmup=5)
+    settings = TrainingConfig(steps=60, batch_size=32, learning_rate=1e-2, ema_decay=0.9, warmup=5)
     ratio = fit_density_ratio(x, y, settings=settings)
     in_x, in_y = folds_of(ratio, ratio.source_logit, x), folds_of(ratio, ratio.target_logit, y)
     assert torch.bincount(in_x).tolist() == [12] * 5
@@ -213,7 +202,7 @@ def test_equal_domains_are_not_told_apart() -> None:
     assert sum(found) / len(found) == pytest.approx(0.5, abs=0.12)
 
 
-def test_memorised_samples_are_not_held_out_ones() -> None:
+def test_memorized_samples_are_not_held_out_ones() -> None:
     """Same domain twice: a classifier that saw the samples it judges would separate them, cross-fitting cannot."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 30, generator=generator), torch.randn(40, 30, generator=generator)
@@ -235,7 +224,7 @@ def test_folds_are_alike_for_every_class() -> None:
         source_labels=rows["source"],
         target_labels=rows["target"],
         folds=4,
-        settings=Optimisation(steps=3, batch_size=8, warmup=0),
+        settings=TrainingConfig(steps=3, batch_size=8, warmup=0),
     )
     for name, logit, data in (("source", ratio.source_logit, x), ("target", ratio.target_logit, y)):
         fold = folds_of(ratio, logit, data, rows[name])
@@ -273,7 +262,7 @@ def test_labels_enter_the_ratio() -> None:
 
 
 def test_two_target_samples_are_enough_to_run() -> None:
-    ratio = fit_density_ratio(torch.randn(30, 2), torch.randn(2, 2), settings=Optimisation(steps=5, batch_size=8))
+    ratio = fit_density_ratio(torch.randn(30, 2), torch.randn(2, 2), settings=TrainingConfig(steps=5, batch_size=8))
     assert len(ratio.classifiers) == 2
     assert ratio.target_log_ratio.isfinite().all()
 

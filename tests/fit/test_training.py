@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tgdp_fast.fit.training as training
-from tgdp_fast import Denoiser, NoiseSchedule, Optimisation, ScoreMLP, TrainingDivergedError, train_denoiser
+from tgdp_fast import Denoiser, NoiseSchedule, ScoreMLP, TrainingConfig, TrainingDivergedError, train_denoiser
 from tgdp_fast.diffusion.denoiser import PREDICTIONS
 from tgdp_fast.fit.baselines import fine_tune, train_vanilla
-from tgdp_fast.fit.training import Batches, add_noise, draw_times, optimise
+from tgdp_fast.fit.batches import Batches, add_noise, draw_times
+from tgdp_fast.fit.training import minimize
 from tgdp_fast.runtime.checkpoint import signature_of
 
-QUICK = Optimisation(steps=40, batch_size=32, ema_decay=0.9, warmup=2)
+QUICK = TrainingConfig(steps=40, batch_size=32, ema_decay=0.9, warmup=2)
 
 
 def quadratic(module: nn.Module) -> Any:
@@ -38,9 +39,9 @@ def linear() -> nn.Linear:
     return nn.Linear(3, 1)
 
 
-def test_it_minimises() -> None:
+def test_it_minimizes() -> None:
     module = linear()
-    history = optimise(module, quadratic(module), Optimisation(steps=400, learning_rate=0.05, ema_decay=0.9))
+    history = minimize(module, quadratic(module), TrainingConfig(steps=400, learning_rate=0.05, ema_decay=0.9))
     assert history[-1] < 1e-3 < history[0]
     assert torch.allclose(module.weight, torch.ones(1, 3), atol=0.02)
     assert not module.training
@@ -64,13 +65,13 @@ def killed_run(folder: Path, stop: int, module: nn.Module | None = None, **optio
         return inner(generator)
 
     with pytest.raises(KilledError):
-        optimise(module, dying, QUICK, state_dir=folder, save_every=-1.0, **options)
+        minimize(module, dying, QUICK, state_dir=folder, save_every=-1.0, **options)
 
 
 @pytest.mark.parametrize("stop", [1, 7, 39])
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, stop: int) -> None:
     whole = linear()
-    whole_history = optimise(whole, quadratic(whole), QUICK, seed=3)
+    whole_history = minimize(whole, quadratic(whole), QUICK, seed=3)
 
     killed_run(tmp_path / "state", stop, seed=3, signature="s")
     again = linear()
@@ -82,7 +83,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, stop: int) -> 
         steps += 1
         return inner_again(generator)
 
-    history = optimise(again, counting, QUICK, seed=3, state_dir=tmp_path / "state", signature="s")
+    history = minimize(again, counting, QUICK, seed=3, state_dir=tmp_path / "state", signature="s")
     assert steps == QUICK.steps - stop
     assert torch.equal(again.weight, whole.weight)
     assert torch.equal(again.bias, whole.bias)
@@ -90,13 +91,13 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, stop: int) -> 
     assert not (tmp_path / "state").exists()
 
 
-@pytest.mark.parametrize("change", [{"signature": "other"}, {"seed": 4}, {"settings": Optimisation(steps=41)}])
+@pytest.mark.parametrize("change", [{"signature": "other"}, {"seed": 4}, {"settings": TrainingConfig(steps=41)}])
 def test_a_state_of_another_run_is_not_resumed(tmp_path: Path, change: dict[str, Any]) -> None:
     killed_run(tmp_path / "state", 20, seed=3, signature="s")
     options: dict[str, Any] = {"settings": QUICK, "seed": 3, "signature": "s", **change}
     fresh, resumed = linear(), linear()
-    optimise(fresh, quadratic(fresh), **options)
-    optimise(resumed, quadratic(resumed), state_dir=tmp_path / "state", **options)
+    minimize(fresh, quadratic(fresh), **options)
+    minimize(resumed, quadratic(resumed), state_dir=tmp_path / "state", **options)
     assert torch.equal(fresh.weight, resumed.weight)
 
 
@@ -105,8 +106,8 @@ def test_a_damaged_state_is_not_resumed(tmp_path: Path) -> None:
     weights = tmp_path / "state" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     module, fresh = linear(), linear()
-    optimise(module, quadratic(module), QUICK, state_dir=tmp_path / "state")
-    optimise(fresh, quadratic(fresh), QUICK)
+    minimize(module, quadratic(module), QUICK, state_dir=tmp_path / "state")
+    minimize(fresh, quadratic(fresh), QUICK)
     assert torch.equal(module.weight, fresh.weight)
 
 
@@ -114,13 +115,13 @@ def test_a_folder_of_somebody_else_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     module = linear()
     with pytest.raises(ValueError, match="thesis.txt"):
-        optimise(module, quadratic(module), QUICK, state_dir=tmp_path)
+        minimize(module, quadratic(module), QUICK, state_dir=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def test_ctrl_c_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
     whole = linear()
-    optimise(whole, quadratic(whole), QUICK)
+    minimize(whole, quadratic(whole), QUICK)
     module = linear()
     inner = quadratic(module)
     calls = 0
@@ -134,13 +135,13 @@ def test_ctrl_c_saves_and_the_next_run_goes_on(tmp_path: Path) -> None:
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        optimise(module, interrupted, QUICK, state_dir=tmp_path / "state")
+        minimize(module, interrupted, QUICK, state_dir=tmp_path / "state")
     assert calls == 17
     assert signal.getsignal(signal.SIGINT) is before
     again = linear()
     steps: list[None] = []
     inner_again = quadratic(again)
-    optimise(again, lambda g: (steps.append(None), inner_again(g))[1], QUICK, state_dir=tmp_path / "state")
+    minimize(again, lambda g: (steps.append(None), inner_again(g))[1], QUICK, state_dir=tmp_path / "state")
     assert len(steps) == QUICK.steps - 17
     assert torch.equal(again.weight, whole.weight)
 
@@ -160,9 +161,9 @@ class Noisy(nn.Module):
 
 def test_buffers_and_dropout_resume_too(tmp_path: Path) -> None:
     whole, part, again = Noisy(), Noisy(), Noisy()
-    optimise(whole, quadratic(whole), QUICK)
+    minimize(whole, quadratic(whole), QUICK)
     killed_run(tmp_path / "s", 11, part)
-    optimise(again, quadratic(again), QUICK, state_dir=tmp_path / "s")
+    minimize(again, quadratic(again), QUICK, state_dir=tmp_path / "s")
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -171,8 +172,8 @@ def test_average_decay_warm_up_and_clipping_by_hand() -> None:
     """Gradient 1 throughout; AdamW then moves by the learning rate, and the average follows its recursion."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    settings = Optimisation(steps=6, learning_rate=0.1, ema_decay=0.25, warmup=2, weight_decay=0.0)
-    optimise(module, lambda generator: module.weight.sum(), settings)
+    settings = TrainingConfig(steps=6, learning_rate=0.1, ema_decay=0.25, warmup=2, weight_decay=0.0)
+    minimize(module, lambda generator: module.weight.sum(), settings)
     assert settings.rate(0) == pytest.approx(0.1 / 3)
     assert settings.rate(2) == pytest.approx(0.05 * (1 + math.cos(math.pi * 2 / 6)))
     weight = average = 0.0
@@ -186,7 +187,7 @@ def test_average_decay_warm_up_and_clipping_by_hand() -> None:
 def test_weight_decay_spares_biases() -> None:
     module = nn.Linear(2, 2)
     before = module.bias.detach().clone(), module.weight.detach().clone()
-    optimise(module, lambda generator: 0.0 * module(torch.ones(1, 2)).sum(), Optimisation(steps=5, weight_decay=1.0))
+    minimize(module, lambda generator: 0.0 * module(torch.ones(1, 2)).sum(), TrainingConfig(steps=5, weight_decay=1.0))
     assert torch.equal(module.bias, before[0])
     assert (module.weight.abs() < before[1].abs()).all()
 
@@ -195,17 +196,17 @@ def test_gradients_are_clipped() -> None:
     module = nn.Linear(4, 1, bias=False)
     seen: list[Tensor] = []
     real = torch.optim.AdamW.step
-    settings = Optimisation(steps=1, gradient_clip=0.5)
+    settings = TrainingConfig(steps=1, gradient_clip=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(module.weight.grad.clone()), real(self))[1])
-        optimise(module, lambda generator: 1e6 * module.weight.sum(), settings)
+        minimize(module, lambda generator: 1e6 * module.weight.sum(), settings)
     assert float(seen[0].norm()) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_divergence_is_reported() -> None:
     module = linear()
     with pytest.raises(TrainingDivergedError, match="the loss is nan at step 0; lower learning_rate"):
-        optimise(module, lambda generator: module.weight.sum() * float("nan"), QUICK)
+        minimize(module, lambda generator: module.weight.sum() * float("nan"), QUICK)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_divergence_is_reported() -> None:
 )
 def test_bad_settings(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Optimisation(**arguments)
+        TrainingConfig(**arguments)
 
 
 SCHEDULES = [NoiseSchedule.vp_linear(), NoiseSchedule.cosine(), NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 37))]
@@ -287,7 +288,7 @@ def test_noise_has_the_schedules_coefficients() -> None:
 def test_every_prediction_type_learns_the_score(prediction: str) -> None:
     """N(0, 1) data: epsilon = sigma x exactly."""
     data = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
-    settings = Optimisation(steps=400, batch_size=256, learning_rate=3e-3, ema_decay=0.98)
+    settings = TrainingConfig(steps=400, batch_size=256, learning_rate=3e-3, ema_decay=0.98)
     denoiser = train_denoiser(data, prediction=prediction, width=32, depth=2, settings=settings)
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(2))
     for t in (0.2, 0.5, 0.9):
@@ -312,7 +313,7 @@ def test_training_is_reproducible_and_leaves_the_random_state_alone() -> None:
 def test_conditional_training_separates_the_classes() -> None:
     labels = np.repeat([0, 1], 300)
     data = np.where(labels[:, None] == 0, -1.0, 1.0) + 0.1 * np.random.default_rng(0).standard_normal((600, 1))
-    settings = Optimisation(steps=300, batch_size=128, learning_rate=3e-3, ema_decay=0.98)
+    settings = TrainingConfig(steps=300, batch_size=128, learning_rate=3e-3, ema_decay=0.98)
     denoiser = train_denoiser(data.astype(np.float32), labels=labels, width=32, depth=2, settings=settings)
     assert denoiser.num_classes == 2
     x, t = torch.zeros(2, 1), 0.5
@@ -403,7 +404,7 @@ def _stop_at(run: Any, value: Tensor) -> Tensor:
 
 def test_fine_tuning_starts_at_the_source_and_settings_are_used() -> None:
     source = train_denoiser(torch.randn(200, 2), settings=QUICK, width=16, depth=2)
-    still = Optimisation(steps=3, batch_size=8, learning_rate=1e-12)
+    still = TrainingConfig(steps=3, batch_size=8, learning_rate=1e-12)
     tuned = fine_tune(source, torch.randn(20, 2), settings=still)
     for a, b in zip(source.parameters(), tuned.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ import torch
 from torch import Tensor
 
 from tgdp_fast import (
+    Consistency,
+    Cycle,
+    GuidanceConfig,
     GuidanceNetwork,
+    Logistic,
+    NetworkConfig,
     NoiseSchedule,
-    Optimisation,
+    TrainingConfig,
     TransferModel,
     fit_guidance,
     metrics,
@@ -28,14 +34,20 @@ from tgdp_fast.data.gaussians import (
     paper_source,
     paper_target,
 )
-from tgdp_fast.fit.guidance import default_settings, mean_h
-from tgdp_fast.fit.training import Batches, add_noise, draw_times
+from tgdp_fast.fit.batches import Batches, add_noise, draw_times
+from tgdp_fast.fit.guidance import default_training, mean_h
+from tgdp_fast.fit.losses import Loss
+from tgdp_fast.fit.objective import Objective, TransferData
+from tgdp_fast.fit.regularizers import Regularizer
 
 SCHEDULE = NoiseSchedule.vp_linear()
 #: One dimension; E_p[r^2] = e^0.36, so that every loss has something to hold on to.
 SOURCE, TARGET = GaussianMixture([[0.0]], 1.0), GaussianMixture([[0.6]], 1.0)
-QUICK = Optimisation(steps=500, batch_size=256, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.99, warmup=10)
-TINY = Optimisation(steps=6, batch_size=16, ema_decay=0.5, warmup=1)
+QUICK = TrainingConfig(steps=500, batch_size=256, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.99, warmup=10)
+TINY = TrainingConfig(steps=6, batch_size=16, ema_decay=0.5, warmup=1)
+SMALL = NetworkConfig(width=32, depth=2)
+#: A few steps and nothing else, where a test is not about the fit.
+SHORT = GuidanceConfig(training=TINY, diagnostics=False)
 
 
 def error_of(fit: Any, times: tuple[float, ...] = (0.05, 0.2, 0.4)) -> tuple[float, float]:
@@ -55,26 +67,22 @@ def error_of(fit: Any, times: tuple[float, ...] = (0.05, 0.2, 0.4)) -> tuple[flo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "bounds"),
+    ("terms", "bounds"),
     [
-        ({"loss": "logistic", "consistency": 0.0}, (0.3, 0.5)),
+        ({"loss": "logistic", "regularizers": ()}, (0.3, 0.5)),
         ({"loss": "logistic"}, (0.3, 0.3)),
-        ({"loss": "ratio_mse", "consistency": 0.0}, (0.35, 0.5)),
-        ({"loss": "poisson", "consistency": 0.0}, (0.35, 0.5)),
-        ({"loss": "ratio_mse", "cycle": 1.0, "consistency": 1.0}, (0.35, 0.35)),
+        ({"loss": "ratio_mse", "regularizers": ()}, (0.35, 0.5)),
+        ({"loss": "poisson", "regularizers": ()}, (0.35, 0.5)),
+        ({"loss": "ratio_mse", "regularizers": (Cycle(1.0), Consistency(1.0))}, (0.35, 0.35)),
     ],
 )
-def test_every_algorithm_finds_the_exact_ratio(arguments: dict[str, Any], bounds: tuple[float, float]) -> None:
+def test_every_algorithm_finds_the_exact_ratio(terms: dict[str, Any], bounds: tuple[float, float]) -> None:
     """log h of two unit Gaussians at distance 0.6, from 4,000 and 2,000 samples; a zero guidance has error 1."""
     fit = fit_guidance(
         SOURCE.sample(4000, seed=1),
         TARGET.sample(2000, seed=2),
+        config=GuidanceConfig(**terms, training=QUICK, network=SMALL, diagnostics=False),
         denoiser=exact_denoiser(SOURCE, SCHEDULE),
-        settings=QUICK,
-        width=32,
-        depth=2,
-        diagnostics=False,
-        **arguments,
     )
     value, gradient = error_of(fit)
     assert value < bounds[0]
@@ -87,11 +95,7 @@ def test_log_mse_is_biased_low_as_stated() -> None:
         SOURCE.sample(4000, seed=1),
         TARGET.sample(2000, seed=2),
         SCHEDULE,
-        loss="log_mse",
-        settings=QUICK,
-        width=32,
-        depth=2,
-        diagnostics=False,
+        GuidanceConfig("log_mse", training=QUICK, network=SMALL, diagnostics=False),
     )
     t = 0.4
     alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
@@ -106,13 +110,12 @@ def test_log_mse_is_biased_low_as_stated() -> None:
 def test_samples_move_to_the_target() -> None:
     source, target = paper_source(), paper_target()
     denoiser = exact_denoiser(source, SCHEDULE)
-    settings = Optimisation(steps=400, batch_size=256, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.99)
+    settings = TrainingConfig(steps=400, batch_size=256, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.99)
     fit = fit_guidance(
         source.sample(10_000, seed=0),
         target.sample(200, seed=1),
+        config=GuidanceConfig(training=settings, diagnostics=False),
         denoiser=denoiser,
-        settings=settings,
-        diagnostics=False,
     )
     fresh = target.sample(5000, seed=2)
     before = metrics.sliced_wasserstein(sample(denoiser, num=5000, seed=3), fresh)
@@ -133,12 +136,10 @@ def test_conditional_transfer() -> None:
     fit = fit_guidance(
         source,
         target,
+        config=GuidanceConfig(training=QUICK, network=SMALL),
         denoiser=denoiser,
         source_labels=source_labels,
         target_labels=target_labels,
-        settings=QUICK,
-        width=32,
-        depth=2,
     )
     assert fit.guidance.num_classes == 2
     for label, centre in ((0, -0.8), (1, 0.8)):
@@ -152,9 +153,8 @@ def test_classes_that_no_source_sample_has_are_named() -> None:
     source_labels = np.arange(60) % 2
 
     def warned(target_labels: np.ndarray, **arguments: Any) -> list[str]:
-        fit = fit_guidance(
-            source, target, source_labels=source_labels, target_labels=target_labels, settings=TINY, **arguments
-        )
+        config = GuidanceConfig(training=TINY, **arguments)
+        fit = fit_guidance(source, target, config=config, source_labels=source_labels, target_labels=target_labels)
         assert fit.diagnostics is not None
         return [text for text in fit.diagnostics.warnings if "source sample does" in text]
 
@@ -175,7 +175,7 @@ def test_a_single_column_may_hold_classes(highest: int) -> None:
         with pytest.raises(ValueError, match=r"source_labels .* got \[60, 1\]; if the column holds classes pass"):
             call(source, target, **columns)
     if highest == 1:
-        fit = fit_guidance(source, target, **columns, num_classes=1, settings=TINY, diagnostics=False)
+        fit = fit_guidance(source, target, config=replace(SHORT, num_classes=1), **columns)
         assert fit.guidance.num_classes == 1
 
 
@@ -184,21 +184,21 @@ def test_columns_of_labels_that_no_source_sample_has_are_named() -> None:
     rows, seen = np.zeros((20, 3)), np.zeros((60, 3))
     seen[:, 0] = rows[:, 0] = 1
     rows[:2, 2] = 0.5
-    fit = fit_guidance(source, target, source_labels=seen, target_labels=rows, settings=TINY)
+    fit = fit_guidance(source, target, config=GuidanceConfig(training=TINY), source_labels=seen, target_labels=rows)
     assert fit.diagnostics is not None
     assert any(text.startswith("do not use samples of class 2: 2 of 20") for text in fit.diagnostics.warnings)
 
 
 def test_without_a_denoiser_there_is_no_consistency_term() -> None:
-    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), settings=TINY, diagnostics=False)
-    assert fit.config["consistency"] == 0.0
+    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), config=SHORT)
+    assert fit.config["regularizers"] == []
     assert fit.guidance.schedule == NoiseSchedule.vp_linear()
     with pytest.raises(ValueError, match="denoiser must be given when consistency > 0"):
-        fit_guidance(torch.randn(50, 2), torch.randn(10, 2), consistency=1.0, settings=TINY)
+        fit_guidance(torch.randn(50, 2), torch.randn(10, 2), config=replace(SHORT, regularizers=(Consistency(1.0),)))
 
 
 def test_diagnostics_are_complete_and_printable() -> None:
-    fit = fit_guidance(torch.randn(200, 2), torch.randn(20, 2), settings=TINY)
+    fit = fit_guidance(torch.randn(200, 2), torch.randn(20, 2), config=GuidanceConfig(training=TINY))
     assert fit.diagnostics is not None
     text = str(fit.diagnostics)
     for words in ("AUC", "calibration", "effective sample size", "E_p[h]", "outside"):
@@ -208,7 +208,7 @@ def test_diagnostics_are_complete_and_printable() -> None:
 
 
 def test_mean_h_is_one_for_an_untrained_guidance_and_exact_for_a_constant() -> None:
-    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), settings=TINY, diagnostics=False)
+    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), config=SHORT)
     network = fit.guidance
     with torch.no_grad():
         for parameter in network.parameters():
@@ -223,7 +223,7 @@ def test_mean_h_is_one_for_an_untrained_guidance_and_exact_for_a_constant() -> N
 def test_the_same_seed_gives_the_same_guidance_and_keeps_the_denoiser() -> None:
     x, y = torch.randn(50, 2), torch.randn(10, 2)
     denoiser = exact_denoiser(paper_source(), SCHEDULE)
-    fits = [fit_guidance(x, y, denoiser=denoiser, settings=TINY, seed=s, diagnostics=False) for s in (1, 1, 2)]
+    fits = [fit_guidance(x, y, config=SHORT, denoiser=denoiser, seed=s) for s in (1, 1, 2)]
     weights = [torch.cat([p.flatten() for p in fit.guidance.parameters()]) for fit in fits]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -231,45 +231,34 @@ def test_the_same_seed_gives_the_same_guidance_and_keeps_the_denoiser() -> None:
 
 def test_images_and_the_ecg_stem_fit_too() -> None:
     x, y = torch.randn(20, 2, 40), torch.randn(6, 2, 40)
-    fit = fit_guidance(x, y, settings=TINY, stem="ecg", width=8, depth=2, diagnostics=False)
+    fit = fit_guidance(x, y, config=replace(SHORT, network=NetworkConfig(width=8, depth=2, stem="ecg")))
     assert fit.guidance.event_shape == (2, 40)
 
 
 def test_discrete_schedule() -> None:
     schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 50))
-    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), schedule, settings=TINY)
+    fit = fit_guidance(torch.randn(50, 2), torch.randn(10, 2), schedule, GuidanceConfig(training=TINY))
     assert fit.diagnostics is not None
     assert all(t == round(t) for t, *_ in fit.diagnostics.mean_h)
 
 
 def test_every_weight_of_the_loss_counts() -> None:
     """total = loss + consistency / 2 ||.||^2 + cycle (h - h_c)^2, each evaluated alone from one generator state."""
-    from tgdp_fast.fit.guidance import _Data, _objective
-
     x, y = SOURCE.sample(40, seed=1), TARGET.sample(20, seed=2)
     denoiser = exact_denoiser(SOURCE, SCHEDULE)
     torch.manual_seed(0)
     network, classifier = (GuidanceNetwork((1,), SCHEDULE, width=8, depth=2) for _ in range(2))
 
-    def value(**arguments: Any) -> float:
-        objective = _objective(
-            network,
-            _Data(x, None, y, None),
-            SCHEDULE,
-            TINY,
-            "uniform",
-            arguments.pop("loss", "logistic"),
-            denoiser=denoiser,
-            classifier=classifier,
-            **arguments,
-        )
+    def value(*regularizers: Regularizer, loss: Loss | str = "logistic") -> float:
+        config = GuidanceConfig(loss, regularizers, training=TINY)
+        objective = Objective(network, TransferData(x, y), config, denoiser=denoiser, classifier=classifier)
         return float(objective(torch.Generator().manual_seed(3)).detach())
 
     plain = value()
-    consistency, cycle = value(consistency=1.0) - plain, value(cycle=1.0) - plain
+    consistency, cycle = value(Consistency(1.0)) - plain, value(Cycle(1.0)) - plain
     assert consistency > 0.01
     assert cycle > 1e-6
-    assert value(consistency=3.0, cycle=2.0) == pytest.approx(plain + 3 * consistency + 2 * cycle, rel=1e-5)
+    assert value(Consistency(3.0), Cycle(2.0)) == pytest.approx(plain + 3 * consistency + 2 * cycle, rel=1e-5)
     # The terms by hand, from the same draws.
     generator = torch.Generator().manual_seed(3)
     batches = []
@@ -282,7 +271,7 @@ def test_every_weight_of_the_loss_counts() -> None:
     f_target, gradient = network(target.x, target.t)
     cross_entropy = -torch.sigmoid(-f_source).log().mean() - torch.sigmoid(f_target).log().mean()
     assert plain == pytest.approx(0.5 * float(cross_entropy), rel=1e-5)
-    smoothed = value(label_smoothing=0.2) - plain
+    smoothed = value(loss=Logistic(smoothing=0.2)) - plain
     assert smoothed == pytest.approx(0.1 * float((f_target.mean() - f_source.mean()).detach()), rel=1e-3, abs=1e-7)
     residual = denoiser.epsilon(target.x, target.t) - target.sigma * gradient - target.epsilon
     assert consistency == pytest.approx(0.5 * float(residual.square().sum(1).mean()), rel=1e-4)
@@ -291,24 +280,13 @@ def test_every_weight_of_the_loss_counts() -> None:
 
 
 def test_precision_is_that_of_the_products_alone() -> None:
-    from tgdp_fast.fit.guidance import _Data, _objective
-
     x, y = SOURCE.sample(400, seed=1), TARGET.sample(200, seed=2)
     torch.manual_seed(0)
     network = GuidanceNetwork((1,), SCHEDULE, width=32, depth=2)
     losses, gradients = [], []
     for precision in ("fp32", "bf16", "fp16"):
-        objective = _objective(
-            network,
-            _Data(x, None, y, None),
-            SCHEDULE,
-            TINY,
-            "uniform",
-            "logistic",
-            denoiser=exact_denoiser(SOURCE, SCHEDULE),
-            consistency=1.0,
-            precision=precision,
-        )
+        config = GuidanceConfig(regularizers=(Consistency(1.0),), training=TINY, precision=precision)
+        objective = Objective(network, TransferData(x, y), config, denoiser=exact_denoiser(SOURCE, SCHEDULE))
         loss = objective(torch.Generator().manual_seed(3))
         assert loss.dtype == torch.float32
         losses.append(float(loss.detach()))
@@ -322,9 +300,8 @@ def test_precision_is_that_of_the_products_alone() -> None:
 
 
 def test_network_arguments_reach_the_network() -> None:
-    fit = fit_guidance(
-        torch.randn(9, 2), torch.randn(5, 2), settings=TINY, diagnostics=False, alpha_power=3.0, width=5, depth=1
-    )
+    config = replace(SHORT, network=NetworkConfig(width=5, depth=1, alpha_power=3.0))
+    fit = fit_guidance(torch.randn(9, 2), torch.randn(5, 2), config=config)
     assert (fit.guidance.alpha_power, fit.guidance.width, fit.guidance.depth) == (3.0, 5, 1)
 
 
@@ -342,10 +319,10 @@ def test_a_conditional_denoiser_decides_the_classes() -> None:
     denoiser = train_denoiser(torch.randn(20, 2), labels=np.arange(20) % 5, settings=TINY, width=4)
     labels = {"source_labels": np.arange(20) % 3, "target_labels": np.arange(6) % 2}
     x, y = torch.randn(20, 2), torch.randn(6, 2)
-    fit = fit_guidance(x, y, denoiser=denoiser, settings=TINY, diagnostics=False, **labels)
+    fit = fit_guidance(x, y, config=SHORT, denoiser=denoiser, **labels)
     assert fit.guidance.num_classes == 5
     with pytest.raises(ValueError, match="the denoiser is conditional on 5 classes"):
-        fit_guidance(x, y, denoiser=denoiser, settings=TINY)
+        fit_guidance(x, y, config=SHORT, denoiser=denoiser)
 
 
 def test_a_state_with_another_denoiser_or_loss_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,9 +330,14 @@ def test_a_state_with_another_denoiser_or_loss_is_not_resumed(tmp_path: Path, mo
 
     x, y = torch.randn(50, 2), torch.randn(10, 2)
     first, second = (train_denoiser(x, settings=TINY, width=4, seed=seed) for seed in (1, 2))
-    settings = Optimisation(steps=30, batch_size=16, ema_decay=0.5, warmup=1)
-    base: dict[str, Any] = {"settings": settings, "diagnostics": False, "denoiser": first}
-    for change in ({"denoiser": second}, {"consistency": 0.5}, {"target": y + 1}):
+    settings = TrainingConfig(steps=30, batch_size=16, ema_decay=0.5, warmup=1)
+    config = GuidanceConfig(training=settings, diagnostics=False)
+    base: dict[str, Any] = {"config": config, "denoiser": first}
+    for change in (
+        {"denoiser": second},
+        {"config": replace(config, regularizers=(Consistency(0.5),))},
+        {"target": y + 1},
+    ):
         state = tmp_path / "-".join(change)
         with pytest.MonkeyPatch.context() as patch:
             real = _Run.save
@@ -377,8 +359,8 @@ def test_a_killed_fit_resumes_to_the_same_guidance(tmp_path: Path, monkeypatch: 
     from tgdp_fast.fit.training import _Run
 
     x, y = torch.randn(50, 2), torch.randn(10, 2)
-    settings = Optimisation(steps=30, batch_size=16, ema_decay=0.5, warmup=1)
-    options: dict[str, Any] = {"settings": settings, "diagnostics": False, "seed": 4}
+    settings = TrainingConfig(steps=30, batch_size=16, ema_decay=0.5, warmup=1)
+    options: dict[str, Any] = {"config": GuidanceConfig(training=settings, diagnostics=False), "seed": 4}
     whole = fit_guidance(x, y, **options)
 
     real = _Run.save
@@ -397,12 +379,12 @@ def _kill(now: bool) -> None:
         raise KilledError
 
 
-def test_defaults_regularise_more_when_there_are_fewer_samples() -> None:
-    decays = [default_settings(n).weight_decay for n in (1, 10, 100, 1000, 10_000)]
+def test_defaults_regularize_more_when_there_are_fewer_samples() -> None:
+    decays = [default_training(n).weight_decay for n in (1, 10, 100, 1000, 10_000)]
     assert decays == sorted(decays, reverse=True)
     assert decays[0] > decays[-1]
     with pytest.raises(ValueError, match="num_target"):
-        default_settings(0)
+        default_training(0)
 
 
 X, Y = torch.zeros(20, 3).normal_(), torch.zeros(10, 3).normal_()
@@ -410,7 +392,7 @@ X, Y = torch.zeros(20, 3).normal_(), torch.zeros(10, 3).normal_()
 
 def test_a_source_far_from_unit_scale_is_mentioned() -> None:
     with pytest.warns(UserWarning, match="source should have about unit scale.*TransferModel") as warned:
-        fit_guidance(X + 1000, Y + 1000, settings=TINY, diagnostics=False)
+        fit_guidance(X + 1000, Y + 1000, config=SHORT)
     assert len(warned) == 1
 
 
@@ -420,18 +402,10 @@ def test_a_source_far_from_unit_scale_is_mentioned() -> None:
         (
             X,
             Y,
-            {"loss": "logistc"},
-            "loss must be one of log_mse, logistic, poisson, ratio_mse.*did you mean 'logistic'",
+            {"config": GuidanceConfig(network=NetworkConfig(stem="ecg"))},
+            "event_shape must be \\(leads, length\\)",
         ),
-        (X, Y, {"cycle": -1.0}, "cycle must be finite and in"),
-        (X, Y, {"consistency": float("nan")}, "consistency must be finite"),
-        (X, Y, {"time_distribution": "log"}, "time_distribution must be one of"),
-        (X, Y, {"width": 0}, "width must be an integer >= 1"),
-        (X, Y, {"stem": "ecg"}, "event_shape must be \\(leads, length\\)"),
-        (X, Y, {"alpha_power": -1.0}, "alpha_power must be"),
-        (X, Y, {"label_smoothing": 0.6}, "label_smoothing must be"),
-        (X, Y, {"settings": 5}, "settings must be an Optimisation"),
-        (X, Y, {"precision": "tf32"}, "precision must be one of"),
+        (X, Y, {"config": TINY}, "config must be a GuidanceConfig, got TrainingConfig"),
         (X, Y, {"seed": 2**64}, "seed must be below 2\\^64"),
         (X, Y, {"denoiser": object()}, "denoiser must be a Denoiser, .* got object"),
         (X, Y, {"device": "gpu"}, "device must be one that torch has here"),
@@ -446,7 +420,7 @@ def test_a_source_far_from_unit_scale_is_mentioned() -> None:
 def test_bad_input_is_refused_before_any_work(
     source: Tensor, target: Tensor, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tgdp_fast.fit.guidance.optimise", None)
+    monkeypatch.setattr("tgdp_fast.fit.guidance.minimize", None)
     monkeypatch.setattr("tgdp_fast.fit.guidance.fit_density_ratio", None)
     with pytest.raises(ValueError, match=message):
         fit_guidance(source, target, **arguments)

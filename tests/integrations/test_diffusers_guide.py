@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tgdp_fast import GuidanceNetwork, NoiseSchedule, Optimisation, fit_guidance
+from tgdp_fast import GuidanceConfig, GuidanceNetwork, NetworkConfig, NoiseSchedule, TrainingConfig, fit_guidance
 from tgdp_fast.data.digits import load_digits_arrays
 
 diffusers = pytest.importorskip("diffusers")
@@ -588,8 +588,9 @@ def digits() -> Any:
 
     train(unet.train(), denoising, 250, 5e-3)
     train(network, classification, 200, 3e-3, weight_decay=0.1)
-    settings = Optimisation(steps=300, batch_size=128, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.98)
-    fit = fit_guidance(arrays.source, arrays.target, schedule, width=64, depth=3, settings=settings, diagnostics=False)
+    settings = TrainingConfig(steps=300, batch_size=128, learning_rate=2e-3, weight_decay=0.1, ema_decay=0.98)
+    config = GuidanceConfig(network=NetworkConfig(width=64, depth=3), training=settings, diagnostics=False)
+    fit = fit_guidance(arrays.source, arrays.target, schedule, config)
     judge = linear_model.LogisticRegression(max_iter=2000).fit(arrays.source, arrays.source_labels)
     assert judge.score(arrays.held_out, arrays.held_out_labels) > 0.9
     return SimpleNamespace(unet=unet, scheduler=scheduler, fitted=fit.guidance, convolutional=network, judge=judge)

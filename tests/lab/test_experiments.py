@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tgdp_fast import Optimisation
+from tgdp_fast import GuidanceConfig, Logistic, TrainingConfig
 from tgdp_fast.data.digits import load_digits_arrays
 from tgdp_fast.fit import guidance as transfer
 from tgdp_fast.lab.experiments import digits, gaussians
 from tgdp_fast.runtime import figures
 from tgdp_fast.runtime.tables import RowStore, markdown_table, mean_and_deviation
 
-TINY = Optimisation(steps=5, batch_size=32, ema_decay=0.5, warmup=1)
+TINY = TrainingConfig(steps=5, batch_size=32, ema_decay=0.5, warmup=1)
 KEYS = ["n", "seed", "method", "sw2", "nll", "average_likelihood", "mmd", "mode_mass", "fit_seconds", "sample_seconds"]
 
 
@@ -87,7 +87,7 @@ SMALL = {"methods": ("source", "vanilla", "tgdp"), "num_target": (4,), "seeds": 
         {"solver": "heun"},
         {"steps": 24},
         {"width": 16},
-        {"source_settings": Optimisation(steps=6, batch_size=32, ema_decay=0.5, warmup=1)},
+        {"source_settings": TrainingConfig(steps=6, batch_size=32, ema_decay=0.5, warmup=1)},
     ],
 )
 def test_rows_of_other_settings_are_not_used(
@@ -113,10 +113,10 @@ def test_rows_of_another_recipe_are_not_used(
     gaussians.run(plan(tmp_path, **SMALL))
     computed.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "default_settings", lambda n: TINY)
+        patch.setattr(transfer, "default_training", lambda n: TINY)
         gaussians.run(plan(tmp_path, **SMALL))
         assert computed == ["tgdp 4 0"]
-    monkeypatch.setitem(gaussians.VARIANTS, "tgdp", {"label_smoothing": 0.1})
+    monkeypatch.setitem(gaussians.VARIANTS, "tgdp", GuidanceConfig(Logistic(0.1)))
     gaussians.run(plan(tmp_path, **SMALL))
     assert computed == ["tgdp 4 0"] * 2
 
@@ -213,12 +213,12 @@ def test_an_interrupt_ends_the_processes_at_once_and_keeps_finished_rows(tmp_pat
 import signal
 import sys
 from pathlib import Path
-from tgdp_fast import Optimisation
+from tgdp_fast import GuidanceConfig, Logistic, TrainingConfig
 from tgdp_fast.lab.experiments import gaussians
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # A background shell has it ignored.
-    tiny = Optimisation(steps=5, batch_size=32, ema_decay=0.5, warmup=1)
+    tiny = TrainingConfig(steps=5, batch_size=32, ema_decay=0.5, warmup=1)
     plan = gaussians.Plan(Path({str(tmp_path)!r}), (1000,), 4, ("target", "vanilla"), 100, 50, source_settings=tiny,
                           width=256, jobs=2)
     try:

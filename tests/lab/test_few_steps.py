@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ecg_files import write_record
 
-from tgdp_fast import Optimisation
+from tgdp_fast import TrainingConfig
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 
@@ -30,7 +30,7 @@ def plan(out: Path, **changes: Any) -> few_steps.Plan:
         "num_res_layers": 1,
         "res_channels": 4,
         "d_state": 4,
-        "settings": Optimisation(steps=4, batch_size=8, ema_decay=0.5, warmup=1),
+        "settings": TrainingConfig(steps=4, batch_size=8, ema_decay=0.5, warmup=1),
     }
     return few_steps.Plan(out, **(settings | changes))
 

@@ -17,11 +17,11 @@ from ecg_files import real_data
 from label_shift import Draw, Rate, corrected_share, divide, mixture
 from rhythm_beats import Beats, cut_beats, load_rhythm_beats
 
-from tgdp_fast import Optimisation
+from tgdp_fast import TrainingConfig
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg, synthetic_ecg_with_rates
 
-TINY = Optimisation(steps=3, batch_size=16, ema_decay=0.5, warmup=1)
+TINY = TrainingConfig(steps=3, batch_size=16, ema_decay=0.5, warmup=1)
 
 
 def plan(out: Path, **changes: Any) -> label_shift.Plan:
@@ -84,7 +84,7 @@ def test_every_row_is_written_and_resumed(tmp_path: Path, tiny: None, monkeypatc
 def test_a_judge_of_two_rhythms_is_right(tmp_path: Path) -> None:
     """Rhythms that differ in a bump six times the noise: no error but in few beats, and shares as they were mixed."""
     pytest.importorskip("sklearn")
-    settings = Optimisation(steps=60, batch_size=32, learning_rate=3e-3, ema_decay=0.9, warmup=5)
+    settings = TrainingConfig(steps=60, batch_size=32, learning_rate=3e-3, ema_decay=0.9, warmup=5)
     drawn = Draw(plan(tmp_path, classifier_settings=settings), made_up(24), 0)
     network, true_positive, false_positive = drawn.verdict
     assert true_positive.value > 0.95

@@ -10,7 +10,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
-from tgdp_fast.metrics import density_and_coverage, frechet_distance, memorisation, nearest_by_correlation
+from tgdp_fast.metrics import density_and_coverage, frechet_distance, memorization, nearest_by_correlation
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_what_density_and_coverage_tell_apart() -> None:
     assert (far.density, far.coverage) == (0.0, 0.0)
 
 
-# ----------------------------------------------------------------------------------------------- memorisation
+# ----------------------------------------------------------------------------------------------- memorization
 
 
 def nearest_by_definition(signals: np.ndarray, train: np.ndarray, shift: int) -> np.ndarray:
@@ -146,7 +146,7 @@ def test_copies_are_found_however_disguised() -> None:
     generated[1] = -1.0 + 2.0 * train[3]
     generated[2] = records[11, :, 35:255]  # 15 samples later
     generated[3] = records[12, :, :220]  # 20 samples earlier
-    found = memorisation(generated, train, held_out, max_shift=20)
+    found = memorization(generated, train, held_out, max_shift=20)
     assert found.generated[0] == 0.0
     assert found.generated[1:4] == pytest.approx([0, 0, 0], abs=1e-6)
     assert found.nearest[:4].tolist() == [7, 3, 11, 12]
@@ -155,17 +155,17 @@ def test_copies_are_found_however_disguised() -> None:
     assert found.low_ratio == pytest.approx(0.0, abs=1e-6)
     assert found.median_ratio == pytest.approx(np.median(found.generated) / np.median(found.held_out))
     # Without shifts the moved ones are not seen.
-    assert memorisation(generated, train, held_out, max_shift=0).copies == 2
+    assert memorization(generated, train, held_out, max_shift=0).copies == 2
 
 
 def test_new_records_are_no_copies() -> None:
     """Of one law the ratio of medians is 1; 200 distances of a relative spread near 0.2 give it to 0.02."""
     train, held_out, generated = (synthetic_ecg(n, 150, seed=s) for s, n in enumerate((100, 200, 200)))
-    found = memorisation(generated, train, held_out)
+    found = memorization(generated, train, held_out)
     assert found.median_ratio == pytest.approx(1.0, abs=0.1)
     assert found.copies == 0
     assert found.nearer <= 8  # 1 expected; geometric, so above 8 with probability 0.02 at most
-    everything = memorisation(train, train, held_out)
+    everything = memorization(train, train, held_out)
     assert (everything.copies, everything.nearer, everything.median_ratio) == (100, 100, 0.0)
 
 
@@ -180,7 +180,7 @@ def test_signals_without_any_signal() -> None:
 def test_copies_of_vectors_and_images(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     train, held_out, generated = (100 + 3 * random.standard_normal((n, *shape)) for n in (50, 400, 300))
-    new = memorisation(generated, train, held_out)
+    new = memorization(generated, train, held_out)
     flat, own = generated.reshape(300, -1), train.reshape(50, -1)
     pairs = np.linalg.norm(own[:, None] - held_out.reshape(1, 400, -1), axis=2)
     distances = np.linalg.norm(flat[:, None] - own, axis=2)
@@ -191,14 +191,14 @@ def test_copies_of_vectors_and_images(shape: tuple[int, ...], monkeypatch: pytes
     assert new.median_ratio == pytest.approx(1.0, abs=0.2)
     generated[:20] = train[:20]
     generated[20:30] = train[20:30] + 1e-4
-    found = memorisation(torch.from_numpy(generated).float(), train, held_out)
+    found = memorization(torch.from_numpy(generated).float(), train, held_out)
     assert found.copies == 30
     assert found.nearer >= 20
     assert found.nearest[:30].tolist() == list(range(30))
     assert found.low_ratio < 1e-3
     # In other units, and in parts, it is the same.
     monkeypatch.setattr("tgdp_fast.metrics.copies._VALUES", 150)
-    again = memorisation(1000 * generated, 1000 * train, 1000 * held_out)
+    again = memorization(1000 * generated, 1000 * train, 1000 * held_out)
     assert (again.copies, again.nearest.tolist()) == (30, found.nearest.tolist())
     assert again.generated[30:] == pytest.approx(found.generated[30:], rel=1e-4)
 
@@ -206,21 +206,21 @@ def test_copies_of_vectors_and_images(shape: tuple[int, ...], monkeypatch: pytes
 def test_copies_name_the_argument_at_fault() -> None:
     x, signals = normal(6, 3), normal(4, 2, 20)
     with pytest.raises(ValueError, match=r"generated and train must hold events of one shape, got \[2\] and \[3\]"):
-        memorisation(x[:, :2], x, x)
+        memorization(x[:, :2], x, x)
     with pytest.raises(ValueError, match=r"held_out and train must hold events of one shape, got \[2\] and \[3\]"):
-        memorisation(x, x, x[:, :2])
+        memorization(x, x, x[:, :2])
     with pytest.raises(ValueError, match=r"generated must have shape \[N, leads, L\], got \[6, 3\]"):
-        memorisation(x, signals, signals)
+        memorization(x, signals, signals)
     with pytest.raises(ValueError, match=r"held_out must have shape \[N, leads, L\], got \[6, 3\]"):
-        memorisation(signals, signals, x)
+        memorization(signals, signals, x)
     with pytest.raises(ValueError, match=r"generated must have shape \[N, ...\]"):
-        memorisation(x[:, 0], x, x)
+        memorization(x[:, 0], x, x)
     with pytest.raises(ValueError, match="generated must be finite"):
-        memorisation(np.full_like(x, np.nan), x, x)
+        memorization(np.full_like(x, np.nan), x, x)
     with pytest.raises(ValueError, match=r"max_shift is for signals \[N, leads, L\], got train of shape \[6, 3\]"):
-        memorisation(x, x, x, max_shift=0)
+        memorization(x, x, x, max_shift=0)
     with pytest.raises(ValueError, match="distinct samples"):
-        memorisation(x, np.ones_like(x), np.ones_like(x))
+        memorization(x, np.ones_like(x), np.ones_like(x))
 
 
 def test_bad_arguments() -> None:
@@ -237,4 +237,4 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="one shape"):
         nearest_by_correlation(signals, signals[:, :1])
     with pytest.raises(ValueError, match="max_shift must leave at least two of 20 samples in the middle, got 10"):
-        memorisation(signals, signals, signals, max_shift=10)
+        memorization(signals, signals, signals, max_shift=10)

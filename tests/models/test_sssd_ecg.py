@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tgdp_fast import SSSDECG, Denoiser, NoiseSchedule, Optimisation, sample, train_denoiser
+from tgdp_fast import SSSDECG, Denoiser, NoiseSchedule, TrainingConfig, sample, train_denoiser
 from tgdp_fast.models.s4 import NPLRKernel, fourier_nodes
 from tgdp_fast.models.sssd_ecg.layers import WeightNormConv1d, diffusion_step_features
 
@@ -485,7 +485,7 @@ def test_checkpoint_folder(tmp_path: Path, cauchy):
 def test_fine_tuning_changes_the_kernels():
     denoiser = Denoiser(randomised(**SQUARE), SCHEDULE)
     data, labels = torch.randn(8, 3, 20), torch.randint(4, (8,))
-    settings = Optimisation(steps=4, batch_size=4, ema_decay=0.5, warmup=1)
+    settings = TrainingConfig(steps=4, batch_size=4, ema_decay=0.5, warmup=1)
     tuned = train_denoiser(data, labels=labels, initial=denoiser, settings=settings)
     before, after = (each.network.get_parameter(f"{KERNEL}C") for each in (denoiser, tuned))
     assert not torch.equal(before, after)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from tgdp_fast import Optimisation
+from tgdp_fast import TrainingConfig
 from tgdp_fast.ecg.classifier import features, predict, train_ecg_classifier
 from tgdp_fast.metrics import macro_auc
 from tgdp_fast.models import XResNet1d
 from tgdp_fast.runtime.checkpoint import CheckpointError, save_checkpoint
 
 SMALL: dict[str, Any] = {"blocks": (1, 1), "expansion": 1, "width": 8, "stem_width": 8, "hidden": 8, "dropout": 0.1}
-SETTINGS = Optimisation(steps=60, batch_size=16, learning_rate=1e-2, ema_decay=0.9, warmup=5)
+SETTINGS = TrainingConfig(steps=60, batch_size=16, learning_rate=1e-2, ema_decay=0.9, warmup=5)
 
 
 def small(leads: int = 3, classes: int = 2, **changes: Any) -> XResNet1d:
@@ -161,7 +161,7 @@ def test_training_is_reproducible_and_resumes(tmp_path: Path, monkeypatch: pytes
 def test_running_statistics_belong_to_the_averaged_weights() -> None:
     """In one pass over all records the means of the first layer are those of its outputs."""
     x, y = records(32)
-    network = train_ecg_classifier(x, y, architecture=SMALL, settings=Optimisation(steps=3, batch_size=32, warmup=1))
+    network = train_ecg_classifier(x, y, architecture=SMALL, settings=TrainingConfig(steps=3, batch_size=32, warmup=1))
     convolution, norm = network.stem[0][0], network.stem[0][1]
     with torch.no_grad():
         outputs = convolution(torch.from_numpy(x))
@@ -175,7 +175,7 @@ def test_running_statistics_belong_to_the_averaged_weights() -> None:
         ({"x": np.zeros((4, 83), np.float32)}, r"x must have shape \[N, leads, L\], got \[4, 83\]"),
         ({"y": np.zeros(4, int)}, r"y must be multi-hot rows \[N, K\]"),
         ({"y": np.zeros((3, 2))}, "y holds 3 labels for 4 samples"),
-        ({"settings": Optimisation(batch_size=1)}, "settings.batch_size must be at least 2"),
+        ({"settings": TrainingConfig(batch_size=1)}, "settings.batch_size must be at least 2"),
         ({"network": small(4)}, "network must take 3 leads and give 2 statements, it has 4 and 2"),
         ({"network": small(), "architecture": SMALL}, "network and architecture were both given"),
     ],

@@ -14,13 +14,13 @@ import torch
 
 from tgdp_fast import Denoiser, NoiseSchedule, train_denoiser
 from tgdp_fast.data.gaussians import paper_source, paper_target
+from tgdp_fast.fit.config import GuidanceConfig, NetworkConfig, TrainingConfig
 from tgdp_fast.fit.guidance import fit_guidance
-from tgdp_fast.fit.training import Optimisation
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.checkpoint import load_checkpoint
 from tgdp_fast.runtime.stages import Stages
 
-SETTINGS = Optimisation(steps=12, batch_size=16, learning_rate=1e-3, ema_decay=0.9, warmup=2)
+SETTINGS = TrainingConfig(steps=12, batch_size=16, learning_rate=1e-3, ema_decay=0.9, warmup=2)
 SHARED, LONE = {"width": 16, "depth": 2}, {"width": 8, "depth": 1}
 # Rounding of sums of gradients in another order, through 12 steps of Adam: a few ulps a step at a rate of 1e-3, more
 # where a gradient is near 0, for Adam divides by its size. The number of threads of a process decides that order too.
@@ -49,7 +49,8 @@ def work(out: Path) -> None:
     source = paper_source().sample(200, seed=0).numpy()
     target = paper_target().sample(20, seed=1).numpy()
     denoiser = train_denoiser(source, **SHARED, settings=SETTINGS, state_dir=out / "state")
-    fit = fit_guidance(source, target, denoiser=denoiser, width=16, depth=2, settings=SETTINGS, diagnostics=False)
+    config = GuidanceConfig(network=NetworkConfig(**SHARED), training=SETTINGS, diagnostics=False)
+    fit = fit_guidance(source, target, config=config, denoiser=denoiser)
     stages = Stages(out / "stages")
     before = (distributed.rank(), distributed.size())
 
@@ -117,7 +118,7 @@ def test_the_tolerance_tells_another_batch(network: dict[str, int]) -> None:
     source = paper_source().sample(200, seed=0).numpy()
     weights = []
     for size in (16, 8):
-        settings = Optimisation(**{**vars(SETTINGS), "batch_size": size})
+        settings = TrainingConfig(**{**vars(SETTINGS), "batch_size": size})
         weights.append(flat(train_denoiser(source, **network, settings=settings)))
     assert np.abs(np.subtract(*weights)).max() > 5 * TOLERANCE
 

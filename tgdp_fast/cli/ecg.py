@@ -15,11 +15,13 @@ from tgdp_fast.cli.arguments import add_command, add_quiet, with_flags
 if TYPE_CHECKING:
     from tgdp_fast.ecg.pipeline import Pipeline
 
+#: Settings of :class:`tgdp_fast.sampling.config.SamplingConfig` that ``ecg sample`` takes.
+SETTINGS = ("solver", "steps", "spacing", "scale", "precision")
 _SHOWN = 20  # problems, and labels, that are printed one by one
 
 
 def inspect(options: argparse.Namespace) -> int | None:
-    """What a folder of electrocardiograms holds, and which records would be dropped and why."""
+    """Summarize a folder of electrocardiograms, and list the records that would be dropped and why."""
     from tgdp_fast.ecg.records.folder import open_ecg_folder
     from tgdp_fast.ecg.records.inspection import inspect_ecg_folder
 
@@ -159,20 +161,17 @@ def _say(text: str) -> None:
 def sample(options: argparse.Namespace) -> None:
     """Draw 12-lead records from a fitted model, as WFDB records with labels and a manifest."""
     from tgdp_fast.ecg.drawing import draw_records
+    from tgdp_fast.sampling.config import SamplingConfig
 
     check_model_folder(options.model)
     try:
         place = draw_records(
             options.model,
             options.out,
+            SamplingConfig(**{name: getattr(options, name) for name in SETTINGS}),
             num=options.num,
             statements=options.statements,
             guided=not options.unguided,
-            solver=options.solver,
-            steps=options.steps,
-            spacing=options.spacing,
-            scale=options.scale,
-            precision=options.precision,
             seed=options.seed,
             batch_size=options.batch_size,
             device=options.device,
@@ -200,11 +199,14 @@ def add_parser(commands: Any) -> None:
     command = add_command(names, "inspect", inspect)
     command.add_argument("folder", metavar="DIR", type=Path, help="PTB-XL, ICBEB2018, or any WFDB records")
     command.add_argument(
-        "--rate", type=float, default=100.0, help="samples per second wanted; 0: the highest there is (%(default)g)"
+        "--rate", type=float, default=100.0, help="samples per second; 0: the highest there is (%(default)g)"
     )
-    command.add_argument("--seconds", type=float, default=10.0, help="kept of each record (%(default)g)")
+    command.add_argument("--seconds", type=float, default=10.0, help="length that is kept of each record (%(default)g)")
     command.add_argument(
-        "--minimum-likelihood", type=float, metavar="PERCENT", help="leave out statements of PTB-XL below this"
+        "--minimum-likelihood",
+        type=float,
+        metavar="PERCENT",
+        help="ignore statements of lower likelihood (PTB-XL)",
     )
     command.add_argument("--read", action="store_true", help="read all signals: checksums, NaN, flat leads, lengths")
     command.add_argument("--strict", action="store_true", help="exit status 1 if a record is broken")
@@ -212,16 +214,16 @@ def add_parser(commands: Any) -> None:
 
     for name, function in (("fit", fit), ("evaluate", evaluate), ("run", run)):
         command = add_command(names, name, function)
-        command.add_argument("--config", type=Path, help="TOML file; every entry is optional")
+        command.add_argument("--config", type=Path, help="TOML file of settings; every entry is optional")
         command.add_argument(
-            "--preset", help="paper, small or smoke: what the file does not say (smoke, which takes minutes)"
+            "--preset", help="paper, small or smoke: settings that the file leaves out (smoke, which takes minutes)"
         )
         command.add_argument("--source", type=Path, help="folder of source records, such as PTB-XL")
         command.add_argument("--target", type=Path, help="folder of target records, such as ICBEB2018")
         command.add_argument(
             "--num", type=int, help="samples of each method (of the preset: smoke 64, small 400, paper 1000)"
         )
-        command.add_argument("--seed", type=int, help="of everything random (0)")
+        command.add_argument("--seed", type=int, help="seed of everything random (0)")
         command.add_argument("--device", help="cpu, cuda, ... (cpu)")
         command.add_argument(
             "--out", type=Path, required=True, help="folder of the run; the same command resumes there"
@@ -234,15 +236,15 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--num", type=int, required=True, help="records to draw")
     command.add_argument(
         "--statements", nargs="+", default=["NORM"], metavar="NAMES",
-        help="of each record, names joined by commas; records take turns: NORM AFIB,CRBBB (%(default)s)",
+        help="statements of each record, joined by commas; records take turns: NORM AFIB,CRBBB (%(default)s)",
     )  # fmt: skip
-    command.add_argument("--unguided", action="store_true", help="samples of the source model")
+    command.add_argument("--unguided", action="store_true", help="draw from the source model, without guidance")
     command.add_argument("--solver", default="dpmpp_2m", help="see tgdp-fast sample --help (%(default)s)")
     command.add_argument("--steps", type=int, default=20, help="solver steps (%(default)s)")
     command.add_argument("--spacing", default="logsnr", help="logsnr, uniform or karras (%(default)s)")
     command.add_argument("--scale", type=float, default=1.0, help="guidance scale; 1 is exact (%(default)s)")
     command.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same records (%(default)s)")
-    command.add_argument("--batch-size", type=int, default=64, help="records in flight (%(default)s)")
+    command.add_argument("--batch-size", type=int, default=64, help="records drawn at once (%(default)s)")
     command.add_argument("--device", default="cpu", help="cpu, cuda, ... (%(default)s)")
     add_quiet(command)

@@ -1,4 +1,4 @@
-"""Training and use of the ECG classifier: judge of synthetic records, and frozen features of real ones."""
+"""Training and use of the ECG classifier, which judges synthetic records and computes features of records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
-from tgdp_fast.fit.training import Batches, Optimisation, device_of, optimise, seeded_initialisation
+from tgdp_fast.fit.batches import Batches
+from tgdp_fast.fit.config import TrainingConfig
+from tgdp_fast.fit.training import device_of, minimize, seeded_initialization
 from tgdp_fast.models.xresnet1d import XResNet1d
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.arrays import check_labels, check_samples
@@ -26,7 +28,7 @@ def train_ecg_classifier(
     *,
     network: XResNet1d | None = None,
     architecture: Mapping[str, Any] | None = None,
-    settings: Optimisation | None = None,
+    settings: TrainingConfig | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = False,
@@ -43,10 +45,10 @@ def train_ecg_classifier(
         y: multi-hot or soft statements [N, K] in [0, 1].
         network: trained in place; default a new one of ``architecture``.
         architecture: arguments of :class:`XResNet1d` other than ``in_channels`` and ``num_classes``.
-        settings: see :class:`Optimisation`.
+        settings: see :class:`TrainingConfig`.
         seed: of initial weights, batches and dropout.
         device: where to train; default that of ``network``, else the CPU.
-        progress, description, state_dir: see :func:`tgdp_fast.fit.training.optimise`.
+        progress, description, state_dir: see :func:`tgdp_fast.fit.training.minimize`.
 
     Returns:
         The trained network, in eval mode.
@@ -61,7 +63,7 @@ def train_ecg_classifier(
     if labels.ndim != 2:
         raise ValueError(f"y must be multi-hot rows [N, K], got shape {list(labels.shape)}")
     check_seed(seed)
-    settings = settings or Optimisation(steps=2000, batch_size=128, learning_rate=2e-3, weight_decay=1e-2)
+    settings = settings or TrainingConfig(steps=2000, batch_size=128, learning_rate=2e-3, weight_decay=1e-2)
     share = distributed.share(settings.batch_size)
     if share.stop - share.start < 2:
         raise ValueError(
@@ -70,7 +72,7 @@ def train_ecg_classifier(
         )
     wanted = (records.shape[1], labels.shape[1])
     if network is None:
-        with seeded_initialisation(seed):
+        with seeded_initialization(seed):
             network = XResNet1d(*wanted, **(architecture or {}))
     elif architecture is not None:
         raise ValueError("network and architecture were both given; expected one of them")
@@ -88,7 +90,7 @@ def train_ecg_classifier(
         rows = batches.draw(generator)[share].to(home)
         return functional.binary_cross_entropy_with_logits(network(signals[rows]), target[rows])
 
-    optimise(
+    minimize(
         network,
         loss,
         settings,

@@ -10,7 +10,7 @@ from tgdp_fast.ecg.cohorts import Cohorts
 from tgdp_fast.ecg.config import Backbone
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.model import TransferModel
-from tgdp_fast.fit.training import seeded_initialisation, train_denoiser
+from tgdp_fast.fit.training import seeded_initialization, train_denoiser
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import checkpoint_kind, signature_of
@@ -20,7 +20,7 @@ def untrained(run: Run, cohorts: Cohorts, name: str) -> Denoiser:
     """An SSSD-ECG of the configuration's size with fresh weights, for signals and statements like the cohorts'."""
     backbone = run.config.backbone
     leads, length = cohorts.source.signals.shape[1:]
-    with seeded_initialisation(run.seed(name)):
+    with seeded_initialization(run.seed(name)):
         network = SSSDECG(
             in_channels=leads,
             out_channels=leads,
@@ -73,7 +73,7 @@ def in_units_of(given: Denoiser | TransferModel | None, backbone: Backbone, coho
     """The cohorts, standardized as a given source model wants its signals."""
     if isinstance(given, TransferModel):
         return replace(cohorts, standardizer=given.standardizer)
-    if given is None or backbone.checkpoint_units == "standardised":
+    if given is None or backbone.checkpoint_units == "standardized":
         return cohorts
     return replace(cohorts, standardizer=Standardizer.identity(cohorts.source.signals.shape[1:]))
 

@@ -16,7 +16,7 @@ from tgdp_fast.ecg.config import Classifier
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.density_ratio import DensityRatio, fit_density_ratio
 from tgdp_fast.fit.diagnostics import TransferDiagnostics, diagnose
-from tgdp_fast.fit.training import seeded_initialisation
+from tgdp_fast.fit.training import seeded_initialization
 from tgdp_fast.models.xresnet1d import XResNet1d
 from tgdp_fast.runtime.checkpoint import load_checkpoint, save_checkpoint, signature_of
 
@@ -43,7 +43,7 @@ class SignalDomainClassifier(nn.Module):
 
 def new_classifier(settings: Classifier, x: np.ndarray, num_classes: int, seed: int) -> XResNet1d:
     """An untrained classifier of signals like ``x`` [N, leads, L]."""
-    with seeded_initialisation(seed):
+    with seeded_initialization(seed):
         return XResNet1d(
             x.shape[1], num_classes, blocks=settings.blocks, expansion=settings.expansion, width=settings.width
         )

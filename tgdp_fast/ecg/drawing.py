@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.prior import Prior
-from tgdp_fast.diffusion.solvers import solver_table
+from tgdp_fast.diffusion.solvers import SolverTable, solver_table
 from tgdp_fast.ecg.cohorts import Cohorts
 from tgdp_fast.ecg.records.output import MANIFEST, check_new_folder, write_ecg_records
 from tgdp_fast.ecg.records.statements import ALIASES, label_names, multi_hot
@@ -24,8 +24,8 @@ from tgdp_fast.fit.model import TransferModel
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer
-from tgdp_fast.sampling.sampler import sample
-from tgdp_fast.sampling.to_file import sample_to_file
+from tgdp_fast.sampling.config import SamplingConfig
+from tgdp_fast.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ def sample_labels(run: Run, cohorts: Cohorts) -> np.ndarray:
     random = np.random.default_rng(run.seed("labels"))
     rows = np.concatenate([random.permutation(len(labels)) for _ in range(-(-num // len(labels)))])
     return labels[rows[:num]]
+
+
+def new_sampler(denoiser: Denoiser, guidance: GuidanceNetwork | None, config: SamplingConfig, device: str) -> Sampler:
+    """A sampler whose denoiser is compiled for the times of ``config``, on a device."""
+    table = config.solver
+    if not isinstance(table, SolverTable):
+        table = solver_table(table, denoiser.schedule, config.steps, spacing=config.spacing, eta=config.eta)
+    compiled = denoiser.to(device).compile_for_sampling(table, precision=config.precision)
+    # The compiled network has its own precision; the guidance stays in fp32.
+    config = replace(config, solver=table, precision="fp32")
+    return Sampler(compiled, None if guidance is None else guidance.to(device), config)
 
 
 def draw_samples(
@@ -63,19 +74,12 @@ def draw_samples(
             parts = distributed.parts(sampling.num)
             files = [folder / f"{part.start}-{part.stop}.npy" for part in parts]
             own, file = parts[distributed.rank()], files[distributed.rank()]
-            table = solver_table(sampling.solver, denoiser.schedule, sampling.steps, spacing=sampling.spacing)
-            compiled = denoiser.to(run.device).compile_for_sampling(table, precision=sampling.precision)
             if own:
-                sample_to_file(
+                new_sampler(denoiser, guidance, sampling, run.device).draw_to_file(
                     file,
-                    compiled,
-                    None if guidance is None else guidance.to(run.device),
-                    num=len(own),
+                    len(own),
                     first_index=own.start,
                     labels=labels[own.start : own.stop],
-                    solver=table,
-                    scale=sampling.scale,
-                    gradient_norm_limit=sampling.gradient_norm_limit or None,
                     prior=prior,
                     seed=sampling.seed,
                     batch_size=sampling.batch_size,
@@ -96,7 +100,7 @@ def draw_samples(
         return signals
 
     start = [] if prior is None else prior.to_tensors().values()
-    signature = signature_of(denoiser, guidance, labels, asdict(sampling), *start)
+    signature = signature_of(denoiser, guidance, labels, sampling.to_dict(), *start)
     return Drawn(run.stages.run(name, signature, compute, save, load), labels)
 
 
@@ -128,15 +132,11 @@ def write_samples(run: Run, cohorts: Cohorts, method: str, drawn: Drawn, model: 
 def draw_records(
     model_dir: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    config: SamplingConfig | None = None,
     *,
     num: int,
     statements: Sequence[str] = ("NORM",),
     guided: bool = True,
-    solver: str = "dpmpp_2m",
-    steps: int = 20,
-    spacing: str = "logsnr",
-    scale: float = 1.0,
-    precision: str = "fp32",
     seed: int = 0,
     batch_size: int = 64,
     device: str = "cpu",
@@ -147,10 +147,11 @@ def draw_records(
     Args:
         model_dir: ``<out>/model`` of a :class:`tgdp_fast.ecg.pipeline.Pipeline`.
         out: new or empty folder for the records.
+        config: how to sample, with a name as solver and a number as scale; default ``SamplingConfig()``.
         num: records.
         statements: of the records, each entry names joined by commas; records take the entries in turn.
         guided: with guidance towards the target; without it these are samples of the source.
-        solver, steps, spacing, scale, precision, seed, batch_size: see :func:`tgdp_fast.sample`.
+        seed, batch_size: see :func:`tgdp_fast.sample`.
         device: where to draw.
         progress: show progress.
 
@@ -163,19 +164,15 @@ def draw_records(
     check_integer("num", num, 1)
     check_device(device)
     check_new_folder(out)
+    config = config or SamplingConfig()
+    facts = config.to_dict()
     model = _load_model(model_dir)
     described = model.config["ecg"]
     rows = _check_statements(statements, tuple(described["statements"]))
     each = [rows[index % len(rows)] for index in range(num)]
-    table = solver_table(solver, model.denoiser.schedule, steps, spacing=spacing)
-    compiled = model.denoiser.to(device).compile_for_sampling(table, precision=precision)
-    drawn = sample(
-        compiled,
-        model.guidance.to(device) if guided else None,
-        num=num,
+    drawn = new_sampler(model.denoiser, model.guidance if guided else None, config, device).draw(
+        num,
         labels=multi_hot(each, tuple(described["statements"])).astype(np.float32),
-        solver=table,
-        scale=scale,
         prior=model.prior if guided else None,
         seed=seed,
         batch_size=batch_size,
@@ -191,11 +188,7 @@ def draw_records(
             "method": "tgdp" if guided else "source",
             "model": model.signature(),
             "seed": seed,
-            "solver": solver,
-            "steps": steps,
-            "spacing": spacing,
-            "scale": scale,
-            "precision": precision,
+            **{name: facts[name] for name in ("solver", "steps", "spacing", "scale", "precision")},
         },
     )
 

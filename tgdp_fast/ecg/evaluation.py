@@ -1,4 +1,4 @@
-"""What samples are worth: classifiers trained on them and tested on real records, and how they differ from those."""
+"""Evaluation of samples: classifiers that are trained on them and tested on real records, and distances to these."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tgdp_fast.metrics import (
     f_max,
     frechet_distance,
     macro_auc_by_ranks,
-    memorisation,
+    memorization,
     per_class_scores,
     spectra,
     spectral_difference,
@@ -66,7 +66,7 @@ _METHODS = {
         ("statement_classifier", "density_ratio", "tgdp"),
     ),
 }
-#: Records whose beats are measured: a fortieth of a second each.
+#: Records whose beats are measured; each takes about 25 ms.
 _MEASURED = 200
 #: Test records below which the report warns.
 _FEW = 100
@@ -97,8 +97,8 @@ def evaluate(
 ) -> Report:
     """Evaluate every method; writes ``results.json`` and ``report.html``.
 
-    Classes that are judged are the target's: statements of the records that methods may see. Metrics and their
-    sources: :mod:`tgdp_fast.metrics`.
+    The classes are the statements of the target records that methods may see. Metrics and their sources are in
+    :mod:`tgdp_fast.metrics`.
 
     Args:
         run, cohorts: of the run.
@@ -121,7 +121,7 @@ def evaluate(
 
 
 class _Judge:
-    """Compares sets of records with the real test records, whose own statistics are computed once."""
+    """Compares sets of records with the real test records, whose statistics are computed once."""
 
     def __init__(self, run: Run, cohorts: Cohorts, classifier: XResNet1d, few: Drawn) -> None:
         self.run, self.cohorts, self.few = run, cohorts, few
@@ -157,9 +157,9 @@ class _Judge:
             augmented=augmented,
             per_class=per_class_scores(self.truth, utility.scores.mean(axis=0), target.statements),
             quality=quality,
-            memorisation=None
+            memorization=None
             if name == REAL
-            else memorisation(drawn.signals, self.few.signals, self.cohorts.test.signals),
+            else memorization(drawn.signals, self.few.signals, self.cohorts.test.signals),
             statistics=compare_statistics(self.statistics, self._statistics(drawn.signals)),
             spectra=spectra(all_leads(drawn.signals, target.leads), target.rate),
             cost=None if name == REAL else cost(self.run.costs.found, name),
@@ -214,7 +214,7 @@ def all_leads(signals: np.ndarray, leads: Sequence[str]) -> np.ndarray:
 
 
 def cost(found: Mapping[str, Mapping[str, Any]], name: str) -> Cost:
-    """Of one method: what is trained for it, the source model for itself alone, and its samples.
+    """Cost of one method: the networks trained for it, without a source model that it starts from, and its samples.
 
     Args:
         found: costs by stage, see :class:`tgdp_fast.ecg.costs.Costs`.
@@ -223,7 +223,7 @@ def cost(found: Mapping[str, Mapping[str, Any]], name: str) -> Cost:
     trained = [found[stage] for stage in _METHODS[name].stages if stage in found]
     drawn = found.get(f"samples-{name}", {})
     return Cost(
-        # Nothing is known of a source model that a checkpoint brought.
+        # The cost of a source model from a checkpoint is unknown.
         trainable_parameters=sum(row.get("parameters", 0) for row in trained) if trained else None,
         training_seconds=sum(row["seconds"] for row in trained) if trained else None,
         sampling_seconds=drawn.get("seconds"),
@@ -232,7 +232,7 @@ def cost(found: Mapping[str, Mapping[str, Any]], name: str) -> Cost:
 
 
 def _results(run: Run, cohorts: Cohorts, methods: Mapping[str, Method], model: TransferModel) -> dict[str, Any]:
-    """Everything that the report says in numbers, JSON-able."""
+    """All numbers of the report, JSON-able."""
     copies = ("median_ratio", "low_ratio", "nearer", "copies")
     rows = {
         name: {
@@ -240,7 +240,7 @@ def _results(run: Run, cohorts: Cohorts, methods: Mapping[str, Method], model: T
             "with_real": {key: asdict(value) for key, value in method.augmented.items()},
             "per_class": [asdict(row) for row in method.per_class],
             "quality": dict(method.quality),
-            "memorisation": method.memorisation and {key: getattr(method.memorisation, key) for key in copies},
+            "memorisation": method.memorization and {key: getattr(method.memorization, key) for key in copies},
             "statistics": [asdict(row) for row in method.statistics],
         }
         for name, method in methods.items()

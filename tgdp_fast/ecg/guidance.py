@@ -14,7 +14,7 @@ from tgdp_fast.ecg.cohorts import Cohorts
 from tgdp_fast.ecg.density_ratio import Ratio, as_tensor
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.guidance import GuidanceFit, fit_guidance, mean_h
-from tgdp_fast.fit.model import TransferModel, load_fit, save_fit
+from tgdp_fast.fit.model import TransferModel
 from tgdp_fast.runtime.checkpoint import signature_of
 
 #: From this length on the guidance network has the two convolutions of the paper's before its MLP.
@@ -38,7 +38,7 @@ def fit_model(run: Run, cohorts: Cohorts, denoiser: Denoiser, ratio: Ratio) -> T
         network,
         cohorts.standardizer,
         diagnostics.to_dict(),
-        {**fitted.config, "ecg": ecg},
+        {**fitted.config, "seed": run.seed("guidance"), "ecg": ecg},
         fit_prior(run, cohorts, "tgdp", ratio),
     )
     run.once(lambda: model.save(run.out / "model"))
@@ -58,22 +58,11 @@ def _fit_guidance(run: Run, cohorts: Cohorts, denoiser: Denoiser, ratio: Ratio) 
                 cohorts.x_source,
                 cohorts.x_target,
                 denoiser.schedule if compiled is None else None,
+                guidance.fit_config(stem, len(source.vocabulary)),
                 denoiser=compiled,
                 source_labels=source.labels,
                 target_labels=target.labels,
-                num_classes=len(source.vocabulary),
-                conditional=guidance.conditional,
-                loss=guidance.loss,
-                consistency=guidance.consistency,
-                cycle=guidance.cycle,
                 ratio=log_ratio,
-                width=guidance.width,
-                depth=guidance.depth,
-                alpha_power=guidance.alpha_power,
-                stem=stem,
-                settings=guidance.training,
-                time_distribution=guidance.time_distribution,
-                diagnostics=False,
                 seed=seed,
                 device=run.device,
                 progress=run.progress,
@@ -93,7 +82,7 @@ def _fit_guidance(run: Run, cohorts: Cohorts, denoiser: Denoiser, ratio: Ratio) 
         log_ratio.source_log_ratio,
         stem,
     )
-    fitted = run.stages.run("guidance", signature, compute, save_fit, lambda path: load_fit(path, None))
+    fitted = run.stages.run("guidance", signature, compute, GuidanceFit.save, GuidanceFit.load)
     denoiser.cpu()
     return fitted
 

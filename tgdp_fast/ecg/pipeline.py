@@ -25,11 +25,11 @@ from tgdp_fast.runtime.checks import check_choice
 
 
 class NotComputedError(AttributeError):
-    """A result was read before the verb that computes it was called."""
+    """A result was read before the method that computes it was called."""
 
 
 class _Result:
-    """A result that a verb sets on the pipeline; until then reading it is an error that names the verb."""
+    """A result that a method sets on the pipeline; until then reading it is an error that names the method."""
 
     def __init__(self, verb: str) -> None:
         self.verb = verb
@@ -45,13 +45,13 @@ class _Result:
 class Pipeline:
     """One run in one folder: ``cache`` (records), ``stages`` (networks, ratios, samples), ``model``, ``costs.json``.
 
-    Verbs compute: :meth:`fit`, :meth:`draw`, :meth:`evaluate`, and their parts :meth:`read`, :meth:`train` and
-    :meth:`estimate_ratio`. Each calls those that it needs, and loads what the folder has already. Attributes hold
-    results and never compute.
+    The methods :meth:`fit`, :meth:`draw` and :meth:`evaluate`, and their parts :meth:`read`, :meth:`train` and
+    :meth:`estimate_ratio`, compute. Each calls the ones that it needs and loads what the folder already has.
+    Attributes hold results and never compute.
 
     Args:
         config: see :mod:`tgdp_fast.ecg.config`.
-        out: the folder; nothing is written before the first verb.
+        out: the folder; nothing is written before the first method is called.
         progress: show progress.
 
     Attributes:
@@ -59,14 +59,14 @@ class Pipeline:
         cohorts: records of both domains, divided, and how they are standardized.
         denoisers: trained or given, by name: "source", "vanilla", "fine_tune".
         classifier: of statements; frozen, it makes features of signals.
-        ratio: density ratio of target to source at all records, and what to think of it.
+        ratio: density ratio of target to source at all records, and its diagnostics.
         model: source model and guidance with all that sampling needs; also in ``<out>/model``.
         samples: by method.
         report: of :meth:`evaluate`; also ``<out>/report.html``.
 
     Raises:
         ValueError: a device that torch does not have.
-        NotComputedError: from an attribute whose verb has not been called.
+        NotComputedError: from an attribute that has not been computed.
     """
 
     cohorts: Cohorts = _Result("read")  # type: ignore[assignment]

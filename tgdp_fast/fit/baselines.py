@@ -1,4 +1,4 @@
-"""What TGDP is compared with: a diffusion model of the target samples alone, and a fine-tuned source model."""
+"""Baselines for TGDP: a diffusion model of the target samples alone, and a fine-tuned source model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import Tensor
 
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.fit.training import Optimisation, train_denoiser
+from tgdp_fast.fit.config import TrainingConfig
+from tgdp_fast.fit.training import train_denoiser
 
 
-def default_settings(num_target: int, *, few: int, learning_rate: float) -> Optimisation:
-    """Settings that suit the baselines best on the simulation; ``few`` are the steps with fewer than 50 samples.
+def default_settings(num_target: int, *, few: int, learning_rate: float) -> TrainingConfig:
+    """Best settings of the baselines on the simulation; ``few`` is the number of steps with fewer than 50 samples.
 
-    More steps than that make them repeat the samples they were given.
+    With more steps they repeat the given samples.
     """
     steps = few if num_target < 50 else 2000 if num_target < 500 else 4000
     ema_decay = 0.99 if num_target < 50 else 0.998
-    return Optimisation(
+    return TrainingConfig(
         steps=steps, batch_size=256, learning_rate=learning_rate, weight_decay=0.01, ema_decay=ema_decay
     )
 
@@ -28,7 +29,7 @@ def train_vanilla(
     target: np.ndarray | Tensor,
     schedule: NoiseSchedule | None = None,
     *,
-    settings: Optimisation | None = None,
+    settings: TrainingConfig | None = None,
     **arguments: Any,
 ) -> Denoiser:
     """A diffusion model trained from scratch on the target samples [N, ...] (TGDP section 4, "vanilla diffusion").
@@ -40,7 +41,7 @@ def train_vanilla(
 
 
 def fine_tune(
-    denoiser: Denoiser, target: np.ndarray | Tensor, *, settings: Optimisation | None = None, **arguments: Any
+    denoiser: Denoiser, target: np.ndarray | Tensor, *, settings: TrainingConfig | None = None, **arguments: Any
 ) -> Denoiser:
     """The source model trained further on the target samples [N, ...] (TGDP section 4, "fine-tuning").
 

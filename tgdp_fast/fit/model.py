@@ -1,12 +1,10 @@
-"""The whole of a transfer in one object and one call: standardisation, source denoiser, guidance; save, load,
-sample.
-"""
+"""A complete transfer in one object and one call: standardization, source denoiser, guidance; save, load, sample."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,11 @@ from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.prior import Prior, prior_from_tensors
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.fit.diagnostics import TransferDiagnostics
-from tgdp_fast.fit.guidance import GuidanceFit, check_denoiser, check_fit_arguments, common_classes, fit_guidance
-from tgdp_fast.fit.training import Optimisation, train_denoiser
-from tgdp_fast.runtime.arrays import Standardizer, check_labels, check_samples
+from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig, check_config
+from tgdp_fast.fit.data import ArrayLike, TransferArrays
+from tgdp_fast.fit.guidance import GuidanceFit, common_schedule, fit_guidance
+from tgdp_fast.fit.training import train_denoiser
+from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import (
     load_checkpoint,
     load_state_dict_checked,
@@ -31,11 +30,11 @@ from tgdp_fast.runtime.checkpoint import (
 from tgdp_fast.runtime.checks import check_device, check_seed
 from tgdp_fast.runtime.pretrained import Pretrained
 from tgdp_fast.runtime.stages import Stages
-from tgdp_fast.sampling.sampler import sample
-from tgdp_fast.sampling.to_file import sample_to_file
+from tgdp_fast.sampling.config import SamplingConfig
+from tgdp_fast.sampling.sampler import Sampler
 
 KIND = "transfer_model"
-_COMPARED = 256  # samples that tell whether an array is of the same draw
+_COMPARED = 256  # samples compared to identify an array as the same draw
 
 
 @dataclass
@@ -43,14 +42,13 @@ class TransferModel(Pretrained):
     """A source denoiser with guidance towards a target domain, in the units of the data.
 
     Attributes:
-        denoiser: the source model, in standardised coordinates.
+        denoiser: the source model, in standardized coordinates.
         guidance: log density ratio of target to source, in the same coordinates.
-        standardizer: from data units to standardised coordinates.
-        diagnostics: as a dictionary (see :class:`TransferDiagnostics`); empty when there are none.
+        standardizer: from data units to standardized coordinates.
+        diagnostics: as a dictionary (see :class:`TransferDiagnostics`); empty if there are none.
         config: the settings of the fit.
-        prior: what guided samples start from, in standardised coordinates; None for N(0, I). Set it, from data that
-            are like the target's, where the schedule does not end near pure noise: see
-            :mod:`tgdp_fast.diffusion.prior`.
+        prior: start of guided samples, in standardized coordinates; None for N(0, I). If the schedule does not end near
+            pure noise, set it from data that resemble the target: see :mod:`tgdp_fast.diffusion.prior`.
     """
 
     denoiser: Denoiser
@@ -59,182 +57,170 @@ class TransferModel(Pretrained):
     diagnostics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     prior: Prior | None = field(default=None, repr=False)
+    _sampler: tuple[Any, Sampler] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def fit(
         cls,
-        source: np.ndarray,
-        target: np.ndarray,
+        source: ArrayLike,
+        target: ArrayLike,
+        config: GuidanceConfig | None = None,
         *,
-        source_labels: np.ndarray | None = None,
-        target_labels: np.ndarray | None = None,
-        num_classes: int | None = None,
+        source_labels: ArrayLike | None = None,
+        target_labels: ArrayLike | None = None,
         denoiser: Denoiser | TransferModel | None = None,
         schedule: NoiseSchedule | None = None,
-        denoiser_settings: Optimisation | None = None,
+        denoiser_training: TrainingConfig | None = None,
         work_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
         progress: bool = False,
-        **guidance_arguments: Any,
     ) -> TransferModel:
-        """Two arrays in, a guided model out: standardise, train the source denoiser, fit the guidance.
+        """Two arrays in, a guided model out: standardize, train the source denoiser, fit the guidance.
 
         Args:
             source, target: [M, ...], [N, ...] in any units.
-            source_labels, target_labels, num_classes: for a class-conditional transfer.
+            config: of the guidance; default ``GuidanceConfig()``.
+            source_labels, target_labels: for a class-conditional transfer.
             denoiser: a trained source model to use instead of training one: a :class:`TransferModel` (its denoiser and
-                standardisation are used), or a :class:`Denoiser` that works in the units of the data.
-            schedule: of a denoiser trained here; default VP linear.
-            denoiser_settings: of its training.
-            work_dir: folder for finished stages and training states; a killed run given the same arguments goes on
-                there. The folder stays; remove it when the model has been saved.
+                standardization are used), or a :class:`Denoiser` that works in the units of the data.
+            schedule: of a denoiser trained here; default: VP linear.
+            denoiser_training: of a denoiser trained here.
+            work_dir: folder for finished stages and training states; a killed run with the same arguments resumes
+                there. The folder is kept; remove it after the model is saved.
             seed: of everything random.
             device: where to train.
             progress: show progress bars.
-            guidance_arguments: of :func:`fit_guidance`.
 
         Raises:
-            ValueError: bad data, before any work.
+            ValueError: bad data or settings, before any work.
         """
-        if denoiser_settings is not None and not isinstance(denoiser_settings, Optimisation):
-            raise ValueError(
-                f"denoiser_settings must be an Optimisation, got {type(denoiser_settings).__name__}; write "
-                "Optimisation(steps=...)"
-            )
+        config = check_config("config", GuidanceConfig() if config is None else config, GuidanceConfig)
+        if denoiser_training is not None:
+            check_config("denoiser_training", denoiser_training, TrainingConfig, "; write TrainingConfig(steps=...)")
         if device is not None:
             check_device(device)
-        if not isinstance(denoiser, TransferModel):
-            check_denoiser(denoiser)
-        source = check_samples("source", source)
-        target = check_samples("target", target, event_shape=source.shape[1:])
-        standardizer = Standardizer.fit(source)
-        if isinstance(denoiser, TransferModel):
-            standardizer, denoiser = denoiser.standardizer, denoiser.denoiser
-        elif denoiser is not None:
-            standardizer = Standardizer.identity(source.shape[1:])
-        if denoiser is not None and denoiser.event_shape not in (None, source.shape[1:]):
-            raise ValueError(
-                f"denoiser works on samples of shape {denoiser.event_shape}, but source has shape {source.shape[1:]}"
-            )
-        if denoiser is not None and schedule is not None and schedule != denoiser.schedule:
-            raise ValueError(f"schedule must be that of denoiser, {denoiser.schedule}, or left out; got {schedule}")
-        schedule = denoiser.schedule if denoiser is not None else schedule or NoiseSchedule.vp_linear()
-        check_fit_arguments(source.shape[1:], schedule, **guidance_arguments)
         check_seed(seed)
-        classes = common_classes(
-            source_labels, target_labels, len(source), len(target), num_classes, getattr(denoiser, "num_classes", None)
+        own = denoiser.denoiser if isinstance(denoiser, TransferModel) else denoiser
+        schedule = common_schedule(schedule, own)
+        raw = TransferArrays.check(
+            source, target, source_labels, target_labels, num_classes=config.num_classes, denoiser=own
         )
-        for name, labels, count in (
-            ("source_labels", source_labels, len(source)),
-            ("target_labels", target_labels, len(target)),
-        ):
-            if labels is not None:
-                check_labels(name, labels, count, classes)
-        x_source, x_target = standardizer.apply(source), standardizer.apply(target)
-        stages = Stages(work_dir)
-        if denoiser is None:
-            settings = None if denoiser_settings is None else asdict(denoiser_settings)
-            denoiser = stages.run(
-                "denoiser",
-                signature_of(x_source, _array(source_labels), schedule.to_config(), settings, classes, seed),
-                lambda state_dir: train_denoiser(
-                    x_source,
-                    schedule,
-                    labels=source_labels,
-                    num_classes=classes,
-                    settings=denoiser_settings,
-                    seed=seed,
-                    device=device,
-                    progress=progress,
-                    description="source denoiser",
-                    state_dir=state_dir,
-                ),
-                Denoiser.save,
-                lambda path: Denoiser.load(path).to(device or "cpu"),
+        event_shape = raw.source.values.shape[1:]
+        if own is not None and own.event_shape not in (None, event_shape):
+            raise ValueError(
+                f"denoiser works on samples of shape {own.event_shape}, but source has shape {event_shape}"
             )
-        source_model = denoiser
-
-        def fit(state_dir: Path | None) -> GuidanceFit:
-            return fit_guidance(
-                x_source,
-                x_target,
-                denoiser=source_model,
-                source_labels=source_labels,
-                target_labels=target_labels,
-                num_classes=classes,
-                seed=seed,
-                device=device,
-                progress=progress,
-                state_dir=state_dir,
-                **guidance_arguments,
-            )
-
-        signature = signature_of(
-            x_source,
-            x_target,
-            _array(source_labels),
-            _array(target_labels),
-            {name: repr(value) for name, value in guidance_arguments.items()},
-            source_model,
-            seed,
-        )
-        result = stages.run("guidance", signature, fit, save_fit, lambda path: load_fit(path, device))
+        config.network.check_event_shape(event_shape)
+        if isinstance(denoiser, TransferModel):
+            standardizer = denoiser.standardizer
+        else:
+            standardizer = Standardizer.fit(raw.source.values) if own is None else Standardizer.identity(event_shape)
+        arrays = raw.standardized(standardizer)
+        config = replace(config, num_classes=arrays.num_classes)
+        stages, common = Stages(work_dir), {"seed": seed, "device": device, "progress": progress}
+        if own is None:
+            own = _source_model(stages, arrays, schedule, denoiser_training, common)
+        result = _guidance(stages, arrays, own, config, common)
         diagnostics = {} if result.diagnostics is None else result.diagnostics.to_dict()
-        return cls(source_model, result.guidance, standardizer, diagnostics, result.config)
+        return cls(own, result.guidance, standardizer, diagnostics, {**result.config, "seed": seed})
 
-    def sample(self, num: int, *, guided: bool = True, **arguments: Any) -> np.ndarray:
+    def sampler(
+        self,
+        config: SamplingConfig | None = None,
+        *,
+        guided: bool = True,
+        device: str | torch.device | None = None,
+        **settings: Any,
+    ) -> Sampler:
+        """The sampler of the target domain (of the source with ``guided=False``), in standardized coordinates.
+
+        The last sampler is kept for the next call with equal settings, with everything that it reuses between draws.
+
+        Args:
+            config: how to sample; default ``SamplingConfig()``.
+            guided: whether to use the guidance.
+            device: where to sample; None for where the networks are.
+            settings: fields of :class:`tgdp_fast.SamplingConfig` that differ from ``config``.
+        """
+        config = replace(SamplingConfig() if config is None else config, **settings)
+        models = self.denoiser, self.guidance if guided else None
+        asked = (*map(id, models), config, device)
+        if self._sampler is None or self._sampler[0] != asked:
+            self._sampler = asked, Sampler(*models, config, device=device)
+        return self._sampler[1]
+
+    def sample(
+        self, num: int, config: SamplingConfig | None = None, *, guided: bool = True, **arguments: Any
+    ) -> np.ndarray:
         """Samples of the target domain (of the source with ``guided=False``): float32 [num, ...] in data units.
 
-        ``arguments`` are those of :func:`tgdp_fast.sample`; a ``prior`` among them replaces that of the model, and is
-        in standardised coordinates like it: fit it to ``model.standardizer.apply(samples)``.
+        Args:
+            num: number of samples.
+            config, guided: as in :meth:`sampler`.
+            arguments: those of :func:`tgdp_fast.sample`. A ``prior`` replaces that of the model and is also in
+                standardized coordinates: fit it to ``model.standardizer.apply(samples)``.
         """
-        self._add_prior(arguments, guided)
-        drawn = sample(self.denoiser, self.guidance if guided else None, num=num, **arguments)
-        return self.standardizer.invert(drawn.cpu().numpy())
+        sampler = self._sampler_of(config, guided, arguments)
+        return self.standardizer.invert(sampler.draw(num, **arguments).cpu().numpy())
 
     def sample_to_file(
-        self, path: str | os.PathLike[str], num: int, *, guided: bool = True, **arguments: Any
+        self,
+        path: str | os.PathLike[str],
+        num: int,
+        config: SamplingConfig | None = None,
+        *,
+        guided: bool = True,
+        **arguments: Any,
     ) -> np.ndarray:
         """:meth:`sample`, written atomically to ``path`` (.npy) and resumable."""
-        self._add_prior(arguments, guided)
-        return sample_to_file(
-            path,
-            self.denoiser,
-            self.guidance if guided else None,
-            num=num,
-            finish=self.standardizer.invert,
-            **arguments,
-        )
+        sampler = self._sampler_of(config, guided, arguments)
+        return sampler.draw_to_file(path, num, finish=self.standardizer.invert, **arguments)
 
-    def drew(self, samples: np.ndarray, num: int, *, labels: Any = None, **arguments: Any) -> bool:
-        """Whether ``samples`` are the ``num`` that :meth:`sample` gives with these arguments.
+    def reproduces(
+        self,
+        samples: np.ndarray,
+        num: int,
+        config: SamplingConfig | None = None,
+        *,
+        labels: Any = None,
+        **arguments: Any,
+    ) -> bool:
+        """Whether ``samples`` are the ``num`` samples that :meth:`sample` draws with these arguments.
 
-        An array does not say where it is from, but the same model and settings draw the same again: the first of them
-        are compared, up to the rounding of other machines and batches.
+        The first samples are drawn again and compared, up to the rounding of other machines and batches.
         """
         if samples.shape[:1] != (num,):
             return False
         count = min(num, arguments.get("batch_size") or _COMPARED)
         one = labels is None or np.ndim(labels) == 0
-        first = self.sample(count, labels=labels if one else labels[:count], **arguments)
-        tolerance = first.std() * (1e-3 if arguments.get("precision", "fp32") == "fp32" else 5e-2)
+        sampler = self._sampler_of(config, arguments.pop("guided", True), arguments)
+        drawn = sampler.draw(count, labels=labels if one else labels[:count], **arguments)
+        first = self.standardizer.invert(drawn.cpu().numpy())
+        tolerance = first.std() * (1e-3 if sampler.config.precision == "fp32" else 5e-2)
         return samples.shape[1:] == first.shape[1:] and np.allclose(samples[:count], first, rtol=0.0, atol=tolerance)
 
-    def _add_prior(self, arguments: dict[str, Any], guided: bool) -> None:
-        """The model's prior where none was given; a warning for one that can hardly be in standardised coordinates."""
-        given = arguments.setdefault("prior", self.prior if guided else None)
-        if isinstance(given, Prior) and given is not self.prior:
-            size = float(given.to("cpu").start(0, torch.arange(256), 1.0, 0.0).double().square().mean().sqrt())
+    def _sampler_of(self, config: SamplingConfig | None, guided: bool, arguments: dict[str, Any]) -> Sampler:
+        """Remove the sampler's settings from ``arguments`` and add the model's prior if none was given."""
+        names = [entry.name for entry in fields(SamplingConfig)] + ["device"]
+        settings = {name: arguments.pop(name) for name in names if name in arguments}
+        prior = arguments.setdefault("prior", self.prior if guided else None)
+        if isinstance(prior, Prior) and prior is not self.prior:
+            size = float(prior.to("cpu").start(0, torch.arange(256), 1.0, 0.0).double().square().mean().sqrt())
             if size > 10:
                 warnings.warn(
                     "prior should be in standardised coordinates, but its samples have a root mean square of "
                     f"{size:.3g}; fit it to model.standardizer.apply(samples)",
                     stacklevel=3,
                 )
+        return self.sampler(config, guided=guided, **settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy creates its own sampler: CUDA graphs cannot be copied.
+        return {**vars(self), "_sampler": None}
 
     def signature(self) -> str:
-        """Hash of every weight and setting: the same for two models exactly when they draw the same samples."""
+        """Hash of every weight and setting: equal for two models exactly if they draw the same samples."""
         prior = () if self.prior is None else self.prior.to_tensors().values()
         return signature_of(self.denoiser, self.guidance, *self.standardizer.to_tensors().values(), *prior)
 
@@ -285,25 +271,55 @@ class TransferModel(Pretrained):
         )
 
 
-def _array(labels: Any) -> np.ndarray | None:
-    return None if labels is None else check_labels("labels", labels, len(labels))
+def _source_model(
+    stages: Stages,
+    arrays: TransferArrays,
+    schedule: NoiseSchedule,
+    training: TrainingConfig | None,
+    common: dict[str, Any],
+) -> Denoiser:
+    """The denoiser of the source samples, kept in the work folder; ``common`` as in :func:`_guidance`."""
+    settings = None if training is None else asdict(training)
+    source, labels, classes = arrays.source, arrays.source_labels, arrays.num_classes
+
+    def train(state_dir: Path | None) -> Denoiser:
+        return train_denoiser(
+            source,
+            schedule,
+            labels=labels,
+            num_classes=classes,
+            settings=training,
+            description="source denoiser",
+            state_dir=state_dir,
+            **common,
+        )
+
+    signature = signature_of(source, labels, schedule.to_config(), settings, classes, common["seed"])
+    load = lambda path: Denoiser.load(path).to(common["device"] or "cpu")  # noqa: E731
+    return stages.run("denoiser", signature, train, Denoiser.save, load)
 
 
-def save_fit(fit: GuidanceFit, path: Path) -> None:
-    """A finished fit as a checkpoint folder."""
-    config = {
-        "guidance": fit.guidance.to_config(),
-        "diagnostics": None if fit.diagnostics is None else fit.diagnostics.to_dict(),
-        "history": fit.history,
-        "config": fit.config,
-    }
-    save_checkpoint(path, "guidance_fit", config, fit.guidance.state_dict())
+def _guidance(
+    stages: Stages, arrays: TransferArrays, denoiser: Denoiser, config: GuidanceConfig, common: dict[str, Any]
+) -> GuidanceFit:
+    """The guidance, kept in the work folder; ``common``: seed, device and progress of every stage."""
 
+    def fit(state_dir: Path | None) -> GuidanceFit:
+        return fit_guidance(
+            arrays.source,
+            arrays.target,
+            config=config,
+            denoiser=denoiser,
+            source_labels=arrays.source_labels,
+            target_labels=arrays.target_labels,
+            state_dir=state_dir,
+            **common,
+        )
 
-def load_fit(path: Path, device: str | torch.device | None) -> GuidanceFit:
-    """Inverse of :func:`save_fit`, on ``device``."""
-    config, tensors = load_checkpoint(path, "guidance_fit")
-    guidance = GuidanceNetwork.from_config(config["guidance"])
-    load_state_dict_checked(guidance, tensors, str(path))
-    diagnostics = None if config["diagnostics"] is None else TransferDiagnostics(**config["diagnostics"])
-    return GuidanceFit(guidance.eval().to(device or "cpu"), diagnostics, config["history"], config["config"])
+    def load(path: Path) -> GuidanceFit:
+        found = GuidanceFit.load(path)
+        found.guidance.to(common["device"] or "cpu")
+        return found
+
+    signature = signature_of(*vars(arrays).values(), config.to_dict(), denoiser, common["seed"])
+    return stages.run("guidance", signature, fit, GuidanceFit.save, load)

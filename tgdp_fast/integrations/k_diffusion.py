@@ -20,40 +20,38 @@ from torch import Tensor
 from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for, per_sample
 from tgdp_fast.diffusion.guided import Guidance, check_guidance
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.integrations.cond_fn import as_cond_fn, gradient_at, time_at
+from tgdp_fast.integrations.cond_fn import gradient_at, time_at
 from tgdp_fast.runtime.checks import check_number
-
-__all__ = ["KDiffusionDenoiser", "as_cond_fn"]
 
 
 class KDiffusionDenoiser:
-    """A model ``denoised = model(x, sigma, **extra_args)`` in the manner of k-diffusion, with guidance.
+    """A model ``denoised = model(x, sigma, **extra_args)`` as in k-diffusion, with guidance.
 
-    The state of k-diffusion is x_ve = x_0 + sigma_ve eps. Dividing our x = alpha x_0 + sigma eps by alpha gives it:
+    The state of k-diffusion is x_ve = x_0 + sigma_ve eps. It is x = alpha x_0 + sigma eps divided by alpha:
 
         x_ve = x / alpha,   sigma_ve = sigma / alpha,   alpha = 1 / sqrt(1 + sigma_ve^2),   log-SNR/2 = -log sigma_ve
 
-    so the time is that of the log-SNR, and the chain rule gives the gradient, grad_{x_ve} = alpha grad_x. The score of
+    so the time follows from the log-SNR, and the chain rule gives grad_{x_ve} = alpha grad_x. The score of
     x_ve is (denoised - x_ve) / sigma_ve^2 (EDM, equation 3). Adding grad_{x_ve} log h to it gives
 
         denoised_q = denoised_p + scale sigma_ve^2 alpha grad_x log h(alpha x_ve, t)
 
-    which is x0 + (sigma^2 / alpha) grad log h, Theorem 3.1 for predicted data: exact with scale 1, whatever the solver
-    of k-diffusion, for all of them see denoised_q alone. (A ratio of densities is the same in both coordinates: their
+    which is x0 + (sigma^2 / alpha) grad log h, Theorem 3.1 for predicted data: exact with scale 1 for every solver
+    of k-diffusion, because they only use denoised_q. (A ratio of densities is the same in both coordinates: their
     Jacobians cancel.)
 
-    Times outside the guidance's schedule become its nearest end, t_min or t_max.
+    Times outside the guidance's schedule are clamped to its nearest end, t_min or t_max.
 
     Args:
         model: a model of k-diffusion, called with x_ve and sigma_ve [B]; or a :class:`tgdp_fast.Denoiser`, or anything
             with ``schedule`` and ``epsilon``, whose denoised signal is x_ve - sigma_ve eps(alpha x_ve, t).
         guidance: a :class:`tgdp_fast.GuidanceNetwork`, or anything with ``log_ratio_and_grad``; None for no guidance.
-        schedule: of the guidance; default the one that it states.
+        schedule: of the guidance; default: its own.
         scale: guidance scale; 1 is exact.
-        labels: the entry of ``extra_args`` that holds the labels for conditional guidance and denoisers of ours.
+        labels: the entry of ``extra_args`` with the labels for conditional guidance and denoisers of this package.
 
     Raises:
-        ValueError: a model or guidance that cannot be called so; a guidance without a schedule; a bad scale.
+        ValueError: a model or guidance that cannot be called like this; a guidance without a schedule; a bad scale.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class KDiffusionDenoiser:
         """x_ve [B, ...], sigma_ve [B] > 0 -> denoised [B, ...]."""
         noise_level = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))
         labels = extra_args.get(self.labels)
-        # float64 and rounded once: alpha x_ve has the rounding of one product.
+        # In float64 and rounded once: alpha x_ve has the rounding of one multiplication.
         alpha = torch.rsqrt(1.0 + noise_level.square())
         state = per_sample(alpha.to(x.dtype), x) * x
         model, guidance = self.model, self.guidance

@@ -19,7 +19,7 @@ _VALUES = 16_000_000  # correlations of pairs and shifts, or distances of pairs,
 
 
 @dataclass(frozen=True)
-class Memorisation:
+class Memorization:
     """Distances of generated samples to the nearest training sample, compared with those of held-out samples.
 
     Attributes:
@@ -43,7 +43,7 @@ class Memorisation:
     copies: int
 
 
-def memorisation(
+def memorization(
     generated: np.ndarray | Tensor,
     train: np.ndarray | Tensor,
     held_out: np.ndarray | Tensor,
@@ -51,7 +51,7 @@ def memorisation(
     max_shift: int | None = None,
     low: float = 0.05,
     device: str | torch.device = "cpu",
-) -> Memorisation:
+) -> Memorization:
     """Look for copies of the training samples: vectors, images, or signals.
 
     Arrays with three axes are signals [N, leads, L]. A copy of a signal may be scaled, offset per lead, or shifted in
@@ -80,7 +80,7 @@ def memorisation(
         if max_shift is not None:
             raise ValueError(f"max_shift is for signals [N, leads, L], got train of shape {list(np.shape(train))}")
         found, reference, nearest = _by_distance(generated, train, held_out, device)
-    return Memorisation(
+    return Memorization(
         found,
         reference,
         nearest,

@@ -1,11 +1,13 @@
-"""A user's own arrays: loading without pickle, checks before any work, standardisation."""
+"""Arrays of the user: loading without pickle, checks before any work, standardization."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast.runtime.checks import check_integer
+from tgdp_fast.runtime.checks import check_device, check_integer
 
 Samples = TypeVar("Samples", np.ndarray, Tensor)
 
 _MAPPED_BYTES = 64 * 1024**2  # larger .npy files are mapped, not read
-_ROWS, _VALUES = 4_096, 2**23  # rows, and values, converted at once where statistics are taken in float64
+_ROWS, _VALUES = 4_096, 2**23  # rows, and values, converted at once for statistics in float64
 
 
 def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
@@ -87,16 +89,18 @@ def check_samples(
 
     Args:
         name: argument name for messages.
-        array: array or tensor of numbers, [N, ...] with at least two dimensions.
+        array: array or tensor of numbers, [N, ...] with at least two dimensions; the values of a
+            :class:`CheckedArray` are not checked again.
         minimum: smallest N accepted.
         event_shape: required shape of one sample.
-        event_of: whose shape that is, for the message.
+        event_of: owner of that shape, for the message.
 
     Raises:
         ValueError: not numeric, fewer than two dimensions, empty or too few samples, another event shape,
             NaN or infinite values (with their number and the first row), values beyond float32.
     """
-    array = _as_numpy(name, array)
+    checked = isinstance(array, CheckedArray)
+    array = array.values if isinstance(array, CheckedArray) else _as_numpy(name, array)
     _check_numeric(name, array)
     if array.ndim < 2:
         advice = "; for scalar samples use array.reshape(-1, 1)" if array.ndim == 1 else ""
@@ -111,10 +115,12 @@ def check_samples(
             f"{name} holds samples of shape {list(array.shape[1:])}, but {event_of} has {list(event_shape)}; "
             "both must be arrays of the same kind of sample"
         )
+    if checked:
+        return array
     with np.errstate(over="ignore"):  # reported below as a value beyond float32
         result = np.ascontiguousarray(array, dtype=np.float32)
     with np.errstate(invalid="ignore"):  # inf - inf
-        total = result.sum(dtype=np.float64)  # one pass, no temporary: the details only when it fails
+        total = result.sum(dtype=np.float64)  # one pass, no temporary: details only if it fails
     if not np.isfinite(total):
         _report_non_finite(name, array, result)
     return result
@@ -132,6 +138,10 @@ def check_labels(name: str, labels: Any, count: int, num_classes: int | None = N
     Raises:
         ValueError: the counts differ, classes are not integers or out of range, values leave [0, 1].
     """
+    if isinstance(labels, CheckedArray):
+        if len(labels) == count and labels.suits(num_classes):
+            return labels.values
+        labels = labels.values
     array = _as_numpy(name, labels)
     _check_numeric(name, array)
     if array.ndim not in (1, 2):
@@ -156,6 +166,53 @@ def check_labels(name: str, labels: Any, count: int, num_classes: int | None = N
         row, column = (int(index) for index in np.argwhere(outside)[0])
         raise ValueError(f"{name} must be in [0, 1], got {soft[row, column]} in row {row}, column {column}")
     return soft
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedArray:
+    """Samples or labels that have passed their check, for functions that would check or hash them again.
+
+    Do not write to ``values`` afterwards.
+    """
+
+    values: np.ndarray
+
+    @classmethod
+    def samples(cls, name: str, array: Any, **requirements: Any) -> CheckedArray:
+        """Check samples with :func:`check_samples`."""
+        values = check_samples(name, array, **requirements)
+        return array if isinstance(array, CheckedArray) else cls(values)
+
+    @classmethod
+    def labels(cls, name: str, labels: Any, count: int, num_classes: int | None = None) -> CheckedArray:
+        """Check labels with :func:`check_labels`."""
+        values = check_labels(name, labels, count, num_classes)
+        return labels if isinstance(labels, CheckedArray) else cls(values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def num_classes(self) -> int:
+        """For labels: number of columns of rows [N, K], or the largest class of [N] plus one."""
+        return int(self.values.shape[1]) if self.values.ndim == 2 else int(self.values.max(initial=-1)) + 1
+
+    def suits(self, num_classes: int | None) -> bool:
+        """Whether these labels are valid for ``num_classes`` classes; None accepts any."""
+        own = self.num_classes
+        return num_classes is None or (own == num_classes if self.values.ndim == 2 else own <= num_classes)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of dtype, shape and bytes."""
+        digest = hashlib.sha256(f"{self.values.dtype}{self.values.shape}".encode())
+        digest.update(self.values.data)
+        return digest.hexdigest()
+
+    def tensor(self, device: str | torch.device | None = None) -> Tensor:
+        """A tensor on ``device``; on the CPU it shares memory with ``values`` if they are writeable."""
+        values = self.values if self.values.flags.writeable else self.values.copy()
+        return torch.from_numpy(values).to(check_device(device or "cpu"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,8 +243,8 @@ class Standardizer:
         """Statistics of ``samples`` [N, D] or [N, C, ...], accumulated in float64.
 
         Args:
-            samples: an array that is mapped is read in parts.
-            rows: indices of the samples that count, such as the training part; None: all.
+            samples: a memory-mapped array is read in parts.
+            rows: indices of the samples to use, such as the training part; None: all.
         """
         array = _as_numpy("samples", samples)
         if array.ndim < 2 or array.size == 0 or (rows is not None and not len(rows)):

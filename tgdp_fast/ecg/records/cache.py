@@ -1,8 +1,7 @@
 """Signals of a folder of electrocardiograms as one memory-mapped array: read once, in parallel, and kept.
 
-A cache is a folder with ``cache.json`` (what was made from what, with hashes; written last) and the signals as
-``.npy``. Until then finished chunks lie in ``building-...``: a run that is killed at any moment is finished by the
-next call.
+A cache is a folder with ``cache.json`` (records, settings and hashes; written last) and the signals as ``.npy``. Until
+then finished chunks lie in ``building-...``, so that the next call continues a run that was killed at any moment.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _STATE = "cache.json"
 _CHUNK_BYTES = 8 << 20
 _CHUNK_RECORDS = 256
 _BLOCK = 1 << 22  # bytes hashed or copied at once
-#: Fewer records are read by the process itself: starting others takes longer.
+#: Fewer records are read by the process itself: starting workers takes longer.
 _RECORDS_PER_WORKER = 512
 
 
@@ -52,7 +51,7 @@ class ECGCacheError(ValueError):
 
 
 class BrokenRecordError(ValueError):
-    """A record that cannot be used, where that is fatal."""
+    """A record that cannot be used, where this is fatal."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(f'{problem}; on_problem="skip" leaves such records out and lists them')
@@ -61,10 +60,10 @@ class BrokenRecordError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class ECGDataset:
-    """Signals and what is known of them, row by row.
+    """Signals with labels and other facts of each record.
 
     Attributes:
-        signals: float32 [N, leads, L] in mV, mapped read-only: rows are read when they are touched.
+        signals: float32 [N, leads, L] in mV, memory-mapped read-only.
         labels: multi-hot [N, K], uint8; of :meth:`rows` float32.
         vocabulary: K statements.
         names: N names of records.
@@ -72,7 +71,7 @@ class ECGDataset:
         folds: int64 [N], -1 where not known.
         ages: float32 [N] in years, NaN where not known.
         sexes: "male", "female" or None.
-        problems: records that are not in it, and why.
+        problems: records that were left out, and why.
         rate: samples per second.
         leads: names.
         kind: of the folder, see :class:`~tgdp_fast.ecg.records.entries.ECGFolder`.
@@ -155,23 +154,23 @@ def build_ecg_cache(
 ) -> ECGDataset:
     """Read all records of ``folder`` into ``cache_dir``, or load them from there.
 
-    The cache is used again if names, sizes, times of change, labels and settings are the same and its content has its
-    hash; otherwise it is made anew. A call that was interrupted goes on where it was. Memory does not grow with the
-    number of records. Calls for one folder at the same time wait for each other.
+    The cache is reused if names, sizes, modification times, labels and settings are the same and its content matches
+    its hash; otherwise it is rebuilt. An interrupted call resumes. Memory does not grow with the number of records.
+    Concurrent calls for one folder wait for each other.
 
     Args:
         folder: see :func:`tgdp_fast.ecg.records.folder.open_ecg_folder`.
         cache_dir: a folder for this cache alone.
         rate: samples per second to resample to.
-        seconds: kept of each record, from its start; shorter records are left out and listed in ``problems``.
+        seconds: length that is kept of each record, from its start; shorter records are listed in ``problems``.
         leads: names, in the order of the array.
-        workers: processes; None: as many as there are cores, fewer for few records. With more than one, a script must
-            call this below ``if __name__ == "__main__":``, as always with :mod:`multiprocessing`.
+        workers: processes; None: one per core, fewer for few records. With more than one, a script must call this
+            below ``if __name__ == "__main__":``, as always with :mod:`multiprocessing`.
         on_problem: "skip" leaves broken records out and lists them, "raise" stops at the first.
         progress: show progress.
 
     Raises:
-        BrokenRecordError: ``on_problem`` is "raise" and there is one; short records do not count.
+        BrokenRecordError: with ``on_problem="raise"``, at the first broken record; short ones are not broken.
         ValueError: bad arguments, or no record can be used.
         ImportError: SciPy or wfdb is missing and a record needs it.
         OSError: no space, or a process was killed.
@@ -239,7 +238,7 @@ def _fingerprint(
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock if that process dies."""
+    """One process at a time; the system releases the lock if that process dies."""
     with open(place / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -249,7 +248,7 @@ def _locked(place: Path) -> Iterator[None]:
 
 
 class _Build:
-    """One cache in the making."""
+    """A cache that is being built."""
 
     def __init__(
         self,
@@ -274,7 +273,7 @@ class _Build:
     def run(self, workers: int, progress: bool) -> None:
         if not self.entries:
             raise _nothing(self.problems)
-        # What earlier calls that were killed have left.
+        # Remains of earlier calls that were killed.
         for other in self.place.glob("building-*"):
             if other != self.building:
                 shutil.rmtree(other)
@@ -293,7 +292,7 @@ class _Build:
             leave=False,
         ) as bar:
             for start, result in self._read(waiting, offset, workers):
-                # The samples are on disk already: from here on the chunk counts.
+                # The samples are on disk already: now the chunk is finished.
                 _save_json(self._file(start), result)
                 chunks[start] = result
                 bar.update(len(self._records(start)))
@@ -306,7 +305,7 @@ class _Build:
         return self.building / f"{start:08d}.json"
 
     def _prepare(self) -> int:
-        """The file of signals in its full size; returns where its rows begin."""
+        """Create the file of signals in its full size; returns the offset of its rows."""
         header = _npy_header((len(self.entries), *self.event))
         size = len(header) + len(self.entries) * self.row_bytes
         self.building.mkdir(exist_ok=True)
@@ -325,7 +324,7 @@ class _Build:
         return len(header)
 
     def _finished(self, start: int, offset: int) -> dict[str, Any] | None:
-        """What a chunk gave, if it was finished and is whole."""
+        """The result of a chunk, if it was finished and is intact."""
         try:
             found = json.loads(self._file(start).read_text(encoding="utf-8"))
             rows, digest = len(found["rows"]), found["sha256"]
@@ -344,7 +343,7 @@ class _Build:
             for start in waiting:
                 yield start, _read_chunk(*task(start))
             return
-        # A process that was forked from one with threads can hang: new ones are started.
+        # A fork of a process with threads can hang.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(min(workers, max(1, len(waiting))), context, _start_worker)
         try:
@@ -387,14 +386,14 @@ class _Build:
             "signals": {"file": self.final.name, "shape": [len(records), *self.event], "sha256": digest},
         }
         _save_json(self.place / _STATE, {**state, "sha256": _json_sha256(state)})
-        # What an earlier state pointed to; who has it mapped keeps it.
+        # Files of an earlier state; a process that has one mapped keeps it.
         for other in self.place.glob("signals-*.npy"):
             if other != self.final:
                 other.unlink()
         shutil.rmtree(self.building)
 
     def _compact(self, chunks: list[dict[str, Any]], offset: int, count: int) -> None:
-        """Copy the rows of good records together."""
+        """Copy the rows of good records into one file without gaps."""
         copy = self.building / "compact.npy"
         with open(self.partial, "rb") as source, open(copy, "wb") as target:
             target.write(_npy_header((count, *self.event)))
@@ -423,7 +422,7 @@ def _read_chunk(
     event: tuple[int, int],
     stop: bool,
 ) -> dict[str, Any]:
-    """Read records into the file from ``position`` on, those without a problem one after the other."""
+    """Read records into the file from ``position`` on, without gaps for those that have a problem."""
     root = Root(folder)
     block = np.empty((len(entries), *event), "<f4")
     rows: list[int] = []
@@ -447,12 +446,12 @@ def _read_chunk(
 
 
 def _start_worker() -> None:
-    # An interrupt reaches the whole process group; the main process ends the workers.
+    # Ctrl-C reaches the whole process group; the main process ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
-        # Left to themselves, workers of a killed process would wait for work for ever.
+        # Workers of a killed process would wait for work forever.
         if parent is not None:
             parent.join()
             os._exit(1)

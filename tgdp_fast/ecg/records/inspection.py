@@ -1,4 +1,4 @@
-"""What a folder of electrocardiograms holds and what would be dropped, as plain data."""
+"""Summary of a folder of electrocardiograms, with the records that would be dropped, as plain data."""
 
 from __future__ import annotations
 

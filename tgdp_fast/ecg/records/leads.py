@@ -1,4 +1,4 @@
-"""The twelve leads of an electrocardiogram: names, which of them are stored, and how the others follow."""
+"""The twelve leads of an electrocardiogram: names, the stored ones, and how the others follow from these."""
 
 from __future__ import annotations
 

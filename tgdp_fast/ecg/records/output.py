@@ -22,7 +22,7 @@ from tgdp_fast.ecg.records.wfdb import write_record
 from tgdp_fast.runtime.checks import check_number
 from tgdp_fast.runtime.files import save_json, write_atomic
 
-#: Of the records: int16 in microvolts, as PTB-XL has them.
+#: Of the records: int16 in microvolts, as in PTB-XL.
 UNITS_PER_MILLIVOLT = 1000
 MANIFEST, LABELS, ARRAYS, RECORDS = "manifest.json", "labels.csv", "samples.npz", "records"
 _RECORD_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -31,7 +31,7 @@ _BLOCK = 1 << 20
 
 
 def check_new_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder that records may be written to, links followed.
+    """The folder that records may be written to, with links resolved.
 
     Raises:
         ValueError: something is there that is no empty folder.
@@ -52,7 +52,7 @@ def write_ecg_records(
     manifest: Mapping[str, Any],
     names: Sequence[str] | None = None,
 ) -> Path:
-    """Write 12-lead records: all files or none.
+    """Write 12-lead records, all files or none.
 
     The folder gets ``records/NAME.hea`` and ``.dat`` (WFDB format 16, 1000 units/mV), which ``wfdb.rdrecord`` and
     :func:`~tgdp_fast.ecg.records.folder.open_ecg_folder` read; ``labels.csv``; ``samples.npz`` with the signals as
@@ -69,7 +69,7 @@ def write_ecg_records(
         rate: samples per second.
         labels: statements of each record; None: no labels.
         leads: names of the leads; None: ``STORED_LEADS`` of eight, ``TWELVE_LEADS`` of twelve.
-        manifest: how they were made, such as ``{"seed": ..., "model": ..., "solver": ..., "scale": ...}``; JSON.
+        manifest: how the records were made, JSON-able, such as ``{"seed": ..., "model": ..., "solver": ...}``.
         names: of the records, of letters, digits, "_" and "-"; None: 00000, 00001, ...
 
     Returns:
@@ -115,7 +115,7 @@ def write_ecg_records(
             "sha256": {path.relative_to(partial).as_posix(): _sha256(path) for path in files},
         }
         save_json(partial / MANIFEST, facts)
-        # Takes the place of an empty folder; fails if something came into it meanwhile.
+        # Replaces an empty folder; fails if something was put into it meanwhile.
         os.rename(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,7 +172,7 @@ def _statements(labels: Sequence[Iterable[str]] | None, count: int) -> list[tupl
 
 
 def _check_limb_leads(signal: np.ndarray, given: Sequence[str]) -> None:
-    """Refuse twelve leads of which some would be changed by more than rounding."""
+    """Refuse twelve leads if recomputing the limb leads changes one by more than rounding."""
     ordered = signal[find_leads(given, TWELVE_LEADS)]
     expected = twelve_leads(signal[find_leads(given, STORED_LEADS)])
     apart = np.abs(ordered - expected).max(axis=1)

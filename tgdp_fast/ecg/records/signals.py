@@ -1,4 +1,4 @@
-"""One record's signal as it is kept: read, checked, resampled, cropped."""
+"""The signals of one record: read, checked, resampled, cropped."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tgdp_fast.ecg.records.registry import read_signals_of
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime.checks import check_number
 
-_LARGEST_FACTOR = 1000  # of a ratio of rates: beyond, the filter would be longer than records
+_LARGEST_FACTOR = 1000  # of a ratio of rates: for larger ones the filter is longer than records
 
 
 class TooShortError(RecordError):
-    """A sound record with fewer seconds than are kept."""
+    """An intact record that is shorter than the length that is kept."""
 
 
 def read_entry(entry: ECGEntry, root: Root, *, rate: float, seconds: float, leads: Sequence[str]) -> np.ndarray:
@@ -49,7 +49,7 @@ def read_entry(entry: ECGEntry, root: Root, *, rate: float, seconds: float, lead
 def fit(
     signals: np.ndarray, names: Sequence[str], found: float, *, rate: float, seconds: float, leads: Sequence[str]
 ) -> np.ndarray:
-    """What is kept of signals [leads, samples] at ``found`` samples per second; see :func:`read_entry`."""
+    """Check, resample and crop signals [leads, samples] at ``found`` samples per second; see :func:`read_entry`."""
     check_rate(found, rate)
     needed = round(seconds * found)
     if signals.shape[1] < needed:
@@ -96,8 +96,8 @@ def rate_ratio(old: float, new: float) -> tuple[int, int]:
 def resample(signals: np.ndarray, up: int, down: int) -> np.ndarray:
     """Resample by the factor up / down through a polyphase filter against aliasing (SciPy's ``resample_poly``).
 
-    The ends are continued by their values, so that an offset of a lead makes no step there; SciPy's own ends are
-    zeros.
+    The ends are padded with the first and last values, so that an offset of a lead makes no step there; SciPy pads
+    with zeros.
 
     Args:
         signals: floating point [..., L].

@@ -14,15 +14,15 @@ def split_by_patient(
 ) -> tuple[np.ndarray, ...]:
     """Divide records so that all of a patient are on one side and each label is spread by ``fractions``.
 
-    Patients are handed out one by one, those with the rarest label first, each to the side that lacks that label most
-    and is not full yet: iterative stratification (Sechidis, Tsoumakas and Vlahavas, "On the stratification of
+    Patients are assigned one by one, those with the rarest label first, each to the side that lacks this label most and
+    is not full yet: iterative stratification (Sechidis, Tsoumakas and Vlahavas, "On the stratification of
     multi-label data", 2011) of patients.
 
     Args:
         patients: N identifiers.
-        labels: multi-hot [N, K]; K = 0 spreads numbers of records alone.
+        labels: multi-hot [N, K]; with K = 0 only the numbers of records are balanced.
         fractions: of the records on each side, positive, with sum 1.
-        seed: of the order among equals.
+        seed: of the order among ties.
 
     Returns:
         int64 rows of each side, ascending; each row is on one.

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 import numpy as np
 
-#: Statements and what they say: the rows of PTB-XL's ``scp_statements.csv`` (Wagner et al., Scientific Data 7:154,
+#: Statements and their meaning: the rows of PTB-XL's ``scp_statements.csv`` (Wagner et al., Scientific Data 7:154,
 #: 2020).
 DESCRIPTIONS = {
     "1AVB": "first degree AV block",
@@ -82,7 +82,7 @@ DESCRIPTIONS = {
     "VCLVH": "voltage criteria (QRS) for left ventricular hypertrophy",
     "WPW": "Wolf-Parkinson-White syndrome",
 }
-#: In alphabetical order: the columns of multi-hot labels, as a multi-label binariser sorts them.
+#: In alphabetical order: the columns of multi-hot labels, as a multi-label binarizer sorts them.
 STATEMENTS = tuple(DESCRIPTIONS)
 _PLACES = {name: index for index, name in enumerate(STATEMENTS)}
 #: Other names of statements. The conversion of ICBEB2018 for the PTB-XL benchmark has VPC for PVC.

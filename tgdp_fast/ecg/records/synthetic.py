@@ -1,4 +1,4 @@
-"""Signals like electrocardiograms, made of a few waves: data with the leads, rates and shapes of the real ones."""
+"""Synthetic electrocardiograms made of a few waves, with the leads, rates and shapes of real ones."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def synthetic_ecg(
 
     Every record has a heart rate, amplitudes, an electrical axis, a time of the first beat, and per lead a slow drift
     and noise of its own. Each wave is a Gaussian in time, as in McSharry et al., "A dynamical model for generating
-    synthetic electrocardiogram signals", IEEE Transactions on Biomedical Engineering 50 (2003). It has no pathology
-    but the one below: a model that does well here is not shown to do well on patients.
+    synthetic electrocardiogram signals", IEEE Transactions on Biomedical Engineering 50 (2003). The
+    only pathology is the one below: success on these records does not show success on patients.
 
     Args:
         num: records.

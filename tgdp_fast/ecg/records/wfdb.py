@@ -1,8 +1,7 @@
 """Records of PhysioNet's WFDB: headers, and samples that are checked against them.
 
-Records of format 16 whose signals lie in one file, which PTB-XL, ICBEB2018 and most others have, are read directly:
-the package wfdb takes several milliseconds for each header. It reads every other format. Records are written directly
-as well.
+Records of format 16 with all signals in one file, such as those of PTB-XL and ICBEB2018, are read directly, because the
+package wfdb takes several milliseconds for each header. wfdb reads every other format. Records are written directly.
 """
 
 from __future__ import annotations
@@ -96,10 +95,10 @@ class RecordHeader:
 
 
 class Root:
-    """A folder that nothing may leave: paths are refused that lead out of it, by ``..``, absolute, or by a link.
+    """A folder that no path may leave, be it by ``..``, by an absolute path or by a link.
 
     Args:
-        path: the folder, which may itself be reached by a link.
+        path: the folder; it may itself be a link.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -127,7 +126,7 @@ class Root:
     def relative(self, path: Path) -> str:
         """The path as seen from the folder, with slashes."""
         text, start = str(path), str(self.path) + os.sep
-        # pathlib's own way takes as long as reading a header.
+        # pathlib takes as long as reading a header.
         return text[len(start) :] if text.startswith(start) else os.path.relpath(path, self.path)
 
     def status(self, path: Path) -> os.stat_result:
@@ -395,7 +394,7 @@ def read_leads(header: str | os.PathLike[str], leads: Sequence[str]) -> tuple[np
 def write_record(
     folder: Path, name: str, digital: np.ndarray, leads: Sequence[str], rate: float, units: int, comments: Sequence[str]
 ) -> None:
-    """Write a record of format 16 byte for byte as the package wfdb does, in a small part of the time.
+    """Write a record of format 16, byte for byte as the package wfdb writes it, but faster.
 
     Args:
         folder: it gets ``name.hea`` and ``name.dat``.

@@ -1,4 +1,4 @@
-"""TGDP inside diffusers: a pipeline's model guided for any scheduler, and our solvers as a scheduler."""
+"""TGDP inside diffusers: a pipeline's model guided for any scheduler, and solver tables as a scheduler."""
 
 try:
     import diffusers as _diffusers  # noqa: F401

@@ -19,7 +19,7 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from tgdp_fast.diffusion.denoiser import TIME_INPUTS, evaluation_mode
-from tgdp_fast.diffusion.guided import Guidance, hint_of_guidance
+from tgdp_fast.diffusion.guided import Guidance, hint_of_guidance, scale_at
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.ops import limit_gradient
-from tgdp_fast.runtime.checks import check_choice, check_number
+from tgdp_fast.runtime.checks import check_choice
+from tgdp_fast.sampling.config import SamplingConfig
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _MODEL_NAMES = ("unet", "transformer")
@@ -51,74 +52,72 @@ def guide(
     time_input: str = "time",
     gradient_norm_limit: float | None = None,
 ) -> GuidedModel:
-    """Guide the model of a diffusers pipeline until ``restore()``, or for the time of a ``with``::
+    """Guide the model of a diffusers pipeline until ``restore()``, or inside a ``with`` block::
 
         with guide(pipeline, guidance, scale=1.0):
             images = pipeline(batch_size=16, num_inference_steps=25).images
 
-    Whatever calls the model meanwhile gets guided predictions: every scheduler, every pipeline, your own loop. The
-    model keeps its class, weights, dtype and device, and may be compiled (``torch.compile(model)`` or
-    ``model.compile()``); the guidance runs outside the compiled graph. Two guides at once add their gradients, that is,
-    multiply the density ratios; the same guidance twice is worth a warning. The guidance network, if it is a module,
-    is in eval mode meanwhile.
+    Every caller of the model gets guided predictions: any scheduler, any pipeline, your own loop. The model keeps its
+    class, weights, dtype and device, and may be compiled (``torch.compile(model)`` or ``model.compile()``); the
+    guidance runs outside the compiled graph. Two guides at once add their gradients, that is, they multiply the density
+    ratios; the same guidance twice gives a warning. A guidance network that is a module is in eval mode in each call.
 
     Args:
         pipeline: a pipeline with ``unet`` or ``transformer`` and ``scheduler``, or such a model alone (then pass
-            ``scheduler``). The model is the object that the pipeline holds now: compile or replace it before.
+            ``scheduler``). The model is the pipeline's current object: compile or replace it first.
         guidance: one of
 
-            - a :class:`tgdp_fast.GuidanceNetwork`, or anything with ``log_ratio_and_grad(x, t, labels)`` giving
-              (log h [B], grad_x log h [B, ...]);
-            - a module or function that gives log h of noised images, [B] or [B, 1], as ``f(x, t)`` or ``f(x, t,
-              labels)``; its gradient is taken by autograd.
+            - a :class:`tgdp_fast.GuidanceNetwork`, or any object with ``log_ratio_and_grad(x, t, labels)`` that
+              returns (log h [B], grad_x log h [B, ...]);
+            - a module or function that returns log h of noised images, [B] or [B, 1], as ``f(x, t)`` or ``f(x, t,
+              labels)``; autograd computes its gradient.
 
-            x [B, ...] comes in the dtype of the guidance's parameters (without any: float32, or float64 if x is).
+            x [B, ...] has the dtype of the guidance's parameters (without parameters: float32, or float64 if x is).
         scale: guidance scale; 1 is exact. A function of diffusers' timestep gives a scale schedule.
-        interval: (low, high), diffusers' timesteps outside which the guidance is not run.
+        interval: (low, high) in diffusers' timesteps; the guidance does not run outside.
         labels: of the guidance: one class index for all, [n] or [n, K]. A batch of a multiple of n repeats them, as
-            classifier-free guidance repeats the batch. Default: the ``class_labels`` that the model is called with,
-            where the guidance states ``num_classes`` > 0; else none.
-        scheduler: of a model alone: a diffusers scheduler, whose ``alphas_cumprod`` and ``prediction_type`` count, or
-            a discrete :class:`tgdp_fast.NoiseSchedule`. Default the pipeline's, as it is at each call.
-        prediction_type: "epsilon", "sample" or "v_prediction"; default that of the scheduler's config.
+            classifier-free guidance repeats the batch. Default: the ``class_labels`` of the model's call if
+            the guidance has ``num_classes`` > 0; else none.
+        scheduler: of a model alone: a diffusers scheduler, whose ``alphas_cumprod`` and ``prediction_type`` are used,
+            or a discrete :class:`tgdp_fast.NoiseSchedule`. Default: the pipeline's current one at each call.
+        prediction_type: "epsilon", "sample" or "v_prediction"; default: that of the scheduler's config.
         time_input: the time that the guidance receives, as a float by ``log_ratio_and_grad`` and as a tensor [B] in the
-            dtype of x by a module or function. "time": where the guidance has a ``schedule`` (a NoiseSchedule, which
-            may be another one, e.g. a continuous one), the time with the same log-SNR in that; else diffusers' timestep
-            0 .. N - 1. "half_log_snr": log(alpha / sigma).
+            dtype of x by a module or function. "time": if the guidance has a ``schedule`` (any NoiseSchedule, also a
+            continuous one), the time with the same log-SNR on that schedule; else diffusers' timestep 0 .. N - 1.
+            "half_log_snr": log(alpha / sigma).
         gradient_norm_limit: largest per-sample L2 norm of scale * sigma * gradient; longer gradients are shortened.
 
     Returns:
-        A :class:`GuidedModel`; guidance acts from now on.
+        A :class:`GuidedModel`; the guidance is active from now on.
 
     Raises:
-        ValueError: a bad argument; when the model is called: timesteps that differ within a batch or lie outside 0 ..
-            N - 1, shapes or devices that do not fit.
+        ValueError: a bad argument. When the model is called: timesteps that differ within a batch or lie outside 0 ..
+            N - 1, or shapes or devices that do not match.
         TypeError: a scheduler without ``alphas_cumprod`` (flow matching, EDM), for which the formulas do not hold.
     """
+    config = SamplingConfig(scale=scale, interval=interval, gradient_norm_limit=gradient_norm_limit)
     return GuidedModel(
         pipeline,
         guidance,
-        scale=scale,
-        interval=interval,
+        config,
         labels=labels,
         scheduler=scheduler,
         prediction_type=prediction_type,
         time_input=time_input,
-        gradient_norm_limit=gradient_norm_limit,
     )
 
 
 @dataclass(frozen=True)
 class _Conventions:
-    """What a scheduler says about its model."""
+    """The conventions of a scheduler's model."""
 
     schedule: NoiseSchedule
     prediction_type: str
-    last: float  # the last timestep; beyond schedule.t_max where that one carries no signal
+    last: float  # the last timestep; beyond schedule.t_max if the last one has no signal
 
     @classmethod
     def of(cls, scheduler: Any, prediction_type: str | None) -> _Conventions:
-        """Raises ValueError or TypeError where the scheduler is not variance preserving or states no known type."""
+        """Raises ValueError or TypeError unless the scheduler is variance preserving with a known prediction type."""
         if isinstance(scheduler, NoiseSchedule):
             if not scheduler.is_discrete:
                 raise ValueError(
@@ -144,10 +143,10 @@ class _Conventions:
 
 
 class GuidedModel:
-    """What :func:`guide` returns: a context manager that restores the model on exit, also after an exception.
+    """The result of :func:`guide`: a context manager that restores the model on exit, also after an exception.
 
     Attributes:
-        model: the model that is guided.
+        model: the guided model.
         scale, interval, gradient_norm_limit: as given; may be changed between two calls of the model.
     """
 
@@ -155,14 +154,12 @@ class GuidedModel:
         self,
         pipeline: Any,
         guidance: Any,
+        config: SamplingConfig,
         *,
-        scale: float | Callable[[float], float],
-        interval: tuple[float, float] | None,
         labels: Any,
         scheduler: Any,
         prediction_type: str | None,
         time_input: str,
-        gradient_norm_limit: float | None,
     ) -> None:
         self.model = _model_of(pipeline)
         if not hasattr(guidance, "log_ratio_and_grad") and not callable(guidance):
@@ -176,13 +173,8 @@ class GuidedModel:
                 "NoiseSchedule and prediction_type"
             )
         self.guidance = guidance
-        self.scale = scale if callable(scale) else check_number("scale", scale)
-        self.interval = _interval(interval)
-        self.gradient_norm_limit = (
-            None
-            if gradient_norm_limit is None
-            else check_number("gradient_norm_limit", gradient_norm_limit, 0.0, exclusive=True)
-        )
+        self.scale, self.interval = config.scale, config.interval
+        self.gradient_norm_limit = config.gradient_norm_limit
         self.labels = None if labels is None else torch.as_tensor(labels)
         self.time_input = check_choice("time_input", time_input, TIME_INPUTS)
         self._pipeline = pipeline
@@ -190,7 +182,7 @@ class GuidedModel:
         self._prediction_type = prediction_type
         self._parameters = _parameter_names(self.model)
         self._conventions_of: tuple[Any, _Conventions] | None = None
-        self._conventions()  # An unsuitable scheduler is an error here, not at the first call.
+        self._conventions()  # Raise for an unsuitable scheduler here, not at the first call.
         if any(other.model is self.model and other.guidance is guidance for other in _active):
             warnings.warn(
                 "this guidance guides the model already, and both add up; restore() the earlier one first, or guide in "
@@ -209,7 +201,7 @@ class GuidedModel:
         self.restore()
 
     def restore(self) -> None:
-        """Let the model predict as it did before. A second call does nothing.
+        """Restore the model's own predictions. A second call does nothing.
 
         Raises:
             RuntimeError: another guide was put on a model compiled in place after this one: restore that one first.
@@ -246,13 +238,12 @@ class GuidedModel:
 
     def scale_at(self, timestep: float) -> float:
         """Guidance scale at diffusers' ``timestep``; 0 outside the interval, and where there is no signal."""
-        outside = self.interval is not None and not self.interval[0] <= timestep <= self.interval[1]
-        if outside or timestep > self._conventions().schedule.t_max:
+        if timestep > self._conventions().schedule.t_max:
             return 0.0
-        return check_number("scale(timestep)", self.scale(timestep)) if callable(self.scale) else self.scale
+        return scale_at(self.scale, self.interval, timestep, "timestep")
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The forward hook: the model's output with guidance in it, in the form in which it came."""
+        """The forward hook: the model's output with guidance, in its original form."""
         if isinstance(output, tuple):
             return (self._after_forward(model, args, kwargs, output[0]), *output[1:])
         if not isinstance(output, Tensor):
@@ -298,7 +289,7 @@ class GuidedModel:
             with torch.no_grad():
                 _, gradient = guidance.log_ratio_and_grad(state, time, labels)
         else:
-            # Pipelines run without gradients, and some callers in inference mode, whose tensors take none.
+            # Pipelines run without gradients, and some callers in inference mode, whose tensors cannot require them.
             with torch.inference_mode(False), torch.enable_grad():
                 state = state.clone().requires_grad_()
                 times = torch.full((len(x),), time, dtype=state.dtype, device=x.device)
@@ -352,7 +343,7 @@ class GuidedModel:
             )
 
 
-#: What guides a model now, to tell who guides it twice with the same, as a notebook cell does that is run again.
+#: Active guides of each model, to detect the same guidance twice, as when a notebook cell runs again.
 _active: WeakSet[GuidedModel] = WeakSet()
 
 
@@ -367,14 +358,6 @@ def _model_of(pipeline: Any) -> nn.Module:
         f"pipeline must be a torch module or a pipeline with a {' or '.join(_MODEL_NAMES)}, got "
         f"{type(pipeline).__name__}; pass its model itself, with scheduler="
     )
-
-
-def _interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
-    if interval is None:
-        return None
-    if not isinstance(interval, Sequence) or len(interval) != 2 or not float(interval[0]) < float(interval[1]):
-        raise ValueError(f"interval must be a pair (low, high) of timesteps with low < high, got {interval!r}")
-    return float(interval[0]), float(interval[1])
 
 
 def _parameter_names(model: nn.Module) -> list[str]:
@@ -401,6 +384,3 @@ def _dtype_of(guidance: Any, x: Tensor) -> torch.dtype:
     if parameter is not None:
         return parameter.dtype
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-# Solver tables as a scheduler ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, solver_t
 from tgdp_fast.integrations.diffusers.guide import PREDICTION_TYPES
 from tgdp_fast.ops import SolverStep, guided_step
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
+from tgdp_fast.sampling.config import SamplingConfig
 
 #: Grids that diffusers defines (Lin et al., 2024, arXiv 2305.08891, table 2), with the meaning of its DDPM and DDIM.
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
@@ -28,11 +29,11 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 @dataclass
 class TableSchedulerOutput(BaseOutput):
-    """What :meth:`TableScheduler.step` gives.
+    """The result of :meth:`TableScheduler.step`.
 
     Attributes:
         prev_sample: [B, ...], the state after the evaluation.
-        pred_original_sample: [B, ...], the clean sample predicted at it.
+        pred_original_sample: [B, ...], the clean sample predicted by it.
     """
 
     prev_sample: Tensor
@@ -45,30 +46,30 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         pipeline.scheduler = TableScheduler.from_config(pipeline.scheduler.config, solver="unipc_2")
 
     The state is the variance-preserving x, so ``init_noise_sigma`` is 1 and ``scale_model_input`` does nothing; the
-    last step goes to clean data. It takes any prediction type and the batch's shape and dtype as they come; sums and
-    history are in float32 for half precision.
+    last step goes to clean data. It accepts any prediction type, shape and dtype; for half precision, sums and history
+    are in float32.
 
-    Noise of stochastic solvers, first that applies:
+    The noise of stochastic solvers comes from the first source that applies:
 
     1. ``generator`` of :meth:`step` (one, or one per sample): its stream, drawn as diffusers' DDPMScheduler does;
-    2. after :meth:`set_seed`: this package's counter noise, which depends on seed, sample index and evaluation alone;
+    2. after :meth:`set_seed`: this package's counter noise, which depends only on seed, sample index and evaluation;
     3. torch's global stream.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: as in
             diffusers' DDPMScheduler. With a rescaled schedule the last alphas_cumprod is not 0 but 2^-24, as in its
-            DPMSolverMultistepScheduler, or half the one before where that is less.
+            DPMSolverMultistepScheduler, or half the previous one if that is less.
         prediction_type: "epsilon", "sample" or "v_prediction". Channels of a learned variance are ignored.
         solver: a name in ``tgdp_fast.SOLVERS``.
         spacing: of the timesteps: "logsnr", "uniform" or "karras" of this package, or "leading", "linspace" or
-            "trailing" as diffusers' DDPM and DDIM define them. Its DPM-Solver, UniPC, ... define them otherwise: pass
+            "trailing" as diffusers' DDPM and DDIM define them. Its DPM-Solver, UniPC, ... define them differently: pass
             ``set_timesteps(timesteps=...)`` to compare.
         steps_offset: of "leading".
-        eta: of the solvers ddim and euler_ancestral; None for their default. Where it is None, the ``eta`` that a
-            pipeline hands to :meth:`step` counts for ddim.
+        eta: of the solvers ddim and euler_ancestral; None for their default. If it is None, ddim uses the ``eta`` that
+            a pipeline passes to :meth:`step`.
         clip_sample: whether to clamp predicted clean samples to ``clip_sample_range`` either side of 0; the noise is
             recomputed from them (diffusers' ``use_clipped_model_output``).
-        thresholding: must be False; there so that another scheduler's config cannot ask for it unheard.
+        thresholding: must be False. It exists so that a config that requests it is refused, not ignored.
 
     Raises:
         ValueError: an unknown name, a bad number, ``thresholding``.
@@ -96,12 +97,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         thresholding: bool = False,
     ) -> None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        check_choice("solver", solver, SOLVERS)
         check_choice("spacing", spacing, (*SPACINGS, *TIMESTEP_SPACINGS))
         if thresholding:
             raise ValueError("thresholding must be False: no table has it; use clip_sample, or a diffusers scheduler")
         reach = check_number("clip_sample_range", clip_sample_range, 0.0, exclusive=True)
-        self._clamp = (-reach, reach) if clip_sample else None
+        settings = SamplingConfig(solver=solver, eta=eta, clamp=(-reach, reach) if clip_sample else None)
+        self._clamp = settings.clamp
         # diffusers' own betas and grids, by the scheduler that defines them.
         self._grids = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,
@@ -125,7 +126,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._seed: int | None = None
         self._first_index = 0
         self._whole = self._table(times=[self.schedule.t_max])
-        self._running: SolverTable | None = None  # the part of it from where the run began
+        self._running: SolverTable | None = None  # the part of the table from the start of the run
         self._first = 0
         self._begin_index: int | None = None
         self._evaluation = 0
@@ -146,7 +147,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def begin_index(self) -> int | None:
-        """Where a run starts; None for where its first timestep stands."""
+        """First evaluation of a run; None: that of its first timestep."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -154,9 +155,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = check_integer("begin_index", begin_index, 0)
 
     def set_seed(self, seed: int | None, first_index: int = 0) -> None:
-        """Draw counter noise from now on, sample i of a batch being number ``first_index + i``; None: no longer.
+        """Draw counter noise from now on; sample i of a batch has index ``first_index + i``. None turns it off.
 
-        Two batches of one set of samples need ``first_index`` that do not overlap.
+        Batches of one set of samples need index ranges that do not overlap.
 
         Raises:
             ValueError: a seed outside 0 .. 2^64 - 1 or a negative index.
@@ -170,11 +171,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the grid and forget the run before.
+        """Choose the grid and discard the previous run.
 
         Args:
             num_inference_steps: number of solver steps. ``self.timesteps`` gets one entry per evaluation of the model,
-                up to ``2 num_inference_steps - 1`` where a step takes two.
+                up to ``2 num_inference_steps - 1`` if a step takes two.
             device: of ``timesteps``.
             timesteps: the grid itself, strictly decreasing integers, instead of a number.
 
@@ -197,7 +198,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._reset(table)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """``sample``: the state is what the model takes."""
+        """``sample`` unchanged: the state is the model's input."""
         return sample
 
     def step(
@@ -218,13 +219,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             timestep: the entry of ``timesteps``, in their order; the first may be any that begins a solver step.
             sample: [B, ...], the state.
             eta: see the class.
-            use_clipped_model_output: taken because DDIMPipeline passes it; clipping always recomputes the noise.
+            use_clipped_model_output: accepted because DDIMPipeline passes it; clipping always recomputes the noise.
             generator: of the noise of stochastic solvers.
             variance_noise: [B, ...], the noise itself.
             return_dict: False for the pair (prev_sample, pred_original_sample).
 
         Raises:
-            ValueError: a step after the last, a first timestep that begins no step, shapes that do not fit.
+            ValueError: a step after the last, a first timestep that begins no step, shapes that do not match.
         """
         if self._running is None:
             self._start(timestep, eta)
@@ -288,7 +289,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._first, self._begin_index, self._evaluation = 0, None, 0
 
     def _start(self, timestep: int | Tensor, eta: float | None) -> None:
-        """Begin a run at a timestep. A multistep solver begins with its first-order step wherever that is."""
+        """Begin a run at a timestep. A multistep solver always begins with its first-order step."""
         whole = self._whole
         begins = np.flatnonzero(np.concatenate([[True], whole.ends_step[:-1]]))
         index = self._begin_index

@@ -13,8 +13,8 @@ from torch import Tensor
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.fit.density_ratio import ratio_loss
-from tgdp_fast.fit.training import NoisedBatch, add_noise
+from tgdp_fast.fit.batches import NoisedBatch, add_noise
+from tgdp_fast.fit.losses import LogMSE
 from tgdp_fast.lab.cases.case import PROVIDERS, SEED, Call, Case, Setup, backend_of, limited
 from tgdp_fast.lab.cases.fit_step import training_step
 from tgdp_fast.lab.cases.mlp import hidden_weights
@@ -101,7 +101,7 @@ def _loss(problem: Problem, consistency: bool, double: bool) -> Tensor:
     """The loss of one step; ``double``: the input gradient by autograd, to be differentiated again."""
     network, (source, target) = problem.network, problem.batches
     labels = problem.labels.to(source.x.dtype)
-    total = ratio_loss("log_mse", network.log_ratio(source.x, source.t, labels), problem.log_ratio)
+    total = LogMSE.per_sample(network.log_ratio(source.x, source.t, labels), problem.log_ratio).mean()
     if not consistency:
         return total
     if double:

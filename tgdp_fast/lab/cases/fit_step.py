@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.fit.density_ratio import logistic_loss
-from tgdp_fast.fit.training import adamw, add_noise
+from tgdp_fast.fit.batches import add_noise
+from tgdp_fast.fit.losses import logistic_loss
+from tgdp_fast.fit.training import adamw
 from tgdp_fast.lab.accuracy import PRECISIONS, error_of
 from tgdp_fast.lab.cases.case import (
     PROVIDERS,

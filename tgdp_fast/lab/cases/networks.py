@@ -8,14 +8,14 @@ from torch import nn
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.fit.training import seeded_initialisation
+from tgdp_fast.fit.training import seeded_initialization
 from tgdp_fast.lab.cases.case import SEED
 from tgdp_fast.models import ScoreMLP
 
 
 def guidance_network(width: int, device: torch.device) -> GuidanceNetwork:
     """An untrained guidance network for 2-D data whose activations are of order one."""
-    with seeded_initialisation(SEED):
+    with seeded_initialization(SEED):
         network = GuidanceNetwork((2,), NoiseSchedule.vp_linear(), width=width, depth=4)
         _scale_weights(network)
     return network.to(device).eval()
@@ -23,7 +23,7 @@ def guidance_network(width: int, device: torch.device) -> GuidanceNetwork:
 
 def source_denoiser(width: int, device: torch.device) -> Denoiser:
     """An untrained denoiser for 2-D data, set up as ``train_denoiser`` does."""
-    with seeded_initialisation(SEED + 1):
+    with seeded_initialization(SEED + 1):
         network = ScoreMLP((2,), width=width, depth=4)
         _scale_weights(network)
     denoiser = Denoiser(network, NoiseSchedule.vp_linear(), "v_prediction", time_input="half_log_snr")

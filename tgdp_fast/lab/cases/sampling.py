@@ -121,9 +121,9 @@ def _setup(num: int, width: int, sampler: Callable[..., Call], precision: str, d
             distance = sliced_wasserstein(samples.float(), reference) / float(reference.std())
             return limited(distance, PEER_SAMPLES)
         rows = checked_rows(num, device)
-        double = [copy.deepcopy(network).double() for network in (problem.denoiser, problem.guidance)]
+        double = guided_loop(copy.deepcopy(denoiser).double(), copy.deepcopy(problem.guidance).double(), table)
         with torch.inference_mode(), use_backend("reference"):
-            exact, _ = guided_loop(*double, table)(initial[rows].double(), indices[rows], seed=SEED)
+            exact, _ = double(initial[rows].double(), indices[rows], seed=SEED)
         error = error_of([samples[rows]], [exact]).maximum
         return limited(error, SAMPLES_FP32 if precision == "fp32" else SAMPLES_BF16)
 

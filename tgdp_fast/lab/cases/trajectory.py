@@ -93,7 +93,8 @@ def check(draw: Draw, *entry: Any) -> Check:
     """
     (batch, size), widths, guidance_widths, solver, sample_bias, limits = entry
     options: Any = {"solver": solver, "sample_bias": sample_bias, "limits": limits, "seed": draw.seed}
-    x, score, guidance, plan = trajectory_inputs(*entry[:3], draw.dtype, draw.device, **options)
+    shapes = (batch, size), widths, guidance_widths
+    x, score, guidance, plan = trajectory_inputs(*shapes, draw.dtype, draw.device, **options)
     seed, index = draw.seed, torch.arange(batch, device=draw.device) * 3 + 2**33
     call = partial(trajectory, x, score, guidance, plan, seed=seed, sample_index=index)
     double = (_double(score), None if guidance is None else _double(guidance))

@@ -17,8 +17,9 @@ from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.fit import baselines
 from tgdp_fast.fit import guidance as transfer
 from tgdp_fast.fit.baselines import fine_tune, train_vanilla
+from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig
 from tgdp_fast.fit.guidance import fit_guidance
-from tgdp_fast.fit.training import Optimisation, train_denoiser
+from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.runtime import figures
 from tgdp_fast.runtime.checkpoint import signature_of
@@ -40,18 +41,18 @@ class Plan:
     num_target: int = 20
     seeds: int = 3
     num_samples: int = 1000
-    source_settings: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=6000, batch_size=256, learning_rate=1e-3, ema_decay=0.999)
+    source_settings: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=6000, batch_size=256, learning_rate=1e-3, ema_decay=0.999)
     )
     # Chosen for the baselines on other draws of the target images than those reported: images need more steps from
     # scratch, and fewer from the source model, than the two-dimensional simulation for which the defaults were chosen.
-    vanilla_settings: Optimisation = field(
-        default_factory=lambda: Optimisation(
+    vanilla_settings: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
             steps=1000, batch_size=256, learning_rate=2e-3, weight_decay=0.01, ema_decay=0.998
         )
     )
-    finetune_settings: Optimisation = field(
-        default_factory=lambda: Optimisation(
+    finetune_settings: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
             steps=200, batch_size=256, learning_rate=5e-4, weight_decay=0.01, ema_decay=0.99
         )
     )
@@ -74,7 +75,7 @@ class Plan:
         fits = {
             "vanilla": [inspect.getsource(baselines)],
             "finetune": [inspect.getsource(baselines)],
-            "tgdp": [repr(transfer.default_settings(self.num_target)), str(inspect.signature(transfer.fit_guidance))],
+            "tgdp": [repr(GuidanceConfig().resolved(transfer.default_training(self.num_target), 0, has_denoiser=True))],
         }
         return json.dumps([__version__, HELD_OUT, settings, signature_of(*fits.get(method, []))], sort_keys=True)
 

@@ -8,10 +8,9 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +34,10 @@ from tgdp_fast.diffusion.solvers import SOLVERS, solver_table
 from tgdp_fast.fit import baselines, density_ratio
 from tgdp_fast.fit import guidance as transfer
 from tgdp_fast.fit.baselines import fine_tune, train_vanilla
+from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig
 from tgdp_fast.fit.guidance import fit_guidance
-from tgdp_fast.fit.training import Optimisation, train_denoiser
+from tgdp_fast.fit.regularizers import Consistency, Cycle
+from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.runtime import figures
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_integer
@@ -52,19 +53,19 @@ from tgdp_fast.runtime.tables import (
 )
 from tgdp_fast.sampling.sampler import sample
 
-#: Guidance fits by name: arguments of :func:`fit_guidance`. "tgdp" is the recommended setting, its defaults.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "tgdp": {},
-    "tgdp/exact_source": {},
-    "tgdp/logistic": {"consistency": 0.0},
-    "tgdp/ratio_mse": {"loss": "ratio_mse", "consistency": 0.0},
-    "tgdp/poisson": {"loss": "poisson", "consistency": 0.0},
-    "tgdp/log_mse": {"loss": "log_mse", "consistency": 0.0},
-    "tgdp/algorithm_4": {"loss": "ratio_mse", "cycle": 1.0, "consistency": 1.0},
-    "tgdp/bf16_sampling": {},
-    "tgdp/bf16": {"precision": "bf16"},
+#: Guidance fits by name. "tgdp" is the recommended setting, the defaults.
+VARIANTS: dict[str, GuidanceConfig] = {
+    "tgdp": GuidanceConfig(),
+    "tgdp/exact_source": GuidanceConfig(),
+    "tgdp/logistic": GuidanceConfig(regularizers=()),
+    "tgdp/ratio_mse": GuidanceConfig("ratio_mse", regularizers=()),
+    "tgdp/poisson": GuidanceConfig("poisson", regularizers=()),
+    "tgdp/log_mse": GuidanceConfig("log_mse", regularizers=()),
+    "tgdp/algorithm_4": GuidanceConfig("ratio_mse", (Consistency(1.0), Cycle(1.0))),
+    "tgdp/bf16_sampling": GuidanceConfig(),
+    "tgdp/bf16": GuidanceConfig(precision="bf16"),
 }
-#: Variants that also sample with products in bf16.
+#: Variants that also sample with bf16 matmuls.
 BF16_SAMPLING = ("tgdp/bf16_sampling", "tgdp/bf16")
 #: "means" is the exact target but for the means of its modes, which are estimated from the given samples: how far
 #: those samples can tell the target at all, for someone who knows everything else.
@@ -96,8 +97,8 @@ class Plan:
     num_samples: int = 10_000
     solver: str = "dpmpp_3m"
     steps: int = 25
-    source_settings: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=6000, batch_size=512, learning_rate=2e-3, ema_decay=0.999)
+    source_settings: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=6000, batch_size=512, learning_rate=2e-3, ema_decay=0.999)
     )
     width: int = 128
     jobs: int = 1
@@ -134,10 +135,8 @@ def _recipe(n: int, method: str) -> list[str]:
     if method not in VARIANTS:
         return []
     return [
-        repr(VARIANTS[method]),
-        repr(transfer.default_settings(n)),
+        repr(VARIANTS[method].resolved(transfer.default_training(n), 0, has_denoiser=True)),
         repr(density_ratio.DEFAULT_SETTINGS),
-        str(inspect.signature(transfer.fit_guidance)),
         str(inspect.signature(density_ratio.fit_density_ratio)),
     ]
 
@@ -237,14 +236,13 @@ def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
     elif method.startswith("oracle"):
         guidance = exact_guidance(q, paper_source(), schedule)
     elif method in VARIANTS:
-        arguments = {"diagnostics": False, **VARIANTS[method]}
         fit = fit_guidance(
             paper_source().sample(plan.num_source, seed=0),
             target,
+            config=replace(VARIANTS[method], diagnostics=False),
             denoiser=denoiser,
             seed=seed,
             progress=plan.progress,
-            **arguments,
         )
         guidance = fit.guidance
     fit_seconds = time.perf_counter() - started
