@@ -79,7 +79,7 @@ done
 for operator in guided_step long_convolution residual_block_; do
     beside "validate triton $operator" 150 "$python" -m tgdp_fast validate --backend triton --operators $operator
 done
-for operator in mlp_value_and_grad mlp_value_and_grad_backward perceptron perceptron_backward; do
+for operator in mlp_value_and_grad mlp_value_and_grad_backward mlp_forward mlp_backward; do
     for precision in bf16 fp16; do  # many kernels to compile
         beside "validate triton $operator $precision" 150 "$python" -m tgdp_fast validate --backend triton \
             --operators $operator --precisions $precision

@@ -378,7 +378,7 @@ def test_wrong_words_are_one_line(words: list[str], message: str, capsys: pytest
 def test_a_backend_that_is_missing_is_told_in_words_of_the_command_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tgdp_fast.ops._dispatch import BackendUnavailableError
+    from tgdp_fast.ops.registry import BackendUnavailableError
 
     def missing(*_: object) -> None:
         raise BackendUnavailableError("guided_step", "triton", "it is not here", ("reference",))
@@ -465,15 +465,15 @@ def test_the_log_says_why_a_backend_does_not_serve() -> None:
     code = """
 import sys, torch
 from tgdp_fast.cli.main import main
-from tgdp_fast.ops import guided_step
+from tgdp_fast.ops import SolverStep, guided_step
 main(["--log-level", sys.argv[1], "info", "--json"])
 x = torch.zeros(1, 2, dtype=torch.float64)
-guided_step(x, x, None, None, matrix=[[1.0, 0.0]])
+guided_step(x, x, step=SolverStep([[1.0, 0.0]]))
 """
     for level, lines in (("info", 1), ("warning", 0)):
         done = subprocess.run([sys.executable, "-c", code, level], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count("INFO tgdp_fast.ops._dispatch: operator guided_step does not use backend cpu") == lines
+        assert done.stderr.count("INFO tgdp_fast.ops.registry: operator guided_step does not use backend cpu") == lines
     done = subprocess.run(
         [sys.executable, "-m", "tgdp_fast", "--log-level", "loud", "info"], capture_output=True, text=True, timeout=120
     )

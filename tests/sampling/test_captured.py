@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tgdp_fast import SSSDECG, Denoiser, GuidanceNetwork, NoiseSchedule, Sampler, SamplingConfig, ScoreMLP, sample
-from tgdp_fast.ops import _measured, use_backend
+from tgdp_fast.ops import measured, use_backend
 from tgdp_fast.sampling import loop as looping
 from tgdp_fast.sampling import sampler as sampling
 from tgdp_fast.sampling.loop import GraphCache, state_of
@@ -30,7 +30,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def capture(function, inputs):
         events.append("capture")
-        assert _measured._replayed()
+        assert measured._captured()
         outputs = tuple(torch.full_like(tensor, float("nan")) for tensor in function(*inputs))
 
         def replay() -> None:

@@ -22,7 +22,7 @@ from tgdp_fast import (
     sample_to_file,
     solver_table,
 )
-from tgdp_fast.ops import guided_step
+from tgdp_fast.ops import SolverStep, guided_step
 
 CONFIG = SamplingConfig("ddpm", 4, scale=1.5, interval=(0.1, 0.9), clamp=(-3.0, 3.0), gradient_norm_limit=0.5)
 
@@ -167,12 +167,14 @@ def test_the_loop_is_that_of_a_users_own_sampler() -> None:
             states[k - 1],
             evaluation.epsilon,
             evaluation.gradient,
-            matrix=table.matrix[k],
-            noise_scale=float(table.noise_scale[k]),
-            guidance_weight=evaluation.weight,
-            alpha=float(table.alpha[k]),
-            sigma=float(table.sigma[k]),
-            clamp=guided.clamp,
+            step=SolverStep(
+                table.matrix[k],
+                noise_scale=float(table.noise_scale[k]),
+                guidance_weight=evaluation.weight,
+                alpha=float(table.alpha[k]),
+                sigma=float(table.sigma[k]),
+                clamp=guided.clamp,
+            ),
             seed=2,
             sample_index=torch.arange(3),
             evaluation=k + 1,

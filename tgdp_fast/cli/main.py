@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
         raise
     except Exception as error:
         # Torch comes with it, and some commands do without.
-        from tgdp_fast.ops._dispatch import BackendUnavailableError
+        from tgdp_fast.ops.registry import BackendUnavailableError
 
         if not isinstance(error, (*EXPECTED, BackendUnavailableError)):
             raise
@@ -72,7 +72,7 @@ def _kept(options: argparse.Namespace) -> str:
 
 def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
-    from tgdp_fast.ops._dispatch import backend_report
+    from tgdp_fast.ops.registry import backend_report
     from tgdp_fast.runtime.info import describe, environment
     from tgdp_fast.runtime.native import cpu_capability
 

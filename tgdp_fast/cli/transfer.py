@@ -336,7 +336,7 @@ def _check_backend(options: argparse.Namespace) -> None:
     from tgdp_fast.diffusion.guidance import GuidanceNetwork
     from tgdp_fast.diffusion.schedule import NoiseSchedule
     from tgdp_fast.models import ScoreMLP
-    from tgdp_fast.ops._dispatch import requested_backend
+    from tgdp_fast.ops.registry import requested_backend
     from tgdp_fast.sampling.sampler import sample
 
     if requested_backend(options.backend) == "auto":

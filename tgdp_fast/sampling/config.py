@@ -8,7 +8,7 @@ from typing import Any
 
 from tgdp_fast.diffusion.guided import check_gradient_norm_limit, check_pair, check_scale
 from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, check_eta
-from tgdp_fast.ops._dispatch import BACKENDS
+from tgdp_fast.ops.registry import BACKENDS
 from tgdp_fast.runtime.checks import check_choice, check_integer
 from tgdp_fast.runtime.precision import PRECISIONS
 

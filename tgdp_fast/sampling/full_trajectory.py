@@ -16,8 +16,8 @@ from tgdp_fast.diffusion.denoiser import Denoiser, epsilon_scales, labels_for
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.models import ScoreMLP, encode_labels
 from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory, use_backend
-from tgdp_fast.ops._dispatch import requested_backend, resolve
-from tgdp_fast.ops._measured import loop_is_faster
+from tgdp_fast.ops.measured import loop_is_faster
+from tgdp_fast.ops.registry import requested_backend, resolve
 from tgdp_fast.sampling.loop import Loop
 
 
@@ -32,19 +32,19 @@ class FullTrajectory:
     score: TrajectoryNetwork
     guidance: TrajectoryNetwork | None
     plan: TrajectoryPlan
-    split: bool
+    bf16x3: bool
     backend: str
 
     @classmethod
     def of(
-        cls, loop: Loop, dtype: torch.dtype, backend: str, *, split: bool = False, samples: int | None = None
+        cls, loop: Loop, dtype: torch.dtype, backend: str, *, bf16x3: bool = False, samples: int | None = None
     ) -> FullTrajectory | None:
         """The full trajectory of ``loop``, or None if the models or the available backends need the loop.
 
         Args:
             loop: models, table and weights.
             dtype: of the factors of the networks' matmuls.
-            backend, split: as for the operators.
+            backend, bf16x3: as for the operators.
             samples: of the draw, so that ``auto`` uses the loop where it is faster.
         """
         denoiser, guidance, table = loop.denoiser, loop.guidance, loop.table
@@ -87,7 +87,7 @@ class FullTrajectory:
             networks = [network.weights for network in (score, other) if network is not None]
             if loop_is_faster(samples, networks):
                 return None
-        return None if chosen == "reference" else cls(loop, score, other, plan, split, chosen)
+        return None if chosen == "reference" else cls(loop, score, other, plan, bf16x3, chosen)
 
     def run(self, x: Tensor, labels: Tensor | None, seed: int, sample_index: Tensor) -> tuple[Tensor, int]:
         """States [B, ...] after all evaluations, and the first evaluation that diverged, or -1.
@@ -105,7 +105,7 @@ class FullTrajectory:
             self.plan,
             seed=seed,
             sample_index=sample_index,
-            split=self.split,
+            bf16x3=self.bf16x3,
             backend=self.backend,
         )
         return result.reshape(x.shape), diverged

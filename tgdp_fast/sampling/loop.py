@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, evaluate_models
 from tgdp_fast.diffusion.solvers import SolverTable
-from tgdp_fast.ops import guided_step
-from tgdp_fast.ops._measured import to_be_replayed
+from tgdp_fast.ops import SolverStep, guided_step
+from tgdp_fast.ops.measured import capturing
 
 _logger = logging.getLogger(__name__)
 
@@ -77,12 +77,14 @@ class Loop:
                 epsilon,
                 gradient,
                 history,
-                matrix=table.matrix[k],
-                noise_scale=float(table.noise_scale[k]),
-                guidance_weight=weight,
-                alpha=float(table.alpha[k]),
-                sigma=float(table.sigma[k]),
-                clamp=self.clamp,
+                step=SolverStep(
+                    table.matrix[k],
+                    noise_scale=float(table.noise_scale[k]),
+                    guidance_weight=weight,
+                    alpha=float(table.alpha[k]),
+                    sigma=float(table.sigma[k]),
+                    clamp=self.clamp,
+                ),
                 seed=seed,
                 sample_index=sample_index,
                 evaluation=k + 1,
@@ -153,7 +155,7 @@ class GraphCache:
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
         seen = key in self._graphs
         graph = self._graphs.pop(key, None)
-        with to_be_replayed():  # the same kernels as it is and captured
+        with capturing():  # the same kernels as it is and captured
             if seen and graph is None and not self._refused:
                 graph = self._capture(function, inputs)
             if graph is None:

@@ -23,8 +23,8 @@ from tgdp_fast.diffusion.denoiser import evaluation_mode
 from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.solvers import SolverTable
-from tgdp_fast.ops._dispatch import requested_backend, use_backend
 from tgdp_fast.ops.noise import normal
+from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
 from tgdp_fast.runtime.precision import PRECISIONS, autocast
@@ -336,8 +336,8 @@ class Sampler:
         with torch.inference_mode(), evaluation_mode(self.denoiser, self.guidance), _backend(config.backend), bar:
             full = None
             if request.callback is None:
-                dtype, split = PRECISIONS.get(config.precision, torch.float32), config.precision == SPLIT
-                full = FullTrajectory.of(self._loop, dtype, config.backend, split=split, samples=request.num)
+                dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == SPLIT
+                full = FullTrajectory.of(self._loop, dtype, config.backend, bf16x3=bf16x3, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
             loop, after = partial(self._loop, seed=request.seed), self._after(request, bar)
             with self._graphs.checked(self._settings(request)) if captured else nullcontext():
