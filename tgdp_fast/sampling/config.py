@@ -18,7 +18,7 @@ SPLIT = "bf16x3"
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample, whatever the models and the number of samples. Equal configs are equal objects.
+    """How to sample, whatever the models and the number of samples; compared by its fields.
 
     Attributes:
         solver: a name in ``SOLVERS``, or a ready :class:`SolverTable` of the denoiser's schedule (then steps, spacing
