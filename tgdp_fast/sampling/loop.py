@@ -1,7 +1,7 @@
-"""The solver's loop over its evaluations, and its CUDA graphs, with which it costs the host one launch.
+"""The solver's loop over its evaluations, and its CUDA graphs, which reduce it to one launch by the host.
 
-On a CPU, and where a callback looks on, :class:`Loop` runs as it is. On a GPU :class:`GraphCache` runs it: as it is at
-first, captured in a CUDA graph the second time, and from then on by replays.
+On a CPU, and with a callback, :class:`Loop` runs directly. On a GPU :class:`GraphCache` runs it: directly the first
+time, captured in a CUDA graph the second time, and by replays from then on.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Loop:
         seed: int,
         after: After | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The state at the end, and after which evaluations it was finite, bool [K]. Never waits for an accelerator.
+        """The final state, and whether it was finite after each evaluation, bool [K]. Never waits for an accelerator.
 
         Args:
             x: [B, ...] floating point, the initial state.
-            sample_index: [B] int64, to which the noise belongs.
+            sample_index: [B] int64, the index for the noise.
             labels: None, [B] or [B, C].
             seed: of the noise.
             after: called after each evaluation.
@@ -95,7 +95,7 @@ class Loop:
 
 @dataclass
 class _Graph:
-    """A captured function: static inputs and outputs, the replay, and what its kernels read besides."""
+    """A captured function: static inputs and outputs, the replay, and the other memory that its kernels read."""
 
     inputs: list[Tensor | None]
     outputs: Tensors
@@ -106,14 +106,14 @@ class _Graph:
 class GraphCache:
     """CUDA graphs of one function by the shapes of its inputs.
 
-    The first call with new shapes runs the function as it is, which does what a capture cannot: compiling kernels,
-    growing work spaces. The second call captures it, and replays from then on. If a capture fails, that is logged once
-    and the function always runs as it is. Not for two threads at once.
+    The first call with new shapes runs the function directly, which does what a capture cannot: compile kernels, grow
+    workspaces. The second call captures it; later calls replay it. If a capture fails, this is logged once and the
+    function always runs directly. Not thread-safe.
 
     Args:
         name: of the function, for the log.
         models: that the function runs. What they refer to is kept as long as a graph reads it.
-        capacity: number of shapes; the one not used for the longest time is forgotten first.
+        capacity: number of shapes; the least recently used one is dropped first.
     """
 
     def __init__(self, name: str, models: Sequence[Any] = (), capacity: int = 4) -> None:

@@ -1,6 +1,6 @@
 """Sampling: models and settings held by one object that draws sample sets, in memory or into a file.
 
-Noise depends on seed and sample index alone, so batches, blocks and processes may share a sample set as they like.
+Noise depends only on seed and sample index, so a sample set may be divided into batches, blocks and processes freely.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def sample(
 ) -> Tensor:
     """Draw samples of the target domain in one call (TGDP section 3.1, Theorem 3.1).
 
-    To draw more than once, make a :class:`Sampler`: it keeps what does not change from draw to draw.
+    To draw more than once, create a :class:`Sampler`: it keeps everything that does not change between draws.
 
     Args:
         denoiser, guidance, shape, device: as in :class:`Sampler`.
@@ -96,10 +96,10 @@ def sample(
         [num, *shape] float32, on the device.
 
     Raises:
-        ValueError: a bad argument; models that do not fit each other. No network has been run then.
+        ValueError: a bad argument; models that do not match. No network has been run then.
         TypeError: a setting that :class:`SamplingConfig` does not have.
-        SamplingDivergedError: the state is not finite. Where the full trajectory is one operator and on an accelerator
-            this is noticed at the end of a batch, elsewhere at once.
+        SamplingDivergedError: the state is not finite. If the full trajectory is one operator, and on an
+            accelerator, this is detected at the end of a batch, otherwise at once.
     """
     sampler = Sampler(denoiser, guidance, SamplingConfig(**settings), shape=shape, device=device)
     return sampler.draw(
@@ -129,30 +129,29 @@ class _Request:
 
 
 class Sampler:
-    """Models, settings and what follows from them, for any number of draws.
+    """Models and settings for any number of draws, with everything derived from them.
 
     It holds the solver's table, the guidance weight of each evaluation and, on a GPU, the CUDA graphs of its loop by
-    batch shape, so that a draw of a shape that was drawn before is one replay per batch. Models may change between
-    draws: weights, hooks and other attributes are looked at before a graph is used. A stochastic solver's graph belongs
-    to one seed. Graphs keep torch's other settings, such as TF32, as they were when captured. Not for two threads at
-    once.
+    batch shape: another draw with the same shape is one replay per batch. Models may change between draws: weights,
+    hooks and other attributes are checked before a graph is used. The graph of a stochastic solver belongs to one seed.
+    Graphs keep the settings of torch, such as TF32, from their capture. Not thread-safe.
 
     Args:
         denoiser: a :class:`Denoiser`, anything with ``schedule`` and ``epsilon(x, t, labels)``, or a
             :class:`GuidedDenoiser` (then guidance, scale, interval, clamp and gradient_norm_limit must be left at their
             defaults).
         guidance: a :class:`GuidanceNetwork` or anything with ``log_ratio_and_grad``; None samples the source.
-        config: the settings; default ``SamplingConfig()``.
-        shape: shape of one sample; may be left out when the denoiser states its ``event_shape``.
-        device: where to sample; None for where the models' parameters are.
+        config: the settings; default: ``SamplingConfig()``.
+        shape: shape of one sample; may be omitted if the denoiser has an ``event_shape``.
+        device: where to sample; None: the device of the models' parameters.
 
     Attributes:
-        denoiser, guidance, config, shape: as given, or as the :class:`GuidedDenoiser` has them.
+        denoiser, guidance, config, shape: as given, or those of the :class:`GuidedDenoiser`.
         table: the :class:`SolverTable`, K evaluations.
         weights: [K] floats, scale * sigma at each evaluation; 0 outside the interval and without guidance.
 
     Raises:
-        ValueError: a bad argument; models that do not fit each other.
+        ValueError: a bad argument; models that do not match.
     """
 
     def __init__(
@@ -166,7 +165,7 @@ class Sampler:
     ) -> None:
         self.denoiser, self.guidance, self.config = taken_apart(denoiser, guidance, config)
         config = self.config
-        requested_backend(config.backend)  # The environment may name another.
+        requested_backend(config.backend)  # The environment may name another one.
         self._models = {"denoiser": self.denoiser} | ({} if self.guidance is None else {"guidance": self.guidance})
         check_schedules(self._models)
         self.table = table_of(config, self.denoiser.schedule)
@@ -194,22 +193,22 @@ class Sampler:
     ) -> Tensor:
         """Draw samples of the target domain.
 
-        Sample ``i`` depends on ``seed`` and ``first_index + i`` alone: not on ``batch_size``, nor on which process drew
-        it (up to rounding of the networks' matmuls).
+        Sample ``i`` depends only on ``seed`` and ``first_index + i``, not on ``batch_size`` or on the process that
+        draws it (up to rounding of the networks' matmuls).
 
         Args:
             num: number of samples.
             labels: one class index for all, indices [num], or soft / multi-hot rows [num, K]. Required by conditional
-                models, refused where no model takes any.
+                models, refused if no model uses labels.
             prior: distribution of the first state, a :class:`GaussianPrior` or :class:`EmpiricalPrior`; None for
-                N(0, I), which is right where the schedule ends with next to no signal.
+                N(0, I), which is correct if the schedule ends with almost no signal.
             seed: 0 <= seed < 2**64.
             first_index: index of the first sample; shards draw disjoint ranges of one sample set.
-            batch_size: samples in flight; bounds memory, which does not grow with steps. Default: 2**21 values' worth,
-                at most 8,192.
+            batch_size: samples per batch; bounds memory, which does not grow with steps. Default: as many as have 2**21
+                values, at most 8,192.
             callback: ``callback(step, t, x, x0)`` after each solver step of each batch. With it, evaluations run one by
                 one.
-            progress: show a bar, on a terminal only.
+            progress: show a bar, only on a terminal.
 
         Returns:
             [num, *shape] float32, on the device.
@@ -235,18 +234,18 @@ class Sampler:
     ) -> np.ndarray:
         """:meth:`draw`, writing ``path`` (.npy) atomically and resuming after a kill at any moment.
 
-        Finished blocks lie in the folder ``<path>.partial`` until the file is complete. A later call takes them up if
-        it asks for the same samples of the same models, whatever its batch_size, block_size, backend and device;
-        otherwise it discards them, once it has a block of its own.
+        The folder ``<path>.partial`` holds finished blocks until the file is complete. A later call reuses them if it
+        requests the same samples of the same models, for any batch_size, block_size, backend and device. Otherwise it
+        discards them once it has finished its first block.
 
         Args:
             path: the .npy file, in an existing folder; float32 [num, *shape].
             num: number of samples.
             finish: applied to the whole array before it is written (e.g. undoing a standardization).
-            signature: text that identifies the models, such as a hash; needed only where one is no ``nn.Module``. The
+            signature: text that identifies the models, such as a hash; needed only if one is not an ``nn.Module``. The
                 default is a hash of their weights and buffers, ``to_config()`` and ``repr``.
-            block_size: samples per saved block, and the most that a kill can cost (default: 2**21 values' worth, 8 MB,
-                but at most 8,192 samples; or one batch, if that is more). No batch is larger.
+            block_size: samples per saved block, the most that a kill can lose. Default: as many as have 2**21 values
+                (8 MB), at most 8,192, or one batch if that is more. No batch is larger.
             progress: show progress.
             options: labels, prior, seed, first_index, batch_size and callback, as in :meth:`draw`.
 
@@ -310,7 +309,7 @@ class Sampler:
         )
 
     def _identity(self, request: _Request) -> dict[str, Any]:
-        """All that decides the samples besides the models, JSON-able; the interval shows in the scales."""
+        """Everything the samples depend on besides the models, JSON-able; the scales include the interval."""
         return {
             "guided": self.guidance is not None,
             "scales": self._scales,
@@ -329,7 +328,7 @@ class Sampler:
     def _run(self, request: _Request, start: int, stop: int, progress: bool) -> Tensor:
         """Samples ``start`` to ``stop`` of a draw: float32 [stop - start, *shape]."""
         device, config, table = request.device, self.config, self.table
-        with torch.inference_mode(False):  # An ordinary tensor also where the caller is in inference mode.
+        with torch.inference_mode(False):  # An ordinary tensor, also if the caller is in inference mode.
             result = torch.empty((stop - start, *self.shape), dtype=torch.float32, device=device)
         batches = range(start, stop, request.batch_size)
         hidden = None if progress else True  # None: shown on a terminal only
@@ -373,11 +372,11 @@ class Sampler:
         return x, indices, None if request.labels is None else request.labels[start:stop]
 
     def _after(self, request: _Request, bar: Any) -> Callable[[int, Tensor, Tensor, Tensor], None]:
-        """What is done after each evaluation where they run one by one."""
+        """Called after each evaluation if they run one by one."""
         table = self.table
 
         def after(k: int, x: Tensor, x0: Tensor, finite: Tensor) -> None:
-            # On an accelerator asking would wait for it at every evaluation.
+            # On an accelerator this check would wait for the device at every evaluation.
             if request.device.type == "cpu" and not finite:
                 raise SamplingDivergedError(k, float(table.times[k]), table)
             if table.ends_step[k] and request.callback is not None:
@@ -410,7 +409,7 @@ def _signature(models: Mapping[str, Any]) -> str:
                 "weights would identify it; pass any text that changes with the models"
             )
     parts = (models["denoiser"], models.get("guidance"))
-    # The repr of a module tells what its weights do not, such as the activations.
+    # The repr of a module shows properties that its weights do not, such as the activations.
     return signature_of(*parts, *map(repr, parts))
 
 
