@@ -67,8 +67,8 @@ def minimize(
         seed: of the generator passed to ``loss``.
         progress, description: the progress bar.
         state_dir: folder where the full state is saved every ``save_every`` seconds and at Ctrl-C. A state with the
-            same signature and settings is resumed, and the result equals that of an uninterrupted run. It is removed at the
-            end. A folder with other content is refused.
+            same signature and settings is resumed, and the result equals that of an uninterrupted run. It is removed at
+            the end. A folder with other content is refused.
         signature: identifies the data and the model.
 
     Several processes (:mod:`tgdp_fast.runtime.distributed`) must call it with the same arguments; gradients are
