@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from tgdp_fast import TransferModel
+from tgdp_fast import Consistency, Cycle, GuidanceConfig, TransferModel
 from tgdp_fast.cli.main import main
+from tgdp_fast.fit.losses import Poisson
 
 pytestmark = pytest.mark.usefixtures("quick_ratio", "quick_guidance")
 
@@ -144,12 +145,8 @@ def test_options_reach_the_fit(folder: Path) -> None:
     options = {"loss": "poisson", "consistency": "0.25", "cycle": "0.5", "seed": str(2**64 - 1)}
     assert main(transfer(folder, save="model", **options)) == 0
     config = TransferModel.load(folder / "model").config
-    assert {k: config[k] for k in ("loss", "consistency", "cycle", "seed")} == {
-        "loss": "poisson",
-        "consistency": 0.25,
-        "cycle": 0.5,
-        "seed": 2**64 - 1,
-    }
+    assert config.pop("seed") == 2**64 - 1
+    assert GuidanceConfig.from_dict(config).terms == (Poisson(), Consistency(0.25), Cycle(0.5))
 
 
 def test_a_folder_in_the_way_of_the_model_is_noticed_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,13 +272,11 @@ def test_ctrl_c_while_torch_loads_is_one_line(tmp_path: Path) -> None:
 
 
 def test_help_names_every_solver_without_torch() -> None:
-    from tgdp_fast.cli.main import SOLVER_NAMES
     from tgdp_fast.diffusion.solvers import SOLVERS
 
-    assert set(SOLVER_NAMES) == set(SOLVERS)
     code = "import sys; sys.modules['torch'] = None\nfrom tgdp_fast.cli.main import main\nmain(['sample', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "dpmpp_2m_sde" in done.stdout
+    assert set(SOLVERS) <= set(re.findall(r"\w+", done.stdout))
 
 
 def test_labels_that_a_model_needs_or_does_not_take(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,7 +383,7 @@ def test_a_backend_that_is_missing_is_told_in_words_of_the_command_line(
     def missing(*_: object) -> None:
         raise BackendUnavailableError("guided_step", "triton", "it is not here", ("reference",))
 
-    monkeypatch.setattr("tgdp_fast.cli.main._check_backend", missing)
+    monkeypatch.setattr("tgdp_fast.cli.transfer._check_backend", missing)
     assert main(["sample", str(folder / "m"), "--num", "1", "--backend", "triton", "--out", str(folder / "y.npy")]) == 1
     text = capsys.readouterr().err
     assert "Use --backend auto to take the fastest that fits" in text

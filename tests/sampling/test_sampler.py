@@ -84,7 +84,7 @@ def test_weights_are_scale_times_sigma_and_a_function_is_called_once_for_each() 
     assert called == inside
     values = iter(range(2, 2 + len(inside)))
     expected = [next(values) * float(SCHEDULE.sigma(t)) if 0.2 <= t <= 0.8 else 0.0 for t in table.times.tolist()]
-    assert sampler.weights == expected
+    assert sampler.weights == tuple(expected)
     fused = sampler.draw(4)
     looped = sampler.draw(4, callback=lambda *_: None)
     assert called == inside
@@ -94,7 +94,7 @@ def test_weights_are_scale_times_sigma_and_a_function_is_called_once_for_each() 
 
 def test_without_guidance_weights_are_zero_and_a_function_is_not_called() -> None:
     sampler = Sampler(random_models()[0], config=SamplingConfig(steps=3, scale=never))
-    assert sampler.weights == [0.0] * 3
+    assert sampler.weights == (0.0,) * 3
 
 
 def test_a_guided_denoiser_lends_its_parts() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -111,7 +112,7 @@ class GraphCache:
 
     Args:
         name: of the function, for the log.
-        models: whose parameters the function reads; they are kept as long as a graph reads them.
+        models: that the function runs. What they refer to is kept as long as a graph reads it.
         capacity: number of shapes; the least recently used one is dropped first.
     """
 
@@ -119,33 +120,45 @@ class GraphCache:
         self.name = name
         self._models = models
         self._capacity = capacity
-        self._state: Hashable = None
+        self._state: Any = None
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, not captured yet
+        self._ran = False  # whether the function was, since the state was taken
         self._refused = False
 
-    def run(self, function: Callable[..., Tensors], *inputs: Tensor | None, state: Hashable = None) -> Tensors:
-        """``function(*inputs)``.
+    @contextmanager
+    def checked(self, settings: Any = None) -> Iterator[None]:
+        """Around calls of :meth:`run`: drops all graphs if the models or ``settings`` are not what they were.
+
+        A replay runs no line of Python, so whatever the function reads there has to be in ``settings``, an object that
+        is compared, or in the attributes of the models; see :func:`state_of`.
+        """
+        state = settings, [state_of(model) for model in self._models]
+        if state != self._state:
+            self._graphs.clear()
+        self._state, self._ran = None, False
+        yield
+        # Running a network, unlike replaying it, may change what it keeps.
+        self._state = (settings, [state_of(model) for model in self._models]) if self._ran else state
+
+    def run(self, function: Callable[..., Tensors], *inputs: Tensor | None) -> Tensors:
+        """``function(*inputs)``, within :meth:`checked`.
 
         Args:
-            function: gives a tuple of tensors, without waiting for the device and without reading the host's memory;
-                the result may depend on nothing but inputs and ``state``.
+            function: gives a tuple of tensors, without waiting for the device and without reading the host's memory.
             inputs: tensors or None.
-            state: what a graph holds as it was when captured: with another one than in the call before, all graphs are
-                dropped.
 
         Returns:
             The function's result. The next call may overwrite it.
         """
-        if state != self._state:
-            self._graphs.clear()
-            self._state = state
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
         seen = key in self._graphs
         graph = self._graphs.pop(key, None)
         with to_be_replayed():  # the same kernels as it is and captured
             if seen and graph is None and not self._refused:
                 graph = self._capture(function, inputs)
-            result = function(*inputs) if graph is None else graph.outputs
+            if graph is None:
+                self._ran = True
+                result = function(*inputs)
         self._graphs[key] = graph
         if len(self._graphs) > self._capacity:
             self._graphs.popitem(last=False)
@@ -155,9 +168,10 @@ class GraphCache:
             if static is not None and tensor is not None:
                 static.copy_(tensor)
         graph.replay()
-        return result
+        return graph.outputs
 
     def _capture(self, function: Callable[..., Tensors], inputs: Sequence[Tensor | None]) -> _Graph | None:
+        self._ran = True
         static = [None if tensor is None else tensor.clone() for tensor in inputs]
         try:
             replay, outputs = capture(function, static)
@@ -184,42 +198,45 @@ def capture(function: Callable[..., Tensors], inputs: list[Tensor | None]) -> tu
     return graph.replay, outputs
 
 
-def state_of(model: Any) -> Hashable:
-    """What a graph holds as it was of a model that it was captured with. Equal states: the graph is still right.
+def state_of(model: Any) -> Any:
+    """An object equal to that of another time if a graph that was captured with the model is still right.
 
-    Of a module: its submodules, their hooks, numbers and texts, and where their parameters and buffers lie; values that
-    change in place are read anew by every replay. A network that was compiled from another one (``uncompiled``) holds
-    other forms of that one's weights, so for it such changes count too. Any other object may change unseen: its state
-    differs from every other.
+    It holds the attributes of all submodules: numbers and texts by value, tensors by place and number of changes, any
+    other object by identity, and containers by their items. In-place changes count too, although a replay reads weights
+    anew: a network may keep values that it has computed from them. What is no module may change unseen, so its state is
+    equal to no other.
     """
     if model is None:
         return None
     if not isinstance(model, nn.Module):
         return object()
-    found: list[Hashable] = []
-    modules = list(model.modules())
-    derived = any(hasattr(module, "uncompiled") for module in modules)
-    for module in modules:
-        attributes = vars(module)
-        plain = [item for item in attributes.items() if isinstance(item[1], bool | int | float | str)]
-        found += [id(module), *plain, *module._forward_hooks, *module._forward_pre_hooks]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                version = tensor._version if derived and not tensor.is_inference() else 0
-                found.append((_address(tensor), tensor.shape, tensor.stride(), tensor.dtype, version))
-    return tuple(found)
+    return [
+        (id(module), [(name, _token(value)) for name, value in vars(module).items() if value is not None])
+        for module in model.modules()
+    ]
 
 
-def _address(tensor: Tensor) -> Hashable:
-    """Where its values lie; for a tensor made of others, which may move unseen, something equal to nothing else."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return object()
+_PLAIN = (bool, int, float, str)
+
+
+def _token(value: Any, depth: int = 1) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        version = 0 if value.is_inference() else value._version
+        try:
+            return id(value), value.data_ptr(), value.shape, value.stride(), value.dtype, version
+        except RuntimeError:  # A tensor made of others, which may move unseen.
+            return object()
+    if depth > 0 and isinstance(value, dict):
+        return [(key, _token(item, depth - 1)) for key, item in value.items()] if value else ()
+    if depth > 0 and isinstance(value, (list, tuple, set)):
+        return [_token(item, depth - 1) for item in value]
+    return id(value)
 
 
 def _held(model: Any) -> list[Any]:
-    """All that a module's attributes refer to now, such as its parameters and work spaces."""
+    """All that :func:`state_of` looks at, so that its memory is not given to others while a graph reads it."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     values = (value for module in modules for value in vars(module).values())
     return [copy.copy(value) if isinstance(value, dict | list | set) else value for value in values]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,21 +20,29 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tgdp_fast.diffusion.denoiser import evaluation_mode
-from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser, check_models, scale_at
+from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.diffusion.prior import Prior
-from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.diffusion.solvers import SolverTable, solver_table
+from tgdp_fast.diffusion.solvers import SolverTable
 from tgdp_fast.ops._dispatch import requested_backend, use_backend
 from tgdp_fast.ops.noise import normal
-from tgdp_fast.runtime.arrays import check_labels
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
 from tgdp_fast.runtime.precision import PRECISIONS, autocast
 from tgdp_fast.runtime.progress import announce
+from tgdp_fast.sampling.arguments import (
+    check_prior,
+    check_schedules,
+    device_of,
+    event_shape_of,
+    labels_of,
+    scales_of,
+    table_of,
+    taken_apart,
+)
 from tgdp_fast.sampling.blocks import BlockFile
 from tgdp_fast.sampling.config import SPLIT, SamplingConfig
 from tgdp_fast.sampling.full_trajectory import FullTrajectory
-from tgdp_fast.sampling.loop import GraphCache, Loop, state_of
+from tgdp_fast.sampling.loop import GraphCache, Loop
 
 #: callback(step, t, x, x0): solver step, its time, the state after it, the predicted clean sample.
 Callback = Callable[[int, float, Tensor, Tensor], None]
@@ -124,8 +132,8 @@ class Sampler:
     """Models and settings for any number of draws, with everything derived from them.
 
     It holds the solver's table, the guidance weight of each evaluation and, on a GPU, the CUDA graphs of its loop by
-    batch shape: another draw with the same shape is one replay per batch. In-place changes of weights take effect;
-    replaced or moved parameters are detected at the next draw. The graph of a stochastic solver belongs to one seed.
+    batch shape: another draw with the same shape is one replay per batch. Models may change between draws: weights,
+    hooks and other attributes are checked before a graph is used. The graph of a stochastic solver belongs to one seed.
     Graphs keep the settings of torch, such as TF32, from their capture. Not thread-safe.
 
     Args:
@@ -155,17 +163,18 @@ class Sampler:
         shape: tuple[int, ...] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        self.denoiser, self.guidance, self.config = _parts(denoiser, guidance, config)
+        self.denoiser, self.guidance, self.config = taken_apart(denoiser, guidance, config)
         config = self.config
         requested_backend(config.backend)  # The environment may name another one.
         self._models = {"denoiser": self.denoiser} | ({} if self.guidance is None else {"guidance": self.guidance})
-        _check_schedules(self._models)
-        self.table = _table(config, self.denoiser.schedule)
-        self.shape = _event_shape(shape, self._models)
+        check_schedules(self._models)
+        self.table = table_of(config, self.denoiser.schedule)
+        self.shape = event_shape_of(shape, self._models)
         self._requested_device = None if device is None else check_device(device)
-        _device(self._requested_device, self._models)
-        self._scales = [0.0] * self.table.nfe if self.guidance is None else _scales(config, self.table)
-        self.weights = [scale * sigma for scale, sigma in zip(self._scales, self.table.sigma.tolist(), strict=True)]
+        device_of(self._requested_device, self._models)
+        self._scales = [0.0] * self.table.nfe if self.guidance is None else scales_of(config, self.table)
+        pairs = zip(self._scales, self.table.sigma.tolist(), strict=True)
+        self.weights = tuple(scale * sigma for scale, sigma in pairs)
         limits = config.clamp, config.gradient_norm_limit
         self._loop = Loop(self.denoiser, self.guidance, self.table, self.weights, *limits)
         self._graphs = GraphCache("the sampling loop", (self.denoiser, self.guidance))
@@ -285,9 +294,9 @@ class Sampler:
         seed = check_seed(seed)
         if batch_size is None:
             batch_size = _default_batch_size(self.shape)
-        device = _device(self._requested_device, self._models)
-        rows = _labels(labels, num, self._models)
-        _check_prior(prior, self.shape)
+        device = device_of(self._requested_device, self._models)
+        rows = labels_of(labels, num, self._models)
+        check_prior(prior, self.shape)
         return _Request(
             num,
             None if rows is None else rows.to(device),
@@ -330,25 +339,25 @@ class Sampler:
                 dtype, split = PRECISIONS.get(config.precision, torch.float32), config.precision == SPLIT
                 full = FullTrajectory.of(self._loop, dtype, config.backend, split=split, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
-            state = self._state(request) if captured else None
             loop, after = partial(self._loop, seed=request.seed), self._after(request, bar)
-            for first in batches:
-                last = min(first + request.batch_size, stop)
-                x, indices, labels = self._initial_state(request, first, last)
-                if full is not None:
-                    x, diverged = full.run(x, labels, request.seed, indices)
-                    bar.update(table.nfe)
-                else:
-                    with autocast(config.precision, device.type):
-                        if captured:
-                            x, finite = self._graphs.run(loop, x, indices, labels, state=state)
-                            bar.update(table.nfe)
-                        else:
-                            x, finite = loop(x, indices, labels, after=after)
-                    diverged = -1 if finite.all() else int((~finite).int().argmax())
-                if diverged >= 0:
-                    raise SamplingDivergedError(diverged, float(table.times[diverged]), table)
-                result[first - start : last - start] = x
+            with self._graphs.checked(self._settings(request)) if captured else nullcontext():
+                for first in batches:
+                    last = min(first + request.batch_size, stop)
+                    x, indices, labels = self._initial_state(request, first, last)
+                    if full is not None:
+                        x, diverged = full.run(x, labels, request.seed, indices)
+                        bar.update(table.nfe)
+                    else:
+                        with autocast(config.precision, device.type):
+                            if captured:
+                                x, finite = self._graphs.run(loop, x, indices, labels)
+                                bar.update(table.nfe)
+                            else:
+                                x, finite = loop(x, indices, labels, after=after)
+                        diverged = -1 if finite.all() else int((~finite).int().argmax())
+                    if diverged >= 0:
+                        raise SamplingDivergedError(diverged, float(table.times[diverged]), table)
+                    result[first - start : last - start] = x
         return result
 
     def _initial_state(self, request: _Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -376,168 +385,19 @@ class Sampler:
 
         return after
 
-    def _state(self, request: _Request) -> Hashable:
-        """Everything else that a CUDA graph of the loop keeps from its capture."""
+    def _settings(self, request: _Request) -> tuple[Any, ...]:
+        """What a graph of the loop holds as it was, besides this object and the models."""
         place = request.device.type
         return (
             request.seed if self.table.is_stochastic else None,  # the noise's key is an argument of its launches
             requested_backend(self.config.backend),
-            (torch.is_autocast_enabled(place), torch.get_autocast_dtype(place)),
-            state_of(self.denoiser),
-            state_of(self.guidance),
+            torch.is_autocast_enabled(place),
+            torch.get_autocast_dtype(place),
         )
-
-
-def _parts(
-    denoiser: EpsilonModel | GuidedDenoiser, guidance: Guidance | None, config: SamplingConfig | None
-) -> tuple[EpsilonModel, Guidance | None, SamplingConfig]:
-    """Denoiser, guidance and settings, extracted from a :class:`GuidedDenoiser`."""
-    default = SamplingConfig()
-    config = default if config is None else config
-    if not isinstance(config, SamplingConfig):
-        raise ValueError(
-            f"config must be a SamplingConfig, got {type(config).__name__}; SamplingConfig.from_dict makes one of a "
-            "dictionary"
-        )
-    if not isinstance(denoiser, GuidedDenoiser):
-        check_models(denoiser, guidance)
-        return denoiser, guidance, config
-    names = ("interval", "clamp", "gradient_norm_limit", "scale")
-    repeated = ["guidance"] * (guidance is not None)
-    repeated += [name for name in names if getattr(config, name) != getattr(default, name)]
-    if repeated:
-        raise ValueError(f"{', '.join(repeated)}: set on the GuidedDenoiser that was passed, not again in sample()")
-    config = replace(config, **{name: getattr(denoiser, name) for name in names})
-    return denoiser.denoiser, denoiser.guidance, config
-
-
-def _table(config: SamplingConfig, schedule: NoiseSchedule) -> SolverTable:
-    table = config.solver
-    if not isinstance(table, SolverTable):
-        return solver_table(table, schedule, config.steps, spacing=config.spacing, eta=config.eta)
-    if not _is_table_of(schedule, table):
-        raise ValueError(
-            f"solver is a table of another noise schedule than the denoiser's {schedule!r}; build it with "
-            "solver_table(name, denoiser.schedule, steps)"
-        )
-    return table
-
-
-def _check_schedules(models: Mapping[str, Any]) -> None:
-    schedule = getattr(models["denoiser"], "schedule", None)
-    if not isinstance(schedule, NoiseSchedule):
-        raise ValueError(f"denoiser must have an attribute schedule, a NoiseSchedule, got {schedule!r}")
-    other = getattr(models.get("guidance"), "schedule", None)
-    if other is not None and other != schedule:
-        raise ValueError(
-            "guidance and denoiser must have the same noise schedule, got guidance.schedule = "
-            f"{other!r} and denoiser.schedule = {schedule!r}; fit the guidance with the denoiser's schedule"
-        )
-
-
-def _is_table_of(schedule: NoiseSchedule, table: SolverTable) -> bool:
-    inside = (table.times >= schedule.t_min) & (table.times <= schedule.t_max)
-    return bool(inside.all()) and np.allclose(schedule.alpha(table.times), table.alpha, rtol=1e-6, atol=0.0)
-
-
-def _scales(config: SamplingConfig, table: SolverTable) -> list[float]:
-    """Guidance scale at each time of the table, 0 outside the interval."""
-    scales = []
-    for t in table.times.tolist():
-        try:
-            scales.append(scale_at(config.scale, config.interval, t))
-        except ValueError as error:
-            raise ValueError(
-                f"scale must give a finite number at every time of the solver; at t = {t}: {error}"
-            ) from None
-    return scales
 
 
 def _default_batch_size(shape: tuple[int, ...]) -> int:
     return max(1, min(8192, 2**21 // math.prod(shape)))
-
-
-def _event_shape(shape: tuple[int, ...] | None, models: Mapping[str, Any]) -> tuple[int, ...]:
-    stated = {name: getattr(model, "event_shape", None) for name, model in models.items()}
-    known = [tuple(value) for value in stated.values() if value is not None]
-    if known and known[0] != known[-1]:
-        raise ValueError(f"denoiser and guidance must have the same event_shape, got {known[0]} and {known[-1]}")
-    if shape is None:
-        if not known:
-            raise ValueError(
-                "shape must be given (the shape of one sample): the denoiser does not state its event_shape"
-            )
-        return known[0]
-    try:
-        shape = tuple(check_integer("shape entries", size, 1) for size in shape)
-    except TypeError:
-        raise ValueError(f"shape must be a tuple of integers, the shape of one sample, got {shape!r}") from None
-    if known and shape != known[0]:
-        raise ValueError(f"shape must be {known[0]}, the event_shape of the model, got {shape}")
-    return shape
-
-
-def _check_prior(prior: Prior | None, shape: tuple[int, ...]) -> None:
-    if prior is None:
-        return
-    if not isinstance(prior, Prior):
-        raise ValueError(
-            f"prior must be a GaussianPrior, an EmpiricalPrior or None, got {type(prior).__name__}; see "
-            "GaussianPrior.fit"
-        )
-    if prior.event_shape != shape:
-        raise ValueError(f"prior must be of samples of shape {shape}, got one of {prior.event_shape}")
-
-
-def _device(device: torch.device | None, models: Mapping[str, Any]) -> torch.device:
-    """``device``, or that of the first parameter; the parameters of all models must be there."""
-    places = {
-        name: {parameter.device for parameter in model.parameters()}
-        for name, model in models.items()
-        if isinstance(model, nn.Module)
-    }
-    if device is None:
-        result = next((place for found in places.values() for place in found), torch.device("cpu"))
-    else:
-        result = device
-    for name, found in places.items():
-        for place in found - {result}:
-            raise ValueError(
-                f"the parameters of {name} are on {place}, but sampling runs on {result}; move them with "
-                f"{name}.to({str(result)!r}) or choose another device"
-            )
-    return result
-
-
-def _labels(labels: Any, num: int, models: Mapping[str, Any]) -> Tensor | None:
-    """None, or labels with one row per sample that every model accepts.
-
-    A model without ``num_classes`` receives them unchanged.
-    """
-    counts = {name: getattr(model, "num_classes", None) for name, model in models.items()}
-    conditional = {name: count for name, count in counts.items() if count}
-    if labels is None:
-        for name, count in conditional.items():
-            raise ValueError(f"labels are required: the {name} is conditional on {count} classes")
-        return None
-    if all(count == 0 for count in counts.values()):
-        raise ValueError(
-            f"labels must be None, got labels for {' and '.join(counts)} without classes (num_classes = 0)"
-        )
-    try:
-        result = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"labels must be numbers, got {type(labels).__name__}: {error}") from None
-    if result.ndim == 0:
-        result = result.expand(num)
-    if result.ndim > 2 or len(result) != num:
-        raise ValueError(
-            f"labels must be one class index, {num} indices, or {num} rows of class weights (num = {num}), got shape "
-            f"{tuple(result.shape)}"
-        )
-    for count in conditional.values():
-        result = torch.from_numpy(check_labels("labels", result, num, count))
-    return result
 
 
 def _signature(models: Mapping[str, Any]) -> str:
