@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "capability.h"
+#include "instruction_set.h"
 #include "tile_product.h"
 
 namespace tgdp {
@@ -15,22 +15,18 @@ constexpr int64_t kGrain = 64;
 // Bytes of outputs from which they are written around the caches.
 constexpr int64_t kPastCache = int64_t{16} << 20;
 
-const GuidedStepKernels& kernels() {
-  static const GuidedStepKernels& chosen =
-      best_copy({guided_step_copies::baseline(), guided_step_copies::avx2(), guided_step_copies::avx512()});
-  return chosen;
-}
+const auto& kernels() { return *instruction_set().guided_step; }
 
 }  // namespace
 
-void guided_step(GuidedStepCall call) {
-  call.past_cache = call.elements * size_of(call.x.dtype) * (2 + call.slots) >= kPastCache;
+void guided_step(const SolverStep& call) {
+  const bool past_cache = call.elements * size_of(call.x.dtype) * (2 + call.slots) >= kPastCache;
   const int64_t blocks = (call.elements + kStepBlock - 1) / kStepBlock;
   at::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     float* history = nullptr;
     if (call.slots > 0) history = reinterpret_cast<float*>(scratch.reserve(call.slots * kStepBlock * 4));
-    kernels().step(call, begin, end, history);
+    kernels().step(call, begin, end, history, past_cache);
   });
 }
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../common/low_precision.h"
-#include "capability.h"
+#include "instruction_set.h"
 #include "tile_product.h"
 
 namespace tgdp {
@@ -18,11 +18,7 @@ constexpr int64_t kSampleBlock = 8;
 // Of float16 spectra, so that sums of them cannot overflow and small parts keep their digits.
 constexpr double kLargestHalf = 16384.0;
 
-const LongConvolutionKernels& kernels() {
-  using namespace long_convolution_copies;
-  static const LongConvolutionKernels& chosen = best_copy({baseline(), avx2(), avx512()});
-  return chosen;
-}
+const auto& kernels() { return *instruction_set().long_convolution; }
 
 // exp(-2 pi i numerator / (4 denominator)).
 void put_root(float* to, int64_t numerator, int64_t denominator) {

@@ -83,10 +83,8 @@ struct TransformPlan {
   GeluPieces gelu;
 };
 
-// The copies of one instruction set.
+// Compiled once per instruction set.
 struct LongConvolutionKernels {
-  const char* name;
-  int64_t lanes;
   // Channels [first, first + kChannelGroup) of samples [begin, end); scratch: for scratch_bytes.
   void (*convolve)(const LongConvolutionCall& call, const TransformPlan& plan, int64_t first, int64_t begin, int64_t end,
                    unsigned char* scratch);
@@ -94,11 +92,5 @@ struct LongConvolutionKernels {
 
 // Bytes of scratch memory for transforms of this many points.
 int64_t long_convolution_scratch(const TransformPlan& plan);
-
-namespace long_convolution_copies {
-const LongConvolutionKernels* baseline();
-const LongConvolutionKernels* avx2();
-const LongConvolutionKernels* avx512();
-}  // namespace long_convolution_copies
 
 }  // namespace tgdp

@@ -1,13 +1,13 @@
 // The pointwise half of the perceptron kernels: everything between two matrix products.
 //
-// Each function exists once per instruction set, compiled from pointwise.inc; pointwise() picks the best that the
-// processor has. All work on blocks of rows that lie in cache. Widths named `padded` are multiples of kPadding, and
+// All work on blocks of rows that lie in cache. Widths named `padded` are multiples of kPadding, and
 // columns from `width` to `padded` hold what comes of zero weights.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/dtype.h"
+#include "instruction_set.h"
 
 namespace tgdp {
 
@@ -63,9 +63,7 @@ struct Slopes {
 };
 
 // `columns` are multiples of kPadding; arrays may be panels of wider ones. Arrays indexed by Products.
-struct Pointwise {
-  const char* name;
-
+struct PointwiseKernels {
   // dst = src; zero columns from width to padded, a multiple of kPadding.
   void (*load[3])(const Rows& src, int64_t rows, int64_t width, int64_t padded, const Operand& dst);
   // dst = src in float, row stride ld.
@@ -115,15 +113,7 @@ struct Pointwise {
                                  int64_t columns, float* sums, int64_t sums_ld);
 };
 
-// The functions for this processor.
-const Pointwise& pointwise();
-
-// One set per instruction set, null where the compiler could not make it.
-namespace pointwise_copies {
-const Pointwise* baseline();
-const Pointwise* avx2();
-const Pointwise* avx512();
-const Pointwise* avx512_bf16();
-}  // namespace pointwise_copies
+// Those for this CPU.
+inline const PointwiseKernels& pointwise() { return *instruction_set().pointwise; }
 
 }  // namespace tgdp

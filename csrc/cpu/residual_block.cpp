@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "capability.h"
+#include "instruction_set.h"
 #include "tile_product.h"
 
 namespace tgdp {
@@ -15,11 +15,7 @@ namespace {
 // spectra are then read once for all of them.
 constexpr int64_t kPartBytes = 16 << 20;
 
-const ResidualBlockKernels& kernels() {
-  using namespace residual_block_copies;
-  static const ResidualBlockKernels& chosen = best_copy({baseline(), avx2(), avx512(), avx512_bf16()});
-  return chosen;
-}
+const auto& kernels() { return *instruction_set().residual_block; }
 
 // What the products of a call read and write.
 class Block {

@@ -57,9 +57,8 @@ struct Normalisation {
   float epsilon = 0.0f;
 };
 
-// The copies of one instruction set. `columns` of a tile are a multiple of kPadding; arrays indexed by Products.
+// Compiled once per instruction set. `columns` of a tile are a multiple of kPadding; arrays indexed by Products.
 struct ResidualBlockKernels {
-  const char* name;
   // taps[tap C + c, i] = state[c, first + i + tap - 1], zero outside of [0, length); taps as a right factor.
   void (*gather[2])(const float* state, int64_t channels, int64_t length, int64_t first, int64_t columns, void* taps);
   // u = LayerNorm(u + bias) over the rows.
@@ -70,12 +69,5 @@ struct ResidualBlockKernels {
   void (*update)(float* state, int64_t state_ld, int64_t rows, int64_t columns, float scale, const float* change,
                  const float* bias);
 };
-
-namespace residual_block_copies {
-const ResidualBlockKernels* baseline();
-const ResidualBlockKernels* avx2();
-const ResidualBlockKernels* avx512();
-const ResidualBlockKernels* avx512_bf16();
-}  // namespace residual_block_copies
 
 }  // namespace tgdp

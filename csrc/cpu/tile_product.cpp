@@ -12,7 +12,7 @@
 #include <cstring>
 #include <new>
 
-#include "capability.h"
+#include "instruction_set.h"
 
 namespace tgdp {
 namespace {

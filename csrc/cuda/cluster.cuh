@@ -1,4 +1,4 @@
-// Clusters, sm_90 and newer: blocks that run at once and reach each other's shared memory. Inline PTX, or the emulation.
+// Clusters, sm_90 and newer: blocks that run at once and reach each other's shared memory. Inline PTX.
 #pragma once
 
 #include "device.cuh"
@@ -8,22 +8,7 @@ namespace tgdp::cuda {
 // Blocks of a cluster: the most that every device with clusters takes.
 constexpr int kClusterBlocks = 8;
 
-#if defined(TGDP_EMULATION)
-
-inline int cluster_rank() { return emulation::Block::active->rank(); }
-
-// All threads of the cluster meet. What each wrote before, to whichever block's shared memory, all read afterwards.
-inline void cluster_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emulation::Block::active->cluster_barrier({file, line});
-}
-
-// Writes to where `to` is in the shared memory of another block of the cluster.
-inline void store_to_block(int rank, Shared<uint4> to, const uint4& value) {
-  to.check(16);
-  emulation::Block::active->write_to(rank, to.offset(), &value, sizeof(value));
-}
-
-#else
+#if !defined(TGDP_EMULATION)
 
 TGDP_DEVICE int cluster_rank() {
   uint32_t rank;
@@ -31,11 +16,13 @@ TGDP_DEVICE int cluster_rank() {
   return static_cast<int>(rank);
 }
 
+// All threads of the cluster meet. What each wrote before, to whichever block's shared memory, all read afterwards.
 TGDP_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Writes to where `to` is in the shared memory of another block of the cluster.
 TGDP_DEVICE void store_to_block(int rank, Shared<uint4> to, const uint4& value) {
   const auto here = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   uint32_t there;

@@ -1,16 +1,8 @@
-// What kernels and launchers need of the compiler: CUDA, or its emulation on the CPU.
+// What kernels and launchers need of the compiler and of the device: CUDA, or its emulation on the CPU in tests.
 #pragma once
-
-#if defined(TGDP_EMULATION)
-#include "emulation.h"
-#else
-#include <cuda_runtime.h>
-#endif
 
 #include <stddef.h>
 #include <stdint.h>
-
-#include <string>
 
 #include "../common/dtype.h"
 #include "../common/low_precision.h"
@@ -19,21 +11,19 @@
 
 namespace tgdp::cuda {
 
+// What of the current device decides how a kernel is launched.
+struct Limits {
+  int sms, shared_per_block, shared_per_sm;
+};
+
+}  // namespace tgdp::cuda
+
 #if defined(TGDP_EMULATION)
-
-using emulation::Shared;
-
-template <typename T>
-Shared<T> shared_array(size_t offset, size_t count) {
-  return {offset, offset, offset + count * sizeof(T)};
-}
-
-template <typename To, typename From>
-Shared<To> shared_as(Shared<From> from) {
-  return from.template as<To>();
-}
-
+#include "emulated_device.h"  // of tests/cuda
 #else
+#include <cuda_runtime.h>
+
+namespace tgdp::cuda {
 
 // A pointer into shared memory; the emulation checks what is done with it.
 template <typename T>
@@ -51,9 +41,29 @@ TGDP_DEVICE Shared<To> shared_as(From* from) {
   return reinterpret_cast<To*>(from);
 }
 
-#endif
+// Reads a constant where it stands in the source: otherwise it would be read once, and kept in registers.
+TGDP_DEVICE float2 load_here(const float2* from) {
+  float2 value;
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(__cvta_generic_to_global(from)));
+  return value;
+}
 
-#if !defined(TGDP_EMULATION)
+// Pairs of 16-bit elements, the first in the low half.
+TGDP_DEVICE uint32_t pack_bf16(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+TGDP_DEVICE uint32_t pack_f16(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+TGDP_DEVICE float unpack_f16(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
 
 inline const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
@@ -83,23 +93,11 @@ struct ClusterLaunch {
   cudaLaunchConfig_t configuration{};
 };
 
-#endif
-
 // Starts a kernel of blocks of `threads` threads, `cluster_size` of them in a cluster. Null, or what went wrong; the text
 // is good until the thread's next launch.
 template <typename... Parameters, typename... Arguments>
 const char* launch_clusters(void (*kernel)(Parameters...), uint32_t cluster_size, uint32_t blocks, uint32_t threads,
-                            size_t shared_bytes, [[maybe_unused]] void* stream, const Arguments&... arguments) {
-#if defined(TGDP_EMULATION)
-  static thread_local std::string message;
-  try {
-    emulation::launch(kernel, blocks, cluster_size, threads, shared_bytes, arguments...);
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-  return nullptr;
-#else
+                            size_t shared_bytes, void* stream, const Arguments&... arguments) {
   if (const char* error = text_of(allow_shared(kernel, shared_bytes))) return error;
   if (cluster_size == 1) {
     kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
@@ -107,23 +105,12 @@ const char* launch_clusters(void (*kernel)(Parameters...), uint32_t cluster_size
   }
   const ClusterLaunch launch(blocks, cluster_size, threads, shared_bytes, stream);
   return text_of(cudaLaunchKernelEx(&launch.configuration, kernel, arguments...));
-#endif
-}
-
-template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t threads, size_t shared_bytes, void* stream,
-                   const Arguments&... arguments) {
-  return launch_clusters(kernel, 1, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 // How many clusters of such a kernel the current device runs at once; 0 where it cannot, or where the kernel was compiled
 // for devices without clusters.
 template <typename... Parameters>
-int clusters_at_once([[maybe_unused]] void (*kernel)(Parameters...), [[maybe_unused]] uint32_t cluster_size,
-                     [[maybe_unused]] uint32_t threads, [[maybe_unused]] size_t shared_bytes) {
-#if defined(TGDP_EMULATION)
-  return emulation::settings.clusters;
-#else
+int clusters_at_once(void (*kernel)(Parameters...), uint32_t cluster_size, uint32_t threads, size_t shared_bytes) {
   cudaFuncAttributes attributes{};
   int count = 0;
   const ClusterLaunch launch(cluster_size, cluster_size, threads, shared_bytes, nullptr);
@@ -135,30 +122,29 @@ int clusters_at_once([[maybe_unused]] void (*kernel)(Parameters...), [[maybe_unu
   // Nobody else shall find the error.
   cudaGetLastError();
   return 0;
-#endif
 }
 
-// What of the current device decides how a kernel is launched.
-struct Limits {
-  int multiprocessors, shared_per_block, shared_per_multiprocessor;
-};
-
 inline const char* device_limits(Limits& limits) {
-#if defined(TGDP_EMULATION)
-  const auto& settings = emulation::settings;
-  limits = {settings.multiprocessors, settings.shared_per_block, settings.shared_per_multiprocessor};
-  return nullptr;
-#else
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   const auto ask = [&](cudaDeviceAttr attribute, int& answer) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&answer, attribute, device);
   };
-  ask(cudaDevAttrMultiProcessorCount, limits.multiprocessors);
+  ask(cudaDevAttrMultiProcessorCount, limits.sms);
   ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits.shared_per_block);
-  ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, limits.shared_per_multiprocessor);
+  ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, limits.shared_per_sm);
   return text_of(error);
+}
+
+}  // namespace tgdp::cuda
 #endif
+
+namespace tgdp::cuda {
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t threads, size_t shared_bytes, void* stream,
+                   const Arguments&... arguments) {
+  return launch_clusters(kernel, 1, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 // 16-bit elements as bits, so that no arithmetic happens in them by accident.
@@ -166,41 +152,16 @@ struct Bf16 {
   using Storage = uint16_t;
   static constexpr Dtype kDtype = Dtype::bf16;
   static TGDP_DEVICE float to_float(uint16_t bits) { return from_bf16(bits); }
-  static TGDP_DEVICE uint16_t from_float(float value) { return static_cast<uint16_t>(pack(value, 0.0f)); }
-  // Two neighbours, the first in the low half.
-  static TGDP_DEVICE uint32_t pack(float first, float second) {
-#if defined(TGDP_EMULATION)
-    return to_bf16(first) | static_cast<uint32_t>(to_bf16(second)) << 16;
-#else
-    uint32_t both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    return both;
-#endif
-  }
+  static TGDP_DEVICE uint16_t from_float(float value) { return static_cast<uint16_t>(pack_bf16(value, 0.0f)); }
+  static TGDP_DEVICE uint32_t pack(float first, float second) { return pack_bf16(first, second); }
 };
 
 struct F16 {
   using Storage = uint16_t;
   static constexpr Dtype kDtype = Dtype::f16;
-  static TGDP_DEVICE float to_float(uint16_t bits) {
-#if defined(TGDP_EMULATION)
-    return from_f16(bits);
-#else
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#endif
-  }
-  static TGDP_DEVICE uint16_t from_float(float value) { return static_cast<uint16_t>(pack(value, 0.0f)); }
-  static TGDP_DEVICE uint32_t pack(float first, float second) {
-#if defined(TGDP_EMULATION)
-    return to_f16(first) | static_cast<uint32_t>(to_f16(second)) << 16;
-#else
-    uint32_t both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
-    return both;
-#endif
-  }
+  static TGDP_DEVICE float to_float(uint16_t bits) { return unpack_f16(bits); }
+  static TGDP_DEVICE uint16_t from_float(float value) { return static_cast<uint16_t>(pack_f16(value, 0.0f)); }
+  static TGDP_DEVICE uint32_t pack(float first, float second) { return pack_f16(first, second); }
 };
 
 struct F32 {

@@ -213,17 +213,6 @@ TGDP_DEVICE typename Element::Storage narrowed(float value, bool saturate) {
 template <int kRows, int kColumns>
 __device__ const RootsBetween<float2, kRows, kColumns> kBetween = RootsBetween<float2, kRows, kColumns>::make();
 
-// Reads a root where it stands in the source: a constant would be read once, and kept in registers that are missing.
-TGDP_DEVICE float2 load_root(const float2* from) {
-#if defined(TGDP_EMULATION)
-  return *from;
-#else
-  float2 root;
-  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(root.x), "=f"(root.y) : "l"(__cvta_generic_to_global(from)));
-  return root;
-#endif
-}
-
 // Half a warp accesses its pairs of words at once: rows of R2 pairs and one more keep both rows and columns on banks of
 // their own.
 template <int kRows, int kColumns>
@@ -265,7 +254,7 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
   const float2* between = kBetween<kRows, kColumns>.root + lane;
 #pragma unroll
   for (int k1 = 0; k1 < kRows; ++k1) {
-    const float2 root = load_root(between + k1 * kColumns);
+    const float2 root = load_here(between + k1 * kColumns);
     const Complex turned = times<false>(z[k1], root.x, root.y);
     shared[k1 * Shape::kRow + lane] = float2{turned.re, turned.im};
   }
@@ -297,7 +286,7 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
 
 #pragma unroll
   for (int k1 = 0; k1 < kRows; ++k1) {
-    const float2 pair = shared[k1 * Shape::kRow + lane], root = load_root(between + k1 * kColumns);
+    const float2 pair = shared[k1 * Shape::kRow + lane], root = load_here(between + k1 * kColumns);
     z[k1] = times<true>(Complex{pair.x, pair.y}, root.x, root.y);
   }
   float y[kRows];

@@ -36,14 +36,14 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
     return layers_layout<Tile>(demand.own_bytes, demand.least_next, demand.slope_layers, plan.pitch, with_slopes);
   };
   plan.shared_bytes = static_cast<int64_t>(layout(true).bytes);
-  int64_t resident = limits.shared_per_multiprocessor / (plan.shared_bytes + kReserved);
+  int64_t resident = limits.shared_per_sm / (plan.shared_bytes + kReserved);
   const bool slopes_in_shared = resident >= demand.resident;
   if (!slopes_in_shared) {
     plan.shared_bytes = static_cast<int64_t>(layout(false).bytes);
-    resident = limits.shared_per_multiprocessor / (plan.shared_bytes + kReserved);
+    resident = limits.shared_per_sm / (plan.shared_bytes + kReserved);
   }
   if (plan.shared_bytes > limits.shared_per_block) return plan;
-  const int64_t at_once = int64_t{limits.multiprocessors} * (resident < demand.resident ? 1 : demand.resident);
+  const int64_t at_once = int64_t{limits.sms} * (resident < demand.resident ? 1 : demand.resident);
   const int64_t needed = demand.batch > 0 ? (demand.batch + Tile::kRows - 1) / Tile::kRows : 1;
   plan.blocks = needed < at_once ? needed : at_once;
   if (!slopes_in_shared) {
@@ -53,7 +53,7 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   // share a multiprocessor's time.
   constexpr int64_t kRowsOfWeights = 48;
   const int64_t waves = (needed + at_once - 1) / at_once;
-  const int64_t sharing = (plan.blocks + limits.multiprocessors - 1) / limits.multiprocessors;
+  const int64_t sharing = (plan.blocks + limits.sms - 1) / limits.sms;
   plan.cost = waves * sharing * (Tile::kRows + kRowsOfWeights) * rounded_up(demand.widest, Tile::kPanel);
   return plan;
 }

@@ -30,7 +30,7 @@ RowPlan plan_clusters(const TrajectoryKernelCall& call, const RowDemand& demand,
   // In the unit of plan_rows, in which a layer of width w takes cost w / 1024 cycles, four times that in float32: about 1000
   // cycles until all have met and all is there, an eighth of the products, and kRows w elements from block to block.
   constexpr int64_t kMeeting = 1000 * 1024 / (sizeof(typename Tile::Storage) == 4 ? 4 : 1);
-  const int64_t at_once = limits.multiprocessors < kClusterBlocks ? 1 : limits.multiprocessors / kClusterBlocks;
+  const int64_t at_once = limits.sms < kClusterBlocks ? 1 : limits.sms / kClusterBlocks;
   const int64_t waves = (needed + at_once - 1) / at_once;
   plan.cost = waves * ((Tile::kRows * 3 / 8 + 8) * rounded_up(demand.widest, 128) + kMeeting / rounded_up(demand.widest, 32));
   return plan;
