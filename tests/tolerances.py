@@ -26,13 +26,13 @@ def of_sums(lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> float
 
     Step k of a sum of n terms in float32 rounds a partial sum of about sqrt(k / n) of the result by at most u = 2^-24.
     Roundings are independent, so their squares add up: to n / 2 u^2 if all were the largest possible, to n / 6 u^2 on
-    average. sqrt(n) u for the n additions of all sums together is 2.4 times that average, and leaves room for the
-    rounding of the products and of functions between the sums. The largest of many errors is to the largest result what
-    one is to the other on average.
+    average. sqrt(n) u is 2.4 times the root of that. Products, a bias, a function and its slope between two sums are
+    four roundings of whole results, which count like eight of a sum. The largest of many errors is to the largest
+    result what one is to the other on average.
 
     In 16 bits, each sum's result is rounded once more, by at most the unit of ``dtype``.
     """
-    single = math.sqrt(sum(lengths)) * unit_roundoff(torch.float32)
+    single = math.sqrt(sum(length + 8 for length in lengths)) * unit_roundoff(torch.float32)
     return single if dtype == torch.float32 else single + math.sqrt(len(lengths)) * unit_roundoff(dtype)
 
 
@@ -64,7 +64,7 @@ def allowed(eager_error: float, bound: float) -> float:
 def assert_no_worse_than_eager(got, eager, exact, relative: float, size=rms) -> None:
     """Each of ``got`` has at most twice the error of ``eager``, or ``relative`` of the ``size`` of ``exact`` (float64).
 
-    A single number may cancel: then its size is that of what was summed, of order one in these tests.
+    One number for each sample or unit is a sum that may cancel: its size is that of its terms, of order one in tests.
     """
     for ours, theirs, truth in zip(got, eager, exact, strict=True):
         assert ours.dtype == theirs.dtype
@@ -72,6 +72,6 @@ def assert_no_worse_than_eager(got, eager, exact, relative: float, size=rms) -> 
         if not truth.numel():
             continue
         error, yardstick = (size(tensor.double() - truth) for tensor in (ours, theirs))
-        scale = size(truth) if truth.numel() > 1 else max(size(truth), 1.0)
+        scale = size(truth) if truth.ndim > 1 else max(size(truth), 1.0)
         assert math.isfinite(yardstick), "the yardstick itself is not finite"
         assert error <= allowed(yardstick, relative * scale), (error, yardstick, relative * scale)
