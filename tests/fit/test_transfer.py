@@ -332,12 +332,14 @@ def test_a_state_with_another_denoiser_or_loss_is_not_resumed(tmp_path: Path, mo
     first, second = (train_denoiser(x, settings=TINY, width=4, seed=seed) for seed in (1, 2))
     settings = TrainingConfig(steps=30, batch_size=16, ema_decay=0.5, warmup=1)
     config = GuidanceConfig(training=settings, diagnostics=False)
-    base: dict[str, Any] = {"config": config, "denoiser": first}
-    for change in (
-        {"denoiser": second},
-        {"config": replace(config, regularizers=(Consistency(0.5),))},
-        {"target": y + 1},
-    ):
+    changes: list[tuple[Any, dict[str, Any]]] = [
+        (first, {"denoiser": second}),
+        (first, {"config": replace(config, regularizers=(Consistency(0.5),))}),
+        (first, {"target": y + 1}),
+        (None, {"schedule": NoiseSchedule.cosine()}),
+    ]
+    for denoiser, change in changes:
+        base: dict[str, Any] = {"config": config, "denoiser": denoiser}
         state = tmp_path / "-".join(change)
         with pytest.MonkeyPatch.context() as patch:
             real = _Run.save

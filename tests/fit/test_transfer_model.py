@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from tgdp_fast import (
     GuidanceConfig,
     NetworkConfig,
     NoiseSchedule,
+    SamplingConfig,
     TrainingConfig,
     TransferModel,
 )
+from tgdp_fast.runtime import arrays as runtime_arrays
+from tgdp_fast.runtime.arrays import CheckedArray
 from tgdp_fast.runtime.stages import Stages
 
 TINY = TrainingConfig(steps=8, batch_size=16, ema_decay=0.5, warmup=1)
@@ -245,3 +249,60 @@ def test_a_prior_in_the_units_of_the_data_is_mentioned(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.sample(2, steps=1, prior=GaussianPrior.fit((raw - 500.0) / 20.0))
+
+
+def test_arrays_are_checked_and_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source, target and both in standardized coordinates: four arrays, of which two tell stages apart."""
+    scanned: list[tuple[int, ...]] = []
+    hashed: list[tuple[int, ...]] = []
+    real_check, real_digest = runtime_arrays.check_samples, CheckedArray.digest.func
+
+    def check(name: str, array: Any, **requirements: Any) -> Any:
+        if not isinstance(array, CheckedArray):
+            scanned.append(np.shape(array))
+        return real_check(name, array, **requirements)
+
+    class Counted:
+        def __get__(self, instance: CheckedArray, owner: type) -> str:
+            if "digest" not in vars(instance):
+                hashed.append(instance.values.shape)
+                vars(instance)["digest"] = real_digest(instance)
+            return str(vars(instance)["digest"])
+
+    monkeypatch.setattr(runtime_arrays, "check_samples", check)
+    monkeypatch.setattr(CheckedArray, "digest", Counted())
+    fit(work_dir=tmp_path)
+    assert sorted(scanned) == [(12, 2), (12, 2), (60, 2), (60, 2)]
+    assert sorted(hashed) == [(12, 2), (60, 2)]
+    hashed.clear()
+    fit()  # Nothing is kept, so nothing is told apart.
+    assert sorted(hashed) == []
+
+
+def test_a_sampler_is_kept_for_equal_settings() -> None:
+    model = fit(config=GuidanceConfig(training=TINY, diagnostics=False))
+    config = SamplingConfig(steps=3)
+    sampler = model.sampler(config)
+    assert model.sampler(steps=3) is sampler
+    drawn = model.sample(5, config, seed=1)
+    assert model.sampler(SamplingConfig(), steps=3) is sampler
+    assert np.array_equal(drawn, model.sample(5, steps=3, seed=1))
+    assert np.array_equal(drawn, model.standardizer.invert(sampler.draw(5, seed=1).numpy()))
+    assert model.sampler(steps=3, guided=False) is not sampler
+    # Networks that are replaced are other ones; a copy has a sampler of its own.
+    model.guidance = copy.deepcopy(model.guidance)
+    assert model.sampler(steps=3).guidance is model.guidance
+    other = copy.deepcopy(model)
+    assert np.array_equal(other.sample(5, steps=3, seed=1), drawn)
+    assert other.sampler(steps=3).guidance is other.guidance
+
+
+def test_samples_are_known_by_the_model_that_drew_them() -> None:
+    model = fit(config=GuidanceConfig(training=TINY, diagnostics=False))
+    config = SamplingConfig(steps=3)
+    drawn = model.sample(300, config, seed=1)
+    assert model.reproduces(drawn, 300, config, seed=1)
+    assert model.reproduces(drawn, 300, seed=1, steps=3, batch_size=7)
+    assert not model.reproduces(drawn, 300, config, seed=2)
+    assert not model.reproduces(drawn, 299, config, seed=1)
+    assert not model.reproduces(drawn, 300, config, seed=1, guided=False)

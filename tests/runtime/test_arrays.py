@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tgdp_fast.runtime import arrays
-from tgdp_fast.runtime.arrays import Standardizer, check_labels, check_samples, load_array
+from tgdp_fast.runtime.arrays import CheckedArray, Standardizer, check_labels, check_samples, load_array
+from tgdp_fast.runtime.checkpoint import signature_of
 
 
 def samples(*shape: int, seed: int = 0) -> np.ndarray:
@@ -361,3 +362,58 @@ def test_missing_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'tgdp_fast\[data\]'"):
         call()
+
+
+# ------------------------------------------------------------------------------------------------ checked once
+
+
+def test_a_checked_array_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = samples(9, 3)
+    checked = CheckedArray.samples("source", array)
+    assert CheckedArray.samples("other", checked) is checked
+    assert check_samples("other", checked) is checked.values
+    np.testing.assert_array_equal(checked.values, array.astype(np.float32))
+    checked.values[0, 0] = np.nan  # What nobody may do shows that nobody looks.
+    assert CheckedArray.samples("other", checked) is checked
+    # Its shape is, though.
+    with pytest.raises(ValueError, match=r"other holds samples of shape \[3\], but the source has \[2\]"):
+        CheckedArray.samples("other", checked, event_shape=(2,))
+    with pytest.raises(ValueError, match="other must hold at least 10 samples"):
+        check_samples("other", checked, minimum=10)
+
+
+def test_checked_labels_fit_some_models_and_not_others() -> None:
+    classes = CheckedArray.labels("labels", [0, 2, 1], 3)
+    rows = CheckedArray.labels("labels", np.eye(3)[:2], 2)
+    assert (classes.num_classes, rows.num_classes, len(rows)) == (3, 3, 2)
+    for checked, count in ((classes, 3), (rows, 2)):
+        assert CheckedArray.labels("labels", checked, count, 3) is checked
+        assert check_labels("labels", checked, count) is checked.values
+    assert CheckedArray.labels("labels", classes, 3, 5) is classes
+    with pytest.raises(ValueError, match=r"labels must be in 0..1 \(2 classes\), got 2 in row 1"):
+        CheckedArray.labels("labels", classes, 3, 2)
+    with pytest.raises(ValueError, match="labels has 3 columns, expected one for each of 5 classes"):
+        CheckedArray.labels("labels", rows, 2, 5)
+    with pytest.raises(ValueError, match="labels holds 3 labels for 4 samples"):
+        CheckedArray.labels("labels", classes, 4)
+
+
+def test_the_digest_tells_arrays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = samples(6, 4).astype(np.float32)
+    same, *others = (
+        CheckedArray.samples("x", value)
+        for value in (array.astype(np.float64), array.reshape(8, 3), -array, array[::-1])
+    )
+    checked = CheckedArray.samples("x", array)
+    assert checked.digest == same.digest
+    assert len({checked.digest, *(other.digest for other in others)}) == 4
+    assert signature_of(checked) == signature_of(same) != signature_of(others[0])
+    monkeypatch.setattr(arrays.hashlib, "sha256", None)  # Once.
+    assert checked.digest == same.digest
+
+
+def test_a_tensor_of_a_checked_array_shares_its_memory_where_it_may() -> None:
+    checked = CheckedArray.samples("x", samples(6, 4).astype(np.float32))
+    assert checked.tensor().data_ptr() == checked.values.ctypes.data
+    checked.values.flags.writeable = False
+    assert torch.equal(checked.tensor("cpu"), torch.from_numpy(checked.values.copy()))

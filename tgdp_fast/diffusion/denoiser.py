@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SolverTable
 from tgdp_fast.models import ARCHITECTURES
-from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.pretrained import Pretrained
 
@@ -268,10 +268,6 @@ class Denoiser(Pretrained, nn.Module):
     def to_checkpoint(self) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         """Kind, config and tensors of the checkpoint."""
         return "denoiser", self.to_config(), self._stored_network.state_dict()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint folder (config.json, model.safetensors), atomically; ``save_pretrained`` adds a card."""
-        save_checkpoint(path, *self.to_checkpoint())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], network: nn.Module | None = None) -> Denoiser:

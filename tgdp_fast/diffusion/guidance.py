@@ -14,7 +14,7 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
 from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
-from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.pretrained import Pretrained
 
@@ -160,10 +160,6 @@ class GuidanceNetwork(Pretrained, nn.Module):
     def to_checkpoint(self) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         """Kind, config and tensors of the checkpoint."""
         return "guidance", self.to_config(), self.state_dict()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint folder (config.json, model.safetensors), atomically; ``save_pretrained`` adds a card."""
-        save_checkpoint(path, *self.to_checkpoint())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GuidanceNetwork:

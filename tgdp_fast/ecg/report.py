@@ -367,7 +367,7 @@ def _provenance(report: Report) -> str:
 _SECTIONS: Sequence[tuple[str, str, Callable[[Report], str]]] = (
     ("classification", "Train on samples, test on real records", _classification),
     ("electrocardiograms", "Electrocardiograms", _ecgs),
-    ("quality", "Quality, diversity, memorisation", _quality),
+    ("quality", "Quality, diversity, memorization", _quality),
     ("classes", "Per statement", _per_class),
     ("intervals", "Heart rate and intervals", _statistics),
     ("spectra", "Spectra", _spectra),

@@ -134,7 +134,8 @@ def fit_guidance(
     )
     signature = ""
     if state_dir is not None:
-        signature = signature_of(*vars(arrays).values(), config.to_dict(), seed, denoiser, log_ratio)
+        settings = config.to_dict(), network.to_config(), seed
+        signature = signature_of(*vars(arrays).values(), *settings, denoiser, log_ratio)
     history = minimize(
         network,
         objective,

@@ -24,7 +24,6 @@ from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import (
     load_checkpoint,
     load_state_dict_checked,
-    save_checkpoint,
     signature_of,
 )
 from tgdp_fast.runtime.checks import check_device, check_seed
@@ -241,10 +240,6 @@ class TransferModel(Pretrained):
         }
         return KIND, config, self._tensors()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint folder (config.json, model.safetensors), atomically; ``save_pretrained`` adds a card."""
-        save_checkpoint(path, *self.to_checkpoint())
-
     @classmethod
     def load(cls, path: str | os.PathLike[str], network: nn.Module | None = None) -> TransferModel:
         """Read a checkpoint folder; ``network`` as in :meth:`Denoiser.load`.
@@ -294,9 +289,13 @@ def _source_model(
             **common,
         )
 
-    signature = signature_of(source, labels, schedule.to_config(), settings, classes, common["seed"])
-    load = lambda path: Denoiser.load(path).to(common["device"] or "cpu")  # noqa: E731
-    return stages.run("denoiser", signature, train, Denoiser.save, load)
+    return stages.run(
+        "denoiser",
+        lambda: signature_of(source, labels, schedule.to_config(), settings, classes, common["seed"]),
+        train,
+        Denoiser.save,
+        lambda path: Denoiser.load(path).to(common["device"] or "cpu"),
+    )
 
 
 def _guidance(
@@ -321,5 +320,10 @@ def _guidance(
         found.guidance.to(common["device"] or "cpu")
         return found
 
-    signature = signature_of(*vars(arrays).values(), config.to_dict(), denoiser, common["seed"])
-    return stages.run("guidance", signature, fit, GuidanceFit.save, load)
+    return stages.run(
+        "guidance",
+        lambda: signature_of(*vars(arrays).values(), config.to_dict(), denoiser, common["seed"]),
+        fit,
+        GuidanceFit.save,
+        load,
+    )

@@ -280,7 +280,7 @@ def train_denoiser(
     if initial is not None:
         if schedule is not None and schedule != initial.schedule:
             raise ValueError(f"schedule must be that of initial, {initial.schedule}, or left out; got {schedule}")
-        denoiser = copy_denoiser(initial).to(x.device)
+        denoiser = copy.deepcopy(initial).requires_grad_(True).to(x.device)
     else:
         classes = count_classes("labels", labels, len(x), num_classes)
         denoiser = new_denoiser(tuple(x.shape[1:]), schedule, num_classes=classes, seed=seed, **network).to(x.device)
@@ -323,11 +323,6 @@ def new_denoiser(
     with seeded_initialization(seed):
         network = ScoreMLP(event_shape, width, depth, num_classes)
     return Denoiser(network, schedule or NoiseSchedule.vp_linear(), prediction, time_input="half_log_snr")
-
-
-def copy_denoiser(denoiser: Denoiser) -> Denoiser:
-    """A trainable copy of a denoiser."""
-    return copy.deepcopy(denoiser).requires_grad_(True)
 
 
 def device_of(model: Any) -> torch.device:

@@ -45,7 +45,7 @@ _USE = {
 
 
 class Pretrained:
-    """``save_pretrained`` and ``from_pretrained`` for a class with ``load(path, ...)`` and ``to_checkpoint()``."""
+    """``save``, ``save_pretrained``, ``from_pretrained`` of a class with ``load(path, ...)``, ``to_checkpoint()``."""
 
     def to_checkpoint(self) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         """Kind, config and tensors of the checkpoint, for :func:`tgdp_fast.runtime.checkpoint.save_checkpoint`.
@@ -54,6 +54,10 @@ class Pretrained:
             NotImplementedError: the class has no checkpoint.
         """
         raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint folder (config.json, model.safetensors), atomically; ``save_pretrained`` adds a card."""
+        save_checkpoint(path, *self.to_checkpoint())
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, card: str | None = None, license: str | None = None

@@ -33,7 +33,7 @@ class Stages:
     def run(
         self,
         name: str,
-        signature: str,
+        signature: str | Callable[[], str],
         compute: Callable[[Path | None], T],
         save: Callable[[T, Path], None],
         load: Callable[[Path], T],
@@ -44,7 +44,7 @@ class Stages:
 
         Args:
             name: of the stage's files.
-            signature: identifies everything the result depends on.
+            signature: identifies everything the result depends on; a function of it is called only with a folder.
             compute, save, load: of the result.
             alone: of several processes, only the first computes, and the others load its saved result.
 
@@ -53,6 +53,7 @@ class Stages:
         """
         if self.folder is None:
             return compute(None)
+        signature = signature if isinstance(signature, str) else signature()
         place, stamp = self.folder / name, self.folder / f"{name}.json"
         if distributed.agreed(stamp.is_file() and _read(stamp) == signature):
             try:
