@@ -5,7 +5,8 @@
 #
 # Needs a python3 with torch 2.9 or newer for CUDA, triton, numpy, safetensors, tqdm and pytest; nvcc for the CUDA
 # kernels, compute-sanitizer for their memory check. Writes FOLDER/<card>-<date>.json (default: bench/results);
-# logs beside it in FOLDER/logs. Prints the table last. With "checks" it ends before the timings. A stage that fails does not stop the next; the exit code tells.
+# logs beside it in FOLDER/logs. Prints the table last. With "checks" it ends before the timings. A stage that fails
+# does not stop the next; the exit code tells.
 #
 # Environment variables: PYTHON (python3); TGDP_PREBUILT=1, the extensions are there already, do not build them;
 # TGDP_GPU_SECONDS, when to start nothing more (520); TGDP_COMMIT, what to write as the commit of a copy without history.
@@ -78,13 +79,13 @@ done
 for operator in guided_step long_convolution residual_block_; do
     beside "validate triton $operator" 150 "$python" -m tgdp_fast validate --backend triton --operators $operator
 done
-for operator in mlp_value_and_grad mlp_value_and_grad_backward perceptron perceptron_backward; do
+for operator in mlp_value_and_grad mlp_value_and_grad_backward mlp_forward mlp_backward; do
     for precision in bf16 fp16; do  # many kernels to compile
         beside "validate triton $operator $precision" 150 "$python" -m tgdp_fast validate --backend triton \
             --operators $operator --precisions $precision
     done
 done
-beside 'tests' 150 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py
+beside 'tests' 150 "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_gpu.py
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         beside "sanitizer $tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/gpu_small.py

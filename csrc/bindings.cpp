@@ -178,17 +178,11 @@ std::tuple<Tensor, Tensor> trajectory(
     const Tensor& guidance_evaluation_bias, const std::optional<Tensor>& guidance_sample_bias, const Tensor& table,
     int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
     int64_t seed, const Tensor& sample_index, bool split) {
-  tgdp::check_trajectory(x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history,
-                         clamp, sample_index);
-  const int64_t entries = (1 + history) * (2 + history);
+  tgdp::TrajectoryTensors tensors;
   std::vector<Tensor> hold;
-  const Tensor state = x.contiguous(), indices = sample_index.contiguous(), numbers = table.contiguous();
-  tgdp::TrajectoryCall call;
-  call.batch = x.size(0);
-  call.size = x.size(1);
-  call.slots = history;
-  call.x = state.const_data_ptr<float>();
-  call.sample_index = indices.const_data_ptr<int64_t>();
+  tgdp::TrajectoryCall call{tgdp::checked_trajectory(
+      x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history, clamp,
+      gradient_norm_limit, seed, sample_index, tensors)};
   call.score = trajectory_network(x, score_weights, score_biases, score_evaluation_bias, score_sample_bias, hold);
   TORCH_CHECK_VALUE(call.score.shape.outputs == call.size, "tgdp_fast: the score network must have D outputs");
   if (!guidance_weights.empty()) {
@@ -196,20 +190,10 @@ std::tuple<Tensor, Tensor> trajectory(
                                        guidance_sample_bias, hold);
     TORCH_CHECK_VALUE(call.guidance->shape.outputs == 1, "tgdp_fast: the guidance network must have one output");
   }
-  const double* row = numbers.const_data_ptr<double>();
-  for (int64_t k = 0; k < table.size(0); ++k, row += 6 + entries) {
-    const auto number = [row](int i) { return static_cast<float>(row[i]); };
-    call.evaluations.push_back({number(0), number(1), number(2), number(3), number(4), number(5),
-                                std::vector<float>(row + 6, row + 6 + entries)});
-  }
-  if (clamp.has_value()) call.clamp.emplace(static_cast<float>((*clamp)[0]), static_cast<float>((*clamp)[1]));
-  if (gradient_norm_limit.has_value()) call.gradient_norm_limit = static_cast<float>(*gradient_norm_limit);
-  call.seed = static_cast<uint64_t>(seed);
   call.split = split;
-  Tensor result = at::empty(x.sizes(), x.options());
   Tensor diverged = at::empty({}, x.options().dtype(at::kLong));
-  *diverged.mutable_data_ptr<int64_t>() = tgdp::trajectory(call, result.mutable_data_ptr<float>());
-  return {result, diverged};
+  *diverged.mutable_data_ptr<int64_t>() = tgdp::trajectory(call);
+  return {tensors.out, diverged};
 }
 
 Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, int64_t count, int64_t key_low,
@@ -223,17 +207,7 @@ Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, 
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& x, const Tensor& epsilon,
-                                               const std::optional<Tensor>& gradient,
-                                               const std::optional<Tensor>& history, at::ArrayRef<double> matrix,
-                                               double noise_scale, double guidance_weight, double alpha, double sigma,
-                                               std::optional<at::ArrayRef<double>> clamp, int64_t key_low,
-                                               int64_t key_high, const std::optional<Tensor>& sample_index,
-                                               int64_t evaluation) {
-  return tgdp::guided_step_operator(x, epsilon, gradient, history, matrix, noise_scale, guidance_weight, alpha, sigma,
-                                    clamp, key_low, key_high, sample_index, evaluation, &tgdp::empty_output,
-                                    [](const tgdp::GuidedStepCall& call) { tgdp::guided_step(call); });
-}
+void run_step(const tgdp::SolverStep& step, at::Device) { tgdp::guided_step(step); }
 
 // Filters for long_convolution from their spectra, float64 [H, M, 2]: packed float32 and nothing, or with `half` packed
 // float16 and scales.
@@ -397,7 +371,7 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("perceptron", &perceptron);
   library.impl("perceptron_backward", &perceptron_backward);
   library.impl("trajectory", &trajectory);
-  library.impl("guided_step", &guided_step);
+  library.impl("guided_step", &tgdp::guided_step_operator<&tgdp::empty_output, &run_step>);
   library.impl("pack_long_convolution", &pack_long_convolution);
   library.impl("long_convolution", &long_convolution);
   library.impl("residual_block_", &residual_block);

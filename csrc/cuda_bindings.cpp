@@ -22,19 +22,9 @@ void check(const char* error) { TORCH_CHECK(error == nullptr, "tgdp_fast: ", err
 
 Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
 
-std::tuple<Tensor, Tensor, Tensor> guided_step(const Tensor& x, const Tensor& epsilon,
-                                               const std::optional<Tensor>& gradient,
-                                               const std::optional<Tensor>& history, at::ArrayRef<double> matrix,
-                                               double noise_scale, double guidance_weight, double alpha, double sigma,
-                                               std::optional<at::ArrayRef<double>> clamp, int64_t key_low,
-                                               int64_t key_high, const std::optional<Tensor>& sample_index,
-                                               int64_t evaluation) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  return tgdp::guided_step_operator(x, epsilon, gradient, history, matrix, noise_scale, guidance_weight, alpha, sigma,
-                                    clamp, key_low, key_high, sample_index, evaluation, &allocate,
-                                    [](const tgdp::GuidedStepCall& call) {
-                                      check(tgdp_cuda_guided_step(&call, c10::cuda::getCurrentCUDAStream().stream()));
-                                    });
+void run_step(const tgdp::SolverStep& step, at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  check(tgdp_cuda_guided_step(&step, c10::cuda::getCurrentCUDAStream().stream()));
 }
 
 // Pointers to the weights and biases of a perceptron with inputs and first bias like those given, rows in one piece. Copies
@@ -145,17 +135,12 @@ std::tuple<Tensor, Tensor> trajectory(
     int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
     int64_t seed, const Tensor& sample_index, bool /*split*/) {
   const c10::cuda::CUDAGuard guard(x.device());
-  tgdp::check_trajectory(x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history,
-                         clamp, sample_index);
+  tgdp::TrajectoryTensors tensors;
   HeldNetwork score, guidance;
-  const Tensor state = x.contiguous(), indices = sample_index.contiguous();
-  const Tensor numbers = table.to(at::kFloat).contiguous().to(x.device());
-  tgdp::TrajectoryKernelCall call;
+  tgdp::TrajectoryKernelCall call{tgdp::checked_trajectory(
+      x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history, clamp,
+      gradient_norm_limit, seed, sample_index, tensors)};
   call.dtype = tgdp::dtype_of(score_weights[0]);
-  call.batch = x.size(0);
-  call.size = x.size(1);
-  call.slots = history;
-  call.evaluations = table.size(0);
   call.score = trajectory_network(score, x, score_weights, score_biases, score_evaluation_bias, score_sample_bias);
   TORCH_CHECK_VALUE(score_weights.back().size(0) == call.size, "tgdp_fast: the score network must have D outputs");
   if (!guidance_weights.empty()) {
@@ -164,21 +149,8 @@ std::tuple<Tensor, Tensor> trajectory(
     TORCH_CHECK_VALUE(guidance_weights.back().size(0) == 1, "tgdp_fast: the guidance network must have one output");
     TORCH_CHECK_VALUE(tgdp::dtype_of(guidance_weights[0]) == call.dtype, "tgdp_fast: both networks must have one dtype");
   }
-  call.x = state.const_data_ptr<float>();
-  call.sample_index = indices.const_data_ptr<int64_t>();
-  call.table = numbers.const_data_ptr<float>();
-  if (clamp) {
-    call.clamp = true;
-    call.lowest = static_cast<float>((*clamp)[0]);
-    call.highest = static_cast<float>((*clamp)[1]);
-  }
-  call.gradient_norm_limit = static_cast<float>(gradient_norm_limit.value_or(0.0));
-  call.key_low = static_cast<uint32_t>(static_cast<uint64_t>(seed));
-  call.key_high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-  Tensor result = at::empty(x.sizes(), x.options());
   constexpr int kNone = std::numeric_limits<int>::max();
   Tensor first_failure = at::empty({}, x.options().dtype(at::kInt)).fill_(kNone);
-  call.out = result.mutable_data_ptr<float>();
   call.first_failure = first_failure.mutable_data_ptr<int>();
   tgdp::LaunchPlan plan;
   check(tgdp_cuda_trajectory_plan(&call, &plan));
@@ -187,7 +159,7 @@ std::tuple<Tensor, Tensor> trajectory(
   check(tgdp_cuda_trajectory(&call, c10::cuda::getCurrentCUDAStream().stream()));
   Tensor diverged = first_failure.to(at::kLong);
   diverged.masked_fill_(diverged.eq(kNone), -1);
-  return {result, diverged};
+  return {tensors.out, diverged};
 }
 
 // Why the kernel cannot take networks of these widths on a device, or nothing.
@@ -265,7 +237,7 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
 }
 
 TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {
-  library.impl("guided_step", &guided_step);
+  library.impl("guided_step", &tgdp::guided_step_operator<&allocate, &run_step>);
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
   library.impl("trajectory", &trajectory);
   library.impl("long_convolution", &long_convolution);

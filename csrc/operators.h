@@ -2,12 +2,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "common/guided_step_call.h"
+#include "common/solver_step.h"
+#include "common/trajectory.h"
 
 namespace tgdp {
 
@@ -87,21 +89,48 @@ inline std::vector<int64_t> checked_widths(const Tensor& x, const Tensor& first_
   return widths;
 }
 
-// The tensors of the operator trajectory but for its networks; table [T, 6 + (1 + history) (2 + history)].
-inline void check_trajectory(const Tensor& x, const Tensor& score_evaluation_bias, const Tensor& guidance_evaluation_bias,
-                             bool guided, const Tensor& table, int64_t history,
-                             const std::optional<std::vector<double>>& clamp, const Tensor& sample_index) {
+// The tensors of a trajectory as kernels read them, which keep its memory alive; after checking all but the networks.
+struct TrajectoryTensors {
+  Tensor x, sample_index, table, out;
+};
+
+inline Trajectory checked_trajectory(const Tensor& x, const Tensor& score_evaluation_bias,
+                                     const Tensor& guidance_evaluation_bias, bool guided, const Tensor& table,
+                                     int64_t history, const std::optional<std::vector<double>>& clamp,
+                                     std::optional<double> gradient_norm_limit, int64_t seed,
+                                     const Tensor& sample_index, TrajectoryTensors& hold) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(1) > 0, "tgdp_fast: x must be float32 [B, D]");
   TORCH_CHECK_VALUE(sample_index.dim() == 1 && sample_index.size(0) == x.size(0) &&
                         sample_index.scalar_type() == at::kLong && sample_index.device() == x.device(),
                     "tgdp_fast: sample_index must be int64 [B] on the device of x");
-  TORCH_CHECK_VALUE(history >= 0 && table.dim() == 2 && table.size(1) == 6 + (1 + history) * (2 + history) &&
+  TORCH_CHECK_VALUE(history >= 0 && table.dim() == 2 &&
+                        table.size(1) == kEvaluationNumbers + (1 + history) * (2 + history) &&
                         table.scalar_type() == at::kDouble && table.device().is_cpu(),
                     "tgdp_fast: table must be float64 [T, 6 + (1 + H) (2 + H)] on the CPU");
   TORCH_CHECK_VALUE(score_evaluation_bias.size(0) == table.size(0) &&
                         (!guided || guidance_evaluation_bias.size(0) == table.size(0)),
                     "tgdp_fast: biases of evaluations must have as many rows as the table");
   TORCH_CHECK_VALUE(!clamp || clamp->size() == 2, "tgdp_fast: clamp must have two numbers");
+  hold = {x.contiguous(), sample_index.contiguous(), table.to(at::kFloat).contiguous().to(x.device()),
+          at::empty(x.sizes(), x.options())};
+  Trajectory call;
+  call.batch = x.size(0);
+  call.size = x.size(1);
+  call.slots = history;
+  call.evaluations = table.size(0);
+  call.x = hold.x.const_data_ptr<float>();
+  call.sample_index = hold.sample_index.const_data_ptr<int64_t>();
+  call.table = hold.table.const_data_ptr<float>();
+  if (clamp) {
+    call.clamp = true;
+    call.lowest = static_cast<float>((*clamp)[0]);
+    call.highest = static_cast<float>((*clamp)[1]);
+  }
+  call.gradient_norm_limit = static_cast<float>(gradient_norm_limit.value_or(0.0));
+  call.key_low = static_cast<uint32_t>(static_cast<uint64_t>(seed));
+  call.key_high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  call.out = hold.out.mutable_data_ptr<float>();
+  return call;
 }
 
 // The first biases of a trajectory's network, [T, H_1] and [B, H_1].
@@ -111,16 +140,16 @@ inline void check_first_bias(const Tensor& x, const Tensor& bias, int64_t rows, 
                     "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1] on the device of x");
 }
 
-// The operator guided_step: allocate(sizes, options) gives memory of outputs, run(call) starts the kernel.
-template <typename Allocate, typename Run>
+// The operator guided_step: kEmpty(sizes, options) gives memory for outputs, kRun(step, device) starts the kernel.
+template <auto kEmpty, auto kRun>
 std::tuple<Tensor, Tensor, Tensor> guided_step_operator(
     const Tensor& x, const Tensor& epsilon, const std::optional<Tensor>& gradient, const std::optional<Tensor>& history,
     at::ArrayRef<double> matrix, double noise_scale, double guidance_weight, double alpha, double sigma,
     std::optional<at::ArrayRef<double>> clamp, int64_t key_low, int64_t key_high,
-    const std::optional<Tensor>& sample_index, int64_t evaluation, const Allocate& allocate, const Run& run) {
-  GuidedStepCall call;
-  while ((1 + call.slots) * (2 + call.slots) < static_cast<int64_t>(matrix.size())) ++call.slots;
-  const int64_t slots = call.slots, columns = 2 + slots;
+    const std::optional<Tensor>& sample_index, int64_t evaluation) {
+  SolverStep step;
+  while ((1 + step.slots) * (2 + step.slots) < static_cast<int64_t>(matrix.size())) ++step.slots;
+  const int64_t slots = step.slots, columns = 2 + slots;
   TORCH_CHECK_VALUE((1 + slots) * columns == static_cast<int64_t>(matrix.size()) && x.dim() >= 1,
                     "tgdp_fast: matrix must have (1 + H) (2 + H) entries and x a batch dimension");
   TORCH_CHECK_VALUE(epsilon.sizes() == x.sizes() && (!gradient || gradient->sizes() == x.sizes()),
@@ -128,52 +157,50 @@ std::tuple<Tensor, Tensor, Tensor> guided_step_operator(
   auto history_sizes = x.sizes().vec();
   history_sizes.insert(history_sizes.begin(), slots);
   TORCH_CHECK_VALUE(!history || history->sizes() == history_sizes, "tgdp_fast: history must have shape [H, *x.shape]");
-  Tensor x_next = allocate(x.sizes(), x.options());
-  Tensor history_next = allocate(history_sizes, x.options());
-  Tensor x0 = allocate(x.sizes(), x.options());
-  call.elements = x.numel();
-  if (call.elements == 0) return {x_next, history_next, x0};
+  Tensor x_next = kEmpty(x.sizes(), x.options());
+  Tensor history_next = kEmpty(history_sizes, x.options());
+  Tensor x0 = kEmpty(x.sizes(), x.options());
+  step.elements = x.numel();
+  if (step.elements == 0) return {x_next, history_next, x0};
 
   std::vector<Tensor> hold;
   hold.reserve(4);
+  step.x = elements_of(x, x.device(), hold);
+  TORCH_CHECK_VALUE(x.scalar_type() == hold.back().scalar_type(), "tgdp_fast: no kernel for x in ", x.scalar_type());
+  step.epsilon = elements_of(epsilon, x.device(), hold);
+  if (gradient && guidance_weight != 0.0) step.gradient = elements_of(*gradient, x.device(), hold);
   const std::vector<float> coefficients(matrix.begin(), matrix.end());
   std::vector<Elements> slot_elements(slots);
-  call.matrix = coefficients.data();
-  call.x = elements_of(x, x.device(), hold);
-  TORCH_CHECK_VALUE(x.scalar_type() == hold.back().scalar_type(), "tgdp_fast: no kernel for x in ", x.scalar_type());
-  call.epsilon = elements_of(epsilon, x.device(), hold);
-  if (gradient && guidance_weight != 0.0) call.gradient = elements_of(*gradient, x.device(), hold);
   if (history && slots > 0) {
     const Elements all = elements_of(*history, x.device(), hold);
     for (int64_t slot = 0; slot < slots; ++slot) {
       bool used = false;
       for (int64_t row = 0; row <= slots; ++row) used |= coefficients[row * columns + 1 + slot] != 0.0f;
       if (!used) continue;
-      slot_elements[slot] = all;
-      slot_elements[slot].data = static_cast<const char*>(all.data) + slot * call.elements * size_of(all.dtype);
+      const auto* data = static_cast<const char*>(all.data) + slot * step.elements * size_of(all.dtype);
+      slot_elements[slot] = {data, all.dtype};
     }
   }
-  call.history = slot_elements.data();
-  call.guidance.weight = static_cast<float>(guidance_weight);
-  call.guidance.alpha = static_cast<float>(alpha);
-  call.guidance.sigma = static_cast<float>(sigma);
+  step.matrix = coefficients.data();
+  step.history = slot_elements.data();
+  step.guidance = {static_cast<float>(guidance_weight), static_cast<float>(alpha), static_cast<float>(sigma)};
   if (clamp) {
     TORCH_CHECK_VALUE(clamp->size() == 2, "tgdp_fast: clamp must be two numbers");
-    call.clamp = true;
-    call.guidance.lowest = static_cast<float>((*clamp)[0]);
-    call.guidance.highest = static_cast<float>((*clamp)[1]);
+    step.guidance.clamp = true;
+    step.guidance.lowest = static_cast<float>((*clamp)[0]);
+    step.guidance.highest = static_cast<float>((*clamp)[1]);
   }
   Tensor samples;
-  call.noise_scale = static_cast<float>(noise_scale);
-  if (call.noise_scale != 0.0f) {
+  step.noise_scale = static_cast<float>(noise_scale);
+  if (step.noise_scale != 0.0f) {
     const int64_t batch = x.size(0);
-    call.noise = noise_coordinates(x.device(), call.elements / batch, sample_index, batch, key_low, key_high, evaluation,
+    step.noise = noise_coordinates(x.device(), step.elements / batch, sample_index, batch, key_low, key_high, evaluation,
                                    samples);
   }
-  call.x_next = x_next.mutable_data_ptr();
-  call.history_next = history_next.mutable_data_ptr();
-  call.x0 = x0.mutable_data_ptr();
-  run(call);
+  step.x_next = x_next.mutable_data_ptr();
+  step.history_next = history_next.mutable_data_ptr();
+  step.x0 = x0.mutable_data_ptr();
+  kRun(step, x.device());
   return {x_next, history_next, x0};
 }
 

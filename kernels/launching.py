@@ -135,7 +135,7 @@ def _compilation(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, An
             constants[(i,)] = keywords[parameter.name]
         else:
             signature[parameter.name] = specialised(arguments[i], (i,), parameter.do_not_specialize)
-    precision = keywords.get("PRECISION")
+    precision, matmul = keywords.get("PRECISION", "ieee"), "DEPTH" in keywords or "PRECISION" in keywords
     return Compilation(
         name=kernel.__name__.removesuffix("_kernel"),
         kernel=kernel,
@@ -143,6 +143,6 @@ def _compilation(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, An
         constants=constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        tensor_cores=precision is not None and (tensors[0].dtype != torch.float32 or not precision.startswith("ieee")),
+        tensor_cores=matmul and (tensors[0].dtype != torch.float32 or not precision.startswith("ieee")),
         divisible=tuple(divisible),
     )

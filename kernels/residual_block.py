@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tgdp_fast.kernels import launching, long_convolution
 from tgdp_fast.kernels.launching import Compilation, Tile
-from tgdp_fast.kernels.matrix import INTERPRETED, multiply_add, power_of_two, saturated
+from tgdp_fast.kernels.matmul import INTERPRETED, multiply_add, power_of_two, saturated
 
 
 class Layer(NamedTuple):
@@ -61,14 +61,14 @@ def transposed_kernel(
     groups,
     state_sample_stride,
     width,
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """output[b, 1 + t, c] = state[b, c, t], and zeros at [b, 0] and [b, L + 1], with L = groups * ALIGNMENT.
 
     output [B, L + 2, width], state float32 of ``channels`` or more. A program writes ROWS positions of COLUMNS
-    channels. Moves both once; no FLOPs to speak of.
+    channels. Twin: ``state[:, :C].mT``, padded. Moves both once; no FLOPs to speak of.
     """
     length = groups * ALIGNMENT
     tiles = tl.cdiv(length, ROWS)
@@ -99,9 +99,9 @@ def _product(
     column_mask,
     channels,
     width,
-    TAPS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    TAPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """[r, t] = sum over i < TAPS and c < channels of weight[r, i channels + c] x[t + i, c]; rows of x are ``width``."""
     inner = tl.arange(0, DEPTH)
@@ -125,8 +125,8 @@ def _product(
 def _tile(
     rows,
     length,
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Sample, rows and positions of this program. Programs that share positions are neighbours."""
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(length, COLUMNS)
@@ -148,10 +148,10 @@ def taps_kernel(
     stride,
     width,
     step_sample_stride,
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """output[b, h, t] = sum over taps i, channels c of weight[h, i channels + c] x[b, t + i, c], and the step's bias.
 
@@ -159,7 +159,8 @@ def taps_kernel(
     :func:`transposed_kernel`; weight [hidden, 3 channels]; step_bias float32 [.., 3, hidden]: what is added inside, and
     what the first and the last position lack of it.
 
-    6 B L hidden channels FLOPs; bytes: all once, if the level-2 cache serves what several programs read.
+    Twin: the first product of ``residual_block_reference_``. 6 B L hidden channels FLOPs; bytes: all once, if the L2
+    cache serves what several programs read.
     """
     sample, row, column = _tile(hidden, length, ROWS, COLUMNS)
     row_mask, column_mask = row < hidden, column < length
@@ -186,18 +187,19 @@ def output_kernel(
     channels,
     groups,
     width,
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """state = [state[:, :channels] / sqrt 2; the rest] + weight gated + bias, with L = groups * ALIGNMENT.
 
     state float32 [B, rows, L]; gated [B, L + 2, width], position t at 1 + t; weight [rows, channels]; bias float32
     [rows].
 
-    2 B L rows channels FLOPs; bytes: the state twice, the others once.
+    Twin: the last product of ``residual_block_reference_``. 2 B L rows channels FLOPs; bytes: the state twice, the
+    others once.
     """
     length = groups * ALIGNMENT
     sample, row, column = _tile(rows, length, ROWS, COLUMNS)
@@ -253,9 +255,7 @@ def mixture_kernel(
     mixture,
     u,
     output,
-    mixture_bias,
-    norm_weight,
-    norm_bias,
+    vectors,
     label_bias,
     epsilon,
     channels,
@@ -263,22 +263,25 @@ def mixture_kernel(
     stride,
     width,
     label_sample_stride,
-    GATED: tl.constexpr,  # noqa: N803
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    CHANNELS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    GATED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """LayerNorm(u + mixture y + mixture_bias) at COLUMNS positions of a sample, 2 ``channels`` = H wide, to output.
 
-    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant. With GATED, output is what
-    :func:`output_kernel` reads, [B, L + 2, width], and becomes tanh(first half) sigmoid(second half) of that.
+    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant; vectors: mixture_bias, and the
+    weight and bias of LayerNorm, float32 [H]. With GATED, output is what :func:`output_kernel` reads, [B, L + 2,
+    width], and becomes tanh(first half) sigmoid(second half) of that.
 
     The halves have accumulators of their own, each [CHANNELS, COLUMNS], so that the gate is pointwise.
 
-    2 B L H^2 FLOPs; bytes: all once, if the level-2 cache serves the weights, which every program reads.
+    Twin: ``_s4`` after the convolution, and ``gated_activation_reference``. 2 B L H^2 FLOPs; bytes: all once, if the L2
+    cache serves the weights, which every program reads.
     """
+    mixture_bias, norm_weight, norm_bias = vectors
     length, hidden = groups * ALIGNMENT, 2 * channels
     tiles = tl.cdiv(length, COLUMNS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -466,7 +469,7 @@ def mixture(
         weight,
         u,
         output,
-        *vectors,
+        vectors,
         label_bias,
         epsilon,
         hidden // 2,
@@ -533,7 +536,7 @@ def convolve(output: Tensor, u: Tensor, layer: Layer, *, exact: bool) -> None:
         torch.ops.tgdp_fast.cuda_long_convolution_(u, layer.packed, layer.scales, True, not exact, output)
     else:
         filters = layer.packed, layer.scales
-        long_convolution.launch(output, u, *filters, activation=True, split=exact, saturate=not exact)
+        long_convolution.launch(output, u, *filters, activation=True, exact=exact, saturate=not exact)
 
 
 #: Of spectra that are packed for the CUDA kernel, [H, M, 2]; Triton's are [H, 2, A, B].

@@ -27,7 +27,7 @@ import pytest
 import tgdp_fast
 from tgdp_fast import SOLVERS, SPACINGS, metrics
 from tgdp_fast.cli import main as cli
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -102,7 +102,7 @@ def name_of(path: Path) -> str:
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page registers does not stay."""
     monkeypatch.delenv("TGDP_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "_registry", {k: dict(v) for k, v in _dispatch._registry.items()})
+    monkeypatch.setattr(registry, "_registry", {k: dict(v) for k, v in registry._registry.items()})
 
 
 @pytest.fixture

@@ -326,10 +326,10 @@ def test_without_symbolic_links_everything_but_triton_runs(tmp_path: Path):
     copied_package(tmp_path)
     code = f"""
 import tgdp_fast
-from tgdp_fast.ops import backend_report, guided_step
+from tgdp_fast.ops import SolverStep, backend_report, guided_step
 import torch
 assert tgdp_fast.__file__.startswith({str(tmp_path)!r})
-assert torch.isfinite(guided_step(torch.ones(2, 3), torch.ones(2, 3), matrix=((1.0, 0.5),)).x_next).all()
+assert torch.isfinite(guided_step(torch.ones(2, 3), torch.ones(2, 3), step=SolverStep([[1.0, 0.5]])).x_next).all()
 print({{states["triton"] for name, states in backend_report().items() if name == "guided_step"}})
 """
     done = subprocess.run(

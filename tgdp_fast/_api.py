@@ -26,8 +26,8 @@ from tgdp_fast.fit.training import TrainingDivergedError as TrainingDivergedErro
 from tgdp_fast.fit.training import train_denoiser as train_denoiser
 from tgdp_fast.models import SSSDECG as SSSDECG
 from tgdp_fast.models import ScoreMLP as ScoreMLP
-from tgdp_fast.ops._dispatch import BackendUnavailableError as BackendUnavailableError
-from tgdp_fast.ops._dispatch import use_backend as use_backend
+from tgdp_fast.ops.registry import BackendUnavailableError as BackendUnavailableError
+from tgdp_fast.ops.registry import use_backend as use_backend
 from tgdp_fast.runtime.checkpoint import CheckpointError as CheckpointError
 from tgdp_fast.sampling.config import SamplingConfig as SamplingConfig
 from tgdp_fast.sampling.sampler import Sampler as Sampler

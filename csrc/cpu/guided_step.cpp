@@ -19,14 +19,14 @@ const auto& kernels() { return *instruction_set().guided_step; }
 
 }  // namespace
 
-void guided_step(GuidedStepCall call) {
-  call.past_cache = call.elements * size_of(call.x.dtype) * (2 + call.slots) >= kPastCache;
+void guided_step(const SolverStep& call) {
+  const bool past_cache = call.elements * size_of(call.x.dtype) * (2 + call.slots) >= kPastCache;
   const int64_t blocks = (call.elements + kStepBlock - 1) / kStepBlock;
   at::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     float* history = nullptr;
     if (call.slots > 0) history = reinterpret_cast<float*>(scratch.reserve(call.slots * kStepBlock * 4));
-    kernels().step(call, begin, end, history);
+    kernels().step(call, begin, end, history, past_cache);
   });
 }
 

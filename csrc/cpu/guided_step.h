@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../common/guided_step_call.h"
+#include "../common/solver_step.h"
 
 namespace tgdp {
 
@@ -18,15 +18,15 @@ constexpr int64_t kStepBlock = 256;
 // For N elements of b bytes, e and g bytes per element of epsilon and gradient, H slots: N (b (3 + 2 H) + e + g) bytes
 // from and to memory, less what a zero coefficient spares; N (5 + (1 + H) (3 + 2 H)) FLOPs at most, and for noise about
 // 20 integer operations and 40 FLOPs per element.
-void guided_step(GuidedStepCall call);
+void guided_step(const SolverStep& call);
 
 // Elements [first, first + count) of the noise of all samples, numbered through.
 void normals(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out);
 
 // Compiled once per instruction set.
 struct GuidedStepKernels {
-  // Blocks [begin, end); history: memory for slots * kStepBlock floats.
-  void (*step)(const GuidedStepCall& call, int64_t begin, int64_t end, float* history);
+  // Blocks [begin, end); history: memory for slots * kStepBlock floats; past_cache: outputs are written around the caches.
+  void (*step)(const SolverStep& call, int64_t begin, int64_t end, float* history, bool past_cache);
   // count <= kStepBlock elements.
   void (*normals)(const NoiseCoordinates& noise, int64_t first, int64_t count, float* out);
 };

@@ -92,68 +92,61 @@ void limit_norms(float* gradient, int64_t rows, int64_t size, float weight, floa
   }
 }
 
+// The solver's step of evaluation k on the block in memory, without history before the first.
+void step(const TrajectoryCall& call, int64_t k, int64_t row, int64_t rows, bool guided, Memory& memory) {
+  const Evaluation evaluation = evaluation_at(call, k);
+  SolverStep step;
+  step.elements = rows * call.size;
+  step.slots = call.slots;
+  step.x.data = memory.x;
+  step.epsilon.data = memory.epsilon;
+  if (guided) step.gradient.data = memory.gradient;
+  std::vector<Elements> history(static_cast<size_t>(call.slots));
+  for (int64_t slot = 0; k > 0 && slot < call.slots; ++slot) history[slot].data = memory.history + slot * step.elements;
+  step.history = history.data();
+  step.matrix = evaluation.matrix;
+  step.guidance = {evaluation.guidance_weight, evaluation.alpha, evaluation.sigma, call.clamp, call.lowest, call.highest};
+  step.noise_scale = evaluation.noise_scale;
+  step.noise = {call.size, call.sample_index + row, call.key_low, call.key_high, static_cast<uint32_t>(k + 1)};
+  step.x_next = memory.x_next;
+  step.history_next = memory.history_next;
+  step.x0 = memory.x0;
+  guided_step(step);
+  std::swap(memory.x, memory.x_next);
+  std::swap(memory.history, memory.history_next);
+}
+
 // All evaluations of rows [row, row + rows); returns the first one after which the state is not finite, or -1.
-int64_t run_block(const TrajectoryCall& call, int64_t row, int64_t rows, Memory& memory, float* out) {
+int64_t run_block(const TrajectoryCall& call, int64_t row, int64_t rows, Memory& memory) {
   const int64_t elements = rows * call.size;
   std::copy_n(call.x + row * call.size, elements, memory.x);
   memory.score.start(row, rows);
   if (memory.guidance) memory.guidance->start(row, rows);
-  for (size_t k = 0; k < call.evaluations.size(); ++k) {
-    const TrajectoryEvaluation& evaluation = call.evaluations[k];
-    const auto index = static_cast<int64_t>(k);
-    memory.score.evaluate(index, memory.x, rows, memory.epsilon);
+  for (int64_t k = 0; k < call.evaluations; ++k) {
+    const Evaluation evaluation = evaluation_at(call, k);
+    memory.score.evaluate(k, memory.x, rows, memory.epsilon);
     for (int64_t i = 0; i < elements; ++i) {
       memory.epsilon[i] = evaluation.input_scale * memory.x[i] + evaluation.output_scale * memory.epsilon[i];
     }
     const bool guided = memory.guidance && evaluation.guidance_weight != 0.0f;
     if (guided) {
-      memory.guidance->differentiate(index, memory.x, rows, memory.gradient);
-      if (call.gradient_norm_limit) {
-        limit_norms(memory.gradient, rows, call.size, evaluation.guidance_weight, *call.gradient_norm_limit);
+      memory.guidance->differentiate(k, memory.x, rows, memory.gradient);
+      if (call.gradient_norm_limit > 0.0f) {
+        limit_norms(memory.gradient, rows, call.size, evaluation.guidance_weight, call.gradient_norm_limit);
       }
     }
-    GuidedStepCall step;
-    step.elements = elements;
-    step.slots = call.slots;
-    step.x.data = memory.x;
-    step.epsilon.data = memory.epsilon;
-    if (guided) step.gradient.data = memory.gradient;
-    std::vector<Elements> history(static_cast<size_t>(call.slots));
-    // Without data the history is zero, as at the start.
-    for (int64_t slot = 0; k > 0 && slot < call.slots; ++slot) history[slot].data = memory.history + slot * elements;
-    step.history = history.data();
-    step.matrix = evaluation.matrix.data();
-    step.guidance.weight = evaluation.guidance_weight;
-    step.guidance.alpha = evaluation.alpha;
-    step.guidance.sigma = evaluation.sigma;
-    if (call.clamp) {
-      step.clamp = true;
-      step.guidance.lowest = call.clamp->first;
-      step.guidance.highest = call.clamp->second;
-    }
-    step.noise_scale = evaluation.noise_scale;
-    step.noise.sample_size = call.size;
-    step.noise.samples = call.sample_index + row;
-    step.noise.key_low = static_cast<uint32_t>(call.seed);
-    step.noise.key_high = static_cast<uint32_t>(call.seed >> 32);
-    step.noise.evaluation = static_cast<uint32_t>(k + 1);
-    step.x_next = memory.x_next;
-    step.history_next = memory.history_next;
-    step.x0 = memory.x0;
-    guided_step(step);
-    std::swap(memory.x, memory.x_next);
-    std::swap(memory.history, memory.history_next);
+    step(call, k, row, rows, guided, memory);
     float check = 0.0f;
     for (int64_t i = 0; i < elements; ++i) check += memory.x[i] * 0.0f;
-    if (check != 0.0f || check != check) return index;
+    if (check != 0.0f || check != check) return k;
   }
-  std::copy_n(memory.x, elements, out + row * call.size);
+  std::copy_n(memory.x, elements, call.out + row * call.size);
   return -1;
 }
 
 }  // namespace
 
-int64_t trajectory(const TrajectoryCall& call, float* out) {
+int64_t trajectory(const TrajectoryCall& call) {
   if (call.batch == 0) return -1;
   const PackedMlp score(call.score.shape, products_for(call.score.weights[0].dtype, call.split), call.score.weights,
                         call.score.biases, false, kAlwaysPack, 0);
@@ -175,7 +168,7 @@ int64_t trajectory(const TrajectoryCall& call, float* out) {
     Memory memory(call, score, guidance_mlp, rows_per_block, arena);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index * rows_per_block;
-      const int64_t failure = run_block(call, row, std::min(rows_per_block, call.batch - row), memory, out);
+      const int64_t failure = run_block(call, row, std::min(rows_per_block, call.batch - row), memory);
       int64_t known = first_failure.load();
       while (failure >= 0 && (known < 0 || failure < known) && !first_failure.compare_exchange_weak(known, failure)) {
       }

@@ -1,35 +1,23 @@
 // Which kernel of guided_step.cuh serves a call.
 #include "guided_step.cuh"
 
+#include <algorithm>
+
 #include "launch.h"
 
 namespace tgdp::cuda {
 namespace {
 
 template <typename X, typename Network, int kSlots, int kCount>
-const char* run(const GuidedStepCall& call, void* stream) {
+const char* run(const SolverStep& step, void* stream) {
   StepArguments<kSlots> arguments{};
-  const bool noisy = call.noise_scale != 0.0f;
-  arguments.elements = call.elements;
-  arguments.sample_size = noisy ? call.noise.sample_size : call.elements;
-  arguments.samples = noisy ? call.elements / call.noise.sample_size : 1;
+  arguments.step = step;
+  const bool noisy = step.noise_scale != 0.0f;
+  arguments.sample_size = noisy ? step.noise.sample_size : step.elements;
+  arguments.samples = noisy ? step.elements / step.noise.sample_size : 1;
   arguments.chunks_per_sample = (arguments.sample_size + kCount - 1) / kCount;
-  arguments.slots = static_cast<int>(call.slots);
-  arguments.x = call.x;
-  arguments.epsilon = call.epsilon;
-  arguments.gradient = call.gradient;
-  for (int64_t slot = 0; slot < call.slots; ++slot) arguments.history[slot] = call.history[slot];
-  for (int64_t i = 0; i < (1 + call.slots) * (2 + call.slots); ++i) arguments.matrix[i] = call.matrix[i];
-  arguments.guidance = call.guidance;
-  arguments.clamp = call.clamp;
-  arguments.noise_scale = call.noise_scale;
-  arguments.sample_index = call.noise.samples;
-  arguments.key_low = call.noise.key_low;
-  arguments.key_high = call.noise.key_high;
-  arguments.evaluation = call.noise.evaluation;
-  arguments.x_next = call.x_next;
-  arguments.history_next = call.history_next;
-  arguments.x0 = call.x0;
+  std::copy_n(step.history, step.slots, arguments.history);
+  std::copy_n(step.matrix, (1 + step.slots) * (2 + step.slots), arguments.matrix);
   const int64_t chunks = arguments.samples * arguments.chunks_per_sample;
   const int64_t blocks = (chunks + kStepThreads - 1) / kStepThreads;
   constexpr int64_t kMostBlocks = 0x7fffffff;
@@ -38,39 +26,39 @@ const char* run(const GuidedStepCall& call, void* stream) {
 }
 
 template <typename X, typename Network>
-const char* run(const GuidedStepCall& call, void* stream) {
+const char* run(const SolverStep& step, void* stream) {
   // As many elements as make the narrower type 16 bytes, where that is not too many registers.
   constexpr int kCount = sizeof(typename X::Storage) == 2 ? 8 : 4;
-  switch (call.slots) {
+  switch (step.slots) {
     case 0:
-      return run<X, Network, 0, kCount>(call, stream);
+      return run<X, Network, 0, kCount>(step, stream);
     case 1:
-      return run<X, Network, 1, kCount>(call, stream);
+      return run<X, Network, 1, kCount>(step, stream);
     default:
-      return run<X, Network, 2, kCount>(call, stream);
+      return run<X, Network, 2, kCount>(step, stream);
   }
 }
 
-const char* run(const GuidedStepCall& call, void* stream) {
-  bool special = call.slots <= 2 && (call.gradient.data == nullptr || call.gradient.dtype == call.epsilon.dtype);
-  for (int64_t slot = 0; slot < call.slots; ++slot) {
-    special = special && (call.history[slot].data == nullptr || call.history[slot].dtype == call.x.dtype);
+const char* run(const SolverStep& step, void* stream) {
+  bool special = step.slots <= 2 && (step.gradient.data == nullptr || step.gradient.dtype == step.epsilon.dtype);
+  for (int64_t slot = 0; slot < step.slots; ++slot) {
+    special = special && (step.history[slot].data == nullptr || step.history[slot].dtype == step.x.dtype);
   }
-  if (special && call.x.dtype == Dtype::f32) {
-    if (call.epsilon.dtype == Dtype::f32) return run<F32, F32>(call, stream);
-    if (call.epsilon.dtype == Dtype::bf16) return run<F32, Bf16>(call, stream);
-    return run<F32, F16>(call, stream);
+  if (special && step.x.dtype == Dtype::f32) {
+    if (step.epsilon.dtype == Dtype::f32) return run<F32, F32>(step, stream);
+    if (step.epsilon.dtype == Dtype::bf16) return run<F32, Bf16>(step, stream);
+    return run<F32, F16>(step, stream);
   }
-  if (special && call.x.dtype == Dtype::bf16 && call.epsilon.dtype == Dtype::bf16) return run<Bf16, Bf16>(call, stream);
-  if (special && call.x.dtype == Dtype::f16 && call.epsilon.dtype == Dtype::f16) return run<F16, F16>(call, stream);
-  return run<AnyElement, AnyElement, -1, 4>(call, stream);
+  if (special && step.x.dtype == Dtype::bf16 && step.epsilon.dtype == Dtype::bf16) return run<Bf16, Bf16>(step, stream);
+  if (special && step.x.dtype == Dtype::f16 && step.epsilon.dtype == Dtype::f16) return run<F16, F16>(step, stream);
+  return run<AnyElement, AnyElement, -1, 4>(step, stream);
 }
 
 }  // namespace
 }  // namespace tgdp::cuda
 
-const char* tgdp_cuda_guided_step(const tgdp::GuidedStepCall* call, void* stream) {
-  if (call->elements == 0) return nullptr;
-  if (call->slots > tgdp::cuda::kMostSlots) return "guided_step: at most 16 history slots";
-  return tgdp::cuda::run(*call, stream);
+const char* tgdp_cuda_guided_step(const tgdp::SolverStep* step, void* stream) {
+  if (step->elements == 0) return nullptr;
+  if (step->slots > tgdp::cuda::kMostSlots) return "guided_step: at most 16 history slots";
+  return tgdp::cuda::run(*step, stream);
 }

@@ -9,7 +9,6 @@
 // words, whatever the size of the samples. Chunks of whole and aligned vectors move as such, others element by element.
 #pragma once
 
-#include "../common/guided_step_call.h"
 #include "../common/solver_step.h"
 #include "noise.cuh"
 
@@ -19,21 +18,15 @@ constexpr int kStepThreads = 256;
 // Of the kernel for any table; its arguments are limited to 4 KB.
 constexpr int kMostSlots = 16;
 
-// kSlots < 0: any number up to kMostSlots.
+// The step, but for history and matrix, which the host has in memory of its own. kSlots < 0: any number up to kMostSlots.
 template <int kSlots>
 struct StepArguments {
   static constexpr int kRoom = kSlots < 0 ? kMostSlots : kSlots;
+  SolverStep step;
   // Without noise, all elements count as one sample.
-  int64_t elements, samples, sample_size, chunks_per_sample;
-  int slots;
-  Elements x, epsilon, gradient, history[kRoom > 0 ? kRoom : 1];
-  float matrix[(1 + kRoom) * (2 + kRoom)];  // row-major for `slots`
-  Guidance guidance;
-  bool clamp;
-  float noise_scale;
-  const int64_t* sample_index;  // null: 0, 1, 2, ..
-  uint32_t key_low, key_high, evaluation;
-  void *x_next, *history_next, *x0;
+  int64_t samples, sample_size, chunks_per_sample;
+  Elements history[kRoom > 0 ? kRoom : 1];
+  float matrix[(1 + kRoom) * (2 + kRoom)];
 };
 
 // An element type that is known at run time only.
@@ -135,102 +128,123 @@ TGDP_DEVICE void store_elements(void* to, Dtype dtype, int64_t first, int count,
   });
 }
 
+template <typename Element, int kCount>
+TGDP_DEVICE void load_or_zeros(const Elements& from, int64_t first, int count, float (&to)[kCount]) {
+  if (from.data != nullptr) {
+    load_elements<Element>(from, first, count, to);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = 0.0f;
+  }
+}
+
 // The noise of a chunk that starts at `element` of a sample, a multiple of four.
 template <int kCount>
-TGDP_DEVICE void chunk_noise(int64_t sample, int64_t element, int count, uint32_t key_low, uint32_t key_high,
-                             uint32_t evaluation, float (&noise)[kCount]) {
+TGDP_DEVICE void chunk_noise(const NoiseCoordinates& noise, int64_t sample, int64_t element, int count,
+                             float (&values)[kCount]) {
+  const int64_t index = noise.samples == nullptr ? sample : noise.samples[sample];
 #pragma unroll
   for (int begin = 0; begin < kCount; begin += 4) {
     float z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (begin < count) normal_group(sample, (element + begin) / 4, key_low, key_high, evaluation, z);
+    if (begin < count) {
+      normal_group(index, (element + begin) / 4, noise.key_low, noise.key_high, noise.evaluation, z);
+    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) noise[begin + i] = z[i];
+    for (int i = 0; i < 4; ++i) values[begin + i] = z[i];
+  }
+}
+
+// What the rows of the matrix multiply.
+template <int kSlots, int kCount>
+struct ChunkValues {
+  static constexpr int kHeld = kSlots > 0 ? kSlots : 1;
+  float x[kCount], history[kHeld][kCount], guided[kCount], noise[kCount];
+};
+
+template <typename X, int kCount>
+TGDP_DEVICE void store_row(const SolverStep& step, int row, int64_t first, int count, const float (&values)[kCount]) {
+  void* to = row == 0 ? step.x_next : step.history_next;
+  store_elements<X>(to, step.x.dtype, row == 0 ? first : (row - 1) * step.elements + first, count, values);
+}
+
+template <typename X, int kSlots, int kCount>
+TGDP_DEVICE void store_rows(const StepArguments<kSlots>& call, int64_t first, int count,
+                            const ChunkValues<kSlots, kCount>& chunk) {
+#pragma unroll
+  for (int row = 0; row <= kSlots; ++row) {
+    float coefficients[kSlots + 3], out[kCount];
+#pragma unroll
+    for (int term = 0; term < kSlots + 2; ++term) coefficients[term] = call.matrix[row * (kSlots + 2) + term];
+    coefficients[kSlots + 2] = row == 0 ? call.step.noise_scale : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      float values[kSlots + 3];
+      values[0] = chunk.x[i];
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) values[1 + slot] = chunk.history[slot][i];
+      values[kSlots + 1] = chunk.guided[i];
+      values[kSlots + 2] = chunk.noise[i];
+      out[i] = matrix_row<kSlots + 3>(coefficients, values);
+    }
+    store_row<X>(call.step, row, first, count, out);
+  }
+}
+
+// For any number of slots, which do not fit in registers: every row reads them again, from the caches.
+template <typename X, int kCount>
+TGDP_DEVICE void store_rows(const StepArguments<-1>& call, int64_t first, int count,
+                            const ChunkValues<-1, kCount>& chunk) {
+  const int slots = static_cast<int>(call.step.slots);
+  for (int row = 0; row <= slots; ++row) {
+    const float* coefficients = call.matrix + row * (slots + 2);
+    const float noise_scale = row == 0 ? call.step.noise_scale : 0.0f;
+    float out[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = coefficients[0] * chunk.x[i];
+    for (int slot = 0; slot < slots; ++slot) {
+      if (coefficients[1 + slot] == 0.0f) continue;
+      float values[kCount];
+      load_or_zeros<X>(call.history[slot], first, count, values);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[i] += coefficients[1 + slot] * values[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] += coefficients[1 + slots] * chunk.guided[i];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] += noise_scale * chunk.noise[i];
+    store_row<X>(call.step, row, first, count, out);
   }
 }
 
 template <typename X, typename Network, int kSlots, int kCount>
 TGDP_DEVICE void step_chunk(const StepArguments<kSlots>& call, int64_t sample, int64_t element, int count) {
+  const SolverStep& step = call.step;
   const int64_t first = sample * call.sample_size + element;
-  float x[kCount], epsilon[kCount], gradient[kCount], guided[kCount], x0[kCount], noise[kCount];
-  load_elements<X>(call.x, first, count, x);
-  load_elements<Network>(call.epsilon, first, count, epsilon);
-  if (call.gradient.data != nullptr) {
-    load_elements<Network>(call.gradient, first, count, gradient);
+  ChunkValues<kSlots, kCount> chunk;
+  float epsilon[kCount], gradient[kCount], x0[kCount];
+  load_elements<X>(step.x, first, count, chunk.x);
+  load_elements<Network>(step.epsilon, first, count, epsilon);
+  if (step.gradient.data != nullptr) {
+    load_elements<Network>(step.gradient, first, count, gradient);
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) gradient[i] = 0.0f;
   }
-  const auto slot_values = [&](int slot, float(&values)[kCount]) {
-    if (call.history[slot].data != nullptr) {
-      load_elements<X>(call.history[slot], first, count, values);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = 0.0f;
-    }
-  };
-  constexpr int kHeld = kSlots > 0 ? kSlots : 1;
-  float history[kHeld][kCount];
-#pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) slot_values(slot, history[slot]);
-
+  for (int slot = 0; slot < kSlots; ++slot) load_or_zeros<X>(call.history[slot], first, count, chunk.history[slot]);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (call.clamp) {
-      guide<true, true>(call.guidance, x[i], epsilon[i], gradient[i], guided[i], x0[i]);
+    if (step.guidance.clamp) {
+      guide<true, true>(step.guidance, chunk.x[i], epsilon[i], gradient[i], chunk.guided[i], x0[i]);
     } else {
-      guide<true, false>(call.guidance, x[i], epsilon[i], gradient[i], guided[i], x0[i]);
+      guide<true, false>(step.guidance, chunk.x[i], epsilon[i], gradient[i], chunk.guided[i], x0[i]);
     }
   }
-  store_elements<X>(call.x0, call.x.dtype, first, count, x0);
+  store_elements<X>(step.x0, step.x.dtype, first, count, x0);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) noise[i] = 0.0f;
-  if (call.noise_scale != 0.0f) {
-    const int64_t index = call.sample_index == nullptr ? sample : call.sample_index[sample];
-    chunk_noise<kCount>(index, element, count, call.key_low, call.key_high, call.evaluation, noise);
-  }
-
-  float out[kCount];
-  if constexpr (kSlots >= 0) {
-#pragma unroll
-    for (int row = 0; row <= kSlots; ++row) {
-      float coefficients[kSlots + 3];
-#pragma unroll
-      for (int term = 0; term < kSlots + 2; ++term) coefficients[term] = call.matrix[row * (kSlots + 2) + term];
-      coefficients[kSlots + 2] = row == 0 ? call.noise_scale : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        float values[kSlots + 3];
-        values[0] = x[i];
-#pragma unroll
-        for (int slot = 0; slot < kSlots; ++slot) values[1 + slot] = history[slot][i];
-        values[kSlots + 1] = guided[i];
-        values[kSlots + 2] = noise[i];
-        out[i] = matrix_row<kSlots + 3>(coefficients, values);
-      }
-      void* to = row == 0 ? call.x_next : call.history_next;
-      store_elements<X>(to, call.x.dtype, row == 0 ? first : (row - 1) * call.elements + first, count, out);
-    }
-  } else {
-    // Slots do not fit in registers: every row reads them again, from the caches.
-    for (int row = 0; row <= call.slots; ++row) {
-      const float* coefficients = call.matrix + row * (call.slots + 2);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) out[i] = coefficients[0] * x[i];
-      for (int slot = 0; slot < call.slots; ++slot) {
-        if (coefficients[1 + slot] == 0.0f) continue;
-        slot_values(slot, history[0]);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) out[i] += coefficients[1 + slot] * history[0][i];
-      }
-      const float noise_scale = row == 0 ? call.noise_scale : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) out[i] += coefficients[1 + call.slots] * guided[i];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) out[i] += noise_scale * noise[i];
-      void* to = row == 0 ? call.x_next : call.history_next;
-      store_elements<X>(to, call.x.dtype, row == 0 ? first : (row - 1) * call.elements + first, count, out);
-    }
-  }
+  for (int i = 0; i < kCount; ++i) chunk.noise[i] = 0.0f;
+  if (step.noise_scale != 0.0f) chunk_noise<kCount>(step.noise, sample, element, count, chunk.noise);
+  store_rows<X>(call, first, count, chunk);
 }
 
 // X: elements of x, history and outputs; Network: of epsilon and gradient.

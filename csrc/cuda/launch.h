@@ -3,7 +3,8 @@
 // points to are read before the function returns.
 #pragma once
 
-#include "../common/guided_step_call.h"
+#include "../common/solver_step.h"
+#include "../common/trajectory.h"
 
 namespace tgdp {
 
@@ -37,18 +38,9 @@ struct TrajectoryNetworkCall {
   int64_t sample_bias_stride = 0;
 };
 
-struct TrajectoryKernelCall {
+struct TrajectoryKernelCall : Trajectory {
   Dtype dtype = Dtype::f32;  // of weights and biases
-  int64_t batch = 0, size = 0, slots = 0, evaluations = 0;
   TrajectoryNetworkCall score, guidance;
-  const float* x = nullptr;               // [batch, size]
-  const int64_t* sample_index = nullptr;  // [batch]
-  const float* table = nullptr;           // [evaluations, 6 + (1 + slots) (2 + slots)]; see trajectory.cuh
-  bool clamp = false;
-  float lowest = 0.0f, highest = 0.0f;
-  float gradient_norm_limit = 0.0f;  // 0: none
-  uint32_t key_low = 0, key_high = 0;
-  float* out = nullptr;          // [batch, size]
   int* first_failure = nullptr;  // of the device: the least of its value and the first evaluation that diverged
   void* scratch = nullptr;       // as many bytes as asked for
 };
@@ -83,7 +75,7 @@ struct LaunchPlan {
 extern "C" {
 
 // Reference twin tgdp_fast.ops.guided_step.guided_step_reference. At most 16 slots.
-const char* tgdp_cuda_guided_step(const tgdp::GuidedStepCall* call, void* stream);
+const char* tgdp_cuda_guided_step(const tgdp::SolverStep* call, void* stream);
 
 // Reference twin tgdp_fast.ops.mlp_value_and_grad.mlp_value_and_grad_reference. At most 8 layers, as wide as shared memory
 // allows: 512 on every device from sm_80 on.

@@ -26,11 +26,12 @@ TrajectoryLayers layers_of(const TrajectoryNetworkCall& call, int64_t inputs) {
 // The cheapest plan that the current device takes; null, or why there is none.
 const char* choose(const TrajectoryKernelCall& call, Choice& choice) {
   constexpr int64_t kMost = 1 << 20;
-  if (call.size < 1 || call.size > kMost) return "trajectory: samples have 1 to 2^20 elements";
-  if (call.slots > kMostTrajectorySlots) return "trajectory: at most 4 history slots";
+  const int64_t size = call.size, slots = call.slots;
+  if (size < 1 || size > kMost) return "trajectory: samples have 1 to 2^20 elements";
+  if (slots > kMostTrajectorySlots) return "trajectory: at most 4 history slots";
   RowDemand demand;
   demand.batch = call.batch;
-  demand.widest = static_cast<int>(call.size);
+  demand.widest = static_cast<int>(size);
   demand.slope_layers = static_cast<int>(call.guidance.layers);
   for (const TrajectoryNetworkCall* network : {&call.score, &call.guidance}) {
     const bool none = network == &call.guidance && network->layers == 0;
@@ -44,7 +45,7 @@ const char* choose(const TrajectoryKernelCall& call, Choice& choice) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     RowDemand result = demand;
     result.resident = kTrajectoryResident<Tile>;
-    result.own_bytes = trajectory_own_bytes<Tile>(static_cast<int>(call.size), static_cast<int>(call.slots));
+    result.own_bytes = trajectory_own_bytes<Tile>(static_cast<int>(size), static_cast<int>(slots));
     return result;
   };
   const auto take = [&](auto* tile, const RowPlan& plan) -> const char* {
@@ -62,23 +63,10 @@ const char* choose(const TrajectoryKernelCall& call, Choice& choice) {
 const char* run(const TrajectoryKernelCall& call, const Choice& choice, void* stream) {
   const RowPlan& plan = choice.plan;
   TrajectoryArguments arguments{};
-  arguments.batch = call.batch;
-  arguments.size = static_cast<int>(call.size);
-  arguments.slots = static_cast<int>(call.slots);
-  arguments.evaluations = static_cast<int>(call.evaluations);
+  static_cast<Trajectory&>(arguments) = call;
   arguments.pitch = plan.pitch;
   arguments.score = layers_of(call.score, call.size);
   arguments.guidance = layers_of(call.guidance, call.size);
-  arguments.x = call.x;
-  arguments.sample_index = call.sample_index;
-  arguments.table = call.table;
-  arguments.clamp = call.clamp;
-  arguments.lowest = call.lowest;
-  arguments.highest = call.highest;
-  arguments.gradient_norm_limit = call.gradient_norm_limit;
-  arguments.key_low = call.key_low;
-  arguments.key_high = call.key_high;
-  arguments.out = call.out;
   arguments.first_failure = call.first_failure;
   arguments.scratch = plan.scratch_bytes > 0 ? static_cast<uint32_t*>(call.scratch) : nullptr;
   return launch_clusters(choice.kernel, static_cast<uint32_t>(plan.cluster), static_cast<uint32_t>(plan.blocks),

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../common/solver_step.h"
+#include "../common/trajectory.h"
 #include "noise.cuh"
 #include "perceptron_layers.cuh"
 
@@ -15,8 +16,6 @@ namespace tgdp::cuda {
 
 // Of the history.
 constexpr int kMostTrajectorySlots = 4;
-// Numbers of an evaluation before its matrix: input scale, output scale, guidance weight, alpha, sigma, noise scale.
-constexpr int kEvaluationScalars = 6;
 
 // A perceptron whose first bias is a row per evaluation plus, where there are labels, a row per sample; float32.
 struct TrajectoryLayers {
@@ -24,29 +23,15 @@ struct TrajectoryLayers {
   Matrix evaluation_bias, sample_bias;
 };
 
-struct TrajectoryArguments {
-  int64_t batch;
-  int size, slots, evaluations, pitch;
+struct TrajectoryArguments : Trajectory {
+  int pitch;
   TrajectoryLayers score, guidance;
-  const float* x;               // [batch, size]
-  const int64_t* sample_index;  // [batch]
-  const float* table;           // [evaluations, kEvaluationScalars + (1 + slots) (2 + slots)]
-  bool clamp;
-  float lowest, highest;       // of x0
-  float gradient_norm_limit;   // 0: none
-  uint32_t key_low, key_high;
-  float* out;                  // [batch, size]
-  int* first_failure;          // the first evaluation after which a sample is not finite; left alone where all are
-  uint32_t* scratch;           // slopes of a block after those of another; null: they are in shared memory
+  int* first_failure;  // the first evaluation after which a sample is not finite; left alone where all are
+  uint32_t* scratch;   // slopes of a block after those of another; null: they are in shared memory
 };
 
-// What the table has of an evaluation.
-TGDP_DEVICE const float* evaluation_numbers(const TrajectoryArguments& call, int k) {
-  return call.table + static_cast<int64_t>(k) * (kEvaluationScalars + (1 + call.slots) * (2 + call.slots));
-}
-
 TGDP_DEVICE bool is_guided(const TrajectoryArguments& call, int k) {
-  return call.guidance.network.layers > 0 && evaluation_numbers(call, k)[2] != 0.0f;
+  return call.guidance.network.layers > 0 && evaluation_at(call, k).guidance_weight != 0.0f;
 }
 
 // Blocks that a multiprocessor has registers for.
@@ -74,9 +59,9 @@ class TrajectoryBlock {
   // results are written.
   TGDP_DEVICE void run(int64_t first_row, bool leads) {
     first_row_ = first_row;
-    const int64_t offset = first_row * call_.size, given = call_.batch * call_.size;
+    const int64_t offset = first_row * size(), given = call_.batch * call_.size;
     for (int i = thread(); i < elements(); i += kProductThreads) x()[i] = offset + i < given ? call_.x[offset + i] : 0.0f;
-    for (int i = thread(); i < elements() * call_.slots; i += kProductThreads) history()[i] = 0.0f;
+    for (int i = thread(); i < elements() * slots(); i += kProductThreads) history()[i] = 0.0f;
     __syncthreads();
     for (int k = 0; k < call_.evaluations; ++k) evaluate(k);
     // Read by the thread that puts the next rows there.
@@ -86,12 +71,16 @@ class TrajectoryBlock {
   }
 
  private:
+  // Both fit in 32 bits.
+  TGDP_DEVICE int size() const { return static_cast<int>(call_.size); }
+  TGDP_DEVICE int slots() const { return static_cast<int>(call_.slots); }
+
   // Where they are is computed each time: as members they would take registers all along.
-  TGDP_DEVICE int elements() const { return Tile::kRows * call_.size; }
+  TGDP_DEVICE int elements() const { return Tile::kRows * size(); }
   TGDP_DEVICE Shared<float> x() const { return own(0, 1); }
   TGDP_DEVICE Shared<float> epsilon() const { return own(1, 1); }
   TGDP_DEVICE Shared<float> gradient() const { return own(2, 1); }
-  TGDP_DEVICE Shared<float> history() const { return own(3, call_.slots); }
+  TGDP_DEVICE Shared<float> history() const { return own(3, slots()); }
   TGDP_DEVICE Shared<float> own(int before, int count) const {
     return shared_array<float>(sizeof(float) * before * elements(), static_cast<size_t>(count) * elements());
   }
@@ -99,27 +88,27 @@ class TrajectoryBlock {
   static TGDP_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 
   TGDP_DEVICE void evaluate(int k) {
-    const float* numbers = evaluation_numbers(call_, k);
-    predict(k, numbers[0], numbers[1]);
+    const Evaluation evaluation = evaluation_at(call_, k);
+    predict(k, evaluation.input_scale, evaluation.output_scale);
     const bool guided = is_guided(call_, k);
     if (guided) {
       differentiate(k);
-      if (call_.gradient_norm_limit > 0.0f) limit_norms(numbers[2]);
+      if (call_.gradient_norm_limit > 0.0f) limit_norms(evaluation.guidance_weight);
     }
-    step(k, numbers, guided);
+    step(k, evaluation, guided);
     __syncthreads();
   }
 
   // The state as the networks' input.
   TGDP_DEVICE void enter() {
-    const int padded = rounded_up(call_.size, Tile::kDepth);
+    const int padded = rounded_up(size(), Tile::kDepth);
     const Shared<Storage> inputs = layers_.inputs();
     for (int i = thread(); i < Tile::kRows * (padded / kAdjacent); i += kProductThreads) {
       const int row = i / (padded / kAdjacent), column = i % (padded / kAdjacent) * kAdjacent;
       float values[kAdjacent];
 #pragma unroll
       for (int e = 0; e < kAdjacent; ++e) {
-        values[e] = column + e < call_.size ? static_cast<float>(x()[row * call_.size + column + e]) : 0.0f;
+        values[e] = column + e < size() ? static_cast<float>(x()[row * size() + column + e]) : 0.0f;
       }
       Tile::store(inputs + (row * layers_.pitch() + column), values);
     }
@@ -146,12 +135,12 @@ class TrajectoryBlock {
     };
     layers_.first(network, bias, activate);
     for (int layer = 1; layer < network.layers; ++layer) layers_.next(network, layer, activate);
-    layers_.head(network, call_.size, [&](int row, int column, const float(&products)[kAdjacent]) {
+    layers_.head(network, size(), [&](int row, int column, const float(&products)[kAdjacent]) {
 #pragma unroll
       for (int i = 0; i < kAdjacent; ++i) {
-        if (column + i >= call_.size) continue;
-        const float output = products[i] + entry<Element>(network.biases[network.layers - 1], column + i, call_.size);
-        const int at = row * call_.size + column + i;
+        if (column + i >= size()) continue;
+        const float output = products[i] + entry<Element>(network.biases[network.layers - 1], column + i, size());
+        const int at = row * size() + column + i;
         epsilon()[at] = input_scale * x()[at] + output_scale * output;
       }
     });
@@ -185,7 +174,7 @@ class TrajectoryBlock {
     layers_.gradient(network, [&](int row, int column, const float(&values)[kAdjacent]) {
 #pragma unroll
       for (int i = 0; i < kAdjacent; ++i) {
-        if (column + i < call_.size) gradient()[row * call_.size + column + i] = values[i];
+        if (column + i < size()) gradient()[row * size() + column + i] = values[i];
       }
     });
   }
@@ -194,33 +183,28 @@ class TrajectoryBlock {
   // reported with the state that it leads to.
   TGDP_DEVICE void limit_norms(float weight) {
     for (int row = thread(); row < Tile::kRows; row += kProductThreads) {
-      const Shared<float> of_row = gradient() + row * call_.size;
+      const Shared<float> of_row = gradient() + row * size();
       float largest = 0.0f, sum = 0.0f;
-      for (int c = 0; c < call_.size; ++c) largest = fmaxf(largest, fabsf(of_row[c]));
+      for (int c = 0; c < size(); ++c) largest = fmaxf(largest, fabsf(of_row[c]));
       // Squares of parts of the largest neither overflow nor vanish.
-      for (int c = 0; largest > 0.0f && c < call_.size; ++c) {
+      for (int c = 0; largest > 0.0f && c < size(); ++c) {
         const float part = of_row[c] / largest;
         sum += part * part;
       }
       const float factor = call_.gradient_norm_limit / (fabsf(weight) * sqrtf(sum)) / largest;
       if (!(factor < 1.0f)) continue;
-      for (int c = 0; c < call_.size; ++c) of_row[c] = of_row[c] * factor;
+      for (int c = 0; c < size(); ++c) of_row[c] = of_row[c] * factor;
     }
     __syncthreads();
   }
 
   // x and history of the next evaluation.
-  TGDP_DEVICE void step(int k, const float* numbers, bool guided) {
-    Guidance guidance;
-    guidance.weight = numbers[2];
-    guidance.alpha = numbers[3];
-    guidance.sigma = numbers[4];
-    guidance.lowest = call_.lowest;
-    guidance.highest = call_.highest;
-    const float noise_scale = numbers[5];
-    const float* matrix = numbers + kEvaluationScalars;
+  TGDP_DEVICE void step(int k, const Evaluation& evaluation, bool guided) {
+    const Guidance guidance{evaluation.guidance_weight, evaluation.alpha, evaluation.sigma,
+                            call_.clamp, call_.lowest, call_.highest};
+    const float noise_scale = evaluation.noise_scale;
     // Four elements share their random words.
-    const int groups = (call_.size + 3) / 4;
+    const int groups = (size() + 3) / 4;
     bool finite = true;
     for (int i = thread(); i < Tile::kRows * groups; i += kProductThreads) {
       const int row = i / groups, group = i % groups;
@@ -233,8 +217,9 @@ class TrajectoryBlock {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int column = 4 * group + e;
-        if (column >= call_.size) continue;
-        const float x_next = step_element(row * call_.size + column, matrix, guidance, guided, noise_scale * noise[e]);
+        if (column >= size()) continue;
+        const float x_next = step_element(row * size() + column, evaluation.matrix, guidance, guided,
+                                          noise_scale * noise[e]);
         finite = finite && x_next - x_next == 0.0f;
       }
     }
@@ -243,10 +228,10 @@ class TrajectoryBlock {
 
   TGDP_DEVICE float step_element(int at, const float* matrix, const Guidance& guidance, bool guided_by_gradient,
                                  float noise) {
-    const int slots = call_.slots, terms = 2 + slots;
+    const int slots = this->slots(), terms = 2 + slots;
     const float state = x()[at], slope = guided_by_gradient ? static_cast<float>(gradient()[at]) : 0.0f;
     float guided, x0, past[kMostTrajectorySlots];
-    if (call_.clamp) {
+    if (guidance.clamp) {
       guide<true, true>(guidance, state, epsilon()[at], slope, guided, x0);
     } else {
       guide<true, false>(guidance, state, epsilon()[at], slope, guided, x0);
@@ -282,7 +267,7 @@ class TrajectoryBlock {
 template <typename Tile>
 __global__ void __launch_bounds__(kProductThreads, kTrajectoryResident<Tile>)
     trajectory_kernel(const __grid_constant__ TrajectoryArguments call) {
-  const LayersLayout layout = layers_layout<Tile>(trajectory_own_bytes<Tile>(call.size, call.slots), 0,
+  const LayersLayout layout = layers_layout<Tile>(trajectory_own_bytes<Tile>(static_cast<int>(call.size), static_cast<int>(call.slots)), 0,
                                                   call.guidance.network.layers, call.pitch, call.scratch == nullptr);
   TrajectoryBlock<Tile, BlockProducts<Tile>> block(call, layout, BlockProducts<Tile>(layout));
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows; row < call.batch;

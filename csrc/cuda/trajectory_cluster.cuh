@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Products = ClusterProducts<Tile, TrajectoryPasses<Tile>>;
   const LayersLayout layout =
-      trajectory_cluster_layout<Tile>(call.size, call.slots, call.guidance.network.layers, call.pitch);
+      trajectory_cluster_layout<Tile>(static_cast<int>(call.size), static_cast<int>(call.slots), call.guidance.network.layers, call.pitch);
   TrajectoryBlock<Tile, Products> block(call, layout, Products(layout, TrajectoryPasses<Tile>(call)));
   // Nobody writes into the memory of a block that has not started.
   cluster_barrier();

@@ -51,7 +51,14 @@ class Elements(ctypes.Structure):
 
 
 class Guidance(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_float) for name in ("weight", "alpha", "sigma", "lowest", "highest")]
+    _fields_ = [
+        ("weight", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("sigma", ctypes.c_float),
+        ("clamp", ctypes.c_bool),
+        ("lowest", ctypes.c_float),
+        ("highest", ctypes.c_float),
+    ]
 
 
 class NoiseCoordinates(ctypes.Structure):
@@ -64,7 +71,7 @@ class NoiseCoordinates(ctypes.Structure):
     ]
 
 
-class GuidedStepCall(ctypes.Structure):
+class SolverStep(ctypes.Structure):
     _fields_ = [
         ("elements", ctypes.c_int64),
         ("slots", ctypes.c_int64),
@@ -74,13 +81,11 @@ class GuidedStepCall(ctypes.Structure):
         ("history", ctypes.POINTER(Elements)),
         ("matrix", ctypes.POINTER(ctypes.c_float)),
         ("guidance", Guidance),
-        ("clamp", ctypes.c_bool),
         ("noise_scale", ctypes.c_float),
         ("noise", NoiseCoordinates),
         ("x_next", ctypes.c_void_p),
         ("history_next", ctypes.c_void_p),
         ("x0", ctypes.c_void_p),
-        ("past_cache", ctypes.c_bool),
     ]
 
 
@@ -147,15 +152,12 @@ class TrajectoryNetworkCall(ctypes.Structure):
     ]
 
 
-class TrajectoryKernelCall(ctypes.Structure):
+class Trajectory(ctypes.Structure):
     _fields_ = [
-        ("dtype", ctypes.c_int),
         ("batch", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("slots", ctypes.c_int64),
         ("evaluations", ctypes.c_int64),
-        ("score", TrajectoryNetworkCall),
-        ("guidance", TrajectoryNetworkCall),
         ("x", ctypes.c_void_p),
         ("sample_index", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
@@ -166,6 +168,14 @@ class TrajectoryKernelCall(ctypes.Structure):
         ("key_low", ctypes.c_uint32),
         ("key_high", ctypes.c_uint32),
         ("out", ctypes.c_void_p),
+    ]
+
+
+class TrajectoryKernelCall(Trajectory):
+    _fields_ = [
+        ("dtype", ctypes.c_int),
+        ("score", TrajectoryNetworkCall),
+        ("guidance", TrajectoryNetworkCall),
         ("first_failure", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
     ]
@@ -302,13 +312,13 @@ def guided_step(
     key_low, key_high, evaluation = key_words(seed, evaluation)
     size = max(x[:1].numel(), 1) if x.shape[0] else 1
     samples = None if sample_index is None else sample_index.data_ptr()
-    call = GuidedStepCall(
+    step = SolverStep(
         x.numel(), slots, _elements(x), _elements(epsilon), _elements(gradient), elements,
-        (ctypes.c_float * len(entries))(*entries), Guidance(guidance_weight, alpha, sigma, *limits),
-        clamp is not None, noise_scale, NoiseCoordinates(size, samples, key_low, key_high, evaluation),
-        *(output.values.data_ptr() for output in outputs), False,
+        (ctypes.c_float * len(entries))(*entries), Guidance(guidance_weight, alpha, sigma, clamp is not None, *limits),
+        noise_scale, NoiseCoordinates(size, samples, key_low, key_high, evaluation),
+        *(output.values.data_ptr() for output in outputs),
     )  # fmt: skip
-    check(library().tgdp_cuda_guided_step(ctypes.byref(call), None))
+    check(library().tgdp_cuda_guided_step(ctypes.byref(step), None))
     x_next, history_next, x0 = (output.finish() for output in outputs)
     return x_next, history_next if slots else None, x0
 
@@ -428,11 +438,10 @@ def trajectory(
     key_low, key_high, _ = key_words(seed, 0)
     lowest, highest = (0.0, 0.0) if plan.clamp is None else plan.clamp
     call = TrajectoryKernelCall(
-        DTYPES[score.weights[0].dtype], batch, size, plan.history, len(plan.matrix),
-        _network(score), _network(guidance),
-        x.data_ptr(), indices.data_ptr(), table.data_ptr(),
+        batch, size, plan.history, len(plan.matrix), x.data_ptr(), indices.data_ptr(), table.data_ptr(),
         plan.clamp is not None, lowest, highest, plan.gradient_norm_limit or 0.0, key_low, key_high,
-        out.values.data_ptr(), diverged.data_ptr(), None,
+        out.values.data_ptr(), DTYPES[score.weights[0].dtype], _network(score), _network(guidance),
+        diverged.data_ptr(), None,
     )  # fmt: skip
     scratch = scratch_for(plan_of(call))
     call.scratch = scratch.data_ptr()

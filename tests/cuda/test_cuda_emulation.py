@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import cuda_emulation as cuda
 import pytest
 import torch
+from solver_step import guided_step_reference
 
 from tgdp_fast.ops import noise
-from tgdp_fast.ops.guided_step import guided_step_reference
-from tgdp_fast.ops.mlp_value_and_grad import _forward_reference
+from tgdp_fast.ops.mlp import _reference_value_and_grad
 
 pytestmark = cuda.needs_compiler
 
@@ -326,9 +326,9 @@ def network(inputs, widths, batch, dtype, *, rows_of_bias=None, stride=0, shift=
 def assert_mlp_agrees(call, *, save=False):
     x, first_bias, weights, biases = call
     results = cuda.mlp_value_and_grad(*call, save_pre_activations=save)
-    eager = _forward_reference(*call, save_pre_activations=save)
+    eager = _reference_value_and_grad(*call, save_pre_activations=save)
     wide = (x.double(), first_bias.double(), [w.double() for w in weights], [b.double() for b in biases])
-    exact = _forward_reference(*wide, save_pre_activations=save)
+    exact = _reference_value_and_grad(*wide, save_pre_activations=save)
     flat = [(result[0], result[1], *result[2]) for result in (results, eager, exact)]
     assert len({len(tensors) for tensors in flat}) == 1
     for result, plain, truth in zip(*flat, strict=True):

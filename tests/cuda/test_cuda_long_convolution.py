@@ -20,7 +20,7 @@ from tgdp_fast.ops import (
     prepare_long_convolution,
     use_backend,
 )
-from tgdp_fast.ops.long_convolution import _pack_for_cuda, _reader, _refuses_cuda, packed_for
+from tgdp_fast.ops.long_convolution import _pack_for_cuda, _reader, _unsupported_by_cuda, packed_for
 from tgdp_fast.runtime import native
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -317,11 +317,11 @@ def test_refusals(monkeypatch):
     prepared = prepare(taps, FLOAT32)
 
     def reason(u=u, prepared=prepared):
-        return _refuses_cuda(u, *prepared, True)
+        return _unsupported_by_cuda(u, *prepared, True)
 
-    monkeypatch.setattr("tgdp_fast.ops._cuda.refuses_device", lambda tensor: "an old device")
+    monkeypatch.setattr("tgdp_fast.ops._cuda.unsupported_device", lambda tensor: "an old device")
     assert reason() == "an old device"
-    monkeypatch.setattr("tgdp_fast.ops._cuda.refuses_device", lambda tensor: None)
+    monkeypatch.setattr("tgdp_fast.ops._cuda.unsupported_device", lambda tensor: None)
     assert reason() is None
     assert reason(u.half()) is None
     assert "computes no gradients" in reason(u.clone().requires_grad_())

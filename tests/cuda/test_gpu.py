@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tgdp_fast import sample
+from tgdp_fast import Sampler, SamplingConfig, sample
 from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
 from tgdp_fast.lab.validate import failures, validate
 from tgdp_fast.ops import backend_report, long_convolution, prepare_long_convolution
@@ -71,6 +71,26 @@ def test_batches_are_captured_and_change_nothing(monkeypatch):
     whole = sample(*networks, batch_size=500, **arguments)
     assert captures == [1]
     torch.testing.assert_close(parts, whole, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_second_draw_of_a_sampler_replays_and_follows_changed_weights(monkeypatch, precision):
+    captures = []
+    real = sampling_loop.capture
+    monkeypatch.setattr(sampling_loop, "capture", lambda *call: captures.append(1) or real(*call))
+    networks = models("cuda")
+    sampler = Sampler(*networks, SamplingConfig(steps=10, precision=precision, backend="triton"))
+    first, second, third = (sampler.draw(100, seed=1) for _ in range(3))
+    assert captures == [1]
+    assert torch.equal(second, third)
+    torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        for parameter in networks[0].parameters():
+            parameter.add_(0.05)
+    changed = sampler.draw(100, seed=1)
+    assert not torch.allclose(changed, first, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(sampler.draw(100, seed=1), changed, rtol=2e-2, atol=2e-2)
+    assert captures == [1, 1]
 
 
 def test_repeated_runs_are_bitwise_equal():

@@ -18,6 +18,7 @@ from tgdp_fast.cli import main as cli
 from tgdp_fast.ecg.cohorts import load_cohorts
 from tgdp_fast.ecg.config import PRESETS, ConfigError, load_config, to_dict
 from tgdp_fast.ecg.costs import Costs
+from tgdp_fast.ecg.denoisers import untrained
 from tgdp_fast.ecg.density_ratio import SignalDomainClassifier
 from tgdp_fast.ecg.evaluation import cost
 from tgdp_fast.ecg.pipeline import NotComputedError, Pipeline
@@ -144,6 +145,27 @@ def test_a_file_may_say_what_the_package_samples_with(tmp_path: Path) -> None:
         "precision": "fp32",
         "seed": 0,
         "batch_size": 16,
+    }
+    # Names and values enter the signatures of stages: others would train a kept folder again.
+    assert to_dict(PRESETS["smoke"].guidance) == {
+        "domain_classifier": "features",
+        "conditional": True,
+        "loss": "poisson",
+        "consistency": 0.0,
+        "cycle": 0.0,
+        "width": 128,
+        "depth": 4,
+        "alpha_power": 2.0,
+        "time_distribution": "uniform",
+        "training": {
+            "steps": 200,
+            "batch_size": 32,
+            "learning_rate": 2e-3,
+            "weight_decay": 1.0,
+            "ema_decay": 0.98,
+            "warmup": 50,
+            "gradient_clip": 1.0,
+        },
     }
     path.write_text("[backbone]\ncheckpoint_units = 'standardised'")  # As earlier versions spelled it.
     assert load_config(path).backbone.checkpoint_units == "standardized"
@@ -350,6 +372,8 @@ def test_verbs_compute_and_attributes_do_not(finished: Path, config: Path, tmp_p
     assert done.draw("tgdp") == {"tgdp": done.samples["tgdp"]}
     assert set(done.denoisers) == {"source", "vanilla", "fine_tune"}
     assert done.ratio == done.estimate_ratio()
+    source, vanilla = (untrained(done.run, done.cohorts, name).network for name in ("source", "vanilla"))
+    assert not all(torch.equal(a, b) for a, b in zip(source.parameters(), vanilla.parameters(), strict=True))
 
 
 def test_a_second_run_computes_nothing(finished: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from native import run_with
+from solver_step import guided_step
 from test_guided_step import COMMON, MATRICES, inputs, run_oracle
 from test_noise import KNOWN_ANSWERS, MASK, normal_oracle, philox_oracle
 from tolerances import FEW_OPERATIONS, allowed
@@ -14,7 +15,7 @@ from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_
 from tgdp_fast.lab import validate
 from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.lab.cases import CHECKS
-from tgdp_fast.ops import BackendUnavailableError, guided_step, noise
+from tgdp_fast.ops import BackendUnavailableError, SolverStep, noise
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 tl = triton.language
@@ -178,10 +179,10 @@ def test_addresses_beyond_32_bits(monkeypatch, normals):
     pointers = [Far(output, start - block) for output in outputs]
     pointers += [Far(tensor, start) for tensor in (x, epsilon, gradient, history[0])]
     index = torch.tensor([5, (1 << 40) + 1, -9])
-    coefficients = (0.9, 0.2, 0.0, -0.3, 0.1, 0.0, 0.0, 0.7, 0.0, 0.0, 0.0, 0.0)
+    step = SolverStep(((0.9, 0.2, -0.3), (0.1, 0.0, 0.7)), 0.4, 0.7, 0.6, 0.8)
     run_program(
-        monkeypatch, guided_step_kernel, program, *pointers, index, elements, size, *coefficients, 0.4, 0.7, 0.6, 0.8,
-        0.0, 0.0, 3, -(1 << 31), 5, slots=1, clamp=False, normals=normals, long=True, block=block,
+        monkeypatch, guided_step_kernel, program, *pointers, index, elements, size, step, 3, -(1 << 31), 5,
+        normals=normals, long=True, block=block,
     )  # fmt: skip
     z = np.empty(block)
     for lane in range(block):
@@ -301,10 +302,10 @@ def test_inference_mode_and_registration():
         for a, b in zip(guided_step(x, epsilon, gradient, history, **keywords), expected, strict=True):
             assert torch.equal(a, b)
     operator = torch.ops.tgdp_fast.guided_step_triton.default
-    matrix = [entry for row in MATRICES[2] for entry in row]
-    arguments = (matrix, 0.4, 0.7, 0.6, 0.8)
-    torch.library.opcheck(operator, (x, epsilon, gradient, history, *arguments, [-1.0, 1.0], 1, 2, torch.arange(5), 3))
-    torch.library.opcheck(operator, (x.mT, epsilon.mT, None, None, *arguments, None, 1, 2, None, 3))
+    numbers = [0.4, 0.7, 0.6, 0.8, *(entry for row in MATRICES[2] for entry in row)]
+    tensors = x, epsilon, gradient, history, torch.arange(5)
+    torch.library.opcheck(operator, (*tensors, numbers, [-1.0, 1.0], [1, 2, 3]))
+    torch.library.opcheck(operator, (x.mT, epsilon.mT, None, None, None, numbers, None, [1, 2, 3]))
 
 
 @interpreted

@@ -83,7 +83,7 @@ def test_signals_and_filters_of_any_size(dtype):
     u[0, 2] = 0.0
     prepared = prepare_long_convolution(taps, dtype)
     launched = torch.empty(u.shape)
-    kernels.launch(launched, u, prepared.packed, prepared.scales, activation=False, split=dtype == torch.float32)
+    kernels.launch(launched, u, prepared.packed, prepared.scales, activation=False, exact=dtype == torch.float32)
     exact = oracle(u, taps, gelu=False)
     errors, norms = (np.linalg.norm(values, axis=2) for values in (launched.double().numpy() - exact, exact))
     assert (errors <= limit(dtype) * norms).all()
@@ -157,8 +157,8 @@ def test_long_batches_of_triton_are_addressed_beyond_32_bits(monkeypatch):
     distance = sample * channels * length
     run_program(
         monkeypatch, kernels.long_convolution_kernel, channel * parts + sample, Far(output, distance),
-        Far(u, distance), packed, scales, roots, twiddles, parts, channels, length, 1, channels * length, length,
-        channels * length, length, GELU=True, SATURATE=False, ALIGNMENT=1, A=32, B=16, SAMPLES=1, PRECISION="fp16x4",
+        Far(u, distance), packed, scales, roots, twiddles, parts, channels, length, 1, (channels * length, length),
+        (channels * length, length), GELU=True, SATURATE=False, ALIGNMENT=1, A=32, B=16, SAMPLES=1, PRECISION="fp16x4",
     )  # fmt: skip
     exact = oracle(u, taps)[0, 2]
     got = output[2 * length : 3 * length].double().numpy()

@@ -20,8 +20,8 @@ from tgdp_fast.lab import accuracy, cases, validate
 from tgdp_fast.lab.benchmark import floors, report, runner
 from tgdp_fast.lab.cases import ecg_guidance, fit_step, guided_step, mlp, sampling, sssd_ecg, sssd_ecg_peers
 from tgdp_fast.lab.cases.case import Case, InaccurateError, place
-from tgdp_fast.ops import _dispatch
-from tgdp_fast.ops.mlp_value_and_grad import _forward_reference
+from tgdp_fast.ops import registry
+from tgdp_fast.ops.mlp import _reference_value_and_grad
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -30,9 +30,9 @@ QUICK = runner.Options(seconds=0.01, least_rounds=2, most_rounds=3, providers=("
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the registry, so that a test may add to it."""
-    monkeypatch.setattr(_dispatch, "_registry", {k: dict(v) for k, v in _dispatch._registry.items()})
+    monkeypatch.setattr(registry, "_registry", {k: dict(v) for k, v in registry._registry.items()})
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def silent(_: str) -> None:
 
 def wrong_mlp(factor: float) -> Any:
     def forward(*call: Any, **keywords: Any) -> Any:
-        value, gradient, saved = _forward_reference(*call, **keywords)
+        value, gradient, saved = _reference_value_and_grad(*call, **keywords)
         return value, factor * gradient, saved
 
     return forward
@@ -55,11 +55,11 @@ def wrong_mlp(factor: float) -> Any:
 # the numeric gate -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize("factor", [1.01, math.nan])
 def test_a_wrong_provider_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_dispatch._REQUIRED_DEVICE, "cuda", "cpu")
-    _dispatch.register("mlp_value_and_grad", "cuda", wrong_mlp(factor))
+    monkeypatch.setitem(registry._BACKENDS, "cuda", registry.Backend("cuda", "cpu", ("cuda",)))
+    registry.register("mlp_value_and_grad", "cuda", wrong_mlp(factor))
     timed = []
     real = runner.interleave
     monkeypatch.setattr(runner, "interleave", lambda entries, options: (timed.extend(entries), real(entries, options)))
@@ -77,13 +77,13 @@ def test_a_wrong_provider_is_not_timed(factor: float, monkeypatch: pytest.Monkey
     assert "| failed " in report.table(rows)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_a_provider_that_raises_costs_no_other_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise TypeError("no such kernel")
 
-    monkeypatch.setitem(_dispatch._REQUIRED_DEVICE, "cuda", "cpu")
-    _dispatch.register("mlp_value_and_grad", "cuda", broken)
+    monkeypatch.setitem(registry._BACKENDS, "cuda", registry.Backend("cuda", "cpu", ("cuda",)))
+    registry.register("mlp_value_and_grad", "cuda", broken)
     lines: list[str] = []
     options = runner.Options(seconds=0.01, least_rounds=1, most_rounds=1, providers=("reference", "cuda"))
     rows = runner.run_case(mlp.case(3, 2, 8), options, FLOORS, lines.append)
@@ -248,9 +248,9 @@ def test_compiled_provider(case: Case) -> None:
     assert row["median_s"] is not None, lines
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_a_backend_is_a_provider_only_where_it_runs() -> None:
-    _dispatch.register("mlp_value_and_grad", "triton", _forward_reference)
+    registry.register("mlp_value_and_grad", "triton", _reference_value_and_grad)
     assert "triton" in mlp.case(1, 2, 8).providers()
     assert "triton" not in guided_step.case(4).providers()
     lines: list[str] = []
@@ -458,20 +458,20 @@ def test_validate_passes_and_covers_everything(tmp_path: Path, capsys: pytest.Ca
     assert re.search(r"\d+ checks, 0 failed", capsys.readouterr().out)
     content = json.loads(file.read_text())
     assert all(tuple(row) == validate.KEYS for row in content["rows"])
-    report_here = _dispatch.backend_report()
+    report_here = registry.backend_report()
     expected = {(o, b) for o, states in report_here.items() for b, state in states.items() if state == "available"}
     assert {(row["operator"], row["backend"]) for row in content["rows"]} == expected
     assert {row["dtype"] for row in content["rows"]} == set(accuracy.PRECISIONS)
 
 
 def test_every_operator_has_checks() -> None:
-    assert set(cases.CHECKS) == set(_dispatch.backend_report())
+    assert set(cases.CHECKS) == set(registry.backend_report())
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_validate_catches_a_wrong_operator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    record = _dispatch.Implementation("mlp_value_and_grad", "reference", wrong_mlp(1.0 + 3e-6))
-    monkeypatch.setitem(_dispatch._registry["mlp_value_and_grad"], "reference", record)
+    record = registry.Implementation("mlp_value_and_grad", "reference", wrong_mlp(1.0 + 3e-6))
+    monkeypatch.setitem(registry._registry["mlp_value_and_grad"], "reference", record)
     assert main(["validate", "--backend", "reference"]) == 1
     failed = [
         line for line in capsys.readouterr().out.splitlines() if line.endswith("| failed  |") or "| failed" in line
@@ -480,12 +480,12 @@ def test_validate_catches_a_wrong_operator(monkeypatch: pytest.MonkeyPatch, caps
     assert all("mlp_value_and_grad" in line and "fp32" in line for line in failed)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_validate_reports_refusals_and_operators_without_checks() -> None:
-    _dispatch.register(
-        "mlp_value_and_grad", "triton", _forward_reference, lambda x, *_: "no" if x.shape[0] == 1 else None
+    registry.register(
+        "mlp_value_and_grad", "triton", _reference_value_and_grad, lambda x, *_: "no" if x.shape[0] == 1 else None
     )
-    _dispatch.register("another", "triton", _forward_reference)
+    registry.register("another", "triton", _reference_value_and_grad)
     rows = validate.validate("triton")
     refused = [row for row in rows if row["verdict"] == "refused: no"]
     assert {row["shape"].split("]")[0] for row in refused} == {"[1, 2", "[1, 1", "[1, 7"}
@@ -551,7 +551,7 @@ def test_a_page_quotes_the_result_of_a_gpu() -> None:
     result = report.load(ROOT / "bench" / "results" / name[1])
     assert report.times(result["rows"], *GPU_TIMES) in page
     assert result["environment"]["cuda"]["device"] == "NVIDIA H200"
-    assert name[1] in (ROOT / "tgdp_fast" / "ops" / "_measured.py").read_text()
+    assert name[1] in (ROOT / "tgdp_fast" / "ops" / "measured.py").read_text()
 
 
 def test_a_page_quotes_a_committed_result() -> None:

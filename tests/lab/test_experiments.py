@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from tgdp_fast import GuidanceConfig, Logistic, TrainingConfig
 from tgdp_fast.data.digits import load_digits_arrays
 from tgdp_fast.fit import guidance as transfer
+from tgdp_fast.fit.guidance import GuidanceFit, fit_guidance
 from tgdp_fast.lab.experiments import digits, gaussians
 from tgdp_fast.runtime import figures
 from tgdp_fast.runtime.tables import RowStore, markdown_table, mean_and_deviation
@@ -26,13 +28,19 @@ TINY = TrainingConfig(steps=5, batch_size=32, ema_decay=0.5, warmup=1)
 KEYS = ["n", "seed", "method", "sw2", "nll", "average_likelihood", "mmd", "mode_mass", "fit_seconds", "sample_seconds"]
 
 
+def quick_guidance(*arguments: Any, config: GuidanceConfig | None = None, **keywords: Any) -> GuidanceFit:
+    """``fit_guidance`` in a few steps."""
+    return fit_guidance(*arguments, config=replace(config or GuidanceConfig(), training=TINY), **keywords)
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, quick_ratio: None) -> None:
     """Every fit a few steps long."""
     for module in (gaussians, digits):
-        for name in ("train_vanilla", "fine_tune", "fit_guidance"):
+        for name in ("train_vanilla", "fine_tune"):
             real = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, _real=real, **k: _real(*a, **{**k, "settings": TINY}))
+        monkeypatch.setattr(module, "fit_guidance", quick_guidance)
 
 
 def plan(out: Path, **changes: Any) -> gaussians.Plan:
@@ -153,7 +161,7 @@ def test_an_interrupted_row_leaves_no_older_one_beside_its_arrays(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gaussians.metrics, "sliced_wasserstein", interrupted)
+        patch.setattr(gaussians, "sliced_wasserstein", interrupted)
         with pytest.raises(KeyboardInterrupt):
             gaussians.run(plan(tmp_path, methods=("target",), num_target=(4,), seeds=1, num_samples=60))
     gaussians.run(first)

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from ecg_files import real_data
 from label_shift import Draw, Rate, corrected_share, divide, mixture
 from rhythm_beats import Beats, cut_beats, load_rhythm_beats
 
-from tgdp_fast import TrainingConfig
+from tgdp_fast import GuidanceConfig, TrainingConfig
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg, synthetic_ecg_with_rates
+from tgdp_fast.fit.guidance import GuidanceFit, fit_guidance
 
 TINY = TrainingConfig(steps=3, batch_size=16, ema_decay=0.5, warmup=1)
 
@@ -50,12 +52,18 @@ def made_up(records: int = 12, each: int = 7, seed: int = 0) -> Beats:
     return Beats((x / x.std(axis=1, keepdims=True)).astype(np.float32), number, fibrillation)
 
 
+def quick_guidance(*arguments: Any, config: GuidanceConfig | None = None, **keywords: Any) -> GuidanceFit:
+    """``fit_guidance`` in a few steps."""
+    return fit_guidance(*arguments, config=replace(config or GuidanceConfig(), training=TINY), **keywords)
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fit a few steps long, and no R peaks to look for."""
-    for name in ("train_vanilla", "fine_tune", "fit_guidance", "fit_density_ratio"):
+    for name in ("train_vanilla", "fine_tune", "fit_density_ratio"):
         real = getattr(label_shift, name)
         monkeypatch.setattr(label_shift, name, lambda *a, _real=real, **k: _real(*a, **{**k, "settings": TINY}))
+    monkeypatch.setattr(label_shift, "fit_guidance", quick_guidance)
     monkeypatch.setattr(rhythm_beats, "synthetic_rhythm_beats", lambda num: made_up())
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from solver_step import guided_step, guided_step_reference
 from tolerances import FEW_OPERATIONS, allowed
 from triton_interpreter import interpreted
 
-from tgdp_fast.ops import BackendUnavailableError, guided_step, noise
-from tgdp_fast.ops.guided_step import guided_step_reference
+from tgdp_fast.ops import BackendUnavailableError, noise
 from tgdp_fast.runtime import native
 
 MATRICES = {

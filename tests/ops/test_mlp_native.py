@@ -1,4 +1,4 @@
-"""The compiled perceptron kernels against float64, at awkward shapes, dtypes, strides and instruction sets."""
+"""The compiled MLP kernels against float64, at awkward shapes, dtypes, strides and instruction sets."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from native import CAPABILITIES, needs_extension, run_with
 from tolerances import assert_no_worse_than_eager, of_perceptron, of_perceptron_backward, of_sums
 from torch import Tensor
 
-from tgdp_fast.ops import BackendUnavailableError, mlp_value_and_grad, perceptron, use_backend
-from tgdp_fast.ops._dispatch import lookup
-from tgdp_fast.ops.mlp_value_and_grad import _forward_reference, mlp_value_and_grad_backward_reference
-from tgdp_fast.ops.perceptron import _forward_reference as outputs_reference
-from tgdp_fast.ops.perceptron import perceptron_backward_reference
+from tgdp_fast.ops import BackendUnavailableError, mlp_forward, mlp_value_and_grad, use_backend
+from tgdp_fast.ops.mlp import (
+    _reference_forward,
+    _reference_value_and_grad,
+    mlp_backward_reference,
+    mlp_value_and_grad_backward_reference,
+)
+from tgdp_fast.ops.registry import lookup
 
 pytestmark = needs_extension
 
@@ -28,11 +31,11 @@ def _backward_cpu(*call, **keywords):
 
 
 def outputs_cpu(*call, **keywords):
-    return lookup("perceptron", "cpu").function(*call, **keywords)
+    return lookup("mlp_forward", "cpu").function(*call, **keywords)
 
 
 def outputs_backward_cpu(*call, **keywords):
-    return lookup("perceptron_backward", "cpu").function(*call, **keywords)
+    return lookup("mlp_backward", "cpu").function(*call, **keywords)
 
 
 # D, H_1, .., H_L and the batch: one hidden layer, one input, odd widths, no row, one row, few inputs and many, blocks
@@ -80,8 +83,8 @@ def distance(got: Tensor, truth: Tensor) -> float:
 def test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, per_sample):
     call = network(sizes, batch, dtype, per_sample)
     value, gradient, kept = _forward_cpu(*call, save_pre_activations=True)
-    eager_value, eager_gradient, eager_kept = _forward_reference(*call, save_pre_activations=True)
-    exact = _forward_reference(*double(*call), save_pre_activations=True)
+    eager_value, eager_gradient, eager_kept = _reference_value_and_grad(*call, save_pre_activations=True)
+    exact = _reference_value_and_grad(*double(*call), save_pre_activations=True)
     got, eager = (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept)
     assert_no_worse_than_eager(got, eager, (*exact[:2], *exact[2]), of_perceptron(sizes, dtype))
 
@@ -97,8 +100,8 @@ def test_all_outputs_and_their_derivative(sizes, batch, dtype, outputs):
         results = []
         for forward, backward, convert in (
             (outputs_cpu, outputs_backward_cpu, lambda *tensors: tensors),
-            (outputs_reference, perceptron_backward_reference, lambda *tensors: tensors),
-            (outputs_reference, perceptron_backward_reference, double),
+            (_reference_forward, mlp_backward_reference, lambda *tensors: tensors),
+            (_reference_forward, mlp_backward_reference, double),
         ):
             x, first_bias, weights, biases = convert(*call)
             output, kept = forward(x, first_bias, weights, biases, save_pre_activations=True)
@@ -112,10 +115,10 @@ def test_all_outputs_and_their_derivative(sizes, batch, dtype, outputs):
 def test_the_gradient_twin_of_all_outputs_is_that_of_autograd():
     x, first_bias, weights, biases = double(*network((3, 20, 30), 50, per_sample=False, outputs=4))
     leaves = [t.requires_grad_() for t in (x, first_bias, *weights, *biases)]
-    output, kept = outputs_reference(x, first_bias, weights, biases, save_pre_activations=True)
+    output, kept = _reference_forward(x, first_bias, weights, biases, save_pre_activations=True)
     cotangent = torch.randn_like(output)
     exact = torch.autograd.grad(output, leaves, cotangent)
-    got = perceptron_backward_reference(cotangent, x, first_bias, weights, kept, needs_grad=(True,) * 7)
+    got = mlp_backward_reference(cotangent, x, first_bias, weights, kept, needs_grad=(True,) * 7)
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -128,7 +131,7 @@ import test_mlp_native as tests
 for batch in (1, 3, 20):
     call = tests.network((1, 130, 70), batch)
     call = (call[0][:, :0], call[1], [call[2][0][:, :0], *call[2][1:]], call[3])
-    exact = tests._forward_reference(*call, save_pre_activations=True)
+    exact = tests._reference_value_and_grad(*call, save_pre_activations=True)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         got = tests._forward_cpu(*call, save_pre_activations=True)
@@ -168,8 +171,12 @@ def test_joint_derivative(sizes, batch, dtype, cotangents):
         results = []
         for forward, backward, convert in (
             (_forward_cpu, _backward_cpu, lambda t: t),
-            (_forward_reference, mlp_value_and_grad_backward_reference, lambda t: t),
-            (_forward_reference, mlp_value_and_grad_backward_reference, lambda t: None if t is None else t.double()),
+            (_reference_value_and_grad, mlp_value_and_grad_backward_reference, lambda t: t),
+            (
+                _reference_value_and_grad,
+                mlp_value_and_grad_backward_reference,
+                lambda t: None if t is None else t.double(),
+            ),
         ):
             x, first_bias = convert(call[0]), convert(call[1])
             weights, biases = [convert(w) for w in call[2]], [convert(b) for b in call[3]]
@@ -286,7 +293,7 @@ def test_split_products_keep_sixteen_bits():
     lower = [[t.bfloat16() for t in i] if isinstance(i, list) else i.bfloat16() for i in call]
     results = []
     for inputs, keywords in (
-        (call, {"split": True, "backend": "cpu"}),
+        (call, {"bf16x3": True, "backend": "cpu"}),
         (lower, {"backend": "cpu"}),
         (double(*call), {}),
     ):
@@ -314,7 +321,7 @@ def test_autograd_through_the_kernels_matches_the_reference():
         leaves = [t.requires_grad_() for t in (x, first_bias, *weights, *biases)]
         with use_backend(backend):
             value, gradient = mlp_value_and_grad(x, first_bias, weights, biases)
-            alone = perceptron(x, first_bias, weights, biases, backend=backend)
+            alone = mlp_forward(x, first_bias, weights, biases, backend=backend)
         loss = (gradient**2).mean() + value.exp().mean() + (alone**2).mean()
         gradients.append(torch.autograd.grad(loss, leaves))
     for a, b in zip(*gradients, strict=True):

@@ -9,9 +9,9 @@ from tolerances import assert_no_worse_than_eager, of_perceptron_backward, rms
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast.ops import BackendUnavailableError, _dispatch, mlp_value_and_grad, perceptron
-from tgdp_fast.ops.mlp_value_and_grad import (
-    _forward_reference,
+from tgdp_fast.ops import BackendUnavailableError, mlp_forward, mlp_value_and_grad, registry
+from tgdp_fast.ops.mlp import (
+    _reference_value_and_grad,
     mlp_value_and_grad_backward_reference,
     mlp_value_and_grad_reference,
 )
@@ -114,8 +114,8 @@ def test_only_the_needed_gradients_are_computed(monkeypatch):
         seen.append([gradient is not None for gradient in result])
         return result
 
-    record = _dispatch.Implementation("mlp_value_and_grad_backward", "reference", spy)
-    monkeypatch.setitem(_dispatch._registry["mlp_value_and_grad_backward"], "reference", record)
+    record = registry.Implementation("mlp_value_and_grad_backward", "reference", spy)
+    monkeypatch.setitem(registry._registry["mlp_value_and_grad_backward"], "reference", record)
     full = problem(3, requires_grad=True)
     value, gradient = mlp_value_and_grad(*full)
     everything = torch.autograd.grad((gradient**2).sum() + value.sum(), flat(*full))
@@ -135,8 +135,8 @@ def test_a_loss_on_the_value_alone_skips_the_tangent_pass(monkeypatch):
         missing.append([cotangent is None for cotangent in call[:2]])
         return mlp_value_and_grad_backward_reference(*call, needs_grad=needs_grad)
 
-    record = _dispatch.Implementation("mlp_value_and_grad_backward", "reference", spy)
-    monkeypatch.setitem(_dispatch._registry["mlp_value_and_grad_backward"], "reference", record)
+    record = registry.Implementation("mlp_value_and_grad_backward", "reference", spy)
+    monkeypatch.setitem(registry._registry["mlp_value_and_grad_backward"], "reference", record)
     arguments = problem(2, requires_grad=True)
     mlp_value_and_grad(*arguments)[0].sum().backward()
     mlp_value_and_grad(*arguments)[1].sum().backward()
@@ -145,7 +145,7 @@ def test_a_loss_on_the_value_alone_skips_the_tangent_pass(monkeypatch):
 
 def test_backward_twin_accepts_missing_cotangents():
     x, first_bias, weights, biases = problem(2)
-    _, _, saved = _forward_reference(x, first_bias, weights, biases, save_pre_activations=True)
+    _, _, saved = _reference_value_and_grad(x, first_bias, weights, biases, save_pre_activations=True)
     fb, gb = torch.randn(4, dtype=torch.float64), torch.randn_like(x)
 
     def run(value_cotangent, gradient_cotangent):
@@ -242,7 +242,7 @@ def test_rows_of_odd_length_in_nan_filled_buffers(dtype, backend):
         leaves = [convert(tensor).requires_grad_() for tensor in dense]
         call = leaves[0], leaves[1], leaves[2:5], leaves[5:]
         value, gradient = mlp_value_and_grad(*call, backend=backend)
-        output = perceptron(*call, backend=backend)
+        output = mlp_forward(*call, backend=backend)
         both = convert(cotangents[1]), convert(cotangents[0])
         results.append([value, gradient, output])
         results[-1] += torch.autograd.grad((gradient, value), leaves, (both[1], both[0][:, 0]))
@@ -318,7 +318,7 @@ def test_activations_of_16_bit_inputs_lose_nothing_to_their_dtype(dtype):
 def test_backward_twin_reduces_a_broadcast_bias():
     for bias_rows in (0, 1, -1):
         x, first_bias, weights, biases = problem(2, bias_rows=bias_rows)
-        _, _, saved = _forward_reference(x, first_bias, weights, biases, save_pre_activations=True)
+        _, _, saved = _reference_value_and_grad(x, first_bias, weights, biases, save_pre_activations=True)
         cotangents = (x.new_ones(4), torch.ones_like(x))
         grads = mlp_value_and_grad_backward_reference(*cotangents, x, first_bias, weights, saved)
         expected = [t.shape for t in flat(x, first_bias, weights, biases)]
@@ -377,21 +377,21 @@ def test_backend_is_chosen_in_the_forward_call(monkeypatch):
 
     def forward(*call, **keywords):
         used.append("forward")
-        return _forward_reference(*call, **keywords)
+        return _reference_value_and_grad(*call, **keywords)
 
     def backward(*call, **keywords):
         used.append("backward")
         return mlp_value_and_grad_backward_reference(*call, **keywords)
 
-    monkeypatch.setattr(_dispatch, "_registry", {k: dict(v) for k, v in _dispatch._registry.items()})
-    _dispatch.register("mlp_value_and_grad", "triton", forward)
+    monkeypatch.setattr(registry, "_registry", {k: dict(v) for k, v in registry._registry.items()})
+    registry.register("mlp_value_and_grad", "triton", forward)
     with pytest.raises(BackendUnavailableError, match="mlp_value_and_grad_backward"):
         mlp_value_and_grad(x, first_bias, weights, biases, backend="triton")
     with torch.no_grad():
         mlp_value_and_grad(x, first_bias, weights, biases, backend="triton")
-    _dispatch.register("mlp_value_and_grad_backward", "triton", backward)
+    registry.register("mlp_value_and_grad_backward", "triton", backward)
     used.clear()
-    with _dispatch.use_backend("triton"):
+    with registry.use_backend("triton"):
         value, _ = mlp_value_and_grad(x, first_bias, weights, biases)
     # Outside of the block, as an autograd thread would be.
     value.sum().backward()

@@ -345,13 +345,13 @@ def test_what_the_cuda_kernel_refuses(monkeypatch):
         asked.append(question)
         return "too wide"
 
-    monkeypatch.setattr(module._cuda, "refuses_device", lambda tensor: None)
+    monkeypatch.setattr(module._cuda, "unsupported_device", lambda tensor: None)
     monkeypatch.setattr(torch.ops.tgdp_fast, "cuda_trajectory_refusal", launcher, raising=False)
     x, score, guidance, numbers = torch.zeros(2, 1), linear_network(0.3), linear_network(2.0), plan()
-    assert module._refuses_cuda(x, score, guidance, numbers) == "too wide"
+    assert module._unsupported_by_cuda(x, score, guidance, numbers) == "too wide"
     assert asked == [(x.get_device(), torch.float32, 1, 0, [2], [2])]
     half = score._replace(weights=[weight.bfloat16() for weight in score.weights])
-    assert "one dtype" in module._refuses_cuda(x, half, guidance, numbers)
+    assert "one dtype" in module._unsupported_by_cuda(x, half, guidance, numbers)
     double = score._replace(weights=[weight.double() for weight in score.weights])
-    assert "float64" in module._refuses_cuda(x, double, None, numbers)
+    assert "float64" in module._unsupported_by_cuda(x, double, None, numbers)
     assert len(asked) == 1

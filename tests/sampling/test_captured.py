@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tgdp_fast import SSSDECG, Denoiser, GuidanceNetwork, NoiseSchedule, Sampler, SamplingConfig, ScoreMLP, sample
-from tgdp_fast.ops import _measured, use_backend
+from tgdp_fast.ops import measured, use_backend
 from tgdp_fast.sampling import loop as looping
 from tgdp_fast.sampling import sampler as sampling
 from tgdp_fast.sampling.loop import GraphCache, state_of
@@ -30,7 +30,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def capture(function, inputs):
         events.append("capture")
-        assert _measured._replayed()
+        assert measured._captured()
         outputs = tuple(torch.full_like(tensor, float("nan")) for tensor in function(*inputs))
 
         def replay() -> None:
@@ -94,15 +94,20 @@ def test_graphs_are_bounded_in_number_and_the_one_unused_for_longest_goes(captur
     assert [run(1), run(2)] == ["replay", ""]
 
 
-def test_another_state_drops_all_graphs(captured):
+def test_other_settings_drop_all_graphs(captured):
     graphs = GraphCache("a sum")
-    x = torch.ones(3)
-    for _ in range(2):
-        graphs.run(add, x, None, state="one")
-    graphs.run(add, x, None, state="two")
-    assert captured == ["capture", "replay"]
-    graphs.run(add, x, None, state="one")
-    assert captured == ["capture", "replay"]
+
+    def run(settings: str) -> str:
+        del captured[:]
+        with graphs.checked(settings):
+            graphs.run(add, torch.ones(3), None)
+        return " ".join(captured)
+
+    assert [run(settings) for settings in ("one", "one", "one")] == ["", "capture replay", "replay"]
+    assert [run(settings) for settings in ("two", "one", "one")] == ["", "", "capture replay"]
+    with pytest.raises(ValueError, match="x"), graphs.checked("one"):
+        raise ValueError("x")
+    assert run("one") == ""
 
 
 def test_what_cannot_be_captured_runs_as_it_is_and_says_so_once(monkeypatch, caplog):
@@ -185,21 +190,23 @@ def warm(captured: list[str], *models: Any, solver: str = "dpmpp_2m", **options:
     return sampler
 
 
-@pytest.mark.usefixtures("on_an_accelerator")
-def test_weights_that_change_in_place_are_followed(captured):
-    denoiser, guidance = hooked_models()
-    sampler = warm(captured, denoiser, guidance)
-    with torch.no_grad():
-        for parameter in (*denoiser.parameters(), *guidance.parameters()):
-            parameter.add_(0.1)
-    assert replays(sampler, captured)
-
-
 def hooked_models() -> tuple[Denoiser, GuidanceNetwork]:
     """Models whose full trajectory is no operator."""
     denoiser, guidance = random_models()
     denoiser.network.register_forward_hook(lambda *_: None)
     return denoiser, guidance
+
+
+def change_in_place(denoiser: Denoiser, guidance: GuidanceNetwork) -> None:
+    with torch.no_grad():
+        for parameter in (*denoiser.parameters(), *guidance.parameters()):
+            parameter.add_(0.1)
+
+
+def change_through_data(denoiser: Denoiser, _: GuidanceNetwork) -> None:
+    """Which torch does not count: a replay reads the new values."""
+    for parameter in denoiser.parameters():
+        parameter.data.add_(0.1)
 
 
 def replace_parameter(denoiser: Denoiser, _: GuidanceNetwork) -> None:
@@ -224,7 +231,18 @@ def add_hook(denoiser: Denoiser, _: GuidanceNetwork) -> None:
     denoiser.network.register_forward_hook(lambda module, inputs, output: 0.5 * output)
 
 
-@pytest.mark.parametrize("change", [replace_parameter, move_parameter, replace_network, change_number, add_hook])
+@pytest.mark.usefixtures("on_an_accelerator")
+def test_changes_that_torch_does_not_count_are_followed_by_a_replay(captured):
+    denoiser, guidance = hooked_models()
+    sampler = warm(captured, denoiser, guidance)
+    change_through_data(denoiser, guidance)
+    assert replays(sampler, captured)
+
+
+CHANGES = [change_in_place, replace_parameter, move_parameter, replace_network, change_number, add_hook]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.usefixtures("on_an_accelerator")
 def test_a_changed_model_makes_its_graphs_stale(captured, change):
     denoiser, guidance = hooked_models()
@@ -280,14 +298,22 @@ def test_what_is_no_module_may_change_unseen_and_is_captured_for_one_draw_only(c
     assert captured == []
 
 
+DISCRETE = NoiseSchedule.from_betas(torch.linspace(1e-3, 0.1, 50, dtype=torch.float64))
+
+
+def small_network() -> SSSDECG:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"in_channels": 2, "out_channels": 2, "res_channels": 4, "skip_channels": 4}
+    network = SSSDECG(num_res_layers=1, num_classes=0, l_max=16, d_state=4, step_dims=(4, 4, 4), **sizes)
+    nn.init.normal_(network.final_conv[2].conv.weight)
+    return network.eval()
+
+
 @pytest.mark.usefixtures("on_an_accelerator")
 def test_a_compiled_network_refuses_changed_weights_through_a_graph_too(captured):
     """It holds folded weights, which a replay would go on reading."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"in_channels": 2, "out_channels": 2, "res_channels": 4, "skip_channels": 4}
-    network = SSSDECG(num_res_layers=1, num_classes=0, l_max=16, d_state=4, step_dims=(4, 4, 4), **sizes).eval()
-    schedule = NoiseSchedule.from_betas(torch.linspace(1e-3, 0.1, 50, dtype=torch.float64))
-    sampler = Sampler(Denoiser(network, schedule).compile_for_sampling(), config=SamplingConfig(steps=3))
+    network = small_network()
+    sampler = Sampler(Denoiser(network, DISCRETE).compile_for_sampling(), config=SamplingConfig(steps=3))
     for _ in range(3):
         sampler.draw(2)
     assert captured == ["capture", "replay", "replay"]
@@ -310,13 +336,30 @@ def test_a_graph_keeps_what_its_kernels_read(captured):
     kept = [weakref.ref(model.work), weakref.ref(model.rows[0])]
     graphs = GraphCache("the loop", (model,))
     for _ in range(2):
-        graphs.run(lambda x: (x,), torch.ones(2), state=1)
+        with graphs.checked():
+            graphs.run(lambda x: (x,), torch.ones(2))
+    assert captured == ["capture", "replay"]
     model.work, model.rows[0] = torch.zeros(4), torch.zeros(4)
     gc.collect()
     assert all(reference() is not None for reference in kept)
-    graphs.run(lambda x: (x,), torch.ones(2), state=2)
+    with graphs.checked():
+        graphs.run(lambda x: (x,), torch.ones(2))
     gc.collect()
     assert all(reference() is None for reference in kept)
+
+
+@pytest.mark.usefixtures("on_an_accelerator")
+def test_kernels_that_a_network_keeps_are_followed(captured):
+    """S4 computes its kernels again only when it sees changed weights, which a replay does not look for."""
+    network = small_network()
+    sampler = Sampler(Denoiser(network, DISCRETE), config=SamplingConfig(steps=3))
+    plain = [sampler.draw(2) for _ in range(3)][-1]
+    assert captured == ["capture", "replay", "replay"]
+    with torch.no_grad():
+        network.residual_layer.residual_blocks[0].S41.s4_layer.kernel.kernel.C.mul_(3.0)
+    changed = sampler.draw(2)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(changed, sample(sampler.denoiser, num=2, steps=3, callback=lambda *_: None))
 
 
 def test_a_tensor_without_an_address_is_like_no_other(monkeypatch):

@@ -22,7 +22,7 @@ from tgdp_fast import (
     sample_to_file,
     solver_table,
 )
-from tgdp_fast.ops import guided_step
+from tgdp_fast.ops import SolverStep, guided_step
 
 CONFIG = SamplingConfig("ddpm", 4, scale=1.5, interval=(0.1, 0.9), clamp=(-3.0, 3.0), gradient_norm_limit=0.5)
 
@@ -84,7 +84,7 @@ def test_weights_are_scale_times_sigma_and_a_function_is_called_once_for_each() 
     assert called == inside
     values = iter(range(2, 2 + len(inside)))
     expected = [next(values) * float(SCHEDULE.sigma(t)) if 0.2 <= t <= 0.8 else 0.0 for t in table.times.tolist()]
-    assert sampler.weights == expected
+    assert sampler.weights == tuple(expected)
     fused = sampler.draw(4)
     looped = sampler.draw(4, callback=lambda *_: None)
     assert called == inside
@@ -94,7 +94,7 @@ def test_weights_are_scale_times_sigma_and_a_function_is_called_once_for_each() 
 
 def test_without_guidance_weights_are_zero_and_a_function_is_not_called() -> None:
     sampler = Sampler(random_models()[0], config=SamplingConfig(steps=3, scale=never))
-    assert sampler.weights == [0.0] * 3
+    assert sampler.weights == (0.0,) * 3
 
 
 def test_a_guided_denoiser_lends_its_parts() -> None:
@@ -167,12 +167,14 @@ def test_the_loop_is_that_of_a_users_own_sampler() -> None:
             states[k - 1],
             evaluation.epsilon,
             evaluation.gradient,
-            matrix=table.matrix[k],
-            noise_scale=float(table.noise_scale[k]),
-            guidance_weight=evaluation.weight,
-            alpha=float(table.alpha[k]),
-            sigma=float(table.sigma[k]),
-            clamp=guided.clamp,
+            step=SolverStep(
+                table.matrix[k],
+                noise_scale=float(table.noise_scale[k]),
+                guidance_weight=evaluation.weight,
+                alpha=float(table.alpha[k]),
+                sigma=float(table.sigma[k]),
+                clamp=guided.clamp,
+            ),
             seed=2,
             sample_index=torch.arange(3),
             evaluation=k + 1,

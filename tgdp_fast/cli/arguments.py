@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -22,13 +23,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
+def kept_in_folder(options: argparse.Namespace) -> list[Path]:
+    """The folder --out, where a killed command has finished parts in it."""
+    patterns = ("rows/*", "source/*", "stages/*", "cache/*")
+    return [options.out] if any(any(options.out.glob(pattern)) for pattern in patterns) else []
+
+
 def add_command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], int | None]
+    commands: Any,
+    name: str,
+    function: Callable[[argparse.Namespace], int | None],
+    *,
+    kept: Callable[[argparse.Namespace], list[Path]] | None = kept_in_folder,
 ) -> argparse.ArgumentParser:
-    """Add a subparser that runs ``function``, whose docstring is its help."""
+    """Add a subparser that runs ``function``, whose docstring is its help.
+
+    ``kept`` gives the folders in which a run that does not finish leaves its work; None, and for commands without
+    --out: none.
+    """
     text = function.__doc__ or ""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, kept=kept)
     return parser
 
 

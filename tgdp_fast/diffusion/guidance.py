@@ -13,7 +13,7 @@ from tgdp_fast.diffusion.denoiser import number_on, per_sample
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
-from tgdp_fast.ops import mlp_value_and_grad, perceptron
+from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
 from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.pretrained import Pretrained
@@ -120,7 +120,7 @@ class GuidanceNetwork(Pretrained, nn.Module):
         """
         features = x.flatten(1) if self.stem is None else self.stem(x)
         layers = self.linear_layers()
-        value = perceptron(
+        value = mlp_forward(
             features,
             self.first_bias(t, labels),
             [layer.weight for layer in layers],

@@ -1,4 +1,4 @@
-"""The guided denoiser: epsilon of a frozen model with the gradient of log h, and what it asks of both."""
+"""The guided denoiser: epsilon of a frozen model with the gradient of log h, and the protocols of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tgdp_fast.runtime.streams import side_by_side
 
 
 class Guidance(Protocol):
-    """What the sampler asks of a guidance: the closed-form oracle and the learned network both provide it."""
+    """Interface of a guidance, provided by the closed-form oracle and the learned network."""
 
     def log_ratio_and_grad(self, x: Tensor, t: float | Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, ...], t -> (log h [B], grad_x log h [B, ...])."""
@@ -25,7 +25,7 @@ class Guidance(Protocol):
 
 
 class EpsilonModel(Protocol):
-    """What the sampler asks of a denoiser."""
+    """Interface of a denoiser."""
 
     schedule: NoiseSchedule
 
@@ -46,16 +46,16 @@ class GuidedEvaluation:
 class GuidedDenoiser:
     """A frozen denoiser with guidance: epsilon_q = epsilon_p - scale * sigma_t * grad log h  (TGDP Theorem 3.1).
 
-    For a sampler of your own; :func:`tgdp_fast.sample` takes one too.
+    For samplers of your own; :func:`tgdp_fast.sample` accepts it too.
 
     Args:
         denoiser: the source model.
-        guidance: anything with ``log_ratio_and_grad``; None leaves the source unguided.
+        guidance: any object with ``log_ratio_and_grad``; None: no guidance.
         scale: guidance scale; 1 is exact. A function of the schedule time t gives a scale schedule.
-        interval: (t_low, t_high) outside which the guidance network is not run at all.
-        clamp: (low, high) to which the predicted x0 is clamped; epsilon is recomputed from it.
-        gradient_norm_limit: largest per-sample L2 norm of scale * sigma_t * grad log h (what is subtracted from
-            epsilon, whose own norm is about sqrt(number of elements)); longer gradients are shortened.
+        interval: (t_low, t_high); the guidance network does not run outside.
+        clamp: (low, high), range of the predicted x0; epsilon is recomputed from the clamped x0.
+        gradient_norm_limit: largest per-sample L2 norm of scale * sigma_t * grad log h, the term subtracted from
+            epsilon, whose own norm is about sqrt(number of elements); longer gradients are shortened.
 
     Raises:
         ValueError: a bad scale, interval, clamp or limit.
@@ -89,7 +89,7 @@ class GuidedDenoiser:
         return 0.0 if self.guidance is None else scale_at(self.scale, self.interval, t)
 
     def evaluate(self, x: Tensor, t: float, labels: Tensor | None = None) -> GuidedEvaluation:
-        """Run the denoiser and, where the scale is not 0, the guidance network. x [B, ...]."""
+        """Run the denoiser and, unless the scale is 0, the guidance network. x [B, ...]."""
         scale = self.scale_at(t)
         weight = 0.0 if scale == 0.0 else scale * float(self.schedule.sigma(t))
         epsilon, gradient = evaluate_models(
@@ -98,7 +98,7 @@ class GuidedDenoiser:
         return GuidedEvaluation(epsilon, gradient, weight)
 
     def epsilon(self, x: Tensor, t: float, labels: Tensor | None = None) -> Tensor:
-        """Guided epsilon [B, ...], clamp included; what a sampler outside this package should call."""
+        """Guided epsilon [B, ...], clamp included; samplers outside this package should call this method."""
         evaluation = self.evaluate(x, t, labels)
         alpha, sigma = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
         return guided_epsilon(x, evaluation.epsilon, evaluation.gradient, evaluation.weight, alpha, sigma, self.clamp)[
@@ -115,10 +115,10 @@ def evaluate_models(
     weight: float,
     gradient_norm_limit: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """epsilon of the source [B, ...], and grad log h [B, ...] or, where ``weight`` is 0, None.
+    """epsilon of the source [B, ...], and grad log h [B, ...], or None if ``weight`` is 0.
 
     Args:
-        denoiser, guidance: the models; labels go to those that take any.
+        denoiser, guidance: the models; labels are passed to those that use them.
         x: [B, ...] state.
         t: schedule time.
         labels: None, [B] or [B, K].
@@ -140,10 +140,10 @@ def evaluate_models(
 def scale_at(
     scale: float | Callable[[float], float], interval: tuple[float, float] | None, t: float, name: str = "t"
 ) -> float:
-    """Guidance scale at time ``t``, 0 outside the interval. A function is called within the interval only.
+    """Guidance scale at time ``t``, 0 outside the interval. A function is called only within the interval.
 
     Raises:
-        ValueError: the function gives no finite number; the message calls the time ``name``.
+        ValueError: the function returns no finite number; the message calls the time ``name``.
     """
     if interval is not None and not interval[0] <= t <= interval[1]:
         return 0.0
@@ -151,7 +151,7 @@ def scale_at(
 
 
 def check_scale(scale: float | Callable[[float], float]) -> float | Callable[[float], float]:
-    """The scale, a number as a float; ValueError for what is neither a function nor a finite number."""
+    """The scale, a number as a float; ValueError unless it is a function or a finite number."""
     return scale if callable(scale) else check_number("scale", scale)
 
 
@@ -174,7 +174,7 @@ def check_gradient_norm_limit(limit: float | None) -> float | None:
 
 
 def hint_of_guidance(value: Any) -> str:
-    """For messages about what is no guidance: where one is inside it, as in the result of a fit."""
+    """For messages about an invalid guidance: where a valid one is inside it, as in the result of a fit."""
     return "; pass its attribute guidance" if hasattr(getattr(value, "guidance", None), "log_ratio_and_grad") else ""
 
 
@@ -190,7 +190,7 @@ def check_models(denoiser: Any, guidance: Any) -> None:
 
 
 def check_guidance(guidance: Any) -> None:
-    """Raises ValueError for what has no ``log_ratio_and_grad``."""
+    """Raises ValueError for an object without ``log_ratio_and_grad``."""
     if not hasattr(guidance, "log_ratio_and_grad"):
         raise ValueError(
             f"guidance must have a method log_ratio_and_grad(x, t, labels), got {type(guidance).__name__}"

@@ -25,13 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+
+if TYPE_CHECKING:  # It brings torch; the command line lists the names of solvers without.
+    from tgdp_fast.diffusion.schedule import NoiseSchedule
 
 __all__ = ["SOLVERS", "SPACINGS", "SolverInfo", "SolverTable", "check_eta", "solver_table"]
 

@@ -22,7 +22,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,9 +135,7 @@ class Classifier:
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     expansion: int = 4
     width: int = 64
-    training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01)
-    )
+    training: TrainingConfig = TrainingConfig(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01)
 
 
 @dataclass(frozen=True)
@@ -162,9 +160,7 @@ class Guidance:
     depth: int = 4
     alpha_power: float = 2.0
     time_distribution: str = "uniform"
-    training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=50_000, batch_size=128, learning_rate=2e-4, weight_decay=0.1)
-    )
+    training: TrainingConfig = TrainingConfig(steps=50_000, batch_size=128, learning_rate=2e-4, weight_decay=0.1)
 
     def __post_init__(self) -> None:
         check_choice("domain_classifier", self.domain_classifier, DOMAIN_CLASSIFIERS)
@@ -234,7 +230,7 @@ class Evaluation:
         plots: number of samples shown of each method.
     """
 
-    classifier: Classifier = field(default_factory=Classifier)
+    classifier: Classifier = Classifier()
     bootstrap: int = 1000
     seeds: int = 1
     plots: int = 3
@@ -253,20 +249,14 @@ class Config:
     methods: tuple[str, ...] = METHODS
     seed: int = 0
     device: str = "cpu"
-    data: Data = field(default_factory=Data)
-    backbone: Backbone = field(default_factory=Backbone)
-    source: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
-    )
-    vanilla: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
-    )
-    fine_tune: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(steps=50_000, batch_size=8, learning_rate=2e-5, ema_decay=0.9999)
-    )
-    guidance: Guidance = field(default_factory=Guidance)
-    sampling: Sampling = field(default_factory=Sampling)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    data: Data = Data()
+    backbone: Backbone = Backbone()
+    source: TrainingConfig = TrainingConfig(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
+    vanilla: TrainingConfig = TrainingConfig(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
+    fine_tune: TrainingConfig = TrainingConfig(steps=50_000, batch_size=8, learning_rate=2e-5, ema_decay=0.9999)
+    guidance: Guidance = Guidance()
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
         for method in self.methods:

@@ -15,7 +15,7 @@ import torch
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.prior import Prior
-from tgdp_fast.diffusion.solvers import solver_table
+from tgdp_fast.diffusion.solvers import SolverTable, solver_table
 from tgdp_fast.ecg.cohorts import Cohorts
 from tgdp_fast.ecg.records.output import MANIFEST, check_new_folder, write_ecg_records
 from tgdp_fast.ecg.records.statements import ALIASES, label_names, multi_hot
@@ -46,7 +46,9 @@ def sample_labels(run: Run, cohorts: Cohorts) -> np.ndarray:
 
 def new_sampler(denoiser: Denoiser, guidance: GuidanceNetwork | None, config: SamplingConfig, device: str) -> Sampler:
     """A sampler whose denoiser is compiled for the times of ``config``, on a device."""
-    table = solver_table(config.solver, denoiser.schedule, config.steps, spacing=config.spacing, eta=config.eta)
+    table = config.solver
+    if not isinstance(table, SolverTable):
+        table = solver_table(table, denoiser.schedule, config.steps, spacing=config.spacing, eta=config.eta)
     compiled = denoiser.to(device).compile_for_sampling(table, precision=config.precision)
     # The compiled network has its own precision; the guidance stays in fp32.
     config = replace(config, solver=table, precision="fp32")
@@ -145,7 +147,7 @@ def draw_records(
     Args:
         model_dir: ``<out>/model`` of a :class:`tgdp_fast.ecg.pipeline.Pipeline`.
         out: new or empty folder for the records.
-        config: how to sample; default ``SamplingConfig()``.
+        config: how to sample, with a name as solver and a number as scale; default ``SamplingConfig()``.
         num: records.
         statements: of the records, each entry names joined by commas; records take the entries in turn.
         guided: with guidance towards the target; without it these are samples of the source.
@@ -162,11 +164,12 @@ def draw_records(
     check_integer("num", num, 1)
     check_device(device)
     check_new_folder(out)
+    config = config or SamplingConfig()
+    facts = config.to_dict()
     model = _load_model(model_dir)
     described = model.config["ecg"]
     rows = _check_statements(statements, tuple(described["statements"]))
     each = [rows[index % len(rows)] for index in range(num)]
-    config = config or SamplingConfig()
     drawn = new_sampler(model.denoiser, model.guidance if guided else None, config, device).draw(
         num,
         labels=multi_hot(each, tuple(described["statements"])).astype(np.float32),
@@ -185,7 +188,7 @@ def draw_records(
             "method": "tgdp" if guided else "source",
             "model": model.signature(),
             "seed": seed,
-            **{name: getattr(config, name) for name in ("solver", "steps", "spacing", "scale", "precision")},
+            **{name: facts[name] for name in ("solver", "steps", "spacing", "scale", "precision")},
         },
     )
 

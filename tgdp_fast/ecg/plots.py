@@ -127,17 +127,7 @@ def path(x: np.ndarray, y: np.ndarray) -> str:
     return f"M{points[0, 0]} {points[0, 1]}l" + " ".join(f"{a} {b}" for a, b in steps) if len(steps) else ""
 
 
-def curves(
-    series: Sequence[Series],
-    title: str,
-    x_label: str,
-    y_label: str,
-    *,
-    heading: str = "",
-    width: int = 520,
-    height: int = 300,
-    y_range: tuple[float, float] | None = None,
-) -> str:
+def curves(series: Sequence[Series], title: str, x_label: str, y_label: str, *, heading: str = "") -> str:
     """Lines over one pair of axes. Points that are not finite are left out.
 
     Args:
@@ -145,12 +135,10 @@ def curves(
         title: for screen readers.
         x_label, y_label: of the axes.
         heading: written above.
-        width, height: in pixels at full size.
-        y_range: limits of the y axis; default those of the series.
     """
     shown = [_finite(s) for s in series]
     x_range = _limits([s.x for s in shown])
-    frame = _Frame(width, height, x_range, y_range or _padded(_limits([s.y for s in shown])))
+    frame = _Frame(520, 300, x_range, _padded(_limits([s.y for s in shown])))
     lines = "".join(
         f'<path d="{path(10 * frame.x(s.x), 10 * frame.y(s.y))}" fill="none" stroke="{COLORS[s.color % 7]}" '
         f'stroke-width="16" stroke-dasharray="{_scaled(DASHES[s.color % 7])}" stroke-linejoin="round"/>'
@@ -161,18 +149,11 @@ def curves(
 
 
 def histogram(
-    values: Mapping[str, np.ndarray],
-    title: str,
-    x_label: str,
-    *,
-    colors: Sequence[int] = (1, 4, 3, 5),
-    bins: int = 40,
-    width: int = 760,
-    height: int = 280,
+    values: Mapping[str, np.ndarray], title: str, x_label: str, *, colors: Sequence[int] = (1, 4, 3, 5), bins: int = 40
 ) -> str:
-    """Histograms over common bins, each as a density in filled steps.
+    """Histograms over ``bins`` common bins, each as a density in filled steps.
 
-    Bins span the central 99.8 % of all values; what lies outside is counted in the first and last one.
+    Bins span the central 99.8 % of all values; values outside are counted in the first and last one.
     """
     finite = {name: np.asarray(v, dtype=np.float64)[np.isfinite(v)] for name, v in values.items()}
     everything = np.concatenate([*finite.values(), np.zeros(0)])
@@ -184,7 +165,7 @@ def histogram(
         for name, v in finite.items()
     }
     top = max((float(d.max()) for d in density.values()), default=1.0) or 1.0
-    frame = _Frame(width, height, (low, high), (0.0, 1.08 * top))
+    frame = _Frame(760, 280, (low, high), (0.0, 1.08 * top))
     shapes = ""
     for i, d in enumerate(density.values()):
         x, y = np.repeat(edges, 2), np.concatenate([[0.0], np.repeat(d, 2), [0.0]])

@@ -73,9 +73,9 @@ def check_same_run(out: Path, config: Config, changeable: Sequence[str] = ()) ->
         before = dict(_flat(json.loads((out / "config.json").read_text())))
     except (OSError, ValueError, AttributeError):  # Not there, or damaged: nothing to compare with.
         return
-    for name, (old, new) in _RENAMED.items():
-        if before.get(name) == old:
-            before[name] = new
+    for name, (former, current) in _RENAMED.items():
+        if before.get(name) == former:
+            before[name] = current
     changes = []
     now, usual = (dict(_flat(json.loads(json.dumps(to_dict(each))))) for each in (config, PRESETS[config.preset]))
     for name in dict.fromkeys([*now, *_UNSAID]):

@@ -1,4 +1,4 @@
-"""What TGDP is compared with: a diffusion model of the target samples alone, and a fine-tuned source model."""
+"""Baselines for TGDP: a diffusion model of the target samples alone, and a fine-tuned source model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tgdp_fast.fit.training import train_denoiser
 
 
 def default_training(num_target: int, *, few: int, learning_rate: float) -> TrainingConfig:
-    """Training that suits the baselines best on the simulation; ``few`` are the steps with fewer than 50 samples.
+    """Best training of the baselines on the simulation; ``few`` is the number of steps with fewer than 50 samples.
 
-    More steps than that make them repeat the samples they were given.
+    With more steps they repeat the given samples.
     """
     steps = few if num_target < 50 else 2000 if num_target < 500 else 4000
     ema_decay = 0.99 if num_target < 50 else 0.998

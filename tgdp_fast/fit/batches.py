@@ -35,8 +35,8 @@ def draw_times(
 class Batches:
     """Random rows of a sample set.
 
-    A set that fits into the batch is repeated within it, each sample equally often; from a larger one rows are drawn
-    with replacement.
+    A set that fits into the batch is repeated within it, each sample equally often. Rows of a larger set are drawn with
+    replacement.
     """
 
     def __init__(self, count: int, batch_size: int) -> None:
@@ -65,7 +65,7 @@ class NoisedBatch:
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, t: Tensor, generator: torch.Generator) -> NoisedBatch:
-    """Noise x0 [B, ...] to times t [B]; alpha and sigma come back as [B, 1, ...]."""
+    """Noise x0 [B, ...] to times t [B]; alpha and sigma have shape [B, 1, ...]."""
     return _noised(schedule, x0, t, torch.randn(x0.shape, generator=generator))
 
 
@@ -83,7 +83,7 @@ def draw_noised(
     generator: torch.Generator,
     time_distribution: str = "uniform",
 ) -> tuple[Tensor, NoisedBatch, Tensor | None]:
-    """Rows of ``x`` and ``labels`` at random, noised to random times: this process's share of one batch of all.
+    """Random rows of ``x`` and ``labels``, noised to random times: this process's share of one common batch.
 
     Returns:
         rows [B], the noised samples, labels [B, ...] or None.

@@ -1,4 +1,4 @@
-"""What a fit is asked for: frozen objects that check themselves once, and go to JSON and back."""
+"""Settings of a fit: frozen objects that check themselves once and convert to and from JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Config = TypeVar("Config")
 class TrainingConfig:
     """Settings of every training loop: AdamW, linear warm-up, cosine decay to zero, moving average of the weights.
 
-    Weight decay applies to matrices, not to biases. The moving average is what is kept.
+    Weight decay applies to matrices, not to biases. The result has the averaged weights.
     """
 
     steps: int = 2000
@@ -71,13 +71,13 @@ class NetworkConfig:
         """An untrained network.
 
         Raises:
-            ValueError: the stem does not fit the shape of a sample.
+            ValueError: the stem does not match the shape of a sample.
         """
         return GuidanceNetwork(event_shape, schedule, num_classes=num_classes, **asdict(self))
 
     def check_event_shape(self, event_shape: tuple[int, ...]) -> None:
-        """Raises ValueError where :meth:`build` would, for callers that train something first."""
-        with torch.device("meta"):  # Neither memory nor random numbers.
+        """Raises ValueError if :meth:`build` would, for callers that train something else first."""
+        with torch.device("meta"):  # Uses neither memory nor random numbers.
             self.build(event_shape, NoiseSchedule.vp_linear())
 
 
@@ -92,16 +92,16 @@ class GuidanceConfig:
         loss: a :class:`tgdp_fast.fit.losses.Loss` or its name: "logistic" (time-dependent domain classifier),
             "ratio_mse", "poisson" or "log_mse" (regression on the density ratio of a cross-fitted classifier on clean
             data).
-        regularizers: of :mod:`tgdp_fast.fit.regularizers`, or their names; one of each kind. None: ``Consistency(1.0)``
-            with a denoiser, nothing without.
+        regularizers: objects of :mod:`tgdp_fast.fit.regularizers` or their names, one of each kind. None:
+            ``Consistency(1.0)`` with a denoiser, no regularizer without.
         network: width, depth, alpha_power and stem of the :class:`tgdp_fast.GuidanceNetwork`.
         training: of the loop; None: :func:`tgdp_fast.fit.guidance.default_training` for the number of target samples.
-        conditional: whether the guidance takes the labels (TGDP Theorem 3.3); otherwise they are for a conditional
-            denoiser alone.
+        conditional: whether the guidance uses the labels (TGDP Theorem 3.3); otherwise only a conditional denoiser uses
+            them.
         num_classes: None: that of the denoiser, else from the labels.
         time_distribution: of training times, "uniform" in t or in "logsnr".
         precision: of the guidance network's matmuls while fitting, "fp32", "bf16" or "fp16"; parameters and losses are
-            float32 always.
+            always float32.
         diagnostics: also fit the clean-data classifier and report whether the target is within reach.
 
     Raises:
@@ -137,16 +137,16 @@ class GuidanceConfig:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The summands of what is minimized: the loss, then the regularizers whose weight is not 0."""
+        """The terms of the objective: the loss, then the regularizers with nonzero weight."""
         return (Loss.of(self.loss), *(one for one in map(Regularizer.of, self.regularizers or ()) if one.weight))
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the terms read of a :class:`tgdp_fast.fit.terms.TransferBatch`."""
+        """The attributes of a :class:`tgdp_fast.fit.terms.TransferBatch` that the terms read."""
         return frozenset(need for term in self.terms for need in term.needs)
 
     def resolved(self, training: TrainingConfig, num_classes: int, has_denoiser: bool) -> GuidanceConfig:
-        """With what None stands for in its place.
+        """A copy with every None replaced by its default.
 
         Raises:
             ValueError: a term needs a denoiser, and there is none.
@@ -175,10 +175,10 @@ class GuidanceConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GuidanceConfig:
-        """Inverse of :meth:`to_dict`; entries that are left out have their defaults.
+        """Inverse of :meth:`to_dict`; missing entries have their defaults.
 
         Raises:
-            ValueError: an unknown entry, a value that cannot be.
+            ValueError: an unknown entry, an invalid value.
         """
         given = dict(values)
         for name, kind in (("network", NetworkConfig), ("training", TrainingConfig)):

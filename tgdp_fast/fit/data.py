@@ -12,17 +12,17 @@ from torch import Tensor
 from tgdp_fast.runtime.arrays import CheckedArray, Standardizer
 from tgdp_fast.runtime.checks import check_integer
 
-#: What is taken for samples or labels: an array, a tensor, or one that has been checked already.
+#: Types of samples or labels: an array, a tensor, or one that has been checked already.
 ArrayLike = np.ndarray | Tensor | CheckedArray
 
 
 @dataclass(frozen=True)
 class TransferArrays:
-    """Samples of both domains, [M, ...] and [N, ...], and their labels where there are any.
+    """Samples of both domains, [M, ...] and [N, ...], and their labels, if any.
 
     Attributes:
         source, target: float32, of one event shape.
-        source_labels, target_labels: class indices int64 [.] or rows float32 [., K]; None where there are none.
+        source_labels, target_labels: class indices int64 [.] or rows float32 [., K]; None without labels.
         num_classes: K; 0 without labels.
     """
 
@@ -46,9 +46,9 @@ class TransferArrays:
         """The arrays of a transfer, or a ValueError that names what is wrong.
 
         Args:
-            source, target, source_labels, target_labels: as the user gave them.
+            source, target, source_labels, target_labels: as given by the user.
             num_classes: of the labels; None: that of a conditional ``denoiser``, else from both sets of labels.
-            denoiser: the source model; None where there is none yet.
+            denoiser: the source model; None if there is none yet.
         """
         source = CheckedArray.samples("source", source)
         target = CheckedArray.samples("target", target, event_shape=source.values.shape[1:])
@@ -78,7 +78,7 @@ def count_classes(name: str, labels: ArrayLike | None, count: int, num_classes: 
     """Number of classes of ``count`` labels: as given, else from the labels, else 0.
 
     Raises:
-        ValueError: as :func:`tgdp_fast.runtime.arrays.check_labels`; a single column, which rather holds the classes.
+        ValueError: as :func:`tgdp_fast.runtime.arrays.check_labels`; a single column, probably of class indices.
     """
     if num_classes is not None:
         return check_integer("num_classes", num_classes, 0)
@@ -96,7 +96,7 @@ def count_classes(name: str, labels: ArrayLike | None, count: int, num_classes: 
 def checked_labels(name: str, labels: ArrayLike | None, count: int, num_classes: int | None) -> CheckedArray | None:
     """Labels of ``count`` samples for a model of ``num_classes``; None for an unconditional model.
 
-    ``num_classes`` None stands for a network that does not state it: any labels, or none, will do.
+    ``num_classes`` None means a network without this attribute: any labels, or none, are accepted.
 
     Raises:
         ValueError: labels for an unconditional model, none for a conditional one, a count that differs, or classes out
@@ -112,7 +112,7 @@ def checked_labels(name: str, labels: ArrayLike | None, count: int, num_classes:
 
 
 def warn_of_scale(name: str, x: Tensor) -> None:
-    """Warn of samples whose scale is far from 1, where noise of unit scale drowns them or does nothing to them."""
+    """Warn about samples whose scale is far from 1: noise of unit scale would hide them or have no effect."""
     size = float(x.double().square().mean().sqrt())
     if not 0.1 <= size <= 10:
         warnings.warn(

@@ -17,9 +17,9 @@ from tgdp_fast.fit.training import derived_seed, minimize, seeded_initialization
 from tgdp_fast.runtime.checks import check_integer
 
 _ROWS = 4_096  # held-out samples classified at once
-_CALIBRATION = 50  # batches behind the running statistics of a batch normalisation
+_CALIBRATION = 50  # batches behind the running statistics of a batch normalization
 
-#: Of a domain classifier on clean data: few steps and a strong weight decay, since nothing stops it early.
+#: Training of a domain classifier on clean data: few steps and strong weight decay, because there is no early stopping.
 DEFAULT_SETTINGS = TrainingConfig(
     steps=300, batch_size=256, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10
 )
@@ -49,14 +49,14 @@ class DomainClassifier(nn.Module):
 class DensityRatio:
     """Cross-fitted log ratios: no sample's logit comes from a classifier that was trained or selected on it.
 
-    Calibration adds two numbers, a slope and a shift, that all samples decide together.
+    Calibration adds two numbers, a slope and a shift, fitted to all samples together.
 
     Attributes:
         source_log_ratio, target_log_ratio: calibrated log r at the source [M] and target [N] samples.
-        source_logit, target_logit: the same before calibration and normalisation.
-        slope: factor in [0.03, 1] that calibration put on the logits; well below 1 means that the classifiers were
+        source_logit, target_logit: the same before calibration and normalization.
+        slope: factor in [0.03, 1] applied to the logits by calibration; well below 1 means that the classifiers were
             overconfident.
-        mean_ratio: mean of r over the source after calibration, before it was normalised to 1.
+        mean_ratio: mean of r over the source after calibration, before normalization to 1.
         classifiers: one per fold.
     """
 
@@ -86,20 +86,20 @@ def fit_density_ratio(
 ) -> DensityRatio:
     """Domain classifier on clean data (TGDP Algorithm 1), cross-fitted over folds.
 
-    Each fold's classifier is trained on the other folds with balanced batches, for a fixed number of steps: stopping it
-    where its held-out loss is least would choose by the very samples whose values are reported, and find a difference
-    between equal domains. Few steps and weight decay keep it from overfitting instead (:data:`DEFAULT_SETTINGS`, chosen
-    by the error of log r and of its mean on the paper's simulation, for all its numbers of target samples, and by an
-    AUC of one half on equal domains). The pooled held-out logits are then calibrated by one slope, at most 1 (more
-    would sharpen noise), and shifted so that the mean ratio over the source is 1, which holds for the true ratio
+    Each fold's classifier is trained on the other folds with balanced batches, for a fixed number of steps. Early
+    stopping at the smallest held-out loss would select on the same samples whose values are reported, and would find a
+    difference between equal domains. Few steps and weight decay prevent overfitting instead (:data:`DEFAULT_SETTINGS`,
+    chosen by the error of log r and of its mean on the paper's simulation, for all its numbers of target samples, and
+    by an AUC of one half on equal domains). The pooled held-out logits are then calibrated by one slope, at most 1 (a
+    larger one would sharpen noise), and shifted so that the mean ratio over the source is 1, as for the true ratio
     (E_p[r] = 1).
 
     Args:
         source, target: [M, ...], [N, ...].
         source_labels, target_labels: rows [., K], for the ratio q(x, y) / p(x, y).
-        folds: reduced when there are fewer target samples.
+        folds: reduced if there are fewer target samples.
         width, depth: of each classifier.
-        build: makes an untrained classifier of another architecture, (x [B, ...], label rows [B, K] or None) -> logit
+        build: returns an untrained classifier of another architecture, (x [B, ...], label rows [B, K] or None) -> logit
             [B]; default a :class:`DomainClassifier` of ``width`` and ``depth``.
         settings: of the training; default :data:`DEFAULT_SETTINGS`.
         clip: log r is limited to [-clip, clip].
@@ -141,7 +141,7 @@ def fit_density_ratio(
 
 
 def _stratified_folds(count: int, folds: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Fold of each sample [count], sizes equal to within one, and so for each class where labels are given."""
+    """Fold of each sample [count], sizes equal to within one, also for each class if labels are given."""
     order = torch.randperm(count, generator=generator)
     if labels is not None:
         order = order[torch.argsort(labels.argmax(1).cpu()[order], stable=True)]
@@ -169,12 +169,12 @@ def _train_classifier(
         return x, torch.cat(labels) if labels else None
 
     def loss(generator: torch.Generator) -> Tensor:
-        # Both domains in one call: batch normalisation must not see them apart.
+        # Both domains in one call: batch normalization must not see them separately.
         return logistic_loss(*classifier(*draw(generator)).chunk(2))
 
     minimize(classifier, loss, settings, seed=seed, progress=progress, description=description)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.modules()):
-        # Its running statistics are of the last weights, and what is kept is their average.
+        # Its running statistics belong to the last weights, but the averaged weights are kept.
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of dropout
@@ -182,7 +182,7 @@ def _train_classifier(
 
 
 def calibration_slope(source_logit: Tensor, target_logit: Tensor) -> float:
-    """Factor in [0.03, 1] on held-out logits that minimises the balanced log loss: it tempers, and never sharpens."""
+    """Factor in [0.03, 1] on held-out logits that minimizes the balanced log loss: it tempers, and never sharpens."""
     slopes = torch.logspace(math.log10(0.03), 0.0, 61, dtype=torch.float64)
     losses = [logistic_loss(s * source_logit.double(), s * target_logit.double()).item() for s in slopes]
     return float(slopes[int(torch.tensor(losses).argmin())])

@@ -1,4 +1,4 @@
-"""Whether a density ratio can be trusted: what the classifier tells of source and target before sampling."""
+"""Whether a density ratio can be trusted: diagnostics of source and target before sampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tgdp_fast.models.mlp import encode_labels
 
 
 def effective_sample_size(log_weight: Tensor) -> float:
-    """(sum r)^2 / sum r^2 from log r [M]: how many source samples the ratio-weighted source is worth."""
+    """(sum r)^2 / sum r^2 from log r [M]: the number of samples that the ratio-weighted source is worth."""
     weight = log_weight.double()
     return float(torch.exp(2 * torch.logsumexp(weight, 0) - torch.logsumexp(2 * weight, 0)))
 
@@ -51,11 +51,11 @@ def outside_fraction(
     other.
 
     Distances are Euclidean to the nearest source sample, features scaled by the source's standard deviation. Uses at
-    most ``limit`` source samples, a random subset chosen by ``seed``. A target that the source covers, even thinly,
-    gives a small value.
+    most ``limit`` source samples, a random subset chosen by ``seed``. The value is small if the source covers the
+    target, even thinly.
     """
     if len(source) > limit:
-        # Not the first ones: a source sorted by cluster would lack whole clusters.
+        # A random subset: the first samples of a source sorted by cluster would lack whole clusters.
         source = source[torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit]]
     source, target = source.flatten(1).float(), target.flatten(1).float()
     spread = source.std(0).clamp_min(1e-6)
@@ -72,18 +72,18 @@ def outside_fraction(
 
 @dataclass
 class TransferDiagnostics:
-    """Can the target be reached from the source, and did the ratio come out right?
+    """Is the target within reach of the source, and is the ratio correct?
 
     Attributes:
         num_source, num_target: sample counts.
         auc: held-out area under the ROC curve of the domain classifier; 0.5: same domain, 1: separable.
         calibration_error: held-out expected calibration error after calibration.
-        calibration_slope: factor put on the logits, at most 1; 1 is no correction.
+        calibration_slope: factor applied to the logits, at most 1; 1 is no correction.
         effective_sample_size: of r over the source.
-        mean_ratio: E_p[r] before normalisation; should be near 1.
+        mean_ratio: E_p[r] before normalization; should be near 1.
         outside_fraction: see :func:`outside_fraction`.
-        mean_h: rows (t, E_p[h], its standard error) for the fitted guidance; E_p[h] = 1 when it is exact.
-        warnings: plain sentences; empty when nothing looks wrong.
+        mean_h: rows (t, E_p[h], its standard error) for the fitted guidance; E_p[h] = 1 if it is exact.
+        warnings: plain sentences; empty if nothing looks wrong.
     """
 
     num_source: int
@@ -98,7 +98,7 @@ class TransferDiagnostics:
     warnings: list[str] = field(default_factory=list)
 
     def add_mean_h(self, rows: list[tuple[float, float, float]]) -> None:
-        """Take the rows of ``mean_h``, and a warning where they are far from 1."""
+        """Set the rows of ``mean_h``, and add a warning if they are far from 1."""
         self.mean_h = rows
         wrong = [(t, mean) for t, mean, error in rows if mean + 3 * error < 0.2 or mean - 3 * error > 5.0]
         if wrong:
@@ -110,7 +110,7 @@ class TransferDiagnostics:
             )
 
     def add_labels(self, source: Tensor, target: Tensor, num_classes: int) -> None:
-        """A warning where target samples have classes that no source sample has; labels [N], or rows [N, K]."""
+        """Add a warning if target samples have classes that no source sample has; labels [N], or rows [N, K]."""
         has_source, has_target = ((encode_labels(labels, num_classes) > 0) for labels in (source, target))
         unseen = has_target.any(0) & ~has_source.any(0)
         if unseen.any():
@@ -156,17 +156,17 @@ class TransferDiagnostics:
         return "\n".join([*(f"WARNING: {text}" for text in self.warnings), self.summary()])
 
 
-#: Share of target samples outside the source from which on the target counts as out of reach.
+#: The target counts as out of reach above this share of target samples outside the source.
 _MOST_OUTSIDE = 0.34
 
 
 def _short(value: float) -> str:
-    """Three digits after the point, or three in all where there are many before it."""
+    """Three decimals, or three significant digits for large values."""
     return f"{value:6.3f}" if abs(value) < 1000 else f"{value:6.3g}"
 
 
 def _far_from_one(mean_ratio: float) -> bool:
-    """Whether a ratio is wrong as a whole; sound fits to few samples reach from 0.3 to 3."""
+    """Whether a ratio is wrong as a whole; sound fits to few samples range from 0.3 to 3."""
     return not 0.1 <= mean_ratio <= 10
 
 

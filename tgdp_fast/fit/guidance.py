@@ -29,11 +29,11 @@ from tgdp_fast.runtime.checks import check_integer, check_seed
 
 @dataclass
 class GuidanceFit:
-    """What :func:`fit_guidance` returns.
+    """The result of :func:`fit_guidance`.
 
     Attributes:
         guidance: the fitted network, in eval mode.
-        diagnostics: print it; read its ``warnings``. None when diagnostics were switched off.
+        diagnostics: print it; read its ``warnings``. None if diagnostics were turned off.
         history: training loss at about 100 steps.
         config: the settings that were used, JSON-able; :meth:`GuidanceConfig.from_dict` reads them.
     """
@@ -86,14 +86,14 @@ def fit_guidance(
 
     Args:
         source, target: [M, ...], [N, ...], of about unit scale, in the coordinates of the denoiser.
-        schedule: of the source model; taken from ``denoiser`` when that is given.
-        config: loss, regularizers, network, training and the like; default ``GuidanceConfig()``.
+        schedule: of the source model; taken from ``denoiser`` if given.
+        config: loss, regularizers, network, training and other settings; default: ``GuidanceConfig()``.
         denoiser: the frozen source model; needed for the consistency term.
         source_labels, target_labels: class indices or rows; both or neither.
-        ratio: the clean-data classifier's density ratio at these very samples, computed before, from features of them
-            perhaps; default: fitted here to the samples as they are.
+        ratio: a density ratio at the same samples, computed in advance, for example from features; default: fitted here
+            to the samples themselves.
         seed: of everything random.
-        device: where to fit; default that of ``denoiser``, else the CPU.
+        device: where to fit; default: that of ``denoiser``, else the CPU.
         progress, state_dir: see :func:`tgdp_fast.fit.training.minimize`.
 
     Returns:
@@ -151,10 +151,10 @@ def fit_guidance(
 
 
 def common_schedule(schedule: NoiseSchedule | None, denoiser: Any) -> NoiseSchedule:
-    """That of the denoiser, or the one given, or VP linear.
+    """The schedule of the denoiser, or the given one, or VP linear.
 
     Raises:
-        ValueError: what was given is no denoiser, or of another schedule.
+        ValueError: ``denoiser`` is not a denoiser, or has another schedule.
     """
     if denoiser is None:
         return schedule or NoiseSchedule.vp_linear()
@@ -178,7 +178,7 @@ def new_network(config: GuidanceConfig, data: TransferData, schedule: NoiseSched
 
 
 def default_training(num_target: int) -> TrainingConfig:
-    """Training settings for ``num_target`` samples: the fewer, the shorter and the more regularized.
+    """Training settings for ``num_target`` samples: fewer samples give a shorter and more regularized training.
 
     Chosen on development draws of the paper's simulation (section 4.1), with its means and with a one-sided target.
     """
@@ -224,7 +224,7 @@ def _clean_ratio(data: TransferData, config: GuidanceConfig, seed: int, progress
 def _time_classifier(
     data: TransferData, config: GuidanceConfig, schedule: NoiseSchedule, seed: int, progress: bool
 ) -> GuidanceNetwork:
-    """Algorithm 2: the domain classifier of noised samples, smoothed as the loss is where that is logistic too."""
+    """Algorithm 2: the domain classifier of noised samples, smoothed like the loss if that is logistic too."""
     loss = config.loss if isinstance(config.loss, Logistic) else Logistic()
     config = replace(config, loss=loss, regularizers=(), precision="fp32")
     classifier = new_network(config, data, schedule, seed)
@@ -250,7 +250,7 @@ def mean_h(
     limit: int = 4096,
     seed: int = 0,
 ) -> list[tuple[float, float, float]]:
-    """E_p[h(x_t, t)] at ``num_times`` times, with its standard error: rows (t, mean, error). 1 when h is exact."""
+    """E_p[h(x_t, t)] at ``num_times`` times, with its standard error: rows (t, mean, error). It is 1 if h is exact."""
     schedule = guidance.schedule
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(source), generator=generator)[:limit].to(source.device)

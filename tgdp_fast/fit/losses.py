@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def bounded_exp(log_ratio: Tensor, limit: float = 30.0) -> Tensor:
     """exp(f) up to f = ``limit``, its tangent beyond: exp(limit) (1 + f - limit).
 
-    Cannot overflow, increases everywhere and is differentiable, so that a loss of it keeps its minimizer and a wild
-    value finds back.
+    It cannot overflow, increases everywhere and is differentiable, so a loss with it keeps its minimizer and recovers
+    from extreme values.
     """
     return log_ratio.clamp_max(limit).exp() * (1.0 + (log_ratio - limit).relu())
 
@@ -34,9 +34,9 @@ def bounded_exp(log_ratio: Tensor, limit: float = 30.0) -> Tensor:
 def logistic_loss(source_log_ratio: Tensor, target_log_ratio: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Balanced cross-entropy of the domain, f = -logit c = log q/p (TGDP Algorithms 1 and 2).
 
-    Each domain counts one half whatever its number of samples, so the minimizer is the log ratio with no offset.
-    ``smoothing`` is the probability with which each label is taken to be wrong (label smoothing): it bounds the
-    minimizer, |f| <= log((1 - smoothing) / smoothing). Shapes: [A], [B] -> scalar.
+    Each domain counts one half for any number of samples, so the minimizer is the log ratio without an offset.
+    ``smoothing`` is the assumed probability that a label is wrong (label smoothing). It bounds the minimizer,
+    |f| <= log((1 - smoothing) / smoothing). Shapes: [A], [B] -> scalar.
     """
     from torch.nn.functional import softplus
 
@@ -46,7 +46,7 @@ def logistic_loss(source_log_ratio: Tensor, target_log_ratio: Tensor, *, smoothi
 
 @dataclass(frozen=True)
 class Loss(Term, family="loss"):
-    """What makes the guidance network learn log h."""
+    """The loss with which the guidance network learns log h."""
 
 
 @dataclass(frozen=True)
@@ -110,5 +110,5 @@ class LogMSE(RatioLoss):
         return (log_h - log_ratio).square()
 
 
-#: Every loss by its name, those defined elsewhere too.
+#: Every loss by its name, including those defined elsewhere.
 LOSSES: dict[str, type[Loss]] = Loss.known

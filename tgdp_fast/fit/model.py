@@ -1,4 +1,4 @@
-"""A whole transfer in one object and one call: standardization, source denoiser, guidance; save, load, sample."""
+"""A complete transfer in one object and one call: standardization, source denoiser, guidance; save, load, sample."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tgdp_fast.sampling.config import SamplingConfig
 from tgdp_fast.sampling.sampler import Sampler
 
 KIND = "transfer_model"
-_COMPARED = 256  # samples that tell whether an array is of the same draw
+_COMPARED = 256  # samples compared to identify an array as the same draw
 
 
 @dataclass
@@ -44,11 +44,10 @@ class TransferModel(Pretrained):
         denoiser: the source model, in standardized coordinates.
         guidance: log density ratio of target to source, in the same coordinates.
         standardizer: from data units to standardized coordinates.
-        diagnostics: as a dictionary (see :class:`TransferDiagnostics`); empty when there are none.
+        diagnostics: as a dictionary (see :class:`TransferDiagnostics`); empty if there are none.
         config: the settings of the fit.
-        prior: what guided samples start from, in standardized coordinates; None for N(0, I). Set it, from data that
-            are like the target's, where the schedule does not end near pure noise: see
-            :mod:`tgdp_fast.diffusion.prior`.
+        prior: start of guided samples, in standardized coordinates; None for N(0, I). If the schedule does not end near
+            pure noise, set it from data that resemble the target: see :mod:`tgdp_fast.diffusion.prior`.
     """
 
     denoiser: Denoiser
@@ -84,10 +83,10 @@ class TransferModel(Pretrained):
             source_labels, target_labels: for a class-conditional transfer.
             denoiser: a trained source model to use instead of training one: a :class:`TransferModel` (its denoiser and
                 standardization are used), or a :class:`Denoiser` that works in the units of the data.
-            schedule: of a denoiser trained here; default VP linear.
+            schedule: of a denoiser trained here; default: VP linear.
             denoiser_training: of a denoiser trained here.
-            work_dir: folder for finished stages and training states; a killed run given the same arguments goes on
-                there. The folder stays; remove it when the model has been saved.
+            work_dir: folder for finished stages and training states; a killed run with the same arguments resumes
+                there. The folder is kept; remove it after the model is saved.
             seed: of everything random.
             device: where to train.
             progress: show progress bars.
@@ -135,11 +134,11 @@ class TransferModel(Pretrained):
     ) -> Sampler:
         """The sampler of the target domain (of the source with ``guided=False``), in standardized coordinates.
 
-        The last one is kept for the next call with equal settings, and with it what a second draw need not do again.
+        The last sampler is kept for the next call with equal settings, with everything that it reuses between draws.
 
         Args:
             config: how to sample; default ``SamplingConfig()``.
-            guided: whether by the guidance.
+            guided: whether to use the guidance.
             device: where to sample; None for where the networks are.
             settings: fields of :class:`tgdp_fast.SamplingConfig` that differ from ``config``.
         """
@@ -158,8 +157,8 @@ class TransferModel(Pretrained):
         Args:
             num: number of samples.
             config, guided: as in :meth:`sampler`.
-            arguments: those of :func:`tgdp_fast.sample`; a ``prior`` among them replaces that of the model, and is in
-                standardized coordinates like it: fit it to ``model.standardizer.apply(samples)``.
+            arguments: those of :func:`tgdp_fast.sample`. A ``prior`` replaces that of the model and is also in
+                standardized coordinates: fit it to ``model.standardizer.apply(samples)``.
         """
         sampler = self._sampler_of(config, guided, arguments)
         return self.standardizer.invert(sampler.draw(num, **arguments).cpu().numpy())
@@ -186,10 +185,9 @@ class TransferModel(Pretrained):
         labels: Any = None,
         **arguments: Any,
     ) -> bool:
-        """Whether ``samples`` are the ``num`` that :meth:`sample` gives with these arguments.
+        """Whether ``samples`` are the ``num`` samples that :meth:`sample` draws with these arguments.
 
-        An array does not say where it is from, but the same model and settings draw the same again: the first of them
-        are compared, up to the rounding of other machines and batches.
+        The first samples are drawn again and compared, up to the rounding of other machines and batches.
         """
         if samples.shape[:1] != (num,):
             return False
@@ -202,7 +200,7 @@ class TransferModel(Pretrained):
         return samples.shape[1:] == first.shape[1:] and np.allclose(samples[:count], first, rtol=0.0, atol=tolerance)
 
     def _sampler_of(self, config: SamplingConfig | None, guided: bool, arguments: dict[str, Any]) -> Sampler:
-        """Take what a sampler is made of out of ``arguments`` and put the model's prior in, where none was given."""
+        """Remove the sampler's settings from ``arguments`` and add the model's prior if none was given."""
         names = [entry.name for entry in fields(SamplingConfig)] + ["device"]
         settings = {name: arguments.pop(name) for name in names if name in arguments}
         prior = arguments.setdefault("prior", self.prior if guided else None)
@@ -217,11 +215,11 @@ class TransferModel(Pretrained):
         return self.sampler(config, guided=guided, **settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy makes a sampler of its own: CUDA graphs cannot be copied.
+        # A copy creates its own sampler: CUDA graphs cannot be copied.
         return {**vars(self), "_sampler": None}
 
     def signature(self) -> str:
-        """Hash of every weight and setting: the same for two models exactly when they draw the same samples."""
+        """Hash of every weight and setting: equal for two models exactly if they draw the same samples."""
         prior = () if self.prior is None else self.prior.to_tensors().values()
         return signature_of(self.denoiser, self.guidance, *self.standardizer.to_tensors().values(), *prior)
 

@@ -1,4 +1,4 @@
-"""What fitting minimizes: the loss and the regularizers of a configuration, on fresh batches of both domains."""
+"""The objective of a fit: the loss and the regularizers of a configuration, on fresh batches of both domains."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Objective:
     """The sum of ``config.terms`` for one network, as a function of the generator of a step; float32.
 
     Args:
-        network: log h, which is fitted.
+        network: log h, to be fitted.
         data: of both domains.
         config: of the fit; see :meth:`GuidanceConfig.resolved`.
-        source_log_ratio: log r at the source samples [M] (Algorithm 1), where a term needs it.
-        denoiser: the frozen source model, where a term needs it.
-        classifier: the time-dependent classifier of Algorithm 2, where a term needs it.
+        source_log_ratio: log r at the source samples [M] (Algorithm 1), if a term needs it.
+        denoiser: the frozen source model, if a term needs it.
+        classifier: the time-dependent classifier of Algorithm 2, if a term needs it.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Objective:
         self.terms, self.needs = config.terms, config.needs
 
     def __call__(self, generator: torch.Generator) -> Tensor:
-        """The objective on a fresh batch; every random number is of ``generator``."""
+        """The objective on a fresh batch; every random number comes from ``generator``."""
         batch = self.batch(generator)
         first, *others = (term(batch) for term in self.terms)
         return sum(others, start=first)
 
     def batch(self, generator: torch.Generator) -> TransferBatch:
-        """A fresh batch with what the terms need: both domains under noise, and the network on them."""
+        """A fresh batch with everything the terms need: both domains under noise, and the network's outputs."""
         data, schedule, times = self.data, self.network.schedule, self.config.time_distribution
         rows, source, source_labels = draw_noised(
             self.source_batches, data.source, data.source_labels, schedule, generator, times
@@ -85,7 +85,7 @@ class Objective:
         return batch
 
     def _add_log_h(self, batch: TransferBatch, source_labels: Tensor | None, target_labels: Tensor | None) -> None:
-        """log h of the network at both domains, with its gradient at the target's where a term needs that."""
+        """log h of the network at both domains, with its gradient at the target if a term needs it."""
         network, source, target = self.network, batch.source, batch.target
         with self._in_precision():
             if "target_gradient" in self.needs:
@@ -102,7 +102,7 @@ class Objective:
 
     @torch.no_grad()
     def _add_references(self, batch: TransferBatch, target: NoisedBatch, labels: Tensor | None) -> None:
-        """What the frozen source model and the time-dependent classifier say of the target samples."""
+        """Add the outputs of the frozen source model and the time-dependent classifier at the target samples."""
         if "target_epsilon" in self.needs and self.denoiser is not None:
             with evaluation_mode(self.denoiser):
                 batch.target_epsilon = self.denoiser.epsilon(target.x, target.t, labels_for(self.denoiser, labels))

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Regularizer(Term, family="regularizer"):
-    """A term that is added to the loss, ``weight`` times; with the weight 0 it is left out.
+    """A term that is added to the loss ``weight`` times; weight 0 omits it.
 
     Class attributes:
-        default: its weight where no regularizers are named.
+        default: its weight if no regularizers are named.
     """
 
     default: ClassVar[float] = 0.0
@@ -42,12 +42,12 @@ class Consistency(Regularizer):
     def __call__(self, batch: TransferBatch) -> Tensor:
         target = batch.target
         residual = batch.target_epsilon - target.sigma * batch.target_gradient - target.epsilon
-        # One half of the squared norm, as in a likelihood bound: in its units, like the cross-entropy beside it.
+        # One half of the squared norm, as in a likelihood bound: the same units as the cross-entropy.
         return self.weight * 0.5 * residual.flatten(1).square().sum(1).mean()
 
 
 class Cycle(Regularizer):
-    """(h - h_c)^2 on noised target samples, h_c of a time-dependent classifier that is trained first (Algorithm 2)."""
+    """(h - h_c)^2 on noised target samples, h_c from a time-dependent classifier trained first (Algorithm 2)."""
 
     name = "cycle"
     needs = ("target_log_h", "target_classifier_log_h")
@@ -57,5 +57,5 @@ class Cycle(Regularizer):
         return self.weight * (h - h_classifier).square().mean()
 
 
-#: Every regularizer by its name, those defined elsewhere too.
+#: Every regularizer by its name, including those defined elsewhere.
 REGULARIZERS: dict[str, type[Regularizer]] = Regularizer.known

@@ -1,8 +1,8 @@
-"""What losses and regularizers share: a name under which they are found, what they need, and JSON.
+"""Common base of losses and regularizers: a registered name, their needs, and JSON.
 
-A loss or a regularizer is one class in one file. Defining it registers it, so that its name is known to
-:class:`tgdp_fast.GuidanceConfig`, to messages and to the command line. This module and those of the terms load no
-torch, for the help of the command line lists their names.
+A loss or a regularizer is one class in one file. Defining the class registers its name for
+:class:`tgdp_fast.GuidanceConfig`, messages and the command line. This module and those of the terms do not import
+torch, because the help of the command line lists their names.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Kind = TypeVar("Kind", bound="Term")
 
 @dataclass
 class TransferBatch:
-    """What a term may read of one training step, B samples of either domain under noise.
+    """Inputs of a term in one training step: B noised samples of each domain.
 
     Attributes:
-        source: noised source samples (x0, x, epsilon [B, ...], t [B], alpha, sigma); always there.
-        source_log_h: log h(x_t, t) of the network that is fitted [B]; always there.
+        source: noised source samples (x0, x, epsilon [B, ...], t [B], alpha, sigma); always present.
+        source_log_h: log h(x_t, t) of the fitted network [B]; always present.
         source_log_ratio: log r(x_0) of the classifier on clean data [B] (TGDP Algorithm 1).
         target: noised target samples.
-        target_log_h: log h(x_t, t) of the network that is fitted [B].
+        target_log_h: log h(x_t, t) of the fitted network [B].
         target_gradient: its gradient in x_t [B, ...].
-        target_epsilon: noise that the frozen source model predicts [B, ...]; without gradient.
+        target_epsilon: noise predicted by the frozen source model [B, ...]; without gradient.
         target_classifier_log_h: log h(x_t, t) of the time-dependent classifier [B] (Algorithm 2); without gradient.
     """
 
@@ -55,12 +55,12 @@ _OPTIONAL = tuple(entry.name for entry in fields(TransferBatch) if entry.name no
 
 
 class Term:
-    """One summand of what is minimized: a frozen dataclass that is called with a :class:`TransferBatch`.
+    """One term of the objective: a frozen dataclass, called with a :class:`TransferBatch`.
 
     Class attributes:
-        name: under which it is found.
-        needs: the attributes of the batch that it reads, ``source`` and ``source_log_h`` apart. Only what some term
-            needs is computed.
+        name: its registered name.
+        needs: the attributes of the batch that it reads, besides ``source`` and ``source_log_h``. Only attributes that
+            a term needs are computed.
     """
 
     family: ClassVar[str]
@@ -87,7 +87,7 @@ class Term:
 
     @classmethod
     def of(cls: type[Kind], value: Any) -> Kind:
-        """A term as it is, by its name, or from :meth:`to_dict`.
+        """A term from an object, its name, or :meth:`to_dict`.
 
         Raises:
             ValueError: lists the known names, or entries.

@@ -1,4 +1,4 @@
-"""One training loop for every network here, resumable to the step, and the training of denoisers with it."""
+"""One training loop for all networks of this package, resumable at any step, and the training of denoisers."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def minimize(
     signature: str = "",
     save_every: float = 30.0,
 ) -> list[float]:
-    """Minimize ``loss`` over the parameters of ``module``; leaves the averaged weights in it, in eval mode.
+    """Minimize ``loss`` over the parameters of ``module``, which ends with the averaged weights, in eval mode.
 
     Args:
         module: trained in place.
         loss: see :data:`Loss`.
         settings: see :class:`TrainingConfig`.
-        seed: of the generator handed to ``loss``.
+        seed: of the generator passed to ``loss``.
         progress, description: the progress bar.
-        state_dir: folder in which the whole state is kept every ``save_every`` seconds and at Ctrl-C. A state found
-            there with the same signature and settings is resumed, and the result is that of an uninterrupted run;
-            removed at the end. A folder that holds anything else is refused.
+        state_dir: folder where the full state is saved every ``save_every`` seconds and at Ctrl-C. A state with the
+            same signature and settings is resumed, and the result equals that of an uninterrupted run. It is removed at
+            the end. A folder with other content is refused.
         signature: identifies the data and the model.
 
     Several processes (:mod:`tgdp_fast.runtime.distributed`) must call it with the same arguments; gradients are
-    averaged, and the first process keeps the state.
+    averaged, and the first process saves the state.
 
     Returns:
         The loss at about 100 evenly spaced steps.
@@ -92,7 +92,7 @@ def minimize(
     announce(f"{description}: {settings.steps} steps" + (f", from step {run.step}" if run.step else ""), progress)
     shown = None if progress else True  # None: on a terminal only
     bar = tqdm(total=settings.steps, initial=run.step, desc=description, unit="step", disable=shown, leave=False)
-    # Dropout and the like draw from the global generator: seed it, and leave the caller's as it was.
+    # Dropout and similar layers use the global generator: seed it, and restore the caller's state.
     with torch.random.fork_rng(devices=[]), _deferred_interrupt(state_dir is not None) as interrupted, bar:
         torch.set_rng_state(run.global_state)
         while run.step < settings.steps:
@@ -122,7 +122,7 @@ def minimize(
 
 
 def adamw(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.AdamW:
-    """The optimizer of every network here; one fused pass over all parameters on devices that have it."""
+    """The optimizer of all networks here; one fused pass over all parameters on devices that support it."""
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=fused)
 
@@ -156,7 +156,7 @@ class _Run:
         value = distributed.average_gradients(self.parameters, value)
         nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
         self.optimizer.step()
-        # The average forgets the initial weights quickly, whatever the decay.
+        # The average forgets the initial weights quickly for any decay.
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
@@ -183,7 +183,7 @@ class _Run:
         save_checkpoint(folder, "training_state", config, tensors)
 
     def load(self, folder: Path) -> None:
-        """Restore a saved state of this same run; one that is missing, damaged or another run's is ignored."""
+        """Restore a saved state of this same run; a missing or damaged one, or one of another run, is ignored."""
         if not folder.exists():
             return
         try:
@@ -215,7 +215,7 @@ class _Run:
 
 @contextmanager
 def _deferred_interrupt(active: bool) -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of raising, so that a step is never cut in half; a second one raises at once."""
+    """Ctrl-C sets the event instead of raising, so that a step is never interrupted; a second one raises at once."""
     event = threading.Event()
     if not active or threading.current_thread() is not threading.main_thread():
         yield event
@@ -253,14 +253,14 @@ def train_denoiser(
 
     Args:
         data: [N, ...] of about unit scale.
-        schedule: default VP linear, beta 0.1 to 20; taken from ``initial`` when that is given.
+        schedule: default: VP linear, beta 0.1 to 20; taken from ``initial`` if given.
         labels: class indices [N] or rows [N, K] for a conditional model.
-        num_classes: number of classes; default from the labels.
+        num_classes: number of classes; default: from the labels.
         initial: a trained denoiser to fine-tune; it is copied, not changed.
         settings: see :class:`TrainingConfig`.
         time_distribution: "uniform" in t or in "logsnr".
         seed: of initial weights, batches, times and noise.
-        device: where to train; default that of ``initial``, else the CPU.
+        device: where to train; default: that of ``initial``, else the CPU.
         progress, description, state_dir: see :func:`minimize`.
         network: prediction, width and depth of a new network; see :func:`new_denoiser`.
 
@@ -326,7 +326,7 @@ def new_denoiser(
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a module's parameters are; the CPU for anything without parameters."""
+    """Device of a module's parameters; the CPU for anything without parameters."""
     if isinstance(model, nn.Module):
         for parameter in model.parameters():
             return parameter.device
@@ -340,7 +340,7 @@ def derived_seed(seed: int, purpose: str) -> int:
 
 @contextmanager
 def seeded_initialization(seed: int) -> Iterator[None]:
-    """Initial weights from ``seed``, leaving the caller's random state as it was."""
+    """Initialize weights from ``seed`` and preserve the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -12,7 +12,7 @@ import torch
 from tgdp_fast.lab.accuracy import PRECISIONS, Error, error_of, within
 from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.lab.cases.case import Draw
-from tgdp_fast.ops import BackendUnavailableError, _dispatch
+from tgdp_fast.ops import BackendUnavailableError, registry
 from tgdp_fast.runtime.checks import check_choice
 from tgdp_fast.runtime.tables import markdown_table
 
@@ -40,13 +40,13 @@ def validate(backend: str | None = None, operators: Sequence[str] = (), precisio
     Raises:
         ValueError: no such backend, operator or precision, or a backend that no operator has here.
     """
-    report = _dispatch.backend_report()
+    report = registry.backend_report()
     for name in operators:
         check_choice("--operators", name, report)
     for name in precisions:
         check_choice("--precisions", name, PRECISIONS)
     if backend is not None:
-        check_choice("--backend", backend, _dispatch.BACKENDS)
+        check_choice("--backend", backend, registry.BACKENDS)
         reasons = {states[backend] for states in report.values()}
         if "available" not in reasons:
             raise ValueError(f"--backend must be one that is available here, got {backend!r}: {'; '.join(reasons)}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tgdp_fast.ops.perceptron import perceptron
+from tgdp_fast.ops.mlp import mlp_forward
 from tgdp_fast.runtime.checks import check_integer
 
 
@@ -44,7 +44,7 @@ class TimeEmbedding(nn.Module):
         features = torch.cat([angles.sin(), angles.cos()], dim=1)
         hidden, output = self.hidden, self.output
         last_bias = output.bias if bias is None else output.bias + bias
-        return perceptron(features, hidden.bias, [hidden.weight, output.weight], [last_bias])
+        return mlp_forward(features, hidden.bias, [hidden.weight, output.weight], [last_bias])
 
 
 def encode_labels(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -143,4 +143,4 @@ class ScoreMLP(nn.Module):
         if label_bias is not None:
             bias = bias + label_bias
         weights, biases = [first.weight, *(layer.weight for layer in others)], [layer.bias for layer in others]
-        return perceptron(x.flatten(1), bias, weights, biases).reshape(x.shape)
+        return mlp_forward(x.flatten(1), bias, weights, biases).reshape(x.shape)

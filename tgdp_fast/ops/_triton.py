@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
 MISSING = _missing()
 
 
-def refuses_device(tensor: Tensor) -> str | None:
+def unsupported_device(tensor: Tensor) -> str | None:
     """Why a kernel cannot take tensors that are where this one is, or None."""
     if tensor.device.type == DEVICE_TYPE:
         return None
@@ -51,3 +52,26 @@ def readable(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     return (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()
+
+
+def define(name: str, schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register ``torch.ops.tgdp_fast.NAME``, whose kernels ``launch`` runs on the device of the first tensor.
+
+    Args:
+        name: of the operator.
+        schema: its arguments and results.
+        launch: takes the arguments and returns the results.
+        fake: returns them without values.
+
+    Nothing is registered where kernels cannot run.
+    """
+    if MISSING is not None:
+        return
+
+    def run(*arguments: Any) -> Any:
+        with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, Tensor))):
+            return launch(*arguments)
+
+    torch.library.define(f"tgdp_fast::{name}", schema)
+    torch.library.impl(f"tgdp_fast::{name}", DEVICE_TYPE, run)
+    torch.library.register_fake(f"tgdp_fast::{name}", fake)

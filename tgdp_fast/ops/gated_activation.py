@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tgdp_fast.ops import _dispatch
+from tgdp_fast.ops import registry
 
 __all__ = ["gated_activation", "gated_activation_reference"]
 
@@ -40,7 +40,7 @@ def gated_activation(x: Tensor, bias: Tensor | None = None, *, backend: str = "a
     Source: Kong et al., "DiffWave", ICLR 2021, arXiv 2009.09761; the gate is that of WaveNet.
     """
     _check(x, bias)
-    output: Tensor = _dispatch.resolve(_OPERATOR, backend, x, bias).function(x, bias)
+    output: Tensor = registry.resolve(_OPERATOR, backend, x, bias).function(x, bias)
     return output
 
 
@@ -75,4 +75,4 @@ def _check(x: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be on the device of x, {x.device}, got {bias.device}; move it with .to()")
 
 
-_dispatch.register(_OPERATOR, "reference", gated_activation_reference)
+registry.register(_OPERATOR, "reference", gated_activation_reference)

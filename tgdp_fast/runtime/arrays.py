@@ -1,4 +1,4 @@
-"""A user's own arrays: loading without pickle, checks before any work, standardisation."""
+"""Arrays of the user: loading without pickle, checks before any work, standardization."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tgdp_fast.runtime.checks import check_device, check_integer
 Samples = TypeVar("Samples", np.ndarray, Tensor)
 
 _MAPPED_BYTES = 64 * 1024**2  # larger .npy files are mapped, not read
-_ROWS, _VALUES = 4_096, 2**23  # rows, and values, converted at once where statistics are taken in float64
+_ROWS, _VALUES = 4_096, 2**23  # rows, and values, converted at once for statistics in float64
 
 
 def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
@@ -90,10 +90,10 @@ def check_samples(
     Args:
         name: argument name for messages.
         array: array or tensor of numbers, [N, ...] with at least two dimensions; the values of a
-            :class:`CheckedArray` are not looked at again.
+            :class:`CheckedArray` are not checked again.
         minimum: smallest N accepted.
         event_shape: required shape of one sample.
-        event_of: whose shape that is, for the message.
+        event_of: owner of that shape, for the message.
 
     Raises:
         ValueError: not numeric, fewer than two dimensions, empty or too few samples, another event shape,
@@ -120,7 +120,7 @@ def check_samples(
     with np.errstate(over="ignore"):  # reported below as a value beyond float32
         result = np.ascontiguousarray(array, dtype=np.float32)
     with np.errstate(invalid="ignore"):  # inf - inf
-        total = result.sum(dtype=np.float64)  # one pass, no temporary: the details only when it fails
+        total = result.sum(dtype=np.float64)  # one pass, no temporary: details only if it fails
     if not np.isfinite(total):
         _report_non_finite(name, array, result)
     return result
@@ -172,20 +172,20 @@ def check_labels(name: str, labels: Any, count: int, num_classes: int | None = N
 class CheckedArray:
     """Samples or labels that have passed their check, for functions that would check or hash them again.
 
-    Nothing may be written to ``values`` from here on.
+    Do not write to ``values`` afterwards.
     """
 
     values: np.ndarray
 
     @classmethod
     def samples(cls, name: str, array: Any, **requirements: Any) -> CheckedArray:
-        """What :func:`check_samples` accepts."""
+        """Check samples with :func:`check_samples`."""
         values = check_samples(name, array, **requirements)
         return array if isinstance(array, CheckedArray) else cls(values)
 
     @classmethod
     def labels(cls, name: str, labels: Any, count: int, num_classes: int | None = None) -> CheckedArray:
-        """What :func:`check_labels` accepts."""
+        """Check labels with :func:`check_labels`."""
         values = check_labels(name, labels, count, num_classes)
         return labels if isinstance(labels, CheckedArray) else cls(values)
 
@@ -194,11 +194,11 @@ class CheckedArray:
 
     @cached_property
     def num_classes(self) -> int:
-        """Of labels: the columns of rows [N, K], one more than the largest of classes [N]."""
+        """For labels: number of columns of rows [N, K], or the largest class of [N] plus one."""
         return int(self.values.shape[1]) if self.values.ndim == 2 else int(self.values.max(initial=-1)) + 1
 
     def suits(self, num_classes: int | None) -> bool:
-        """Whether these labels are ones of ``num_classes`` classes; None accepts any."""
+        """Whether these labels are valid for ``num_classes`` classes; None accepts any."""
         own = self.num_classes
         return num_classes is None or (own == num_classes if self.values.ndim == 2 else own <= num_classes)
 
@@ -210,7 +210,7 @@ class CheckedArray:
         return digest.hexdigest()
 
     def tensor(self, device: str | torch.device | None = None) -> Tensor:
-        """On ``device``; on the CPU it shares memory with ``values`` where that is writeable."""
+        """A tensor on ``device``; on the CPU it shares memory with ``values`` if they are writeable."""
         values = self.values if self.values.flags.writeable else self.values.copy()
         return torch.from_numpy(values).to(check_device(device or "cpu"))
 
@@ -243,8 +243,8 @@ class Standardizer:
         """Statistics of ``samples`` [N, D] or [N, C, ...], accumulated in float64.
 
         Args:
-            samples: an array that is mapped is read in parts.
-            rows: indices of the samples that count, such as the training part; None: all.
+            samples: a memory-mapped array is read in parts.
+            rows: indices of the samples to use, such as the training part; None: all.
         """
         array = _as_numpy("samples", samples)
         if array.ndim < 2 or array.size == 0 or (rows is not None and not len(rows)):

@@ -1,8 +1,8 @@
 """Checkpoints: folders of ``config.json`` and ``model.safetensors``, written atomically and never unpickled.
 
 A checkpoint is one folder and is replaced as a whole. An interrupted save leaves the old state or the new
-one: the new folder is completed and flushed beside the old one, then two renames exchange them. Should the
-process die between the two, the old folder remains as ``.NAME.previous`` and loading finds it there.
+one: the new folder is completed and flushed beside the old one, then two renames exchange them. If the process
+dies between the renames, the old folder remains as ``.NAME.previous`` and loading finds it there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PICKLE_ADVICE = (
 _EXPECTED = f"expected a checkpoint folder with {CONFIG_FILE} and {TENSOR_FILE}"
 _AGAIN = "save or copy the checkpoint again"
 _LISTED = 4  # names shown per kind of mismatch
-# Files for readers and for git, which a checkpoint that replaces another one takes over.
+# Files for readers and for git, which are kept when a checkpoint is replaced.
 _KEPT = (CARD_FILE, ".gitattributes")
 
 
@@ -61,21 +61,21 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder atomically; an existing checkpoint at ``path`` is replaced as a whole.
 
-    A model card (README.md) and a .gitattributes that lie there stay.
+    An existing model card (README.md) and .gitattributes are kept.
 
     Args:
         path: folder to create or replace; parent folders are created.
-        kind: what the checkpoint holds, such as ``"denoiser"``; checked on load.
+        kind: type of the content, such as ``"denoiser"``; checked on load.
         config: JSON-able settings that rebuild the object; finite numbers only. Tuples come back as lists.
         tensors: named dense tensors of any shape, dtype and device, usually a state dict. Views and tensors
             that share memory are stored as separate tensors.
-        card: text of README.md; None keeps the one that is there, or writes none.
+        card: text of README.md; None keeps an existing one, or writes none.
 
     Raises:
-        CheckpointError: ``path`` is a file or a folder that holds anything else than a checkpoint,
+        CheckpointError: ``path`` is a file or a folder with anything other than a checkpoint,
             ``config`` is not JSON-able, or a value of ``tensors`` is not a dense tensor. Nothing has been
             written then.
-        OSError: the disk refuses; the previous state is intact.
+        OSError: the disk fails; the previous state is intact.
     """
     target = _real_path(path)
     if not isinstance(kind, str) or not kind:
@@ -114,7 +114,7 @@ def save_checkpoint(
                 write_atomic(partial / name, (target / name).read_bytes())
         _flush(partial)
         if target.exists():
-            # A complete target makes an older leftover worthless; rename needs its place free.
+            # With a complete target an older leftover is obsolete, and the rename needs its place.
             shutil.rmtree(previous, ignore_errors=True)
             os.replace(target, previous)
         try:
@@ -168,7 +168,7 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str | None = None) -> tu
 
 
 def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
-    """Whether anything is at ``path``, or a save that was killed between its two renames left the old state beside."""
+    """Whether anything is at ``path``, or beside it after a save that was killed between its two renames."""
     folder = _real_path(path)
     return folder.exists() or _previous(folder).is_dir()
 
@@ -179,18 +179,18 @@ def checkpoint_kind(path: str | os.PathLike[str]) -> str:
 
 
 def read_state_dict(path: str | os.PathLike[str], entry: str = "model_state_dict") -> dict[str, Tensor]:
-    """The state dict in a file that is no checkpoint of this library: a safetensors file, or one of ``torch.save``.
+    """The state dict in a file from elsewhere: a safetensors file, or one of ``torch.save``.
 
     Args:
-        path: the file; its content, not its name, tells which of the two it is.
-        entry: where a file of ``torch.save`` keeps the state dict, unless it is one itself.
+        path: the file; its content, not its name, determines its type.
+        entry: of the state dict in a file of ``torch.save``, unless the file itself is one.
 
     Returns:
         Tensors on the CPU in their stored dtypes.
 
     Raises:
-        CheckpointError: no such file, damaged, or with anything but tensors in the state dict. Nothing but tensors and
-            plain containers is unpickled, and no code from the file is run.
+        CheckpointError: no such file, damaged, or with anything but tensors in the state dict. Only tensors and plain
+            containers are unpickled, and no code from the file is run.
     """
     file = Path(path)
     if not file.is_file():
@@ -252,10 +252,10 @@ def load_state_dict_checked(module: nn.Module, tensors: Mapping[str, Tensor], wh
 
 
 def signature_of(*parts: Any) -> str:
-    """SHA-256 that tells whether saved work belongs to this data and these models.
+    """SHA-256 that identifies the data and models of saved work.
 
     Tensors and arrays count by dtype, shape and bytes, checked arrays by their digest; modules by class,
-    ``to_config()`` where they have it, and state dict; anything else by its JSON (sorted keys), or its ``repr`` where
+    ``to_config()`` where they have it, and state dict; anything else by its JSON (sorted keys), or its ``repr`` if
     it has none.
     """
     digest = hashlib.sha256()
@@ -299,10 +299,10 @@ def _previous(target: Path) -> Path:
 
 
 def check_replaceable(target: Path) -> None:
-    """Refuse a place where saving a checkpoint would delete something else.
+    """Refuse a path where saving a checkpoint would delete something else.
 
     Raises:
-        CheckpointError: ``target`` is a file, or a folder that holds anything but one of our checkpoints.
+        CheckpointError: ``target`` is a file, or a folder with anything but a checkpoint of this package.
     """
     if not target.exists():
         return
@@ -357,7 +357,7 @@ def _read_header(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
         raise CheckpointError(f"{config_file} is damaged, not JSON ({error}); {_AGAIN}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        # What other libraries call their models in a file of this name.
+        # Names of models of other libraries in a file of this name.
         other = (
             next((header[name] for name in ("model_type", "_class_name", "architectures") if name in header), None)
             if isinstance(header, dict)
@@ -386,7 +386,7 @@ def _read_header(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def _looks_pickled(file: Path) -> bool:
-    """Recognise torch.save's zip archive and a plain pickle by their first bytes."""
+    """Recognize torch.save's zip archive and a plain pickle by their first bytes."""
     with open(file, "rb") as handle:
         start = handle.read(9)
     # A safetensors file starts with an 8-byte length, which may begin with 0x80 too, and then a JSON object.

@@ -1,4 +1,4 @@
-"""Plots of the experiments. matplotlib is imported here alone, and only when a plot is drawn."""
+"""Plots of the experiments. matplotlib is imported only here, and only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pyplot() -> Any:
 
 
 def available() -> bool:
-    """Whether plots can be drawn. If not, prints why: an experiment goes on without them."""
+    """Whether plots can be drawn. If not, print why: an experiment continues without them."""
     try:
         pyplot()
     except ImportError as error:
@@ -74,7 +74,7 @@ def scatter_grid(
 def ratio_grid(
     path: Path, num_target: Sequence[int], exact: np.ndarray, ratios: Mapping[Key, np.ndarray], extent: float
 ) -> Path:
-    """Exact log h in the first column, learned log h beside it, one colour scale, clipped."""
+    """Exact log h in the first column, learned log h beside it, on one color scale, clipped."""
     plt = pyplot()
     methods = list(dict.fromkeys(method for _, method in ratios))
     figure, axes = plt.subplots(

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: text, arrays and JSON."""
+"""Files that are written completely or not at all: text, arrays and JSON."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _real_path(path: str | os.PathLike[str]) -> Path:
-    # Renames act on what a link points to; otherwise replacing would turn the link into a folder.
+    # Rename the target of a link; otherwise replacing would turn the link into a folder.
     return Path(os.path.realpath(path))
 
 

@@ -1,4 +1,4 @@
-"""Precisions by name, as every ``precision`` argument takes them."""
+"""Names of precisions, for every ``precision`` argument."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def autocast(precision: str, device_type: str) -> AbstractContextManager[Any]:
     """Autocast to the 16-bit dtype of ``precision``; for other precisions, a context that does nothing.
 
     Args:
-        precision: a name; those that are not in ``PRECISIONS`` count as fp32.
+        precision: a name; names outside ``PRECISIONS`` count as fp32.
         device_type: "cpu", "cuda", ...
     """
     dtype = PRECISIONS.get(precision, torch.float32)

@@ -1,7 +1,7 @@
-"""Sharing models: checkpoint folders with a model card, as the Hugging Face Hub keeps them, and reading them there.
+"""Sharing models: checkpoint folders with a model card, in the format of the Hugging Face Hub, and reading from it.
 
 The folder is the checkpoint of :mod:`tgdp_fast.runtime.checkpoint` (config.json, model.safetensors) with a README.md,
-the model card, whose front matter (YAML between two lines of dashes) is what the Hub shows and searches.
+the model card. The Hub shows and searches the front matter of the card (YAML between two lines of dashes).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tgdp_fast.runtime.checkpoint import (
     save_checkpoint,
 )
 
-#: In a card that nobody has edited: it is written anew at each save. Without this line a card is left alone.
+#: Marks a card that nobody has edited: each save rewrites it. A card without this line is kept.
 GENERATED = "<!-- written by save_pretrained; remove this line to keep your own text -->"
 
 Model = TypeVar("Model", bound="Pretrained")
 
-# owner/name, or a name alone, as the Hub allows them.
+# owner/name, or a name alone, as allowed by the Hub.
 _REPOSITORY = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 _WHAT = {
@@ -48,7 +48,7 @@ class Pretrained:
     """``save``, ``save_pretrained``, ``from_pretrained`` of a class with ``load(path, ...)``, ``to_checkpoint()``."""
 
     def to_checkpoint(self) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-        """Kind, config and tensors of the checkpoint: what :func:`tgdp_fast.runtime.checkpoint.save_checkpoint` takes.
+        """Kind, config and tensors of the checkpoint, for :func:`tgdp_fast.runtime.checkpoint.save_checkpoint`.
 
         Raises:
             NotImplementedError: the class has no checkpoint.
@@ -64,17 +64,17 @@ class Pretrained:
     ) -> None:
         """Write config.json, model.safetensors and README.md into ``folder``, atomically.
 
-        The folder is replaced as a whole: a process killed at any moment leaves the old model or the new one. A
-        README.md that was edited (its line "written by save_pretrained" removed) and a .gitattributes stay.
+        The folder is replaced as a whole: a process killed at any moment leaves the old model or the new one. An
+        edited README.md (without its line "written by save_pretrained") and a .gitattributes are kept.
 
         Args:
             folder: a new or empty folder, or one with a checkpoint of this package.
-            card: text of README.md, in the place of a generated one.
-            license: identifier of the weights' licence for the generated card, such as "mit"; None leaves it out.
+            card: text of README.md; default: a generated one.
+            license: identifier of the weights' license for the generated card, such as "mit"; None omits it.
 
         Raises:
             CheckpointError: the folder holds something else; nothing has been written then.
-            ValueError: a bad licence identifier.
+            ValueError: a bad license identifier.
         """
         if license is not None and not (isinstance(license, str) and _LICENSE.fullmatch(license)):
             raise ValueError(f"license must be an identifier such as 'mit' or 'cc-by-4.0', got {license!r}")
@@ -96,19 +96,19 @@ class Pretrained:
     ) -> Model:
         """Read a folder of ``save_pretrained`` or ``save``; with ``hub=True`` a repository of the Hugging Face Hub.
 
-        No network is used unless ``hub=True``. Weights are safetensors and never unpickled. Of a repository only
-        config.json and model.safetensors are fetched.
+        The network is used only with ``hub=True``. Weights are safetensors and never unpickled. Only config.json and
+        model.safetensors of a repository are fetched.
 
         Args:
             folder_or_repo_id: the folder; with ``hub=True`` the repository, "owner/name".
             hub: read from the Hub (``pip install 'tgdp_fast[hub]'``).
-            revision, cache_dir, local_files_only: of the Hub: branch, tag or commit; where files are kept; whether to
-                use what is kept already and nothing else.
-            arguments: of ``load``, such as ``network=`` for a network that is not of this package.
+            revision, cache_dir, local_files_only: for the Hub: branch, tag or commit; folder for files; whether to use
+                only files that are already there.
+            arguments: of ``load``, such as ``network=`` for a network from outside this package.
 
         Raises:
-            CheckpointError: not there, without config.json, of another library or another class, of a newer format,
-                damaged, with tensors of other shapes; or the Hub does not give it.
+            CheckpointError: missing, without config.json, of another library or another class, of a newer format,
+                damaged, with tensors of other shapes; or not available from the Hub.
             ImportError: ``hub=True`` without huggingface_hub.
             ValueError: arguments of the Hub without ``hub=True``.
         """
@@ -130,7 +130,7 @@ class Pretrained:
         except CheckpointError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            # The file is intact; what it says does not build the class.
+            # The file is intact, but its settings do not build the class.
             raise CheckpointError(
                 f"{CONFIG_FILE} in {folder} does not describe a {cls.__name__} that this version can build: "
                 f"{type(error).__name__}: {error}"
@@ -140,14 +140,14 @@ class Pretrained:
 def model_card(
     name: str, kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], license: str | None = None
 ) -> str:
-    """Text of a model card: front matter, what the model is, how to load it, its settings and diagnostics.
+    """Text of a model card: front matter, description, how to load it, settings and diagnostics.
 
     Args:
         name: of the class.
         kind, config, tensors: of the checkpoint.
         license: identifier for the front matter.
     """
-    # A denoiser's config is a part of a transfer model's; that of a guidance network has no architecture.
+    # The config of a transfer model contains that of a denoiser; that of a guidance network has no architecture.
     foreign = config.get("denoiser", config).get("architecture", "") is None
     network = ", network=your_network" if foreign else ""
     front = ["library_name: tgdp_fast", *([f"license: {license}"] if license else []), "tags:"]
@@ -191,7 +191,7 @@ def model_card(
 
 
 def _facts(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Settings that fit in a line of a table, by their path; a discrete schedule by its length."""
+    """Settings that fit into one line of a table, by their path; a discrete schedule by its length."""
     facts: list[tuple[str, str]] = []
     for key, value in config.items():
         path = f"{prefix}{key}"

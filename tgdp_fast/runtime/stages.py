@@ -1,4 +1,4 @@
-"""Stages of a long computation, each kept in a folder and read back when nothing it depends on has changed."""
+"""Stages of a long computation, each kept in a folder and loaded if nothing it depends on has changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Stages:
-    """Stages of a long run in a folder: a finished stage with the same signature is loaded, not computed again.
+    """Stages of a long run in a folder: a finished stage with the same signature is loaded instead of computed.
 
     With ``folder=None`` every stage is computed and nothing is written. Several processes
     (:mod:`tgdp_fast.runtime.distributed`) run each stage together, on one file system; the first of them writes.
@@ -44,9 +44,9 @@ class Stages:
 
         Args:
             name: of the stage's files.
-            signature: identifies what the result depends on; a function of it is called where there is a folder.
+            signature: identifies everything the result depends on; a function is called only if there is a folder.
             compute, save, load: of the result.
-            alone: of several processes the first computes, and the others load what it has saved.
+            alone: of several processes, only the first computes, and the others load its saved result.
 
         Returns:
             The result.
@@ -76,7 +76,7 @@ class Stages:
         return result
 
     def remove(self, *names: str) -> None:
-        """Remove what these stages have written, and the folder if nothing else lies in it."""
+        """Remove the files of these stages, and the folder if nothing else is in it."""
         if self.folder is None or not self.folder.is_dir():
             return
         for name in names:

@@ -1,4 +1,4 @@
-"""Result rows on disk: one file a row as it is finished, so that a killed experiment goes on where it was."""
+"""Result rows on disk: one file per finished row, so that a killed experiment resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 class RowStore:
-    """Finished rows of one experiment in ``<folder>/rows``; rows of another signature are not seen."""
+    """Finished rows of one experiment in ``<folder>/rows``; rows of another signature are ignored."""
 
     def __init__(self, folder: Path, signature: str) -> None:
         self.folder = folder / "rows"
@@ -42,7 +42,7 @@ class RowStore:
         save_json(self.path(name), {"signature": self.signature, "row": row})
 
     def drop(self, name: str) -> None:
-        """Forget a row, of whatever signature."""
+        """Remove a row, of any signature."""
         self.path(name).unlink(missing_ok=True)
 
 

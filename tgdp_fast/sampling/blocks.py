@@ -1,4 +1,4 @@
-"""An array written to a file in blocks, so that a killed run goes on where it stopped."""
+"""An array written to a file in blocks, so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tqdm.auto import tqdm
 
 from tgdp_fast.runtime.files import save_array, write_atomic
 
-# What may be left in the folder: finished blocks, the run they belong to, and a save that was killed.
+# Possible files in the folder: finished blocks, the identity of their run, and a save that was killed.
 _OWN_FILE = re.compile(
     r"(block-\d{12}\.npy|arguments\.json)|\.(block-\d{12}\.npy|arguments\.json)\.[0-9a-f]{8}\.partial"
 )
 
 
 class BlockFile:
-    """A .npy file, and the folder ``<path>.partial`` where its finished blocks lie until it is complete.
+    """A .npy file, and the folder ``<path>.partial`` with its finished blocks until it is complete.
 
     Args:
         path: the .npy file, in an existing folder.
@@ -56,8 +56,8 @@ class BlockFile:
 
         Args:
             shape: of the float32 array, rows first.
-            identity: text of all that decides the rows; finished blocks of another one are discarded, but only once
-                there is a new block.
+            identity: text that identifies everything the rows depend on. Finished blocks with another identity are
+                discarded once there is a new block.
             block_size: rows of a new block.
             block: block(start, stop) -> rows start to stop.
             finish: applied to the whole array before it is written.
@@ -75,10 +75,10 @@ class BlockFile:
             while (start := stop) < shape[0]:
                 file = self.folder / f"block-{start:012d}.npy"
                 if resumes and file.is_file():
-                    values = np.load(file, allow_pickle=False)  # As many as that run saved at once.
+                    values = np.load(file, allow_pickle=False)  # The block size of the earlier run.
                 else:
                     values = block(start, min(start + block_size, shape[0]))
-                    if not resumes:  # Only now, so that a run that fails at once costs no finished blocks.
+                    if not resumes:  # Only now, so that a run that fails at once discards no finished blocks.
                         self._discard_blocks()
                         self.folder.mkdir(exist_ok=True)
                         write_atomic(stamp, identity)
@@ -94,7 +94,7 @@ class BlockFile:
         return result
 
     def _discard_blocks(self) -> None:
-        """Remove the files this class wrote, and the folder if nothing else lies in it."""
+        """Remove the files that this class wrote, and the folder if nothing else is in it."""
         if not self.folder.is_dir():
             return
         for file in list(self.folder.iterdir()):

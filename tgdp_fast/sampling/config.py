@@ -1,4 +1,4 @@
-"""The settings of a sampler, in one object that checks itself and goes to JSON and back."""
+"""The settings of a sampler, in one object that checks itself and converts to and from JSON."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from tgdp_fast.diffusion.guided import check_gradient_norm_limit, check_pair, check_scale
 from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, check_eta
-from tgdp_fast.ops._dispatch import BACKENDS
+from tgdp_fast.ops.registry import BACKENDS
 from tgdp_fast.runtime.checks import check_choice, check_integer
 from tgdp_fast.runtime.precision import PRECISIONS
 
-#: fp32 matmuls as three in bf16, where the full trajectory is one operator and the CPU has the units; else fp32.
+#: fp32 matmuls as three bf16 ones, if the full trajectory is one operator and the CPU supports it; else fp32.
 SPLIT = "bf16x3"
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample, whatever the models and the number of samples. Equal configs are equal objects.
+    """How to sample, independent of the models and the number of samples. Equal configs compare equal.
 
     Attributes:
         solver: a name in ``SOLVERS``, or a ready :class:`SolverTable` of the denoiser's schedule (then steps, spacing
@@ -26,11 +26,11 @@ class SamplingConfig:
         steps: solver steps; two-evaluation solvers run the network up to twice a step (``table.nfe``).
         spacing: "logsnr", "uniform" or "karras".
         eta: stochasticity of ddim and euler_ancestral in [0, 1]; None for the solver's default.
-        scale, interval, clamp, gradient_norm_limit: see :class:`GuidedDenoiser`. A function as scale is called once
-            for each evaluation in the interval, when a :class:`Sampler` is made.
-        precision: of the networks, "fp32", "bf16" or "fp16" (autocast); the state is fp32 always. "bf16x3" may take
-            fp32 matmuls as three in bf16, with about 16 bits: faster than fp32 only on CPUs whose bf16 units are more
-            than three times as fast.
+        scale, interval, clamp, gradient_norm_limit: see :class:`GuidedDenoiser`. If scale is a function, it is called
+            once for each evaluation in the interval, when a :class:`Sampler` is created.
+        precision: of the networks, "fp32", "bf16" or "fp16" (autocast); the state is always fp32. "bf16x3" may compute
+            each fp32 matmul as three bf16 ones, with about 16 bits. It is faster than fp32 only on CPUs whose bf16
+            units are more than three times as fast.
         backend: "auto", or one that every operator and the networks' layers must use.
 
     Raises:
@@ -70,7 +70,7 @@ class SamplingConfig:
         """Every field by name, JSON-able.
 
         Raises:
-            ValueError: the solver is a ready table, or the scale a function: neither has a form in JSON.
+            ValueError: the solver is a ready table, or the scale a function: neither can be written as JSON.
         """
         if isinstance(self.solver, SolverTable):
             raise ValueError(
@@ -87,7 +87,7 @@ class SamplingConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> SamplingConfig:
-        """Inverse of :meth:`to_dict`; what is left out has its default.
+        """Inverse of :meth:`to_dict`; missing fields have their defaults.
 
         Raises:
             ValueError: an unknown name, a bad value.

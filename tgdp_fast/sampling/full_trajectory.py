@@ -1,4 +1,4 @@
-"""The full trajectory of the MLPs of this package as one operator, ``ops.trajectory``, in place of the loop."""
+"""The full trajectory of the MLPs of this package as one operator, ``ops.trajectory``, instead of the loop."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tgdp_fast.diffusion.denoiser import Denoiser, epsilon_scales, labels_for
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.models import ScoreMLP, encode_labels
 from tgdp_fast.ops import BackendUnavailableError, TrajectoryNetwork, TrajectoryPlan, trajectory, use_backend
-from tgdp_fast.ops._dispatch import requested_backend, resolve
-from tgdp_fast.ops._measured import loop_is_faster
+from tgdp_fast.ops.measured import loop_is_faster
+from tgdp_fast.ops.registry import requested_backend, resolve
 from tgdp_fast.sampling.loop import Loop
 
 
@@ -25,30 +25,30 @@ from tgdp_fast.sampling.loop import Loop
 class FullTrajectory:
     """A :class:`Loop` with a :class:`ScoreMLP`, and a :class:`GuidanceNetwork` or none, ready for the operator.
 
-    It holds the weights as they were; make another one when they change.
+    It holds the current weights; create another one after they change.
     """
 
     loop: Loop
     score: TrajectoryNetwork
     guidance: TrajectoryNetwork | None
     plan: TrajectoryPlan
-    split: bool
+    bf16x3: bool
     backend: str
 
     @classmethod
     def of(
-        cls, loop: Loop, dtype: torch.dtype, backend: str, *, split: bool = False, samples: int | None = None
+        cls, loop: Loop, dtype: torch.dtype, backend: str, *, bf16x3: bool = False, samples: int | None = None
     ) -> FullTrajectory | None:
-        """The full trajectory of ``loop``, or None where the models or the backends here need the loop.
+        """The full trajectory of ``loop``, or None if the models or the available backends need the loop.
 
         Args:
             loop: models, table and weights.
             dtype: of the factors of the networks' matmuls.
-            backend, split: as for the operators.
-            samples: of the draw, so that a choice left open goes to the loop where that is faster.
+            backend, bf16x3: as for the operators.
+            samples: of the draw, so that ``auto`` uses the loop where it is faster.
         """
         denoiser, guidance, table = loop.denoiser, loop.guidance, loop.table
-        # Exactly these: a subclass, or a hook, may compute something else.
+        # Exactly these classes: a subclass or a hook may compute something else.
         if not _is_plain(denoiser, Denoiser) or not _is_plain(denoiser.network, ScoreMLP):
             return None
         if guidance is not None and (not _is_plain(guidance, GuidanceNetwork) or guidance.stem is not None):
@@ -87,7 +87,7 @@ class FullTrajectory:
             networks = [network.weights for network in (score, other) if network is not None]
             if loop_is_faster(samples, networks):
                 return None
-        return None if chosen == "reference" else cls(loop, score, other, plan, split, chosen)
+        return None if chosen == "reference" else cls(loop, score, other, plan, bf16x3, chosen)
 
     def run(self, x: Tensor, labels: Tensor | None, seed: int, sample_index: Tensor) -> tuple[Tensor, int]:
         """States [B, ...] after all evaluations, and the first evaluation that diverged, or -1.
@@ -105,7 +105,7 @@ class FullTrajectory:
             self.plan,
             seed=seed,
             sample_index=sample_index,
-            split=self.split,
+            bf16x3=self.bf16x3,
             backend=self.backend,
         )
         return result.reshape(x.shape), diverged
@@ -130,7 +130,7 @@ def _label_bias(model: object, labels: Tensor | None) -> Tensor | None:
 
 
 def _rounded_once(module: nn.Module, inputs: Tensor) -> Tensor:
-    """The module's output computed in float64: in float32 it would depend on how many rows and threads there are."""
+    """The module's output computed in float64: in float32 it would depend on the number of rows and threads."""
     with torch.no_grad(), use_backend("reference"):
         result: Tensor = copy.deepcopy(module).double()(inputs.double())
     return result.float()
@@ -140,7 +140,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def _is_plain(model: object, kind: type[Module]) -> TypeGuard[Module]:
-    """Exactly of this class, in float32 and without anything hooked in."""
+    """Whether the model is exactly of this class, in float32 and without hooks."""
     return (
         isinstance(model, kind)
         and model.__class__ is kind

@@ -1,7 +1,7 @@
-"""The solver's loop over its evaluations, and its CUDA graphs, with which it costs the host one launch.
+"""The solver's loop over its evaluations, and its CUDA graphs, which reduce it to one launch by the host.
 
-On a CPU, and where a callback looks on, :class:`Loop` runs as it is. On a GPU :class:`GraphCache` runs it: as it is at
-first, captured in a CUDA graph the second time, and from then on by replays.
+On a CPU, and with a callback, :class:`Loop` runs directly. On a GPU :class:`GraphCache` runs it: directly the first
+time, captured in a CUDA graph the second time, and by replays from then on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, evaluate_models
 from tgdp_fast.diffusion.solvers import SolverTable
-from tgdp_fast.ops import guided_step
-from tgdp_fast.ops._measured import to_be_replayed
+from tgdp_fast.ops import SolverStep, guided_step
+from tgdp_fast.ops.measured import capturing
 
 _logger = logging.getLogger(__name__)
 
@@ -55,11 +56,11 @@ class Loop:
         seed: int,
         after: After | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The state at the end, and after which evaluations it was finite, bool [K]. Never waits for an accelerator.
+        """The final state, and whether it was finite after each evaluation, bool [K]. Never waits for an accelerator.
 
         Args:
             x: [B, ...] floating point, the initial state.
-            sample_index: [B] int64, to which the noise belongs.
+            sample_index: [B] int64, the index for the noise.
             labels: None, [B] or [B, C].
             seed: of the noise.
             after: called after each evaluation.
@@ -76,12 +77,14 @@ class Loop:
                 epsilon,
                 gradient,
                 history,
-                matrix=table.matrix[k],
-                noise_scale=float(table.noise_scale[k]),
-                guidance_weight=weight,
-                alpha=float(table.alpha[k]),
-                sigma=float(table.sigma[k]),
-                clamp=self.clamp,
+                step=SolverStep(
+                    table.matrix[k],
+                    noise_scale=float(table.noise_scale[k]),
+                    guidance_weight=weight,
+                    alpha=float(table.alpha[k]),
+                    sigma=float(table.sigma[k]),
+                    clamp=self.clamp,
+                ),
                 seed=seed,
                 sample_index=sample_index,
                 evaluation=k + 1,
@@ -94,7 +97,7 @@ class Loop:
 
 @dataclass
 class _Graph:
-    """A captured function: static inputs and outputs, the replay, and what its kernels read besides."""
+    """A captured function: static inputs and outputs, the replay, and the other memory that its kernels read."""
 
     inputs: list[Tensor | None]
     outputs: Tensors
@@ -105,47 +108,59 @@ class _Graph:
 class GraphCache:
     """CUDA graphs of one function by the shapes of its inputs.
 
-    The first call with new shapes runs the function as it is, which does what a capture cannot: compiling kernels,
-    growing work spaces. The second call captures it, and replays from then on. If a capture fails, that is logged once
-    and the function always runs as it is. Not for two threads at once.
+    The first call with new shapes runs the function directly, which does what a capture cannot: compile kernels, grow
+    workspaces. The second call captures it; later calls replay it. If a capture fails, this is logged once and the
+    function always runs directly. Not thread-safe.
 
     Args:
         name: of the function, for the log.
-        models: whose parameters the function reads; they are kept as long as a graph reads them.
-        capacity: number of shapes; the one not used for the longest time is forgotten first.
+        models: that the function runs. What they refer to is kept as long as a graph reads it.
+        capacity: number of shapes; the least recently used one is dropped first.
     """
 
     def __init__(self, name: str, models: Sequence[Any] = (), capacity: int = 4) -> None:
         self.name = name
         self._models = models
         self._capacity = capacity
-        self._state: Hashable = None
+        self._state: Any = None
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, not captured yet
+        self._ran = False  # whether the function was, since the state was taken
         self._refused = False
 
-    def run(self, function: Callable[..., Tensors], *inputs: Tensor | None, state: Hashable = None) -> Tensors:
-        """``function(*inputs)``.
+    @contextmanager
+    def checked(self, settings: Any = None) -> Iterator[None]:
+        """Around calls of :meth:`run`: drops all graphs if the models or ``settings`` are not what they were.
+
+        A replay runs no line of Python, so whatever the function reads there has to be in ``settings``, an object that
+        is compared, or in the attributes of the models; see :func:`state_of`.
+        """
+        state = settings, [state_of(model) for model in self._models]
+        if state != self._state:
+            self._graphs.clear()
+        self._state, self._ran = None, False
+        yield
+        # Running a network, unlike replaying it, may change what it keeps.
+        self._state = (settings, [state_of(model) for model in self._models]) if self._ran else state
+
+    def run(self, function: Callable[..., Tensors], *inputs: Tensor | None) -> Tensors:
+        """``function(*inputs)``, within :meth:`checked`.
 
         Args:
-            function: gives a tuple of tensors, without waiting for the device and without reading the host's memory;
-                the result may depend on nothing but inputs and ``state``.
+            function: gives a tuple of tensors, without waiting for the device and without reading the host's memory.
             inputs: tensors or None.
-            state: what a graph holds as it was when captured: with another one than in the call before, all graphs are
-                dropped.
 
         Returns:
             The function's result. The next call may overwrite it.
         """
-        if state != self._state:
-            self._graphs.clear()
-            self._state = state
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
         seen = key in self._graphs
         graph = self._graphs.pop(key, None)
-        with to_be_replayed():  # the same kernels as it is and captured
+        with capturing():  # the same kernels as it is and captured
             if seen and graph is None and not self._refused:
                 graph = self._capture(function, inputs)
-            result = function(*inputs) if graph is None else graph.outputs
+            if graph is None:
+                self._ran = True
+                result = function(*inputs)
         self._graphs[key] = graph
         if len(self._graphs) > self._capacity:
             self._graphs.popitem(last=False)
@@ -155,9 +170,10 @@ class GraphCache:
             if static is not None and tensor is not None:
                 static.copy_(tensor)
         graph.replay()
-        return result
+        return graph.outputs
 
     def _capture(self, function: Callable[..., Tensors], inputs: Sequence[Tensor | None]) -> _Graph | None:
+        self._ran = True
         static = [None if tensor is None else tensor.clone() for tensor in inputs]
         try:
             replay, outputs = capture(function, static)
@@ -184,42 +200,45 @@ def capture(function: Callable[..., Tensors], inputs: list[Tensor | None]) -> tu
     return graph.replay, outputs
 
 
-def state_of(model: Any) -> Hashable:
-    """What a graph holds as it was of a model that it was captured with. Equal states: the graph is still right.
+def state_of(model: Any) -> Any:
+    """An object equal to that of another time if a graph that was captured with the model is still right.
 
-    Of a module: its submodules, their hooks, numbers and texts, and where their parameters and buffers lie; values that
-    change in place are read anew by every replay. A network that was compiled from another one (``uncompiled``) holds
-    other forms of that one's weights, so for it such changes count too. Any other object may change unseen: its state
-    differs from every other.
+    It holds the attributes of all submodules: numbers and texts by value, tensors by place and number of changes, any
+    other object by identity, and containers by their items. In-place changes count too, although a replay reads weights
+    anew: a network may keep values that it has computed from them. What is no module may change unseen, so its state is
+    equal to no other.
     """
     if model is None:
         return None
     if not isinstance(model, nn.Module):
         return object()
-    found: list[Hashable] = []
-    modules = list(model.modules())
-    derived = any(hasattr(module, "uncompiled") for module in modules)
-    for module in modules:
-        attributes = vars(module)
-        plain = [item for item in attributes.items() if isinstance(item[1], bool | int | float | str)]
-        found += [id(module), *plain, *module._forward_hooks, *module._forward_pre_hooks]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                version = tensor._version if derived and not tensor.is_inference() else 0
-                found.append((_address(tensor), tensor.shape, tensor.stride(), tensor.dtype, version))
-    return tuple(found)
+    return [
+        (id(module), [(name, _token(value)) for name, value in vars(module).items() if value is not None])
+        for module in model.modules()
+    ]
 
 
-def _address(tensor: Tensor) -> Hashable:
-    """Where its values lie; for a tensor made of others, which may move unseen, something equal to nothing else."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return object()
+_PLAIN = (bool, int, float, str)
+
+
+def _token(value: Any, depth: int = 1) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        version = 0 if value.is_inference() else value._version
+        try:
+            return id(value), value.data_ptr(), value.shape, value.stride(), value.dtype, version
+        except RuntimeError:  # A tensor made of others, which may move unseen.
+            return object()
+    if depth > 0 and isinstance(value, dict):
+        return [(key, _token(item, depth - 1)) for key, item in value.items()] if value else ()
+    if depth > 0 and isinstance(value, (list, tuple, set)):
+        return [_token(item, depth - 1) for item in value]
+    return id(value)
 
 
 def _held(model: Any) -> list[Any]:
-    """All that a module's attributes refer to now, such as its parameters and work spaces."""
+    """All that :func:`state_of` looks at, so that its memory is not given to others while a graph reads it."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     values = (value for module in modules for value in vars(module).values())
     return [copy.copy(value) if isinstance(value, dict | list | set) else value for value in values]

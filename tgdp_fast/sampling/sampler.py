@@ -1,6 +1,6 @@
 """Sampling: models and settings held by one object that draws sample sets, in memory or into a file.
 
-Noise depends on seed and sample index alone, so batches, blocks and processes may share a sample set as they like.
+Noise depends only on seed and sample index, so a sample set may be divided into batches, blocks and processes freely.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,21 +20,29 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tgdp_fast.diffusion.denoiser import evaluation_mode
-from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser, check_models, scale_at
+from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.diffusion.prior import Prior
-from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.diffusion.solvers import SolverTable, solver_table
-from tgdp_fast.ops._dispatch import requested_backend, use_backend
+from tgdp_fast.diffusion.solvers import SolverTable
 from tgdp_fast.ops.noise import normal
-from tgdp_fast.runtime.arrays import check_labels
+from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
 from tgdp_fast.runtime.precision import PRECISIONS, autocast
 from tgdp_fast.runtime.progress import announce
+from tgdp_fast.sampling.arguments import (
+    check_prior,
+    check_schedules,
+    device_of,
+    event_shape_of,
+    labels_of,
+    scales_of,
+    table_of,
+    taken_apart,
+)
 from tgdp_fast.sampling.blocks import BlockFile
 from tgdp_fast.sampling.config import SPLIT, SamplingConfig
 from tgdp_fast.sampling.full_trajectory import FullTrajectory
-from tgdp_fast.sampling.loop import GraphCache, Loop, state_of
+from tgdp_fast.sampling.loop import GraphCache, Loop
 
 #: callback(step, t, x, x0): solver step, its time, the state after it, the predicted clean sample.
 Callback = Callable[[int, float, Tensor, Tensor], None]
@@ -76,7 +84,7 @@ def sample(
 ) -> Tensor:
     """Draw samples of the target domain in one call (TGDP section 3.1, Theorem 3.1).
 
-    To draw more than once, make a :class:`Sampler`: it keeps what does not change from draw to draw.
+    To draw more than once, create a :class:`Sampler`: it keeps everything that does not change between draws.
 
     Args:
         denoiser, guidance, shape, device: as in :class:`Sampler`.
@@ -88,10 +96,10 @@ def sample(
         [num, *shape] float32, on the device.
 
     Raises:
-        ValueError: a bad argument; models that do not fit each other. No network has been run then.
+        ValueError: a bad argument; models that do not match. No network has been run then.
         TypeError: a setting that :class:`SamplingConfig` does not have.
-        SamplingDivergedError: the state is not finite. Where the full trajectory is one operator and on an accelerator
-            this is noticed at the end of a batch, elsewhere at once.
+        SamplingDivergedError: the state is not finite. If the full trajectory is one operator, and on an
+            accelerator, this is detected at the end of a batch, otherwise at once.
     """
     sampler = Sampler(denoiser, guidance, SamplingConfig(**settings), shape=shape, device=device)
     return sampler.draw(
@@ -121,30 +129,29 @@ class _Request:
 
 
 class Sampler:
-    """Models, settings and what follows from them, for any number of draws.
+    """Models and settings for any number of draws, with everything derived from them.
 
     It holds the solver's table, the guidance weight of each evaluation and, on a GPU, the CUDA graphs of its loop by
-    batch shape, so that a draw of a shape that was drawn before is one replay per batch. Weights that change in place
-    are followed; parameters that were replaced or moved are noticed at the next draw. A stochastic solver's graph
-    belongs to one seed. Graphs keep torch's other settings, such as TF32, as they were when captured. Not for two
-    threads at once.
+    batch shape: another draw with the same shape is one replay per batch. Models may change between draws: weights,
+    hooks and other attributes are checked before a graph is used. The graph of a stochastic solver belongs to one seed.
+    Graphs keep the settings of torch, such as TF32, from their capture. Not thread-safe.
 
     Args:
         denoiser: a :class:`Denoiser`, anything with ``schedule`` and ``epsilon(x, t, labels)``, or a
             :class:`GuidedDenoiser` (then guidance, scale, interval, clamp and gradient_norm_limit must be left at their
             defaults).
         guidance: a :class:`GuidanceNetwork` or anything with ``log_ratio_and_grad``; None samples the source.
-        config: the settings; default ``SamplingConfig()``.
-        shape: shape of one sample; may be left out when the denoiser states its ``event_shape``.
-        device: where to sample; None for where the models' parameters are.
+        config: the settings; default: ``SamplingConfig()``.
+        shape: shape of one sample; may be omitted if the denoiser has an ``event_shape``.
+        device: where to sample; None: the device of the models' parameters.
 
     Attributes:
-        denoiser, guidance, config, shape: as given, or as the :class:`GuidedDenoiser` has them.
+        denoiser, guidance, config, shape: as given, or those of the :class:`GuidedDenoiser`.
         table: the :class:`SolverTable`, K evaluations.
         weights: [K] floats, scale * sigma at each evaluation; 0 outside the interval and without guidance.
 
     Raises:
-        ValueError: a bad argument; models that do not fit each other.
+        ValueError: a bad argument; models that do not match.
     """
 
     def __init__(
@@ -156,17 +163,18 @@ class Sampler:
         shape: tuple[int, ...] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        self.denoiser, self.guidance, self.config = _parts(denoiser, guidance, config)
+        self.denoiser, self.guidance, self.config = taken_apart(denoiser, guidance, config)
         config = self.config
-        requested_backend(config.backend)  # The environment may name another.
+        requested_backend(config.backend)  # The environment may name another one.
         self._models = {"denoiser": self.denoiser} | ({} if self.guidance is None else {"guidance": self.guidance})
-        _check_schedules(self._models)
-        self.table = _table(config, self.denoiser.schedule)
-        self.shape = _event_shape(shape, self._models)
+        check_schedules(self._models)
+        self.table = table_of(config, self.denoiser.schedule)
+        self.shape = event_shape_of(shape, self._models)
         self._requested_device = None if device is None else check_device(device)
-        _device(self._requested_device, self._models)
-        self._scales = [0.0] * self.table.nfe if self.guidance is None else _scales(config, self.table)
-        self.weights = [scale * sigma for scale, sigma in zip(self._scales, self.table.sigma.tolist(), strict=True)]
+        device_of(self._requested_device, self._models)
+        self._scales = [0.0] * self.table.nfe if self.guidance is None else scales_of(config, self.table)
+        pairs = zip(self._scales, self.table.sigma.tolist(), strict=True)
+        self.weights = tuple(scale * sigma for scale, sigma in pairs)
         limits = config.clamp, config.gradient_norm_limit
         self._loop = Loop(self.denoiser, self.guidance, self.table, self.weights, *limits)
         self._graphs = GraphCache("the sampling loop", (self.denoiser, self.guidance))
@@ -185,22 +193,22 @@ class Sampler:
     ) -> Tensor:
         """Draw samples of the target domain.
 
-        Sample ``i`` depends on ``seed`` and ``first_index + i`` alone: not on ``batch_size``, nor on which process drew
-        it (up to rounding of the networks' matmuls).
+        Sample ``i`` depends only on ``seed`` and ``first_index + i``, not on ``batch_size`` or on the process that
+        draws it (up to rounding of the networks' matmuls).
 
         Args:
             num: number of samples.
             labels: one class index for all, indices [num], or soft / multi-hot rows [num, K]. Required by conditional
-                models, refused where no model takes any.
+                models, refused if no model uses labels.
             prior: distribution of the first state, a :class:`GaussianPrior` or :class:`EmpiricalPrior`; None for
-                N(0, I), which is right where the schedule ends with next to no signal.
+                N(0, I), which is correct if the schedule ends with almost no signal.
             seed: 0 <= seed < 2**64.
             first_index: index of the first sample; shards draw disjoint ranges of one sample set.
-            batch_size: samples in flight; bounds memory, which does not grow with steps. Default: 2**21 values' worth,
-                at most 8,192.
+            batch_size: samples per batch; bounds memory, which does not grow with steps. Default: as many as have 2**21
+                values, at most 8,192.
             callback: ``callback(step, t, x, x0)`` after each solver step of each batch. With it, evaluations run one by
                 one.
-            progress: show a bar, on a terminal only.
+            progress: show a bar, only on a terminal.
 
         Returns:
             [num, *shape] float32, on the device.
@@ -226,18 +234,18 @@ class Sampler:
     ) -> np.ndarray:
         """:meth:`draw`, writing ``path`` (.npy) atomically and resuming after a kill at any moment.
 
-        Finished blocks lie in the folder ``<path>.partial`` until the file is complete. A later call takes them up if
-        it asks for the same samples of the same models, whatever its batch_size, block_size, backend and device;
-        otherwise it discards them, once it has a block of its own.
+        The folder ``<path>.partial`` holds finished blocks until the file is complete. A later call reuses them if it
+        requests the same samples of the same models, for any batch_size, block_size, backend and device. Otherwise it
+        discards them once it has finished its first block.
 
         Args:
             path: the .npy file, in an existing folder; float32 [num, *shape].
             num: number of samples.
             finish: applied to the whole array before it is written (e.g. undoing a standardization).
-            signature: text that identifies the models, such as a hash; needed only where one is no ``nn.Module``. The
+            signature: text that identifies the models, such as a hash; needed only if one is not an ``nn.Module``. The
                 default is a hash of their weights and buffers, ``to_config()`` and ``repr``.
-            block_size: samples per saved block, and the most that a kill can cost (default: 2**21 values' worth, 8 MB,
-                but at most 8,192 samples; or one batch, if that is more). No batch is larger.
+            block_size: samples per saved block, the most that a kill can lose. Default: as many as have 2**21 values
+                (8 MB), at most 8,192, or one batch if that is more. No batch is larger.
             progress: show progress.
             options: labels, prior, seed, first_index, batch_size and callback, as in :meth:`draw`.
 
@@ -286,9 +294,9 @@ class Sampler:
         seed = check_seed(seed)
         if batch_size is None:
             batch_size = _default_batch_size(self.shape)
-        device = _device(self._requested_device, self._models)
-        rows = _labels(labels, num, self._models)
-        _check_prior(prior, self.shape)
+        device = device_of(self._requested_device, self._models)
+        rows = labels_of(labels, num, self._models)
+        check_prior(prior, self.shape)
         return _Request(
             num,
             None if rows is None else rows.to(device),
@@ -301,7 +309,7 @@ class Sampler:
         )
 
     def _identity(self, request: _Request) -> dict[str, Any]:
-        """All that decides the samples besides the models, JSON-able; the interval shows in the scales."""
+        """Everything the samples depend on besides the models, JSON-able; the scales include the interval."""
         return {
             "guided": self.guidance is not None,
             "scales": self._scales,
@@ -320,7 +328,7 @@ class Sampler:
     def _run(self, request: _Request, start: int, stop: int, progress: bool) -> Tensor:
         """Samples ``start`` to ``stop`` of a draw: float32 [stop - start, *shape]."""
         device, config, table = request.device, self.config, self.table
-        with torch.inference_mode(False):  # An ordinary tensor also where the caller is in inference mode.
+        with torch.inference_mode(False):  # An ordinary tensor, also if the caller is in inference mode.
             result = torch.empty((stop - start, *self.shape), dtype=torch.float32, device=device)
         batches = range(start, stop, request.batch_size)
         hidden = None if progress else True  # None: shown on a terminal only
@@ -328,28 +336,28 @@ class Sampler:
         with torch.inference_mode(), evaluation_mode(self.denoiser, self.guidance), _backend(config.backend), bar:
             full = None
             if request.callback is None:
-                dtype, split = PRECISIONS.get(config.precision, torch.float32), config.precision == SPLIT
-                full = FullTrajectory.of(self._loop, dtype, config.backend, split=split, samples=request.num)
+                dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == SPLIT
+                full = FullTrajectory.of(self._loop, dtype, config.backend, bf16x3=bf16x3, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
-            state = self._state(request) if captured else None
             loop, after = partial(self._loop, seed=request.seed), self._after(request, bar)
-            for first in batches:
-                last = min(first + request.batch_size, stop)
-                x, indices, labels = self._initial_state(request, first, last)
-                if full is not None:
-                    x, diverged = full.run(x, labels, request.seed, indices)
-                    bar.update(table.nfe)
-                else:
-                    with autocast(config.precision, device.type):
-                        if captured:
-                            x, finite = self._graphs.run(loop, x, indices, labels, state=state)
-                            bar.update(table.nfe)
-                        else:
-                            x, finite = loop(x, indices, labels, after=after)
-                    diverged = -1 if finite.all() else int((~finite).int().argmax())
-                if diverged >= 0:
-                    raise SamplingDivergedError(diverged, float(table.times[diverged]), table)
-                result[first - start : last - start] = x
+            with self._graphs.checked(self._settings(request)) if captured else nullcontext():
+                for first in batches:
+                    last = min(first + request.batch_size, stop)
+                    x, indices, labels = self._initial_state(request, first, last)
+                    if full is not None:
+                        x, diverged = full.run(x, labels, request.seed, indices)
+                        bar.update(table.nfe)
+                    else:
+                        with autocast(config.precision, device.type):
+                            if captured:
+                                x, finite = self._graphs.run(loop, x, indices, labels)
+                                bar.update(table.nfe)
+                            else:
+                                x, finite = loop(x, indices, labels, after=after)
+                        diverged = -1 if finite.all() else int((~finite).int().argmax())
+                    if diverged >= 0:
+                        raise SamplingDivergedError(diverged, float(table.times[diverged]), table)
+                    result[first - start : last - start] = x
         return result
 
     def _initial_state(self, request: _Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -364,11 +372,11 @@ class Sampler:
         return x, indices, None if request.labels is None else request.labels[start:stop]
 
     def _after(self, request: _Request, bar: Any) -> Callable[[int, Tensor, Tensor, Tensor], None]:
-        """What is done after each evaluation where they run one by one."""
+        """Called after each evaluation if they run one by one."""
         table = self.table
 
         def after(k: int, x: Tensor, x0: Tensor, finite: Tensor) -> None:
-            # On an accelerator asking would wait for it at every evaluation.
+            # On an accelerator this check would wait for the device at every evaluation.
             if request.device.type == "cpu" and not finite:
                 raise SamplingDivergedError(k, float(table.times[k]), table)
             if table.ends_step[k] and request.callback is not None:
@@ -377,168 +385,19 @@ class Sampler:
 
         return after
 
-    def _state(self, request: _Request) -> Hashable:
-        """All that a CUDA graph of the loop holds as it was, besides this object."""
+    def _settings(self, request: _Request) -> tuple[Any, ...]:
+        """What a graph of the loop holds as it was, besides this object and the models."""
         place = request.device.type
         return (
             request.seed if self.table.is_stochastic else None,  # the noise's key is an argument of its launches
             requested_backend(self.config.backend),
-            (torch.is_autocast_enabled(place), torch.get_autocast_dtype(place)),
-            state_of(self.denoiser),
-            state_of(self.guidance),
+            torch.is_autocast_enabled(place),
+            torch.get_autocast_dtype(place),
         )
-
-
-def _parts(
-    denoiser: EpsilonModel | GuidedDenoiser, guidance: Guidance | None, config: SamplingConfig | None
-) -> tuple[EpsilonModel, Guidance | None, SamplingConfig]:
-    """Denoiser, guidance and settings, those of a :class:`GuidedDenoiser` taken out of it."""
-    default = SamplingConfig()
-    config = default if config is None else config
-    if not isinstance(config, SamplingConfig):
-        raise ValueError(
-            f"config must be a SamplingConfig, got {type(config).__name__}; SamplingConfig.from_dict makes one of a "
-            "dictionary"
-        )
-    if not isinstance(denoiser, GuidedDenoiser):
-        check_models(denoiser, guidance)
-        return denoiser, guidance, config
-    names = ("interval", "clamp", "gradient_norm_limit", "scale")
-    repeated = ["guidance"] * (guidance is not None)
-    repeated += [name for name in names if getattr(config, name) != getattr(default, name)]
-    if repeated:
-        raise ValueError(f"{', '.join(repeated)}: set on the GuidedDenoiser that was passed, not again in sample()")
-    config = replace(config, **{name: getattr(denoiser, name) for name in names})
-    return denoiser.denoiser, denoiser.guidance, config
-
-
-def _table(config: SamplingConfig, schedule: NoiseSchedule) -> SolverTable:
-    table = config.solver
-    if not isinstance(table, SolverTable):
-        return solver_table(table, schedule, config.steps, spacing=config.spacing, eta=config.eta)
-    if not _is_table_of(schedule, table):
-        raise ValueError(
-            f"solver is a table of another noise schedule than the denoiser's {schedule!r}; build it with "
-            "solver_table(name, denoiser.schedule, steps)"
-        )
-    return table
-
-
-def _check_schedules(models: Mapping[str, Any]) -> None:
-    schedule = getattr(models["denoiser"], "schedule", None)
-    if not isinstance(schedule, NoiseSchedule):
-        raise ValueError(f"denoiser must have an attribute schedule, a NoiseSchedule, got {schedule!r}")
-    other = getattr(models.get("guidance"), "schedule", None)
-    if other is not None and other != schedule:
-        raise ValueError(
-            "guidance and denoiser must have the same noise schedule, got guidance.schedule = "
-            f"{other!r} and denoiser.schedule = {schedule!r}; fit the guidance with the denoiser's schedule"
-        )
-
-
-def _is_table_of(schedule: NoiseSchedule, table: SolverTable) -> bool:
-    inside = (table.times >= schedule.t_min) & (table.times <= schedule.t_max)
-    return bool(inside.all()) and np.allclose(schedule.alpha(table.times), table.alpha, rtol=1e-6, atol=0.0)
-
-
-def _scales(config: SamplingConfig, table: SolverTable) -> list[float]:
-    """Guidance scale at each time of the table, 0 outside the interval."""
-    scales = []
-    for t in table.times.tolist():
-        try:
-            scales.append(scale_at(config.scale, config.interval, t))
-        except ValueError as error:
-            raise ValueError(
-                f"scale must give a finite number at every time of the solver; at t = {t}: {error}"
-            ) from None
-    return scales
 
 
 def _default_batch_size(shape: tuple[int, ...]) -> int:
     return max(1, min(8192, 2**21 // math.prod(shape)))
-
-
-def _event_shape(shape: tuple[int, ...] | None, models: Mapping[str, Any]) -> tuple[int, ...]:
-    stated = {name: getattr(model, "event_shape", None) for name, model in models.items()}
-    known = [tuple(value) for value in stated.values() if value is not None]
-    if known and known[0] != known[-1]:
-        raise ValueError(f"denoiser and guidance must have the same event_shape, got {known[0]} and {known[-1]}")
-    if shape is None:
-        if not known:
-            raise ValueError(
-                "shape must be given (the shape of one sample): the denoiser does not state its event_shape"
-            )
-        return known[0]
-    try:
-        shape = tuple(check_integer("shape entries", size, 1) for size in shape)
-    except TypeError:
-        raise ValueError(f"shape must be a tuple of integers, the shape of one sample, got {shape!r}") from None
-    if known and shape != known[0]:
-        raise ValueError(f"shape must be {known[0]}, the event_shape of the model, got {shape}")
-    return shape
-
-
-def _check_prior(prior: Prior | None, shape: tuple[int, ...]) -> None:
-    if prior is None:
-        return
-    if not isinstance(prior, Prior):
-        raise ValueError(
-            f"prior must be a GaussianPrior, an EmpiricalPrior or None, got {type(prior).__name__}; see "
-            "GaussianPrior.fit"
-        )
-    if prior.event_shape != shape:
-        raise ValueError(f"prior must be of samples of shape {shape}, got one of {prior.event_shape}")
-
-
-def _device(device: torch.device | None, models: Mapping[str, Any]) -> torch.device:
-    """``device``, or that of the first parameter; the parameters of all models must lie there."""
-    places = {
-        name: {parameter.device for parameter in model.parameters()}
-        for name, model in models.items()
-        if isinstance(model, nn.Module)
-    }
-    if device is None:
-        result = next((place for found in places.values() for place in found), torch.device("cpu"))
-    else:
-        result = device
-    for name, found in places.items():
-        for place in found - {result}:
-            raise ValueError(
-                f"the parameters of {name} are on {place}, but sampling runs on {result}; move them with "
-                f"{name}.to({str(result)!r}) or choose another device"
-            )
-    return result
-
-
-def _labels(labels: Any, num: int, models: Mapping[str, Any]) -> Tensor | None:
-    """None, or labels with one row per sample that every model accepts.
-
-    A model that states no ``num_classes`` takes them as they come.
-    """
-    counts = {name: getattr(model, "num_classes", None) for name, model in models.items()}
-    conditional = {name: count for name, count in counts.items() if count}
-    if labels is None:
-        for name, count in conditional.items():
-            raise ValueError(f"labels are required: the {name} is conditional on {count} classes")
-        return None
-    if all(count == 0 for count in counts.values()):
-        raise ValueError(
-            f"labels must be None, got labels for {' and '.join(counts)} without classes (num_classes = 0)"
-        )
-    try:
-        result = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"labels must be numbers, got {type(labels).__name__}: {error}") from None
-    if result.ndim == 0:
-        result = result.expand(num)
-    if result.ndim > 2 or len(result) != num:
-        raise ValueError(
-            f"labels must be one class index, {num} indices, or {num} rows of class weights (num = {num}), got shape "
-            f"{tuple(result.shape)}"
-        )
-    for count in conditional.values():
-        result = torch.from_numpy(check_labels("labels", result, num, count))
-    return result
 
 
 def _signature(models: Mapping[str, Any]) -> str:
@@ -550,7 +409,7 @@ def _signature(models: Mapping[str, Any]) -> str:
                 "weights would identify it; pass any text that changes with the models"
             )
     parts = (models["denoiser"], models.get("guidance"))
-    # The repr of a module tells what its weights do not, such as the activations.
+    # The repr of a module shows properties that its weights do not, such as the activations.
     return signature_of(*parts, *map(repr, parts))
 
 

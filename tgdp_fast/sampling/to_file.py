@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import torch
 
 from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.sampling.config import SamplingConfig
@@ -20,7 +21,7 @@ def sample_to_file(
     *,
     num: int,
     shape: tuple[int, ...] | None = None,
-    device: str | Any = None,
+    device: str | torch.device | None = None,
     **arguments: Any,
 ) -> np.ndarray:
     """:func:`sample`, writing ``path`` (.npy) atomically and resuming after a kill at any moment.

@@ -19,7 +19,7 @@ from tgdp_fast.diffusion.denoiser import alpha_sigma, epsilon_scales, training_t
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, solver_table
 from tgdp_fast.integrations.diffusers.guide import PREDICTION_TYPES
-from tgdp_fast.ops import guided_step
+from tgdp_fast.ops import SolverStep, guided_step
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
 from tgdp_fast.sampling.config import SamplingConfig
 
@@ -249,11 +249,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             epsilon,
             None,
             self._history,
-            matrix=table.matrix[k],
-            noise_scale=noise_scale if counted else 0.0,
-            alpha=alpha,
-            sigma=sigma,
-            clamp=self._clamp,
+            step=SolverStep(
+                table.matrix[k],
+                noise_scale=noise_scale if counted else 0.0,
+                alpha=alpha,
+                sigma=sigma,
+                clamp=self._clamp,
+            ),
             seed=self._seed or 0,
             sample_index=indices,
             evaluation=self._first + k + 1,

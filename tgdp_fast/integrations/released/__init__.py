@@ -1,9 +1,9 @@
-"""The calls of the released TGDP-ECG and SSSD-ECG code, so that a script that uses them changes one line of imports.
+"""The calls of the released TGDP-ECG and SSSD-ECG code: a script that uses them changes only its imports.
 
     from tgdp_fast.integrations.released import SSSD_ECG, Bandit_Critic_Guide, sampling_label_guided
 
 Two conventions: ``convention="paper"``, the default, follows the formulas of the papers; ``convention="released"``
-follows what the released code computes where that departs from them:
+follows the released code where it departs from them:
 
 =====================  =================================================  =======================================
 what                   "paper"                                            "released"

@@ -7,7 +7,7 @@ from torch import Tensor
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS, find_leads, twelve_leads
 from tgdp_fast.runtime.checks import check_choice
 
-#: Order of the twelve leads in released code: there the stored eight are at the places 0, 2 to 7 and 11.
+#: Order of the twelve leads in released code: the stored eight are at positions 0, 2 to 7 and 11.
 RELEASED_LEADS = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6", "III", "aVR", "aVL", "aVF")
 
 

@@ -20,7 +20,7 @@ from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 
 CONVENTIONS = ("paper", "released")
 
-#: SSSD-ECG's names -> ours, where they differ; the three widths of the step embedding are one argument of ours.
+#: Names in SSSD-ECG -> names here, where they differ; the three widths of the step embedding are one argument here.
 _NAMES = {
     "s4_lmax": "l_max",
     "s4_d_state": "d_state",
@@ -33,27 +33,27 @@ _STEP_DIMS = ("diffusion_step_embed_dim_in", "diffusion_step_embed_dim_mid", "di
 class SSSD_ECG(SSSDECG):  # noqa: N801
     """:class:`tgdp_fast.SSSDECG` with the constructor's names and the call of SSSD-ECG's code.
 
-    It is one of our networks in everything else: ``Denoiser(network, schedule)`` takes it, and so does
-    ``network.compile_for_sampling()``. The defaults are the paper's.
+    In everything else it is a network of this package: ``Denoiser(network, schedule)`` accepts it, and it has
+    ``compile_for_sampling()``. The defaults are the paper's.
 
     Args:
         in_channels, res_channels, skip_channels, out_channels, num_res_layers: as in :class:`tgdp_fast.SSSDECG`.
         diffusion_step_embed_dim_in, diffusion_step_embed_dim_mid, diffusion_step_embed_dim_out: widths of the diffusion
             step's features, of the hidden layer and of the embedding.
         s4_lmax, s4_d_state: length of the S4 kernels, and size of their state.
-        s4_dropout: acts in training only, where this network has none: training with one above 0 is refused.
+        s4_dropout: only relevant in training. This network has no dropout, so training with a value above 0 is refused.
         s4_bidirectional, s4_layernorm: must be true, as in every released checkpoint.
-        label_embed_classes, label_embed_dim: number of statements, and width of their embedding. Released code takes 0
-            classes, an unconditional network, where none are given.
-        convention: "paper" for ``cauchy="pair"``, "released" for ``cauchy="half"``, which is what the released
-            repository computes as it is, without its CUDA extension. A checkpoint does not tell on which of the two it
-            was trained, and the other one changes the prediction by a third: without ``convention`` and ``cauchy`` the
-            network has "pair" and :meth:`load_state_dict` warns.
-        cauchy: "pair" or "half", against ``convention``.
+        label_embed_classes, label_embed_dim: number of statements, and width of their embedding. In released code
+            the default is 0 classes, an unconditional network.
+        convention: "paper" for ``cauchy="pair"``, "released" for ``cauchy="half"``, which the unchanged released
+            repository computes without its CUDA extension. A checkpoint does not record which of the two it was trained
+            on, and the wrong one changes the prediction by a third. Without ``convention`` and ``cauchy`` the network
+            uses "pair" and :meth:`load_state_dict` warns.
+        cauchy: "pair" or "half"; overrides ``convention``.
 
     Shapes: ``forward((audio [B, in_channels, L], cond, diffusion_steps [B] or [B, 1])) -> [B, out_channels, L]``, with
     cond rows [B, label_embed_classes], class indices [B], or None for a network without labels. The call
-    ``forward(x, time, labels)`` of :class:`tgdp_fast.SSSDECG` is understood too.
+    ``forward(x, time, labels)`` of :class:`tgdp_fast.SSSDECG` also works.
 
     Raises:
         ValueError: an argument out of range; see :class:`tgdp_fast.SSSDECG`.
@@ -108,10 +108,10 @@ class SSSD_ECG(SSSDECG):  # noqa: N801
         """:meth:`tgdp_fast.SSSDECG.from_checkpoint`, ``config`` with the names of either constructor.
 
         Returns:
-            The network in float32, on the CPU, in eval mode. Nothing but tensors is unpickled.
+            The network in float32, on the CPU, in eval mode. Only tensors are unpickled.
 
         Raises:
-            CheckpointError, ValueError: as there.
+            CheckpointError, ValueError: as in :meth:`tgdp_fast.SSSDECG.from_checkpoint`.
         """
         plain = SSSDECG.from_checkpoint(path, cauchy=cauchy, config=_our_config(config or {}))
         sizes = plain.to_config()
@@ -123,7 +123,7 @@ class SSSD_ECG(SSSDECG):  # noqa: N801
         return network.eval()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As every module's, with a warning where nothing says on which kernels the weights were trained."""
+        """As in any module, with a warning if it is unknown which kernels the weights were trained on."""
         if not self._chosen:
             warnings.warn(
                 "SSSD_ECG was built without convention and cauchy, so its kernels are those of cauchy='pair'. If these "
@@ -172,23 +172,23 @@ class _FourierFeatures(nn.Module):
         self.W = nn.Parameter(scale * torch.randn(frequencies), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        # Up to 1e5 radians: in float32 the order of the products shows in the third digit of a sine.
+        # Up to 1e5 radians: in float32 the order of multiplication affects the third digit of a sine.
         angles = t.to(self.W.dtype)[:, None] * self.W * (2.0 * math.pi)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class GuidanceQt(ECGStem):
-    """The guidance network of the ECG experiment, f(x, t), with the tensors' names of released checkpoints.
+    """The guidance network of the ECG experiment, f(x, t), with the tensor names of released checkpoints.
 
-        features = conv2(conv1(x))                     two convolutions, kernel 10, stride 2, nothing between or after
+        features = conv2(conv1(x))                     two convolutions, kernel 10, stride 2, no activations
         f = qt([features, embed(t), condition])        SiLU between the layers of qt; embed: Fourier features, Linear
 
-    The defaults are the paper's: 8 leads of 1,000 samples, 4 x 512, 32 time features: 2,809,169 numbers. The released
-    code trains f on log r(x_0) (``loss="log_mse"``); f is used as log h all the same, so :func:`tgdp_fast.sample` takes
-    this network as guidance, in the formula's convention.
+    The defaults are the paper's: 8 leads of 1,000 samples, 4 x 512, 32 time features: 2,809,169 parameters. The
+    released code trains f on log r(x_0) (``loss="log_mse"``) and uses it as log h, so :func:`tgdp_fast.sample` accepts
+    this network as guidance, in the convention of the formula.
 
     Args:
-        action_dim: features that the convolutions make of a signal; follows from its size, so it may be left out.
+        action_dim: number of features after the convolutions; it follows from the size of a signal and may be omitted.
         state_dim: width of the condition, 0 for none.
         in_channels, length: leads and samples of the signal.
         width, depth: hidden layers of ``qt``.
@@ -239,10 +239,10 @@ class GuidanceQt(ECGStem):
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], *, length: int = 1000, state_dim: int = 0) -> GuidanceQt:
-        """The network of a file of ``torch.save``, or of safetensors; sizes that are not given are read off it.
+        """Load a file of ``torch.save`` or safetensors; sizes that are not given follow from its tensors.
 
         Returns:
-            The network in float32, on the CPU, in eval mode. Nothing but tensors is unpickled.
+            The network in float32, on the CPU, in eval mode. Only tensors are unpickled.
 
         Raises:
             CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape.
@@ -304,22 +304,22 @@ class GuidanceQt(ECGStem):
 
 
 class Bandit_Critic_Guide(nn.Module):  # noqa: N801
-    """What holds the guidance network in released scripts, for sampling: ``qt``, ``guidance_scale`` and the gradient.
+    """Holder of the guidance network in released scripts, for sampling: ``qt``, ``guidance_scale`` and the gradient.
 
-    It stands wherever a guidance does, here and in :func:`tgdp_fast.sample`. Of the released class it lacks what
-    belongs to training (domain classifier, target records, ``update_qt``): :func:`tgdp_fast.fit_guidance` trains.
+    It can be used as any guidance, here and in :func:`tgdp_fast.sample`. It lacks the training parts of the released
+    class (domain classifier, target records, ``update_qt``): use :func:`tgdp_fast.fit_guidance` to train.
 
     Args:
         adim, sdim: ``action_dim`` and ``state_dim`` of :class:`GuidanceQt`.
-        args: anything whose attribute ``device`` says where the network goes; other attributes are not looked at.
+        args: any object whose attribute ``device`` is the device of the network; other attributes are ignored.
         sizes: further arguments of :class:`GuidanceQt`, by keyword.
 
     Attributes:
-        qt: the :class:`GuidanceQt`; checkpoints hold its tensors.
+        qt: the :class:`GuidanceQt`; checkpoints contain its tensors.
         guidance_scale: factor of value and gradient, 1.
 
     Raises:
-        ValueError: as there.
+        ValueError: as in :class:`GuidanceQt`.
     """
 
     def __init__(self, adim: int | None = None, sdim: int = 0, args: Any = None, **sizes: Any) -> None:

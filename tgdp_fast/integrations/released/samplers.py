@@ -25,7 +25,7 @@ def calc_diffusion_hyperparams(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The diffusion process with T steps and a linear schedule, as the dictionary that the samplers take.
+    """The diffusion process with T steps and a linear schedule, as the dictionary that the samplers accept.
 
     Beta_t = beta_0 .. beta_T; Alpha_t = 1 - Beta_t; Alpha_bar_t = product of Alpha up to t;
     Sigma_t^2 = Beta_t (1 - Alpha_bar_{t-1}) / (1 - Alpha_bar_t), and Sigma_0^2 = Beta_0 (DiffWave, section 2).
@@ -66,7 +66,7 @@ def sampling_label(
 ) -> Tensor:
     """Ancestral sampling of the source model, T evaluations (DDPM, algorithm 2). Both conventions agree here.
 
-    See :func:`sampling_label_guided` for the arguments, and :func:`tgdp_fast.sample` for samplers of fewer steps.
+    See :func:`sampling_label_guided` for the arguments, and :func:`tgdp_fast.sample` for samplers with fewer steps.
 
     Returns:
         [B, ...] of ``size``, on the network's device.
@@ -100,28 +100,28 @@ def sampling_label_guided(
         x   = (x - Beta_t / sqrt(1 - Alpha_bar_t) eps) / sqrt(Alpha_t) + Sigma_t z
 
     Args:
-        net: an :class:`SSSD_ECG`, what its ``compile_for_sampling`` returns (faster), a :class:`tgdp_fast.SSSDECG`, or
-            anything called as ``net((x, cond, diffusion_steps [B, 1]))``.
+        net: an :class:`SSSD_ECG`, the result of its ``compile_for_sampling`` (faster), a :class:`tgdp_fast.SSSDECG`, or
+            any callable like ``net((x, cond, diffusion_steps [B, 1]))``.
         guidance_net: a :class:`Bandit_Critic_Guide`, a :class:`GuidanceQt`, a :class:`tgdp_fast.GuidanceNetwork`,
-            anything with ``log_ratio_and_grad(x, t, labels)``, with ``calculate_guidance(x, diffusion_steps [B, 1])``
-            as released code has it, or called as ``guidance_net(x, t [B])``, which autograd differentiates. None for
-            no guidance.
+            any object with ``log_ratio_and_grad(x, t, labels)`` or, as in released code,
+            ``calculate_guidance(x, diffusion_steps [B, 1])``, or a callable ``guidance_net(x, t [B])``, which autograd
+            differentiates. None for no guidance.
         size: of the result, batch first.
         diffusion_hyperparams: of :func:`calc_diffusion_hyperparams`.
         cond: labels of ``net``, one row per sample; None for a network without labels.
         guidance_scale: s.
         guidance_cond: labels of a conditional ``guidance_net``, its third argument.
-        convention: which sign and factor the gradient gets.
+        convention: sign and factor of the gradient.
         noise: x_T and then the noise of the steps T - 1 .. 1, as [T, *size] or any iterable of T tensors. Its dtype is
-            that of the state. Without, noise is drawn on the host, as released code does, or on the generator's device.
-        generator: of the noise; default PyTorch's global one.
-        batch_size: samples that the networks see at once; bounds memory, and does not change the noise.
+            that of the state. Default: noise drawn on the host, as in released code, or on the generator's device.
+        generator: of the noise; default: PyTorch's global one.
+        batch_size: samples per call of the networks; bounds memory and does not change the noise.
 
     Returns:
         [B, ...] of ``size``, on the network's device.
 
     Raises:
-        ValueError: a bad argument; noise of another number or shape.
+        ValueError: a bad argument; noise with another number of tensors or shape.
         ArithmeticError: the result is not finite.
     """
     check_choice("convention", convention, CONVENTIONS)
@@ -162,7 +162,7 @@ def sampling_label_guided(
 
 
 def _coefficients(hyperparams: Mapping[str, Any]) -> tuple[int, list[tuple[float, float, float, float]]]:
-    """T, and of each step the factors of x, of epsilon (subtracted), sigma_t, and the factor of fresh noise."""
+    """T, and for each step the factors of x and of epsilon (subtracted), sigma_t, and the factor of fresh noise."""
     missing = [name for name in _ENTRIES if name not in hyperparams]
     if missing:
         raise ValueError(
@@ -191,13 +191,13 @@ def _noise(
     size: tuple[int, ...],
     parameter: Tensor | None,
 ) -> Iterator[Tensor]:
-    """``steps`` tensors of ``size`` on the device of ``parameter``, then what the caller has left over."""
+    """``steps`` tensors of ``size`` on the device of ``parameter``, then the rest of the caller's noise."""
     device = None if parameter is None else parameter.device
     if noise is None:
         dtype = torch.float32 if parameter is None else parameter.dtype
         place = torch.device("cpu") if generator is None else generator.device
         for _ in range(steps):
-            # In float32 whatever the network's dtype, so that a seed means the same noise.
+            # In float32 for every dtype of the network, so that a seed gives the same noise.
             drawn = torch.randn(size, generator=generator, device=place, dtype=torch.float32)
             yield drawn.to(place if device is None else device, dtype)
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.lab.cases.mlp import mlp_inputs
-from tgdp_fast.ops import _dispatch, mlp_value_and_grad
+from tgdp_fast.ops import mlp_value_and_grad, registry
 
 #: Bytes moved (read and written) by the copies: from what caches hold to what only memory does.
 COPIES = (2**18, 2**21, 2**24, 2**29)
@@ -102,7 +102,7 @@ def _matmuls(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[float, 
     rows, width = MLP
     inputs = mlp_inputs(rows, width, [width] * 4, dtype, device)
     flops = 4.0 * rows * sum(weight.numel() for weight in inputs.weights)
-    for backend, state in _dispatch.backend_report()["mlp_value_and_grad"].items():
+    for backend, state in registry.backend_report()["mlp_value_and_grad"].items():
         if state == "available" and backend != "reference":
             yield flops, partial(mlp_value_and_grad, *inputs, backend=backend)
 

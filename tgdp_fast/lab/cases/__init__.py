@@ -34,8 +34,8 @@ CHECKS: dict[str, tuple[Sequence[Any], Callable[..., Check]]] = {
     "long_convolution": (long_convolution.SHAPES, long_convolution.check),
     "mlp_value_and_grad": (mlp.SHAPES, mlp.check),
     "mlp_value_and_grad_backward": (mlp.SHAPES, mlp.check_backward),
-    "perceptron": (mlp.SHAPES_OF_OUTPUTS, mlp.check),
-    "perceptron_backward": (mlp.SHAPES_OF_OUTPUTS, mlp.check_backward),
+    "mlp_forward": (mlp.SHAPES_OF_OUTPUTS, mlp.check),
+    "mlp_backward": (mlp.SHAPES_OF_OUTPUTS, mlp.check_backward),
     "residual_block_": (residual_block.SHAPES, residual_block.check),
     "trajectory": (trajectory.SHAPES, trajectory.check),
 }

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.lab.accuracy import PRECISIONS, ROUNDINGS, Error, error_of, within
-from tgdp_fast.ops import _dispatch, use_backend
+from tgdp_fast.ops import registry, use_backend
 
 PLAIN_PROVIDERS = ("peer", "reference", "compile")
-BACKENDS = tuple(name for name in _dispatch.BACKENDS if name != "reference")
+BACKENDS = tuple(name for name in registry.BACKENDS if name != "reference")
 #: Of whole networks: as released code computes them, as others would speed them up, and compiled for sampling.
 NETWORK_PROVIDERS = ("published", "strong", "sampling")
 PROVIDERS = (*PLAIN_PROVIDERS, *BACKENDS, "auto", *NETWORK_PROVIDERS)
@@ -97,7 +97,7 @@ class Case:
         """Names of the providers that may serve it on a device (default: the CPU), each before its captured form."""
         names = self.only
         if not names:
-            report = _dispatch.backend_report()
+            report = registry.backend_report()
             states = [report[operator] for operator in self.operators if operator in report]
             there = [name for name in BACKENDS if any(state[name] == "available" for state in states)]
             names = (*PLAIN_PROVIDERS, *there, *["auto"] * (len(self.operators) > 1))
@@ -188,18 +188,18 @@ def served_outputs(provider: str, call: Call) -> Sequence[Tensor]:
 @contextmanager
 def _resolved_backends() -> Iterator[set[str]]:
     """The backends that operators resolve to within the block."""
-    real, used = _dispatch.resolve, set()
+    real, used = registry.resolve, set()
 
-    def resolve(*arguments: Any, **keywords: Any) -> _dispatch.Implementation:
+    def resolve(*arguments: Any, **keywords: Any) -> registry.Implementation:
         implementation = real(*arguments, **keywords)
         used.add(implementation.backend)
         return implementation
 
-    _dispatch.resolve = resolve
+    registry.resolve = resolve
     try:
         yield used
     finally:
-        _dispatch.resolve = real
+        registry.resolve = real
 
 
 def backend_of(provider: str) -> AbstractContextManager[Any]:

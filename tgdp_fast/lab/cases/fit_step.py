@@ -51,7 +51,7 @@ def case(width: int, *, consistency: bool, batch: int = 4096, quick: bool = Fals
         400.0 * batch * width,
         lambda precision: (traffic, float(batch) * per_pair, precision),
         partial(_setup, width, consistency, batch),
-        ("mlp_value_and_grad", "perceptron"),
+        ("mlp_value_and_grad", "mlp_forward"),
         uncapturable=PROVIDERS,  # AdamW counts its steps on the host
         quick=quick,
     )

@@ -14,7 +14,7 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
 from tgdp_fast.lab.accuracy import PRECISIONS, error_of
 from tgdp_fast.lab.cases.case import SEED, Call, Case, Check, Draw, Setup, bytes_of, checked_rows, largest_error, place
-from tgdp_fast.ops import guided_step
+from tgdp_fast.ops import SolverStep, guided_step
 from tgdp_fast.ops.guided_step import guided_step_reference
 from tgdp_fast.ops.noise import normal
 
@@ -133,7 +133,7 @@ def check(draw: Draw, shape: tuple[int, ...], slots: int, noise: bool, clamp: bo
     if noise:
         z = normal(draw.seed, index, math.prod(shape[1:]), 5, device=draw.device).reshape(shape)
     placed = inputs.map(partial(place, layout=layout))
-    call = partial(guided_step, *placed, **step, seed=draw.seed, sample_index=index, evaluation=5)
+    call = partial(guided_step, *placed, step=SolverStep(**step), seed=draw.seed, sample_index=index, evaluation=5)
     return Check(
         ", ".join([f"{list(shape)}", f"{slots} slots", *["noise"] * noise, *["clamp"] * clamp, layout]),
         lambda backend: _flat(call(backend=backend)),
@@ -180,7 +180,8 @@ def _setup(table: SolverTable, batch: int, noisy: bool, precision: str, device: 
         function: Callable[..., Any] = partial(guided_step, backend=provider)
         if provider == "compile":
             function = torch.compile(guided_step_reference, dynamic=False)
-        arguments = {**step, "noise_scale": noise_scale, "seed": SEED, "evaluation": 1, "sample_index": index}
+        arguments: dict[str, Any] = {"step": SolverStep(**step, noise_scale=noise_scale)}
+        arguments |= {"seed": SEED, "evaluation": 1, "sample_index": index}
         return lambda: _flat(function(*inputs, **arguments))
 
     def check(provider: str, call: Call) -> float:

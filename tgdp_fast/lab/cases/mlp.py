@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from tgdp_fast.lab.accuracy import PRECISIONS, Error, error_of
 from tgdp_fast.lab.cases.case import Call, Case, Check, Draw, Setup, bytes_of, checked_rows, largest_error, place
-from tgdp_fast.ops import mlp_value_and_grad, perceptron
-from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
+from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
+from tgdp_fast.ops.mlp import mlp_value_and_grad_reference
 
 #: Hidden layers of a timed network.
 DEPTH = 4
@@ -144,7 +144,7 @@ def check(
             return [tensor.detach() for tensor in found]
         return torch.autograd.grad(found, leaves.flat(), [part.to(given.x.dtype) for part in cotangents])
 
-    operator, eager = (mlp_value_and_grad, eager_value_and_grad) if outputs is None else (perceptron, eager_mlp)
+    operator, eager = (mlp_value_and_grad, eager_value_and_grad) if outputs is None else (mlp_forward, eager_mlp)
     name = f"[{batch}, {inputs}] {'x'.join(map(str, widths))}, {bias_rows} bias, {layout}"
     return Check(
         name + ("" if outputs is None else f", {outputs} outputs"),

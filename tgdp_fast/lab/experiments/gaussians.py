@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import metrics
 from tgdp_fast._version import __version__
 from tgdp_fast.data.gaussians import (
     GaussianMixture,
@@ -38,6 +37,7 @@ from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig
 from tgdp_fast.fit.guidance import fit_guidance
 from tgdp_fast.fit.regularizers import Consistency, Cycle
 from tgdp_fast.fit.training import train_denoiser
+from tgdp_fast.metrics import average_likelihood, mmd, mode_mass, negative_log_likelihood, sliced_wasserstein
 from tgdp_fast.runtime import figures
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_integer
@@ -266,11 +266,11 @@ def run_method(plan: Plan, n: int, seed: int, method: str) -> Row:
         "n": n,
         "seed": seed,
         "method": method,
-        "sw2": metrics.sliced_wasserstein(samples, fresh),
-        "nll": metrics.negative_log_likelihood(q, samples),
-        "average_likelihood": metrics.average_likelihood(q, samples),
-        "mmd": metrics.mmd(samples, fresh),
-        "mode_mass": metrics.mode_mass(q, samples),
+        "sw2": sliced_wasserstein(samples, fresh),
+        "nll": negative_log_likelihood(q, samples),
+        "average_likelihood": average_likelihood(q, samples),
+        "mmd": mmd(samples, fresh),
+        "mode_mass": mode_mass(q, samples),
         "fit_seconds": fit_seconds,
         "sample_seconds": sample_seconds,
     }

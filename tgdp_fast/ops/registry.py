@@ -1,7 +1,6 @@
-"""Which implementation of an operator serves a call.
+"""Backends, the implementations of each operator, and which of them serves a call.
 
-Every operator has a ``reference`` implementation in plain PyTorch and may have faster ones. A public function
-asks
+Every operator has a ``reference`` implementation in plain PyTorch and may have faster ones. A public function asks
 ``resolve`` for the implementation and calls its ``function``:
 
 - an explicit ``backend=`` is honoured or raises :class:`BackendUnavailableError` with the reason;
@@ -22,13 +21,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tgdp_fast.ops import _triton
-from tgdp_fast.runtime import native
 from tgdp_fast.runtime.checks import check_choice
 
 __all__ = [
@@ -37,21 +34,41 @@ __all__ = [
     "Implementation",
     "backend_report",
     "lookup",
-    "refuses_float64",
     "register",
     "requested_backend",
     "resolve",
+    "unsupported_float64",
     "use_backend",
 ]
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
-_AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-# Triton is absent here: its interpreter serves CPU tensors, so its own ``refuses`` decides.
-_REQUIRED_DEVICE = {"cuda": "cuda", "cpu": "cpu"}
+
+class Backend(NamedTuple):
+    """One way to implement operators.
+
+    Attributes:
+        name: what users call it.
+        device: kind of device that its tensors must be on; None where its implementations answer that themselves.
+        auto: kinds of devices for which "auto" considers it; None for all.
+    """
+
+    name: str
+    device: str | None
+    auto: tuple[str, ...] | None
+
+
+#: In the order in which "auto" considers them. Triton's interpreter serves CPU tensors, when asked for by name.
+_BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", "cuda", ("cuda",)),
+        Backend("triton", None, ("cuda",)),
+        Backend("cpu", "cpu", ("cpu",)),
+        Backend("reference", None, None),
+    )
+}
+BACKENDS = tuple(_BACKENDS)
 _ENVIRONMENT = "TGDP_BACKEND"
 _NOT_INSTALLED = "this installation has no such implementation of the operator"
-#: Why a backend has fewer implementations than it could, by backend.
-_MISSING = {"cpu": native.CPU_MISSING, "triton": _triton.MISSING}
 
 _logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()
@@ -96,15 +113,15 @@ class Implementation:
     Attributes:
         operator, backend: names.
         function: what computes it.
-        refuses: why it cannot take a call, or None.
-        yields_to: the backends that were measured to be faster for a call, if there are any.
+        unsupported: why it cannot take a call, or None.
+        prefer: the backends that were measured to be faster for a call, if there are any.
     """
 
     operator: str
     backend: str
     function: Callable[..., Any]
-    refuses: Callable[..., str | None] | None = None
-    yields_to: Callable[..., Sequence[str]] | None = None
+    unsupported: Callable[..., str | None] | None = None
+    prefer: Callable[..., Sequence[str]] | None = None
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -116,12 +133,12 @@ def register(
     operator: str,
     backend: str,
     function: Callable[..., Any],
-    refuses: Callable[..., str | None] | None = None,
+    unsupported: Callable[..., str | None] | None = None,
     *,
-    yields_to: Callable[..., Sequence[str]] | None = None,
+    prefer: Callable[..., Sequence[str]] | None = None,
     missing: str | None = None,
 ) -> None:
-    """Add an implementation; ``refuses`` and ``yields_to`` get the call that ``resolve`` gets and must not read tensor
+    """Add an implementation; ``unsupported`` and ``prefer`` get the call that ``resolve`` gets and must not read tensor
     values.
 
     With a reason in ``missing``, nothing is added, and the reason is what a request for the backend is answered.
@@ -134,7 +151,7 @@ def register(
     if backend in implementations:
         raise ValueError(f"operator {operator!r} already has a {backend!r} implementation; register each once")
     if missing is None:
-        implementations[backend] = Implementation(operator, backend, function, refuses, yields_to)
+        implementations[backend] = Implementation(operator, backend, function, unsupported, prefer)
     else:
         _missing[operator, backend] = missing
 
@@ -173,30 +190,30 @@ def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Impleme
 
     Raises:
         ValueError: unknown operator or backend.
-        BackendUnavailableError: a requested backend is missing or refuses this call.
+        BackendUnavailableError: a requested backend is missing or does not support this call.
     """
     check_choice("operator", operator, _registry)
     implementations = _registry[operator]
     name = requested_backend(backend)
     device = next((argument.device.type for argument in call if isinstance(argument, Tensor)), "cpu")
     if name != "auto":
-        reason = _refusal(operator, implementations.get(name), name, device, call, keywords)
+        reason = _why_not(operator, implementations.get(name), name, device, call, keywords)
         if reason is not None:
             raise BackendUnavailableError(operator, name, reason, tuple(b for b in BACKENDS if b in implementations))
         return implementations[name]
     accepting: list[str] = []
-    for candidate in _AUTO_ORDER.get(device, ("reference",)):
+    for candidate, about in _BACKENDS.items():
         implementation = implementations.get(candidate)
-        if implementation is None:
+        if implementation is None or (about.auto is not None and device not in about.auto):
             continue
-        reason = _refusal(operator, implementation, candidate, device, call, keywords)
+        reason = _why_not(operator, implementation, candidate, device, call, keywords)
         if reason is None:
             accepting.append(candidate)
         else:
             _log_once(operator, candidate, reason)
     for candidate in accepting:
-        yields_to = implementations[candidate].yields_to
-        if yields_to is None or not set(yields_to(*call, **keywords)).intersection(accepting):
+        prefer = implementations[candidate].prefer
+        if prefer is None or not set(prefer(*call, **keywords)).intersection(accepting):
             return implementations[candidate]
     reason = f"no implementation takes this call on {device} tensors"
     raise BackendUnavailableError(operator, "auto", reason, tuple(implementations))
@@ -233,10 +250,10 @@ def backend_report() -> dict[str, dict[str, str]]:
 
 
 def _why_missing(operator: str, backend: str) -> str:
-    return _missing.get((operator, backend)) or _MISSING.get(backend) or _NOT_INSTALLED
+    return _missing.get((operator, backend), _NOT_INSTALLED)
 
 
-def _refusal(
+def _why_not(
     operator: str,
     implementation: Implementation | None,
     backend: str,
@@ -244,16 +261,17 @@ def _refusal(
     call: tuple[Any, ...],
     keywords: dict[str, Any],
 ) -> str | None:
+    """Why a backend does not serve a call, or None."""
     if implementation is None:
         return _why_missing(operator, backend)
-    required = _REQUIRED_DEVICE.get(backend, device)
+    required = _BACKENDS[backend].device or device
     if device != required:
         return f"it takes {required} tensors and the inputs are on {device}"
-    return None if implementation.refuses is None else implementation.refuses(*call, **keywords)
+    return None if implementation.unsupported is None else implementation.unsupported(*call, **keywords)
 
 
-def refuses_float64(x: Tensor, *_: Any, **__: Any) -> str | None:
-    """Why kernels without float64 cannot take a call, or None: a ``refuses``, or part of one."""
+def unsupported_float64(x: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why kernels without float64 cannot take a call, or None: an ``unsupported``, or part of one."""
     return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
 
 

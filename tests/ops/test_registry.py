@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import tgdp_fast.ops  # noqa: F401  (registers the operators)
-from tgdp_fast.ops import _dispatch, _measured
-from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, register, resolve, use_backend
+from tgdp_fast.ops import measured, registry
+from tgdp_fast.ops.registry import BackendUnavailableError, backend_report, register, resolve, use_backend
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
     monkeypatch.delenv("TGDP_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "_registry", {k: dict(v) for k, v in _dispatch._registry.items()})
-    monkeypatch.setattr(_dispatch, "_missing", dict(_dispatch._missing))
-    monkeypatch.setattr(_dispatch, "_logged", set())
+    monkeypatch.setattr(registry, "_registry", {k: dict(v) for k, v in registry._registry.items()})
+    monkeypatch.setattr(registry, "_missing", dict(registry._missing))
+    monkeypatch.setattr(registry, "_logged", set())
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_an_operator_may_say_why_it_has_no_implementation(toy):
 
 
 def test_auto_leaves_a_call_to_what_was_measured_to_be_faster(toy, monkeypatch):
-    monkeypatch.setitem(_dispatch._AUTO_ORDER, "cpu", ("triton", "cpu", "reference"))
-    register(toy, "triton", lambda x: x + 3, yields_to=lambda x: ("cpu",) if len(x) < 4 else ("reference",))
+    monkeypatch.setitem(registry._BACKENDS, "triton", registry.Backend("triton", None, ("cuda", "cpu")))
+    register(toy, "triton", lambda x: x + 3, prefer=lambda x: ("cpu",) if len(x) < 4 else ("reference",))
     assert resolve(toy, "auto", torch.zeros(2)).backend == "cpu"
     # What is faster refuses three rows.
     assert resolve(toy, "auto", torch.zeros(3)).backend == "triton"
@@ -85,7 +85,7 @@ def test_auto_leaves_a_call_to_what_was_measured_to_be_faster(toy, monkeypatch):
 
 
 def network(batch, inputs, width, dtype):
-    """Arguments of a perceptron with four hidden layers, without data."""
+    """Arguments of an MLP with four hidden layers, without data."""
     sizes = [inputs, *[width] * 4, 1]
     weights = [torch.empty(m, n, dtype=dtype, device="meta") for n, m in zip(sizes, sizes[1:], strict=False)]
     x = torch.empty(batch, inputs, dtype=dtype, device="meta")
@@ -108,8 +108,8 @@ def network(batch, inputs, width, dtype):
         (torch.float32, 256, 3904, 512, "reference", "reference"),
     ],
 )
-def test_the_perceptrons_choice_on_a_gpu_is_what_was_measured(dtype, batch, inputs, width, alone, replayed):
-    yields = {"cuda": _measured.cuda_perceptron_yields_to, "triton": _measured.triton_perceptron_yields_to}
+def test_the_choice_of_an_mlp_on_a_gpu_is_what_was_measured(dtype, batch, inputs, width, alone, replayed):
+    yields = {"cuda": measured.preferred_to_cuda_mlp, "triton": measured.preferred_to_triton_mlp}
     call = network(batch, inputs, width, dtype)
 
     def choice():
@@ -119,7 +119,7 @@ def test_the_perceptrons_choice_on_a_gpu_is_what_was_measured(dtype, batch, inpu
         return "reference"
 
     assert choice() == alone
-    with _measured.to_be_replayed():
+    with measured.capturing():
         assert choice() == replayed
 
 
@@ -127,9 +127,9 @@ def test_large_runs_are_left_to_the_loop():
     for dtype, samples in ((torch.bfloat16, 51_000), (torch.float32, 12_700)):  # products: 4e10 and 1e10
         networks = [network(1, 2, 512, dtype)[2]]
         assert sum(weight.numel() for weight in networks[0]) == 787_968
-        assert not _measured.loop_is_faster(samples - 400, networks)
-        assert _measured.loop_is_faster(samples, networks)
-        assert _measured.loop_is_faster(samples // 2, networks * 2)
+        assert not measured.loop_is_faster(samples - 400, networks)
+        assert measured.loop_is_faster(samples, networks)
+        assert measured.loop_is_faster(samples // 2, networks * 2)
 
 
 def test_the_error_survives_pickling(toy):
@@ -197,7 +197,7 @@ def test_register_checks(toy):
 
 
 def test_a_refusal_is_logged_once(toy, caplog):
-    with caplog.at_level("INFO", logger="tgdp_fast.ops._dispatch"):
+    with caplog.at_level("INFO", logger="tgdp_fast.ops.registry"):
         for _ in range(3):
             resolve(toy, "auto", torch.zeros(5))
     assert [record.getMessage() for record in caplog.records] == [
