@@ -19,8 +19,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def with_moments(x: np.ndarray, mean: np.ndarray, root: np.ndarray) -> np.ndarray:
     """x moved so that its mean is ``mean`` and its covariance root^T root, exactly."""
-    centred = x - x.mean(axis=0)
-    white = centred @ np.linalg.inv(np.linalg.cholesky(np.cov(centred.T))).T
+    centered = x - x.mean(axis=0)
+    white = centered @ np.linalg.inv(np.linalg.cholesky(np.cov(centered.T))).T
     return white @ root + mean
 
 
