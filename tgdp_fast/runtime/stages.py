@@ -44,7 +44,7 @@ class Stages:
 
         Args:
             name: of the stage's files.
-            signature: identifies everything the result depends on; a function of it is called only with a folder.
+            signature: identifies everything the result depends on; a function is called only if there is a folder.
             compute, save, load: of the result.
             alone: of several processes, only the first computes, and the others load its saved result.
 
