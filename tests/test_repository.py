@@ -391,6 +391,15 @@ def test_command_line_entry_point_exists():
     assert callable(getattr(importlib.import_module(match[1]), match[2]))
 
 
+def test_the_tests_that_ci_names_exist():
+    script = ROOT / ".ci" / "run"
+    if not script.exists():
+        pytest.skip("a source distribution does not have it")
+    named = re.findall(r"\btests/[\w/]+\.py", script.read_text())
+    assert named
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
 # loading ----------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Errors against float64 that follow from the arithmetic, stated once.
 
 The yardstick of a kernel is eager PyTorch in the same dtype: a kernel may be twice as wrong. Yet eager may round
-luckily, on one processor more than on another. An error that the roundings on the way explain is allowed in any case.
+luckily, on one CPU more than on another. An error that the roundings on the way explain is allowed in any case.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def of_sums(lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> float
     return single if dtype == torch.float32 else single + math.sqrt(len(lengths)) * unit_roundoff(dtype)
 
 
-def of_perceptron(sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-    """:func:`of_sums` of value and gradient of a perceptron with ``sizes`` D, H_1, .., H_L: each layer up and down."""
+def of_mlp(sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
+    """:func:`of_sums` of value and gradient of an MLP with ``sizes`` D, H_1, .., H_L: each layer up and down."""
     return of_sums([*sizes, *sizes], dtype)
 
 
-def of_perceptron_backward(sizes: Sequence[int], batch: int, dtype: torch.dtype = torch.float32) -> float:
-    """:func:`of_sums` of a perceptron's derivative: layers up, the tangent up, two passes down, and over the batch."""
+def of_mlp_backward(sizes: Sequence[int], batch: int, dtype: torch.dtype = torch.float32) -> float:
+    """:func:`of_sums` of the derivative of an MLP: layers up, the tangent up, two passes down, and over the batch."""
     return of_sums([*sizes] * 4 + [batch], dtype)
 
 

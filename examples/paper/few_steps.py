@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -197,11 +197,8 @@ def run(plan: Plan) -> list[Row]:
     rows = []
     for seed in range(plan.seeds):
         for method in plan.methods:
-            name = f"seed{seed}-{method}"
-            row = store.get(name)
-            if row is None:
-                row = run_method(plan, signals, compiled, priors, method, seed)
-                store.put(name, row)
+            compute = partial(run_method, plan, signals, compiled, priors, method, seed)
+            row = store.once(f"seed{seed}-{method}", compute)
             if plan.progress:
                 print(f"seed {seed}  {method:28s}  SW2 {row['sw2']:.3f}  {row['cpu_seconds']:.0f} s", flush=True)
             rows.append(row)

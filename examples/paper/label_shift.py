@@ -410,12 +410,7 @@ def finished_row(plan: Plan, draw: Draw, method: str) -> Row:
     """The row of one method on one draw: from disk, or computed and written there."""
     parts = (draw.source, draw.target, draw.real, draw.reference)
     store = RowStore(plan.out, signature_of(plan.signature(method), *(part.signals for part in parts)))
-    name = f"seed{draw.seed}-{method}"
-    row = store.get(name)
-    if row is None:
-        row = run_method(plan, draw, method)
-        store.put(name, row)
-    return row
+    return store.once(f"seed{draw.seed}-{method}", lambda: run_method(plan, draw, method))
 
 
 def run_method(plan: Plan, draw: Draw, method: str) -> Row:

@@ -9,7 +9,7 @@ import cuda_emulation as cuda
 import pytest
 import torch
 from solver_step import guided_step_reference
-from tolerances import FEW_OPERATIONS, allowed, assert_no_worse_than_eager, largest, of_perceptron, unit_roundoff
+from tolerances import FEW_OPERATIONS, allowed, assert_no_worse_than_eager, largest, of_mlp, unit_roundoff
 
 from tgdp_fast.ops import noise
 from tgdp_fast.ops.mlp import _reference_value_and_grad
@@ -334,7 +334,7 @@ def assert_mlp_agrees(call, *, save=False):
     exact = _reference_value_and_grad(*wide, save_pre_activations=save)
     flat = [(result[0], result[1], *result[2]) for result in (results, eager, exact)]
     sizes = [weight.shape[1] for weight in weights]
-    assert_no_worse_than_eager(*flat, of_perceptron(sizes, x.dtype), size=largest)
+    assert_no_worse_than_eager(*flat, of_mlp(sizes, x.dtype), size=largest)
     return results
 
 

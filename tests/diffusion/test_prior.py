@@ -128,10 +128,10 @@ def test_the_start_has_the_law_of_noised_data(rank: int) -> None:
     # Results are rounded to float32, 2^-24 of values up to 2; 15 products of two add up.
     assert torch.allclose(zero[0], ALPHA * prior.mean, rtol=0, atol=2**-23)
     assert torch.allclose(matrix @ matrix.T, noised, rtol=0, atol=15 * 2 * 2**-22)
-    # The density is that of this law.
+    # The density is that of this distribution.
     points = torch.randn(7, *SHAPE)
-    law = MultivariateNormal(ALPHA * prior.mean.flatten(), noised)
-    expected = law.log_prob(points.flatten(1).double())
+    exact = MultivariateNormal(ALPHA * prior.mean.flatten(), noised)
+    expected = exact.log_prob(points.flatten(1).double())
     assert torch.allclose(prior.log_prob(points, ALPHA, SIGMA), expected, rtol=1e-12)
 
 

@@ -15,16 +15,19 @@ import torch
 from ecg_files import real_data, write_icbeb, write_ptbxl, write_table
 
 from tgdp_fast.cli import main as cli
+from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.ecg.cohorts import load_cohorts
 from tgdp_fast.ecg.config import PRESETS, ConfigError, load_config, to_dict
 from tgdp_fast.ecg.costs import Costs
 from tgdp_fast.ecg.denoisers import untrained
 from tgdp_fast.ecg.density_ratio import SignalDomainClassifier
+from tgdp_fast.ecg.drawing import new_sampler
 from tgdp_fast.ecg.evaluation import cost
 from tgdp_fast.ecg.pipeline import NotComputedError, Pipeline
 from tgdp_fast.ecg.preconditions import check_same_run
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS
 from tgdp_fast.ecg.records.statements import STATEMENTS
+from tgdp_fast.models import SSSDECG
 from tgdp_fast.runtime.checkpoint import load_checkpoint
 from tgdp_fast.sampling.config import SamplingConfig
 
@@ -615,6 +618,19 @@ def test_the_signals_themselves_tell_the_domains(config: Path, finished: Path, t
     assert diagnostics.num_target == 4
     assert pipeline.fit().guidance.num_classes == 0
     assert pipeline.draw("tgdp")["tgdp"].signals.shape == (6, 8, 120)
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_the_layers_are_prepared_for_the_backend_that_samples(
+    by_environment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = SSSDECG(res_channels=8, skip_channels=8, num_res_layers=1, d_state=4, l_max=32)
+    denoiser = Denoiser(network.eval(), PRESETS["smoke"].backbone.schedule())
+    settings = {"backend": "reference"}
+    if by_environment:
+        monkeypatch.setenv("TGDP_BACKEND", settings.pop("backend"))
+    sampler = new_sampler(denoiser, None, SamplingConfig(steps=2, **settings), "cpu")
+    assert sampler.draw(2, labels=torch.zeros(2, network.num_classes), seed=0).shape == (2, 8, 32)
 
 
 def test_label_rows_shift_the_logit_of_a_domain_classifier() -> None:

@@ -427,6 +427,12 @@ def test_integer_times_are_rounded() -> None:
     assert seen[0].tolist() == [250]
 
 
+def test_a_given_network_keeps_its_own_settings() -> None:
+    source = train_denoiser(torch.randn(5, 2), settings=QUICK, width=4)
+    with pytest.raises(ValueError, match="^width, depth must be left out: initial brings its own network"):
+        train_denoiser(torch.randn(5, 2), initial=source, settings=QUICK, width=8, depth=2)
+
+
 def test_labels_of_a_foreign_network_stay_as_given() -> None:
     """An nn.Embedding wants int64 class indices."""
 

@@ -13,9 +13,9 @@ from tolerances import FEW_OPERATIONS, allowed
 from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_program
 
 from tgdp_fast.lab import validate
-from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.ops import BackendUnavailableError, SolverStep, noise
+from tgdp_fast.runtime.precision import PRECISIONS
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 tl = triton.language

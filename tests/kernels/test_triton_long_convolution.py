@@ -11,9 +11,9 @@ from test_long_convolution import draw, oracle
 from triton_interpreter import Far, compiled, interpreted, run_interpreted, run_program
 
 from tgdp_fast.lab import validate
-from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.ops import BackendUnavailableError, long_convolution, prepare_long_convolution
+from tgdp_fast.runtime.precision import PRECISIONS
 
 pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 

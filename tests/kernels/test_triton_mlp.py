@@ -8,7 +8,7 @@ import pytest
 import torch
 from native import run_with
 from test_mlp_native import double, network
-from tolerances import assert_no_worse_than_eager, of_perceptron, of_perceptron_backward, of_sums
+from tolerances import assert_no_worse_than_eager, of_mlp, of_mlp_backward, of_sums
 from triton_interpreter import compiled, interpreted, run_interpreted
 
 from tgdp_fast.ops import BackendUnavailableError, mlp_forward, mlp_value_and_grad
@@ -74,7 +74,7 @@ def test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, per_sample
     eager_value, eager_gradient, eager_kept = _reference_value_and_grad(*call, save_pre_activations=True)
     exact = _reference_value_and_grad(*double(*call), save_pre_activations=True)
     got, eager = (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept)
-    assert_no_worse_than_eager(got, eager, (*exact[:2], *exact[2]), of_perceptron(sizes, dtype))
+    assert_no_worse_than_eager(got, eager, (*exact[:2], *exact[2]), of_mlp(sizes, dtype))
 
 
 def joint_derivatives(sizes, batch, dtype, cotangents, per_sample):
@@ -102,7 +102,7 @@ def joint_derivatives(sizes, batch, dtype, cotangents, per_sample):
 def test_joint_derivative(sizes, batch, dtype, cotangents):
     per_sample = cotangents != "gradient"
     results = joint_derivatives(sizes, batch, dtype, cotangents, per_sample)
-    assert_no_worse_than_eager(*results, of_perceptron_backward(sizes, batch, dtype))
+    assert_no_worse_than_eager(*results, of_mlp_backward(sizes, batch, dtype))
 
 
 @interpreted
@@ -119,7 +119,7 @@ def test_many_rows_in_one_launch(dtype, monkeypatch):
     got = run("mlp_value_and_grad", *call, save_pre_activations=False)[:2]
     eager = _reference_value_and_grad(*call, save_pre_activations=False)[:2]
     exact = _reference_value_and_grad(*double(*call), save_pre_activations=False)[:2]
-    assert_no_worse_than_eager(got, eager, exact, of_perceptron((2, 20, 33), dtype))
+    assert_no_worse_than_eager(got, eager, exact, of_mlp((2, 20, 33), dtype))
 
 
 @interpreted
@@ -131,7 +131,7 @@ def test_a_batch_that_is_divided_among_programs(dtype):
 
     assert batch_parts(1100, 1) == 3
     first, *exact = joint_derivatives((3, 16), 1100, dtype, "both", per_sample=False)
-    assert_no_worse_than_eager(first, *exact, of_perceptron_backward((3, 16), 1100, dtype))
+    assert_no_worse_than_eager(first, *exact, of_mlp_backward((3, 16), 1100, dtype))
     again = joint_derivatives((3, 16), 1100, dtype, "both", per_sample=False)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -236,7 +236,7 @@ def test_compiles_and_differentiates_as_the_reference():
 
     got = gradients(loss, "triton", torch.float16)
     eager, exact = gradients(loss, "reference", torch.float16), gradients(loss, "reference", torch.float64)
-    assert_no_worse_than_eager(got, eager, exact, of_perceptron_backward((3, 40, 50), 60, torch.float16))
+    assert_no_worse_than_eager(got, eager, exact, of_mlp_backward((3, 40, 50), 60, torch.float16))
     torch._dynamo.reset()
     compiled_loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
     again = gradients(compiled_loss, "triton", torch.float16)

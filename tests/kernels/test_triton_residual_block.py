@@ -12,13 +12,13 @@ from triton_interpreter import compiled, interpreted, run_interpreted
 
 from tgdp_fast.kernels import residual_block as kernels
 from tgdp_fast.lab import validate
-from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.lab.cases.residual_block import residual_block_inputs
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.ops import BackendUnavailableError, prepare_long_convolution, residual_block_, use_backend
 from tgdp_fast.ops.gated_activation import gated_activation_reference
 from tgdp_fast.ops.residual_block import residual_block_reference_
+from tgdp_fast.runtime.precision import PRECISIONS
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `pip install triton`")
 tl = triton.language

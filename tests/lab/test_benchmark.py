@@ -22,6 +22,7 @@ from tgdp_fast.lab.cases import ecg_guidance, fit_step, guided_step, mlp, sampli
 from tgdp_fast.lab.cases.case import Case, InaccurateError, place
 from tgdp_fast.ops import registry
 from tgdp_fast.ops.mlp import _reference_value_and_grad
+from tgdp_fast.runtime.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -461,7 +462,7 @@ def test_validate_passes_and_covers_everything(tmp_path: Path, capsys: pytest.Ca
     report_here = registry.backend_report()
     expected = {(o, b) for o, states in report_here.items() for b, state in states.items() if state == "available"}
     assert {(row["operator"], row["backend"]) for row in content["rows"]} == expected
-    assert {row["dtype"] for row in content["rows"]} == set(accuracy.PRECISIONS)
+    assert {row["dtype"] for row in content["rows"]} == set(PRECISIONS)
 
 
 def test_every_operator_has_checks() -> None:
@@ -580,7 +581,7 @@ def test_speeds_are_relative_to_the_reference_in_fp32() -> None:
     assert [cell.strip() for cell in line.strip("|").split("|")] == ["`a/b`", "1.00x / 2.00x", "20.0x / failed"]
 
 
-def test_on_a_gpu_every_provider_comes_recorded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_every_provider_comes_captured_too(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     names = mlp.case(1, 2, 8).providers(gpu)
     assert names[:4] == ("peer", "peer+graph", "reference", "reference+graph")

@@ -110,7 +110,7 @@ def test_per_class_scores_are_counts() -> None:
 
 
 def test_the_interval_of_a_mean() -> None:
-    """Of a mean of 0 / 1 values the percentile interval is that of a binomial law, +- 1.96 sqrt(p (1 - p) / n)."""
+    """The percentile interval of a mean of 0 / 1 values is the binomial one, +- 1.96 sqrt(p (1 - p) / n)."""
     n, p = 400, 0.3
     y = np.zeros((n, 1), int)
     y[: int(p * n)] = 1

@@ -19,8 +19,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def with_moments(x: np.ndarray, mean: np.ndarray, root: np.ndarray) -> np.ndarray:
     """x moved so that its mean is ``mean`` and its covariance root^T root, exactly."""
-    centred = x - x.mean(axis=0)
-    white = centred @ np.linalg.inv(np.linalg.cholesky(np.cov(centred.T))).T
+    centered = x - x.mean(axis=0)
+    white = centered @ np.linalg.inv(np.linalg.cholesky(np.cov(centered.T))).T
     return white @ root + mean
 
 
@@ -159,7 +159,7 @@ def test_copies_are_found_however_disguised() -> None:
 
 
 def test_new_records_are_no_copies() -> None:
-    """Of one law the ratio of medians is 1; 200 distances of a relative spread near 0.2 give it to 0.02."""
+    """Of one distribution the ratio of medians is 1; 200 distances of a relative spread near 0.2 give it to 0.02."""
     train, held_out, generated = (synthetic_ecg(n, 150, seed=s) for s, n in enumerate((100, 200, 200)))
     found = memorization(generated, train, held_out)
     assert found.median_ratio == pytest.approx(1.0, abs=0.1)

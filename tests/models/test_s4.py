@@ -312,8 +312,8 @@ def test_block_is_normalised_over_features():
         block.norm_layer.bias.normal_()
     u = torch.randn(3, 5, 7, dtype=torch.float64)
     v = u + block.s4_layer(u)
-    centred = v - v.mean(dim=1, keepdim=True)
-    normal = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
+    centered = v - v.mean(dim=1, keepdim=True)
+    normal = centered / (centered.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
     expected = normal * block.norm_layer.weight[:, None] + block.norm_layer.bias[:, None]
     torch.testing.assert_close(block(u), expected, rtol=0, atol=1e-13)
 

@@ -141,8 +141,8 @@ def s4_block(u, state, prefix, kernels):
     weight, bias = (state[f"{prefix}s4_layer.output_linear.{name}"] for name in ("weight", "bias"))
     v = u + weight @ y + bias
     for t in range(length):
-        centred = v[:, t] - v[:, t].mean()
-        v[:, t] = centred / np.sqrt((centred**2).mean() + 1e-5)
+        centered = v[:, t] - v[:, t].mean()
+        v[:, t] = centered / np.sqrt((centered**2).mean() + 1e-5)
         v[:, t] = v[:, t] * state[f"{prefix}norm_layer.weight"] + state[f"{prefix}norm_layer.bias"]
     return v
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from native import needs_extension
-from test_captured import NothingFromTheHost
+from test_loop import NothingFromTheHost
 from test_sssd_ecg import MEDIUM, TINY, arguments, randomised, relative
 
 from tgdp_fast import SSSDECG, Denoiser, GuidanceNetwork, GuidedDenoiser, NoiseSchedule, ScoreMLP, sample, solver_table

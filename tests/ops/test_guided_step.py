@@ -449,7 +449,7 @@ def test_native_copies_of_every_instruction_set(capability):
     run = [sys.executable, "-c", ask]
     used = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     if used != capability:
-        pytest.skip(f"this processor runs {used}")
+        pytest.skip(f"this CPU runs {used}")
     files = [str(Path(__file__).with_name(name)) for name in ("test_guided_step.py", "test_noise.py")]
     run = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", "native or cpu"]
     result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from native import CAPABILITIES, needs_extension, run_with
-from tolerances import assert_no_worse_than_eager, of_perceptron, of_perceptron_backward, of_sums
+from tolerances import assert_no_worse_than_eager, of_mlp, of_mlp_backward, of_sums
 from torch import Tensor
 
 from tgdp_fast.ops import BackendUnavailableError, mlp_forward, mlp_value_and_grad, use_backend
@@ -53,7 +53,7 @@ SHAPES = [
     ((3904, 32, 48), 70),
     ((17, 257), 300),
 ]
-# Unit roundoff of the products; bf16x3 keeps 16 bits of each factor.
+# Unit roundoff of the matmuls; bf16x3 keeps 16 bits of each factor.
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -86,7 +86,7 @@ def test_value_gradient_and_kept_pre_activations(sizes, batch, dtype, per_sample
     eager_value, eager_gradient, eager_kept = _reference_value_and_grad(*call, save_pre_activations=True)
     exact = _reference_value_and_grad(*double(*call), save_pre_activations=True)
     got, eager = (value, gradient, *kept), (eager_value, eager_gradient, *eager_kept)
-    assert_no_worse_than_eager(got, eager, (*exact[:2], *exact[2]), of_perceptron(sizes, dtype))
+    assert_no_worse_than_eager(got, eager, (*exact[:2], *exact[2]), of_mlp(sizes, dtype))
 
 
 # One, a few and many outputs, ends of a vector and of a panel in between.
@@ -184,7 +184,7 @@ def test_joint_derivative(sizes, batch, dtype, cotangents):
             pair = convert(value_cotangent), convert(gradient_cotangent)
             needs = (True,) * (2 * len(biases) + 3)
             results.append(backward(*pair, x, first_bias, weights, kept, needs_grad=needs))
-        assert_no_worse_than_eager(*results, of_perceptron_backward(sizes, batch, dtype))
+        assert_no_worse_than_eager(*results, of_mlp_backward(sizes, batch, dtype))
 
 
 def test_only_what_is_needed_comes_back_and_is_the_same():

@@ -1,11 +1,11 @@
-"""mlp_value_and_grad against autograd of a plain perceptron, finite differences and float64."""
+"""mlp_value_and_grad against autograd of a plain MLP, finite differences and float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from native import needs_extension
-from tolerances import assert_no_worse_than_eager, of_perceptron_backward, rms
+from tolerances import assert_no_worse_than_eager, of_mlp_backward, rms
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,7 +35,7 @@ def problem(depth=3, batch=4, bias_rows=-1, dtype=torch.float64, widths=None, re
 
 
 def plain_value(x, first_bias, weights, biases):
-    """The usual perceptron, nothing from the package."""
+    """The usual MLP, nothing from the package."""
     hidden = functional.silu(x @ weights[0].T + first_bias)
     for weight, bias in zip(weights[1:-1], biases[:-1], strict=True):
         hidden = functional.silu(functional.linear(hidden, weight, bias))
@@ -220,7 +220,7 @@ def test_slices_of_nan_filled_buffers():
         loss = (gradient.exp().sum(1) * value).sum()
         # Cotangents of a sum are expanded, strideless tensors: also an unusual layout.
         results.append([value, gradient, *torch.autograd.grad(loss, inputs)])
-    # Another layout may take another product routine: rounding only.
+    # Another layout may take another matmul routine: rounding only.
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
@@ -228,7 +228,7 @@ def test_slices_of_nan_filled_buffers():
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_of_odd_length_in_nan_filled_buffers(dtype, backend):
-    """On a processor with AMX, PyTorch's products in 16 bits read one number past each row of odd length."""
+    """On a CPU with AMX, PyTorch's 16-bit matmuls read one number past each row of odd length."""
     sizes, batch = (11, 35, 51), 37
     dense = flat(*problem(widths=sizes, batch=batch, dtype=dtype))
     cotangents = [torch.randn(batch, columns).to(dtype) for columns in (sizes[0], 1)]
@@ -249,8 +249,8 @@ def test_rows_of_odd_length_in_nan_filled_buffers(dtype, backend):
         results[-1] += torch.autograd.grad(output, leaves, both[0])
     for ours, expected in zip(*results, strict=True):
         assert ours.isfinite().all()
-        # Another layout may take another product routine: rounding only, in both.
-        tolerance = 2 * of_perceptron_backward(sizes, batch, dtype)
+        # Another layout may take another matmul routine: rounding only, in both.
+        tolerance = 2 * of_mlp_backward(sizes, batch, dtype)
         assert rms(ours.double() - expected.double()) <= tolerance * max(rms(expected.double()), 1.0)
 
 
@@ -292,7 +292,7 @@ def test_error_is_at_most_twice_that_of_eager_autograd(dtype, batch):
         results.append((value, gradient, *grads))
     assert all(t.dtype == dtype for t in results[0])
     # The mean over all elements, for a maximum over few of them is luck.
-    tolerance = of_perceptron_backward((17, 129, 130, 127, 128), batch, dtype)
+    tolerance = of_mlp_backward((17, 129, 130, 127, 128), batch, dtype)
     assert_no_worse_than_eager(*results, (*exact, *exact_grads), tolerance)
 
 

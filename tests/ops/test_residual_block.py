@@ -13,7 +13,7 @@ from tgdp_fast.ops import BackendUnavailableError, residual_block_
 from tgdp_fast.ops.residual_block import multiplies_bf16, residual_block_reference_
 
 CPU = torch.device("cpu")
-needs_bf16 = pytest.mark.skipif(not multiplies_bf16(), reason="the processor does not multiply bfloat16")
+needs_bf16 = pytest.mark.skipif(not multiplies_bf16(), reason="the CPU does not multiply bfloat16")
 cpu_dtypes = pytest.mark.parametrize(
     "dtype",
     [

@@ -40,7 +40,7 @@ def both(denoiser, guidance, num=70, **arguments):
 
 
 def linear_network(slope, width=2, evaluations=3):
-    """A perceptron that is the linear map x -> slope x in one dimension: silu(z) - silu(-z) = z."""
+    """An MLP that is the linear map x -> slope x in one dimension: silu(z) - silu(-z) = z."""
     weights = [torch.tensor([[1.0], [-1.0]]), torch.tensor([[slope, -slope]])]
     return TrajectoryNetwork(weights, [torch.zeros(1)], torch.zeros(evaluations, width))
 
@@ -173,7 +173,7 @@ def test_split_products_are_nearly_fp32():
     split = sample(denoiser, guidance, precision="bf16x3", **arguments)
     lower = sample(denoiser, guidance, precision="bf16", **arguments)
     assert (split - exact).norm() <= (lower - exact).norm() / 20
-    # The loop has no such products: it takes those in fp32.
+    # The loop has no such matmuls: it takes those in fp32.
     loop = {**arguments, "backend": "reference"}
     assert torch.equal(sample(denoiser, guidance, precision="bf16x3", **loop), sample(denoiser, guidance, **loop))
 

@@ -63,7 +63,7 @@ def test_survives_json_and_reveals_neither_paths_nor_names():
     facts = environment()
     text = json.dumps(facts)
     assert json.loads(text) == facts
-    assert "/" not in json.dumps({**facts, "cpu": ""})  # a processor's name may contain one; nothing else may
+    assert "/" not in json.dumps({**facts, "cpu": ""})  # a name of a CPU may contain one; nothing else may
     words = set(re.split(r"[^\w.-]+", text))
     assert platform.node() not in words
     assert Path.home().name not in words
@@ -73,14 +73,14 @@ def test_instruction_sets_agree_with_what_torch_found():
     sets = set(environment()["instruction_sets"])
     if not sets:
         pytest.skip("this system does not tell its instruction sets")
-    capability = torch.backends.cpu.get_cpu_capability()  # torch asks the processor itself
+    capability = torch.backends.cpu.get_cpu_capability()  # torch asks the CPU itself
     if capability.startswith(("AVX2", "AVX512")):
         assert {"avx", "avx2", "fma"} <= sets
     if capability.startswith("AVX512"):
         assert "avx512f" in sets
 
 
-def test_cpuinfo_of_the_first_processor_is_read():
+def test_cpuinfo_of_the_first_cpu_is_read():
     assert _info._parse_cpuinfo(X86) == (
         "Some Processor @ 2.00GHz: rev 2",
         ["avx", "fma", "avx2", "avx512f", "avx512_bf16", "amx_tile"],
@@ -89,12 +89,12 @@ def test_cpuinfo_of_the_first_processor_is_read():
     assert _info._parse_cpuinfo("") == ("", [])
 
 
-def test_processor_has_a_name_where_cpuinfo_is_missing(monkeypatch: pytest.MonkeyPatch):
+def test_the_cpu_has_a_name_where_cpuinfo_is_missing(monkeypatch: pytest.MonkeyPatch):
     def refuse(*arguments: object, **options: object) -> str:
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    cpu, sets = _info._processor()
+    cpu, sets = _info._cpu()
     assert cpu
     assert sets == []
 

@@ -69,7 +69,7 @@ def _sampling(command: argparse.ArgumentParser) -> None:
         type=int,
         help="samples in flight; bounds memory (as many as have 2 million values, at most 8192)",
     )
-    command.add_argument("--precision", default="fp32", help="fp32, bf16 or fp16 (%(default)s)")
+    command.add_argument("--precision", default="fp32", help="fp32, bf16x3, bf16 or fp16 (%(default)s)")
     command.add_argument(
         "--backend",
         default="auto",

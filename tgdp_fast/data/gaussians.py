@@ -149,14 +149,14 @@ class GaussianMixture:
         1e-9, and ``num`` and ``seed`` are unused. Otherwise Monte Carlo over ``num`` balanced samples, with standard
         error at most std(log density) / sqrt(num), about sqrt(D / 2 / num): 1e-3 for D = 2 and the default.
         """
-        centred = self.means - self.means[0]
-        singular = torch.linalg.svdvals(centred)
+        centered = self.means - self.means[0]
+        singular = torch.linalg.svdvals(centered)
         spread = float(singular[0])
         on_a_line = singular[1:].sum() <= 1e-12 * spread
         if on_a_line and bool((self.variance == self.variance[0]).all()):
-            direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+            direction = torch.linalg.svd(centered, full_matrices=False).Vh[0]
             variance = float(self.variance[0])
-            line = GaussianMixture((centred @ direction)[:, None], self.variance, self.weights)
+            line = GaussianMixture((centered @ direction)[:, None], self.variance, self.weights)
             deviation = math.sqrt(variance)
             # The trapezoid rule converges exponentially for an analytic integrand that vanishes at both
             # ends: with spacing std / 16 and a margin of 12 std, both errors are below rounding.

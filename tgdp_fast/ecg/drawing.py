@@ -21,6 +21,7 @@ from tgdp_fast.ecg.records.output import MANIFEST, check_new_folder, write_ecg_r
 from tgdp_fast.ecg.records.statements import ALIASES, label_names, multi_hot
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.model import TransferModel
+from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer
@@ -49,7 +50,8 @@ def new_sampler(denoiser: Denoiser, guidance: GuidanceNetwork | None, config: Sa
     table = config.solver
     if not isinstance(table, SolverTable):
         table = solver_table(table, denoiser.schedule, config.steps, spacing=config.spacing, eta=config.eta)
-    compiled = denoiser.to(device).compile_for_sampling(table, precision=config.precision)
+    with use_backend(requested_backend(config.backend)):  # Filters are prepared for one backend.
+        compiled = denoiser.to(device).compile_for_sampling(table, precision=config.precision)
     # The compiled network has its own precision; the guidance stays in fp32.
     config = replace(config, solver=table, precision="fp32")
     return Sampler(compiled, None if guidance is None else guidance.to(device), config)
@@ -147,7 +149,7 @@ def draw_records(
     Args:
         model_dir: ``<out>/model`` of a :class:`tgdp_fast.ecg.pipeline.Pipeline`.
         out: new or empty folder for the records.
-        config: how to sample, with a name as solver and a number as scale; default ``SamplingConfig()``.
+        config: how to sample, with a name as solver and a number as scale; default ``SamplingConfig(steps=20)``.
         num: records.
         statements: of the records, each entry names joined by commas; records take the entries in turn.
         guided: with guidance towards the target; without it these are samples of the source.
@@ -164,7 +166,7 @@ def draw_records(
     check_integer("num", num, 1)
     check_device(device)
     check_new_folder(out)
-    config = config or SamplingConfig()
+    config = config or SamplingConfig(steps=20)
     facts = config.to_dict()
     model = _load_model(model_dir)
     described = model.config["ecg"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.ecg import denoisers
@@ -28,18 +28,14 @@ class NotComputedError(AttributeError):
     """A result was read before the method that computes it was called."""
 
 
-class _Result:
-    """A result that a method sets on the pipeline; until then reading it is an error that names the method."""
-
-    def __init__(self, verb: str) -> None:
-        self.verb = verb
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        # Without __set__ a value in the instance comes before this.
-        raise NotComputedError(f"{self.name} has not been computed; call pipeline.{self.verb}() first")
+#: Results by the method that computes them.
+_COMPUTED_BY = {
+    "cohorts": "read",
+    "classifier": "estimate_ratio",
+    "ratio": "estimate_ratio",
+    "model": "fit",
+    "report": "evaluate",
+}
 
 
 class Pipeline:
@@ -69,11 +65,11 @@ class Pipeline:
         NotComputedError: from an attribute that has not been computed.
     """
 
-    cohorts: Cohorts = _Result("read")  # type: ignore[assignment]
-    classifier: XResNet1d = _Result("estimate_ratio")  # type: ignore[assignment]
-    ratio: Ratio = _Result("estimate_ratio")  # type: ignore[assignment]
-    model: TransferModel = _Result("fit")  # type: ignore[assignment]
-    report: Report = _Result("evaluate")  # type: ignore[assignment]
+    cohorts: Cohorts
+    classifier: XResNet1d
+    ratio: Ratio
+    model: TransferModel
+    report: Report
 
     def __init__(self, config: Config, out: str | os.PathLike[str], *, progress: bool = False) -> None:
         self.run = Run(config, out, progress=progress)
@@ -81,8 +77,12 @@ class Pipeline:
         self.samples: dict[str, Drawn] = {}
         self._given: Denoiser | TransferModel | None = None
 
-    def _has(self, name: str) -> bool:
-        return name in vars(self)
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _COMPUTED_BY:
+                raise NotComputedError(f"{name} has not been computed; call pipeline.{_COMPUTED_BY[name]}() first")
+            raise AttributeError(f"Pipeline has no attribute {name!r}")
 
     def read(self) -> Cohorts:
         """Read both folders of records, through caches, and divide them.
@@ -90,7 +90,7 @@ class Pipeline:
         Raises:
             ValueError: a folder is not given, has no usable records or too few to divide.
         """
-        if not self._has("cohorts"):
+        if not hasattr(self, "cohorts"):
             config = self.run.config
             check_folders(config.data)
             self.run.open()
@@ -121,7 +121,7 @@ class Pipeline:
 
     def estimate_ratio(self) -> Ratio:
         """Train the statement classifier on the source, and estimate the density ratio by its features or signals."""
-        if not self._has("ratio"):
+        if not hasattr(self, "ratio"):
             cohorts = self.read()
             self.classifier = train_statement_classifier(self.run, cohorts)
             self.ratio = estimate_ratio(self.run, cohorts, self.classifier)
@@ -129,7 +129,7 @@ class Pipeline:
 
     def fit(self) -> TransferModel:
         """Train the source model, estimate the ratio, fit the guidance; the model is saved in ``<out>/model``."""
-        if not self._has("model"):
+        if not hasattr(self, "model"):
             denoiser = self.train("source")
             self.model = fit_model(self.run, self.read(), denoiser, self.estimate_ratio())
         return self.model

@@ -12,7 +12,7 @@ from torch import Tensor
 from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.guided import EpsilonModel
-from tgdp_fast.fit.batches import Batches, NoisedBatch, draw_noised
+from tgdp_fast.fit.batches import Batches, draw_noised
 from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig
 from tgdp_fast.fit.terms import TransferBatch
 from tgdp_fast.runtime.precision import autocast
@@ -71,7 +71,7 @@ class Objective:
             self.source_batches, data.source, data.source_labels, schedule, generator, times
         )
         batch = TransferBatch(source)
-        if self.source_log_ratio is not None:
+        if "source_log_ratio" in self.needs and self.source_log_ratio is not None:
             batch.source_log_ratio = self.source_log_ratio[rows]
         if not any(need.startswith("target") for need in self.needs):
             with self._in_precision():
@@ -81,7 +81,7 @@ class Objective:
             self.target_batches, data.target, data.target_labels, schedule, generator, times
         )
         self._add_log_h(batch, self._own(source_labels), self._own(target_labels))
-        self._add_references(batch, batch.target, target_labels)
+        self._add_references(batch, target_labels)
         return batch
 
     def _add_log_h(self, batch: TransferBatch, source_labels: Tensor | None, target_labels: Tensor | None) -> None:
@@ -101,8 +101,9 @@ class Objective:
                 batch.source_log_h, batch.target_log_h = log_h.split([len(source.x), len(target.x)])
 
     @torch.no_grad()
-    def _add_references(self, batch: TransferBatch, target: NoisedBatch, labels: Tensor | None) -> None:
+    def _add_references(self, batch: TransferBatch, labels: Tensor | None) -> None:
         """Add the outputs of the frozen source model and the time-dependent classifier at the target samples."""
+        target = batch.target
         if "target_epsilon" in self.needs and self.denoiser is not None:
             with evaluation_mode(self.denoiser):
                 batch.target_epsilon = self.denoiser.epsilon(target.x, target.t, labels_for(self.denoiser, labels))

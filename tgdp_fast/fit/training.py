@@ -262,7 +262,7 @@ def train_denoiser(
         seed: of initial weights, batches, times and noise.
         device: where to train; default: that of ``initial``, else the CPU.
         progress, description, state_dir: see :func:`minimize`.
-        network: prediction, width and depth of a new network; see :func:`new_denoiser`.
+        network: prediction, width and depth of a new network, see :func:`new_denoiser`; none with ``initial``.
 
     Returns:
         The trained denoiser, in eval mode.
@@ -280,6 +280,8 @@ def train_denoiser(
     if initial is not None:
         if schedule is not None and schedule != initial.schedule:
             raise ValueError(f"schedule must be that of initial, {initial.schedule}, or left out; got {schedule}")
+        if network:
+            raise ValueError(f"{', '.join(network)} must be left out: initial brings its own network")
         denoiser = copy.deepcopy(initial).requires_grad_(True).to(x.device)
     else:
         classes = count_classes("labels", labels, len(x), num_classes)

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgdp_fast.runtime.precision import PRECISIONS as PRECISIONS
-
 #: Allowance beside eager's own error, in unit roundoffs of the largest entry of an output: where eager happens to round
 #: luckily, an implementation that sums in another order still differs by one rounding of each of a few partial sums.
 ROUNDINGS = 4.0

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from tgdp_fast.lab.accuracy import PRECISIONS, Error, error_of, within
+from tgdp_fast.lab.accuracy import Error, error_of, within
 from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.lab.cases.case import Draw
 from tgdp_fast.ops import BackendUnavailableError, registry
 from tgdp_fast.runtime.checks import check_choice
+from tgdp_fast.runtime.precision import PRECISIONS
 from tgdp_fast.runtime.tables import markdown_table
 
 Row = dict[str, Any]

@@ -138,10 +138,10 @@ def _by_correlation(
         raise ValueError(f"max_shift must leave at least two of {length} samples in the middle, got {shift}")
     middle = x[:, :, shift : shift + window]
     # An offset would lose digits in the sums.
-    centred = records - records.mean(dim=2, keepdim=True)
+    centered = records - records.mean(dim=2, keepdim=True)
     size = 1 << (length - 1).bit_length()
-    spectra = torch.fft.rfft(centred, size).permute(2, 1, 0).contiguous()  # [frequencies, leads, N]
-    inverse_norm = _inverse_norms(centred, window)  # [N, places]
+    spectra = torch.fft.rfft(centered, size).permute(2, 1, 0).contiguous()  # [frequencies, leads, N]
+    inverse_norm = _inverse_norms(centered, window)  # [N, places]
     places = 2 * shift + 1
     columns = max(1, min(len(records), _VALUES // size))
     rows = max(1, _VALUES // (size * columns))
@@ -187,12 +187,12 @@ def _by_distance(
 
 def _nearest(x: Tensor, records: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Euclidean distance of each row to the nearest record [G], and its index [G]."""
-    centre = records.mean(dim=0)
-    centred = records - centre
-    squares = centred.square().sum(dim=1)
+    center = records.mean(dim=0)
+    centered = records - center
+    squares = centered.square().sum(dim=1)
     distances, nearest = [], []
     for part in x.split(max(1, _VALUES // len(records))):
-        index = (squares - 2 * (part - centre) @ centred.T).argmin(dim=1)
+        index = (squares - 2 * (part - center) @ centered.T).argmin(dim=1)
         # Recomputed without the canceling sums: 0 for a copy.
         distances.append((part - records[index]).norm(dim=1))
         nearest.append(index)

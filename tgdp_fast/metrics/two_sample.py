@@ -83,8 +83,8 @@ def mmd(
         raise ValueError("bandwidth must be a positive number or several, got none")
     bandwidths = [check_number("bandwidth", value, 0.0, exclusive=True) for value in values]
     # Distances are expanded as |a|^2 + |b|^2 - 2 a.b, exact enough in fp32 only around the origin.
-    centre = y.mean(dim=0)
-    x, y = (x - centre).float(), (y - centre).float()
+    center = y.mean(dim=0)
+    x, y = (x - center).float(), (y - center).float()
     n, m = len(x), len(y)
     within_x, within_y = (_kernel_sum(part, part, bandwidths) for part in (x, y))
     between = _kernel_sum(x, y, bandwidths)

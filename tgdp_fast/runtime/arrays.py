@@ -259,13 +259,13 @@ class Standardizer:
             for start in range(0, number, step)
         ]
         mean = sum(array[part].sum(axis=axes, dtype=np.float64) for part in chunks) / count
-        centre = mean.reshape(-1, *[1] * (array.ndim - 2))
+        center = mean.reshape(-1, *[1] * (array.ndim - 2))
         # Two passes: E x^2 - mean^2 would cancel.
-        squares = sum(np.square(array[part] - centre).sum(axis=axes) for part in chunks)
+        squares = sum(np.square(array[part] - center).sum(axis=axes) for part in chunks)
         std = np.sqrt(squares / count)
         # A spread within float32's resolution of the value is rounding, not signal.
         std[std <= np.finfo(np.float32).eps * np.abs(mean)] = 1.0
-        return cls(torch.from_numpy(centre), torch.from_numpy(std.reshape(centre.shape)))
+        return cls(torch.from_numpy(center), torch.from_numpy(std.reshape(center.shape)))
 
     @classmethod
     def identity(cls, event_shape: tuple[int, ...]) -> Standardizer:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tgdp_fast._version import __version__
 from tgdp_fast.runtime.arrays import CheckedArray
-from tgdp_fast.runtime.files import _flush, _real_path, write_atomic
+from tgdp_fast.runtime.files import flush, real_path, write_atomic
 
 FORMAT = "tgdp_fast"
 FORMAT_VERSION = 1
@@ -77,7 +77,7 @@ def save_checkpoint(
             written then.
         OSError: the disk fails; the previous state is intact.
     """
-    target = _real_path(path)
+    target = real_path(path)
     if not isinstance(kind, str) or not kind:
         raise CheckpointError(f"kind must be a non-empty string, got {kind!r}")
     try:
@@ -97,7 +97,7 @@ def save_checkpoint(
     try:
         tensor_file = partial / TENSOR_FILE
         save_file(stored, tensor_file)
-        _flush(tensor_file)
+        flush(tensor_file)
         header = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -112,7 +112,7 @@ def save_checkpoint(
                 write_atomic(partial / name, card)
             elif (target / name).is_file():
                 write_atomic(partial / name, (target / name).read_bytes())
-        _flush(partial)
+        flush(partial)
         if target.exists():
             # With a complete target an older leftover is obsolete, and the rename needs its place.
             shutil.rmtree(previous, ignore_errors=True)
@@ -123,7 +123,7 @@ def save_checkpoint(
             if previous.exists() and not target.exists():
                 os.replace(previous, target)
             raise
-        _flush(target.parent)
+        flush(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -169,13 +169,22 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str | None = None) -> tu
 
 def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
     """Whether anything is at ``path``, or beside it after a save that was killed between its two renames."""
-    folder = _real_path(path)
+    folder = real_path(path)
     return folder.exists() or _previous(folder).is_dir()
 
 
 def checkpoint_kind(path: str | os.PathLike[str]) -> str:
     """The kind of the checkpoint at ``path``, from its JSON alone; raises as :func:`load_checkpoint` does."""
     return str(_read_header(path)[1]["kind"])
+
+
+def remove_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Remove a checkpoint's own files, and the folder if nothing else lies in it."""
+    folder = Path(path)
+    for name in (TENSOR_FILE, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def read_state_dict(path: str | os.PathLike[str], entry: str = "model_state_dict") -> dict[str, Tensor]:
@@ -248,7 +257,7 @@ def load_state_dict_checked(module: nn.Module, tensors: Mapping[str, Tensor], wh
     module.load_state_dict(dict(tensors), strict=True)
 
 
-# ---------------------------------------------------------------------------------------- single files
+# ----------------------------------------------------------------------------------------- signatures
 
 
 def signature_of(*parts: Any) -> str:
@@ -280,15 +289,6 @@ def signature_of(*parts: Any) -> str:
 
 def _flattened(state: Mapping[str, Any]) -> list[Any]:
     return [item for name, value in state.items() for item in (name, value)]
-
-
-def remove_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Remove a checkpoint's own files, and the folder if nothing else lies in it."""
-    folder = Path(path)
-    for name in (TENSOR_FILE, CONFIG_FILE):
-        (folder / name).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 # --------------------------------------------------------------------------------------------- helpers
@@ -340,7 +340,7 @@ def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_header(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    folder = _real_path(path)
+    folder = real_path(path)
     if not folder.exists() and _previous(folder).is_dir():
         folder = _previous(folder)
     if not folder.exists():

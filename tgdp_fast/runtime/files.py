@@ -52,7 +52,7 @@ def save_json(path: str | os.PathLike[str], value: Any) -> None:
 
 @contextmanager
 def _atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    target = _real_path(path)
+    target = real_path(path)
     if target.is_dir():
         raise IsADirectoryError(f"path must name a file, but {path} is a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,15 +66,15 @@ def _atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush(target.parent)
+    flush(target.parent)
 
 
-def _real_path(path: str | os.PathLike[str]) -> Path:
-    # Rename the target of a link; otherwise replacing would turn the link into a folder.
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The target of a link, which is what to replace: otherwise the link itself would be."""
     return Path(os.path.realpath(path))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file or a folder's entries to disk; Windows cannot open folders, where this does nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
 
     The result contains no paths, host names or user names, so it can be published.
     """
-    cpu, instruction_sets = _processor()
+    cpu, instruction_sets = _cpu()
     return {
         "system": platform.system(),
         "machine": platform.machine(),
@@ -94,7 +94,7 @@ def _usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _processor() -> tuple[str, list[str]]:
+def _cpu() -> tuple[str, list[str]]:
     """Return the model and the instruction sets of the CPU."""
     try:
         model, instruction_sets = _parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,15 @@ class RowStore:
         """Write a row, atomically."""
         save_json(self.path(name), {"signature": self.signature, "row": row})
 
-    def drop(self, name: str) -> None:
-        """Remove a row, of any signature."""
-        self.path(name).unlink(missing_ok=True)
+    def once(self, name: str, compute: Callable[[], Row], files: Iterable[Path] = ()) -> Row:
+        """The row, or that of ``compute``, which also writes ``files``; it is computed again if one of them is lost."""
+        row = self.get(name)
+        if row is None or not all(file.is_file() for file in files):
+            # Files and row are of one signature, whenever this is interrupted.
+            self.path(name).unlink(missing_ok=True)
+            row = compute()
+            self.put(name, row)
+        return row
 
 
 def check_distinct(name: str, values: Sequence[Any]) -> Sequence[Any]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.lab.cases.mlp import mlp_inputs
 from tgdp_fast.ops import mlp_value_and_grad, registry
+from tgdp_fast.runtime.precision import PRECISIONS
 
 #: Bytes moved (read and written) by the copies: from what caches hold to what only memory does.
 COPIES = (2**18, 2**21, 2**24, 2**29)

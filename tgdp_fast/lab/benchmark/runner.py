@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tgdp_fast.lab.accuracy import PRECISIONS
 from tgdp_fast.lab.benchmark.floors import Floors, synchronize
 from tgdp_fast.lab.cases.case import GRAPH, PROVIDERS, Call, Case, InaccurateError, Setup, UnservedError
 from tgdp_fast.ops import BackendUnavailableError
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.info import environment
+from tgdp_fast.runtime.precision import PRECISIONS
 from tgdp_fast.sampling import loop as sampling_loop
 
 Row = dict[str, Any]

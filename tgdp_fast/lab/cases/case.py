@@ -8,15 +8,16 @@ benchmark), awkward shapes for ``validate`` with a function ``check``, and the `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tgdp_fast.lab.accuracy import PRECISIONS, ROUNDINGS, Error, error_of, within
+from tgdp_fast.lab.accuracy import ROUNDINGS, Error, error_of, within
 from tgdp_fast.ops import registry, use_backend
+from tgdp_fast.runtime.precision import PRECISIONS
 
 PLAIN_PROVIDERS = ("peer", "reference", "compile")
 BACKENDS = tuple(name for name in registry.BACKENDS if name != "reference")
@@ -205,11 +206,6 @@ def _resolved_backends() -> Iterator[set[str]]:
 def backend_of(provider: str) -> AbstractContextManager[Any]:
     """``use_backend`` of the provider's; plain providers and released code run on the reference."""
     return use_backend(provider if provider in BACKENDS or provider == "auto" else "reference")
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to the precision; nothing for fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, PRECISIONS[precision])
 
 
 def place(tensor: Tensor, layout: str) -> Tensor:

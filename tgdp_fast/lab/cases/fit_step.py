@@ -15,20 +15,20 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.batches import add_noise
 from tgdp_fast.fit.losses import logistic_loss
 from tgdp_fast.fit.training import adamw
-from tgdp_fast.lab.accuracy import PRECISIONS, error_of
+from tgdp_fast.lab.accuracy import error_of
 from tgdp_fast.lab.cases.case import (
     PROVIDERS,
     SEED,
     Call,
     Case,
     Setup,
-    autocast,
     backend_of,
     largest_error,
     served_outputs,
 )
 from tgdp_fast.lab.cases.mlp import hidden_weights
 from tgdp_fast.lab.cases.networks import guidance_network
+from tgdp_fast.runtime.precision import PRECISIONS, autocast
 
 DEPTH, FREQUENCIES, INPUTS = 4, 32, 2
 
@@ -121,7 +121,7 @@ def _setup(width: int, consistency: bool, batch: int, precision: str, device: to
             function = torch.compile(_loss, dynamic=False)
 
         def loss() -> Tensor:
-            with backend_of(provider), autocast(precision, device):
+            with backend_of(provider), autocast(precision, device.type):
                 return function(network, batches, consistency, provider == "peer")
 
         return training_step(network, loss, 1e-4)

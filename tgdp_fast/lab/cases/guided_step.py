@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
-from tgdp_fast.lab.accuracy import PRECISIONS, error_of
+from tgdp_fast.lab.accuracy import error_of
 from tgdp_fast.lab.cases.case import SEED, Call, Case, Check, Draw, Setup, bytes_of, checked_rows, largest_error, place
 from tgdp_fast.ops import SolverStep, guided_step
 from tgdp_fast.ops.guided_step import guided_step_reference
 from tgdp_fast.ops.noise import normal
+from tgdp_fast.runtime.precision import PRECISIONS
 
 #: Elements of a sample.
 SAMPLE = 1000

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast.lab.accuracy import PRECISIONS, error_of
+from tgdp_fast.lab.accuracy import error_of
 from tgdp_fast.lab.cases.case import SEED, Call, Case, Check, Draw, Setup, bytes_of, largest_error, place
 from tgdp_fast.ops import LongConvolution, long_convolution, prepare_long_convolution
 from tgdp_fast.ops.long_convolution import long_convolution_reference
 from tgdp_fast.ops.registry import BACKENDS
+from tgdp_fast.runtime.precision import PRECISIONS
 
 #: Channels and positions of a timed sample; layers with filters of their own, one after another as in a network: more
 #: than caches hold.

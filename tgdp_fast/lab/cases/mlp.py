@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast.lab.accuracy import PRECISIONS, Error, error_of
+from tgdp_fast.lab.accuracy import Error, error_of
 from tgdp_fast.lab.cases.case import Call, Case, Check, Draw, Setup, bytes_of, checked_rows, largest_error, place
 from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
 from tgdp_fast.ops.mlp import mlp_value_and_grad_reference
+from tgdp_fast.runtime.precision import PRECISIONS
 
 #: Hidden layers of a timed network.
 DEPTH = 4

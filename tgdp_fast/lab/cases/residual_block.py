@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tgdp_fast.lab.accuracy import PRECISIONS, error_of
+from tgdp_fast.lab.accuracy import error_of
 from tgdp_fast.lab.cases.case import SEED, Call, Case, Check, Draw, Setup, UnservedError, bytes_of, largest_error
 from tgdp_fast.ops import LongConvolution, ResidualBlockWeights, S4Weights, prepare_long_convolution, residual_block_
 from tgdp_fast.ops.residual_block import residual_block_reference_
+from tgdp_fast.runtime.precision import PRECISIONS
 
 #: Residual and skip channels, and positions, of a timed sample; blocks one after another as in a network, with more
 #: weights than caches hold.

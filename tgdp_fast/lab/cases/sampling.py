@@ -14,7 +14,7 @@ from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.guided import EpsilonModel, Guidance
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
-from tgdp_fast.lab.accuracy import PRECISIONS, error_of
+from tgdp_fast.lab.accuracy import error_of
 from tgdp_fast.lab.cases.case import (
     PLAIN_PROVIDERS,
     PROVIDERS,
@@ -22,7 +22,6 @@ from tgdp_fast.lab.cases.case import (
     Call,
     Case,
     Setup,
-    autocast,
     backend_of,
     bytes_of,
     checked_rows,
@@ -34,6 +33,7 @@ from tgdp_fast.lab.cases.networks import guidance_network, source_denoiser
 from tgdp_fast.metrics import sliced_wasserstein
 from tgdp_fast.ops import mlp_value_and_grad, use_backend
 from tgdp_fast.ops.noise import normal
+from tgdp_fast.runtime.precision import PRECISIONS, autocast
 from tgdp_fast.sampling.config import SamplingConfig
 from tgdp_fast.sampling.full_trajectory import FullTrajectory
 from tgdp_fast.sampling.loop import Loop
@@ -141,7 +141,7 @@ def _networks(problem: _Problem, provider: str) -> tuple[EpsilonModel, Guidance]
 
 def _peer(problem: _Problem) -> list[Tensor]:
     loop = guided_loop(problem.denoiser, _AutogradGuidance(problem.guidance), problem.table)
-    with torch.no_grad(), autocast(problem.precision, problem.initial.device), use_backend("reference"):
+    with torch.no_grad(), autocast(problem.precision, problem.initial.device.type), use_backend("reference"):
         return [loop(problem.initial, problem.indices, seed=SEED)[0]]
 
 
@@ -163,7 +163,7 @@ def _loop(problem: _Problem, provider: str, denoiser: EpsilonModel, guidance: Gu
 
     def evaluations() -> Sequence[Tensor]:
         device = problem.initial.device
-        with torch.inference_mode(), backend_of(provider), autocast(problem.precision, device):
+        with torch.inference_mode(), backend_of(provider), autocast(problem.precision, device.type):
             return [loop(problem.initial, problem.indices, seed=SEED)[0]]
 
     served = provider not in PLAIN_PROVIDERS and FullTrajectory.of(loop, dtype, provider) is not None

@@ -9,9 +9,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.lab.cases.case import SEED, Call, Case, Setup, UnservedError, autocast, bytes_of, limited
+from tgdp_fast.lab.cases.case import SEED, Call, Case, Setup, UnservedError, bytes_of, limited
 from tgdp_fast.lab.cases.sssd_ecg_peers import StrongSSSDECG, published, random_network
 from tgdp_fast.models import SSSDECG
+from tgdp_fast.runtime.precision import autocast
 
 LEADS, LENGTH, CLASSES = 8, 1000, 71
 
@@ -90,7 +91,7 @@ def _setup(blocks: int, width: int, batch: int, precision: str, device: torch.de
         network = _provided(_network(blocks, width, device), provider, precision)
 
         def run() -> Sequence[Tensor]:
-            with torch.inference_mode(), autocast(precision, device):
+            with torch.inference_mode(), autocast(precision, device.type):
                 return [network(x, steps, labels)]
 
         return run

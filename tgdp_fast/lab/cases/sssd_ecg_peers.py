@@ -35,7 +35,7 @@ def random_network(blocks: int, width: int, seed: int) -> SSSDECG:
 
 def published(network: SSSDECG) -> SSSDECG:
     """The network as released code computes it: kernels anew at every call, by the sums that it takes without its CUDA
-    extension, weights normalised at every call.
+    extension, weights normalized at every call.
 
     Returns:
         Another module, with the parameters of ``network``.
@@ -63,7 +63,7 @@ def _published_kernels(self: NPLRKernel, dtype: torch.dtype | None = None) -> Te
 
 
 class StrongSSSDECG(nn.Module):
-    """The network's own layers, one by one, with what can be kept kept: spectra of kernels, normalised weights.
+    """The network's own layers, one by one, with what can be kept kept: spectra of kernels, normalized weights.
 
     Each block is compiled by torch.compile where asked for, once for all of them: the embedding of the step, which does
     not compile, stays outside. For 16 bits use autocast.
@@ -139,7 +139,7 @@ class _StrongS4(nn.Module):
 
 
 def _plain(convolution: nn.Module) -> nn.Conv1d:
-    """An ordinary convolution with the normalised weight."""
+    """An ordinary convolution with the normalized weight."""
     assert isinstance(convolution, WeightNormConv1d)
     out_channels, in_channels, size = convolution.weight_v.shape
     result = nn.Conv1d(in_channels, out_channels, size, padding=convolution.padding)

@@ -108,14 +108,16 @@ def finished_row(plan: Plan, source: Denoiser, judge: DigitJudge, arrays: DigitA
 
     The first draw's row is computed again when its images are lost.
     """
-    store = RowStore(plan.out, plan.signature(method))
-    name = f"seed{seed}-{method}"
-    row = store.get(name)
-    kept = plan.out / f"{method}.npy"
-    if row is not None and (seed > 0 or kept.is_file()):
-        return row
-    # Images and row are of one signature, whenever this is interrupted.
-    store.drop(name)
+    store, files = RowStore(plan.out, plan.signature(method)), (plan.out / f"{method}.npy",)
+    return store.once(
+        f"seed{seed}-{method}",
+        lambda: run_method(plan, source, judge, arrays, method, seed),
+        files if seed == 0 else (),
+    )
+
+
+def run_method(plan: Plan, source: Denoiser, judge: DigitJudge, arrays: DigitArrays, method: str, seed: int) -> Row:
+    """Draw by one method, its fit included, and measure against held-out images."""
     started = time.perf_counter()
     reference = held_out_images(arrays)
     if method == "real":
@@ -124,9 +126,9 @@ def finished_row(plan: Plan, source: Denoiser, judge: DigitJudge, arrays: DigitA
         images = draw(plan, source, arrays, method, seed)
     seconds = time.perf_counter() - started
     if seed == 0:
-        save_array(kept, images)
+        save_array(plan.out / f"{method}.npy", images)
     calls = judge.predict(images)
-    row = {
+    return {
         "n": plan.num_target,
         "seed": seed,
         "method": method,
@@ -137,8 +139,6 @@ def finished_row(plan: Plan, source: Denoiser, judge: DigitJudge, arrays: DigitA
         "nearest_target_distance": nearest_distance(images, arrays.target),
         "seconds": seconds,
     }
-    store.put(name, row)
-    return row
 
 
 def source_model(plan: Plan) -> Denoiser:

@@ -206,15 +206,8 @@ def finished_row(plan: Plan, n: int, seed: int, method: str) -> Row:
 
     The first draw's row is computed again when its arrays for the plots are lost.
     """
-    store = RowStore(plan.out, plan.signature(n, method))
-    name = f"n{n}-seed{seed}-{method}"
-    row = store.get(name)
-    lost = seed == 0 and not all(path.is_file() for path in _kept(plan, n, method).values())
-    if row is None or lost:
-        # Arrays and row are of one signature, whenever this is interrupted.
-        store.drop(name)
-        row = run_method(plan, n, seed, method)
-        store.put(name, row)
+    store, files = RowStore(plan.out, plan.signature(n, method)), _kept(plan, n, method).values()
+    row = store.once(f"n{n}-seed{seed}-{method}", lambda: run_method(plan, n, seed, method), files if seed == 0 else ())
     if plan.progress:
         print(f"n = {n:5d}  seed {seed}  {method:18s}  SW2 {row['sw2']:.3f}  NLL {row['nll']:.3f}", flush=True)
     return row
