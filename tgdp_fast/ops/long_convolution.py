@@ -350,7 +350,8 @@ def _launch_triton(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Ten
     from tgdp_fast.kernels.long_convolution import launch
 
     output = _fake(u, packed, scales, gelu)
-    launch(output, u.contiguous(), packed, scales, activation=gelu, exact=u.dtype == torch.float32)
+    with torch.cuda.device_of(u):
+        launch(output, u.contiguous(), packed, scales, activation=gelu, exact=u.dtype == torch.float32)
     return output
 
 

@@ -367,7 +367,8 @@ def _launch_triton(
 
     layers = layer(first, first_epsilon), layer(second, second_epsilon)
     weights = Block(convolution, *layers, output, output_bias)
-    launch(state, step_bias, label_bias, weights)
+    with torch.cuda.device_of(state):
+        launch(state, step_bias, label_bias, weights)
 
 
 if native.CPU_MISSING is None:
