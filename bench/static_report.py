@@ -270,7 +270,7 @@ def fused_mlp(card: Card, size: int, widths: tuple[int, ...], batch: int, dtype:
     _device(card)
     call = cuda_emulation.MlpValueAndGradCall()
     call.dtype, call.batch, call.inputs = cuda_emulation.DTYPES[dtype], batch, size
-    call.layers, call.widths = len(widths), _integers(widths)
+    call.network.layers, call.network.widths = len(widths), _integers(widths)
     plan = cuda_emulation.plan_of(call)
     passes = guidance_passes(size, widths)
     flops = 2.0 * batch * sum(one.columns * one.depth for one in passes)
