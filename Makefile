@@ -39,8 +39,6 @@ demo: $(VENV)/.demo-ready
 bench: $(VENV)/.demo-ready
 	$(BIN)/tgdp-fast bench $(BENCH_ARGS)
 
-# The script, not `python -m pytest`: that would put the top-level kernels/ on the import path, where other
-# packages look for one of that name.
 test: $(VENV)/.test-ready
 	$(BIN)/pytest $(PYTEST_ARGS)
 

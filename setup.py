@@ -1,4 +1,4 @@
-"""Build of the native extensions. Metadata and tool settings are in pyproject.toml.
+"""The list of packages, and the build of the native extensions. Metadata and tool settings are in pyproject.toml.
 
 Extensions are built against the torch that is installed (``pip install --no-build-isolation``): the CPU extension when
 there is one and a C++ compiler, the CUDA extension when that torch has CUDA and a toolkit of the same major version is
@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 SANITIZE = os.environ.get("TGDP_SANITIZE") == "1"
 ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0")
@@ -170,4 +170,12 @@ def arguments() -> dict:
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 
-setup(**arguments())
+def packages() -> list[str]:
+    """Every package. The kernels have no __init__.py, so that the folder at the top of a checkout hides no package of
+    that name; a checkout without symbolic links has a text file in their place, and is installed without them.
+    """
+    kernels = ["tgdp_fast.kernels"] * os.path.isdir("tgdp_fast/kernels")
+    return [*find_packages(include=["tgdp_fast", "tgdp_fast.*"]), *kernels]
+
+
+setup(packages=packages(), **arguments())

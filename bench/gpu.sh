@@ -4,9 +4,9 @@
 # usage: bench/gpu.sh [FOLDER [checks]]
 #
 # Needs a python3 with torch 2.9 or newer for CUDA, triton, numpy, safetensors, tqdm and pytest; nvcc for the CUDA
-# kernels, compute-sanitizer for their memory check. Writes FOLDER/<card>-<date>.json (default: bench/results) and, where
-# time is left, <card>-<date>-autotuned.json; logs beside them in FOLDER/logs. Prints the tables last. With "checks" it
-# ends before the timings. A stage that fails does not stop the next; the exit code tells.
+# kernels, compute-sanitizer for their memory check. Writes FOLDER/<card>-<date>.json (default: bench/results);
+# logs beside it in FOLDER/logs. Prints the table last. With "checks" it ends before the timings. A stage that fails
+# does not stop the next; the exit code tells.
 #
 # Environment variables: PYTHON (python3); TGDP_PREBUILT=1, the extensions are there already, do not build them;
 # TGDP_GPU_SECONDS, when to start nothing more (520); TGDP_COMMIT, what to write as the commit of a copy without history.
@@ -76,16 +76,16 @@ alone 'what is there' 30 "$python" -m tgdp_fast info
 for operator in guided_step long_convolution mlp_value_and_grad trajectory; do
     beside "validate cuda $operator" 100 "$python" -m tgdp_fast validate --backend cuda --operators $operator
 done
-for operator in gated_activation guided_step long_convolution residual_block_; do
+for operator in guided_step long_convolution residual_block_; do
     beside "validate triton $operator" 150 "$python" -m tgdp_fast validate --backend triton --operators $operator
 done
-for operator in mlp_value_and_grad mlp_value_and_grad_backward perceptron perceptron_backward; do
-    for precision in fp32 bf16 fp16; do  # many kernels to compile
+for operator in mlp_value_and_grad mlp_value_and_grad_backward mlp_forward mlp_backward; do
+    for precision in bf16 fp16; do  # many kernels to compile
         beside "validate triton $operator $precision" 150 "$python" -m tgdp_fast validate --backend triton \
             --operators $operator --precisions $precision
     done
 done
-beside 'tests' 150 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py
+beside 'tests' 150 "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_gpu.py
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         beside "sanitizer $tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" bench/gpu_small.py
@@ -110,23 +110,13 @@ if [ "${2:-all}" != checks ]; then
     deadline=$end
     alone 'benchmark' "$deadline" "$python" -m tgdp_fast bench --device cuda --seconds 1 --only "${cases[@]}" \
         --json "$result"
-    # The Triton kernels with measured launch configurations; choices are new every time.
-    autotuned="${result%.json}-autotuned.json"
-    rm -f "$autotuned"
-    if [ "$SECONDS" -lt $((deadline - 60)) ]; then
-        alone 'benchmark autotuned' "$deadline" env TGDP_TRITON_AUTOTUNE=1 XDG_CACHE_HOME="$(mktemp -d)" \
-            "$python" -m tgdp_fast bench --device cuda --seconds 1 --providers triton triton+graph \
-            --only 'mlp*batch65536-input2-width512' 'mlp*batch4096-input2-width128' guided_step/1e8 fit_step \
-            --json "$autotuned"
-    fi
     echo
     "$python" -m tgdp_fast bench-report "$result" --out "$folder/logs" > /dev/null 2>&1
-    "$python" - "$result" "$autotuned" <<'CODE'
-import json, os, sys
-from tgdp_fast.benchmark import report
+    "$python" - "$result" <<'CODE'
+import json, sys
+from tgdp_fast.lab.benchmark import report
 
-for path in filter(os.path.exists, sys.argv[1:]):
-    print(path, report.table(json.load(open(path))["rows"]), sep="\n")
+print(sys.argv[1], report.table(json.load(open(sys.argv[1]))["rows"]), sep="\n")
 CODE
 fi
 echo "$result, after $SECONDS s; failed: ${failed[*]:-nothing}"

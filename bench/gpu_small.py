@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from tgdp_fast.benchmark.problems import perceptron_inputs, residual_block_inputs, step_inputs, trajectory_inputs
+from tgdp_fast.lab.cases.guided_step import step_inputs
+from tgdp_fast.lab.cases.mlp import mlp_inputs
+from tgdp_fast.lab.cases.residual_block import residual_block_inputs
+from tgdp_fast.lab.cases.trajectory import trajectory_inputs
 from tgdp_fast.ops import (
     BackendUnavailableError,
+    SolverStep,
     guided_step,
     long_convolution,
+    mlp_forward,
     mlp_value_and_grad,
-    perceptron,
     prepare_long_convolution,
     residual_block_,
     trajectory,
@@ -33,9 +37,9 @@ def main() -> None:
 
 
 def calls(device: torch.device, dtype: torch.dtype, backend: str):
-    step = step_inputs((37, 13), 1, dtype, device)
-    inputs = perceptron_inputs(70, 5, (48, 33), dtype, device, bias_rows="per sample")
-    wide = perceptron_inputs(33, 2, (128, 128), dtype, device)
+    tensors = step_inputs((37, 13), 1, dtype, device)
+    inputs = mlp_inputs(70, 5, (48, 33), dtype, device, bias_rows="per sample")
+    wide = mlp_inputs(33, 2, (128, 128), dtype, device)
 
     def derivative(function):
         leaves = inputs.map(lambda tensor: tensor.detach().requires_grad_())
@@ -46,13 +50,8 @@ def calls(device: torch.device, dtype: torch.dtype, backend: str):
     yield (
         "guided_step",
         lambda: guided_step(
-            *step,
-            matrix=[[0.9, 0.1, 0.2], [0.0, 0.0, 1.0]],
-            noise_scale=0.3,
-            guidance_weight=0.5,
-            alpha=0.8,
-            sigma=0.6,
-            clamp=(-1.0, 1.0),
+            *tensors,
+            step=SolverStep([[0.9, 0.1, 0.2], [0.0, 0.0, 1.0]], 0.3, 0.5, 0.8, 0.6, (-1.0, 1.0)),
             seed=1,
             evaluation=2,
             backend=backend,
@@ -70,7 +69,7 @@ def calls(device: torch.device, dtype: torch.dtype, backend: str):
         yield f"long_convolution {length}", lambda u=u, p=prepared: long_convolution(u, p, backend=backend)
     block = residual_block_inputs((3, 34, 20, 129), dtype, device, steps="per sample")
     yield "residual_block_", lambda: residual_block_(*block, backend=backend)
-    yield "perceptron", lambda: derivative(perceptron)
+    yield "mlp_forward", lambda: derivative(mlp_forward)
 
 
 if __name__ == "__main__":

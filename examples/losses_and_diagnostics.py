@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Losses, and diagnostics where TGDP fails
 #
-# The paper's simulation (section 4.1) is known in closed form: the source has modes at (0.5, 0.5) and (-0.5, -0.5),
-# the target at (0.5, -0.5) and (-0.5, 0.5). So the source model here is exact, and whatever is wrong with samples
-# comes from the guidance. That is fitted to 100 target samples with each of the four losses.
+# The paper's simulation (section 4.1) is known in closed form: the source has modes at (0.5, 0.5) and (-0.5, -0.5), the
+# target at (0.5, -0.5) and (-0.5, 0.5). The source model here is therefore exact, so any error of the samples comes
+# from the guidance. It is fitted to 100 target samples with each of the four losses.
 
 # %%
 import tgdp_fast as tgdp
 from tgdp_fast.data.gaussians import GaussianMixture, exact_denoiser, exact_guidance, paper_source, paper_target
-from tgdp_fast.density_ratio import diagnose
+from tgdp_fast.fit.diagnostics import diagnose
 from tgdp_fast.metrics import sliced_wasserstein
 
 schedule = tgdp.NoiseSchedule.vp_linear()
@@ -16,7 +16,7 @@ denoiser = exact_denoiser(paper_source(), schedule)
 source = paper_source().sample(2000, seed=0)
 target = paper_target().sample(100, seed=1)
 truth = paper_target().sample(2000, seed=2)
-settings = tgdp.Optimisation(steps=200, batch_size=128, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.99)
+settings = tgdp.TrainingConfig(steps=200, batch_size=128, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.99)
 
 
 def distance(guidance: object) -> float:
@@ -30,23 +30,22 @@ print(f"{'exact guidance':28s} {distance(exact_guidance(paper_target(), paper_so
 # %% [markdown]
 # `logistic` tells source from target at every noise level; the others regress on a density ratio that is estimated
 # first, once for all of them. With a denoiser given, `fit_guidance` adds the consistency term, with the weight 1;
-# `consistency=0` leaves it out.
+# `Consistency(0.0)` leaves it out.
 
 # %%
-quick = tgdp.Optimisation(steps=150, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
+quick = tgdp.TrainingConfig(steps=150, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
 ratio = tgdp.fit_density_ratio(source.float(), target.float(), settings=quick)
 pairs = [("logistic", 1.0), ("logistic", 0.0), ("poisson", 0.0), ("ratio_mse", 0.0), ("log_mse", 0.0)]
 found = {}
 for loss, consistency in pairs:
-    fit = tgdp.fit_guidance(
-        source, target, denoiser=denoiser, loss=loss, consistency=consistency, ratio=ratio, settings=settings
-    )
+    config = tgdp.GuidanceConfig(loss, [tgdp.Consistency(consistency)], training=settings)
+    fit = tgdp.fit_guidance(source, target, config=config, denoiser=denoiser, ratio=ratio)
     found[loss, consistency] = distance(fit.guidance)
     print(f"{f'{loss}, consistency {consistency:g}':28s} {found[loss, consistency]:.3f}")
 assert found["logistic", 1.0] < distance(None)
 
 # %% [markdown]
-# One draw and 200 steps are an example, not a measurement: docs/results/simulation has five draws, with the defaults.
+# One draw and 200 steps are an example, not a measurement: docs/results/simulation has five draws with the defaults.
 #
 # ## A target that the source does not cover
 #
@@ -56,10 +55,11 @@ assert found["logistic", 1.0] < distance(None)
 far = GaussianMixture([[3.0, 3.0]], 0.1).sample(100, seed=3)
 ratio = tgdp.fit_density_ratio(source.float(), far.float(), settings=quick)
 fits = {
-    loss: tgdp.fit_guidance(
-        source, far, denoiser=denoiser, loss=loss, consistency=consistency, ratio=ratio, settings=settings
+    config.loss.name: tgdp.fit_guidance(source, far, config=config, denoiser=denoiser, ratio=ratio)
+    for config in (
+        tgdp.GuidanceConfig("poisson", regularizers=[], training=settings),
+        tgdp.GuidanceConfig("logistic", [tgdp.Consistency(1.0)], training=settings),
     )
-    for loss, consistency in (("poisson", 0.0), ("logistic", 1.0))
 }
 diagnostics = fits["logistic"].diagnostics
 print(diagnostics)
@@ -80,16 +80,16 @@ for loss, fit in fits.items():
         assert away > 2.0
 
 # %% [markdown]
-# Regression on the ratio alone stays with the source, as the theory says: there is no source sample to give weight
-# to. The default (`logistic` with the consistency term) also learns from the noised target samples themselves, and in
-# two dimensions it may well move there. Then the samples owe nothing to the source: the fitted h is no density ratio
-# (its mean over the source is near 0 and should be 1), and a vanilla diffusion model of the target samples would be
-# the honest way to the same. The warnings are right in both cases.
+# Regression on the ratio alone stays with the source, as the theory predicts: there is no source sample to give weight
+# to. The default (`logistic` with the consistency term) also learns from the noised target samples, and in two
+# dimensions it may move there. Then the samples owe nothing to the source. The fitted h is not a density ratio (its
+# mean over the source is near 0 and should be 1), and a vanilla diffusion model of the target samples would be the
+# honest way to the same result. The warnings are correct in both cases.
 #
 # ## A target that few source samples are like
 #
-# Here the target is a narrow part of one mode. It lies inside the source, so nothing is out of reach, but the
-# effective sample size is small: the ratio gives nearly all its weight to few of the 2000 source samples.
+# Here the target is a narrow part of one mode. It lies inside the source, so nothing is out of reach, but the effective
+# sample size is small: the ratio gives nearly all its weight to a few of the 2000 source samples.
 
 # %%
 narrow = GaussianMixture([[0.9, 0.9]], 0.002).sample(100, seed=4)

@@ -1,18 +1,18 @@
 # %% [markdown]
 # # A solver of your own
 #
-# A solver is a table: for each evaluation of the denoiser one small matrix, which makes the next state (and what is
-# remembered) from the state, what is remembered, and the predicted noise:
+# A solver is a table with one small matrix per evaluation of the denoiser. The matrix computes the next state and
+# history from the state, the history and the predicted noise:
 #
 # `[x, m_1..m_H] <- matrix[k] @ [x, m_1..m_H, eps] + [noise_scale[k] z, 0, ..]`
 #
-# So a new solver needs no new kernel: the fused kernels run any table. Here it is the two-step method for the noise
-# prediction: in half log-SNR, lambda, the exact solution is
+# A new solver therefore needs no new kernel: the fused kernels run any table. The example is the two-step method for
+# the noise prediction. In half log-SNR, lambda, the exact solution is
 #
 # `x(b) = alpha_b / alpha_a x(a) - sigma_b (e^h - 1) eps`, `h = lambda_b - lambda_a`
 #
-# if eps is constant over the step (that is `ddim`). The two-step method takes eps in the middle of the step instead,
-# on the line through the last two.
+# if eps is constant over the step (that is `ddim`). The two-step method instead uses eps in the middle of the step, on
+# the line through the last two values.
 
 # %%
 import math
@@ -22,7 +22,7 @@ import torch
 
 import tgdp_fast as tgdp
 from tgdp_fast.data.gaussians import GaussianMixture, exact_denoiser
-from tgdp_fast.noise import normal  # the function that sampling starts from
+from tgdp_fast.ops.noise import normal
 
 
 def two_step(schedule: tgdp.NoiseSchedule, steps: int) -> tgdp.SolverTable:
@@ -54,9 +54,9 @@ def two_step(schedule: tgdp.NoiseSchedule, steps: int) -> tgdp.SolverTable:
 
 
 # %% [markdown]
-# ## Is it right?
+# ## Is it correct?
 #
-# Prove it where the answer is known. For one Gaussian the denoiser is exact, and the probability-flow equation has a
+# Check it where the answer is known. For one Gaussian the denoiser is exact, and the probability-flow equation has a
 # closed solution: it scales every state's distance from the mean by the ratio of standard deviations.
 
 # %%
@@ -90,7 +90,7 @@ for steps in (10, 20, 40):
     print(f"{steps:3d} evaluations: ddim {errors[steps][0]:.1e}, two-step {errors[steps][1]:.1e}")
 
 # %% [markdown]
-# Twice the steps make the error of a first-order method half, of a second-order method a quarter.
+# Doubling the steps halves the error of a first-order method and quarters that of a second-order method.
 
 # %%
 order = [math.log2(before / after) for before, after in zip(errors[20], errors[40], strict=True)]
@@ -101,9 +101,9 @@ assert 1.7 < order[1] < 2.3
 # %% [markdown]
 # ## Use it
 #
-# The table goes where a solver's name goes. With the networks of this package it runs in the same fused kernel as the
-# others, guidance included. The result still has the noise of t_min, sigma = 0.01 here; solvers by name take a last
-# step to clean data (`denoise_final`).
+# Pass the table instead of a solver's name. With the networks of this package it runs in the same fused kernel as the
+# others, including guidance. The result still has the noise of t_min, sigma = 0.01 here; named solvers take a last step
+# to clean data (`denoise_final`).
 
 # %%
 network = tgdp.Denoiser(tgdp.ScoreMLP((2,), width=64), schedule, "v_prediction", time_input="half_log_snr")

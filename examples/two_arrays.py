@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Two arrays in, target samples and trust out
+# # Two arrays in, target samples and diagnostics out
 #
 # You have many samples of one domain and a few of another one, as two arrays in any units. Here they are points of a
-# plane: two groups of patients, say, described by two laboratory values. In the source both groups are equally
-# frequent. In the target the second is four times as frequent as the first, and you have 40 samples.
+# plane, for example two groups of patients described by two laboratory values. In the source both groups are equally
+# frequent. In the target the second group is four times as frequent as the first, and you have 40 samples.
 
 # %%
 import tempfile
@@ -28,17 +28,17 @@ source = draw(4000, 0.5, seed=0)
 target = draw(40, 0.8, seed=1)
 
 # %% [markdown]
-# `TransferModel.fit` standardises both with the mean and the standard deviation of the source, trains a diffusion
-# model of the source, and fits the guidance. Fewer and smaller steps than the default are enough for the source here;
-# with so few target samples the default of the guidance is already short.
+# `TransferModel.fit` standardizes both arrays with the mean and the standard deviation of the source, trains a
+# diffusion model of the source, and fits the guidance. Fewer steps and smaller batches than the defaults are enough for
+# the source here. The default fit of the guidance is already short for so few target samples.
 
 # %%
-settings = tgdp.Optimisation(steps=300, batch_size=256)
-model = tgdp.TransferModel.fit(source, target, denoiser_settings=settings, seed=0)
+settings = tgdp.TrainingConfig(steps=300, batch_size=256)
+model = tgdp.TransferModel.fit(source, target, denoiser_training=settings, seed=0)
 
 # %% [markdown]
-# **First the trust, then the samples.** The diagnostics say whether the target is within reach of the source. No
-# warning is good news, not a proof: compare samples with target data that the fit has not seen, where you have any.
+# **Check the diagnostics before the samples.** They tell you whether the target is within reach of the source. No
+# warning is a good sign, not a proof: compare samples with held-out target data if you have any.
 
 # %%
 diagnostics = model.diagnostics
@@ -46,7 +46,7 @@ print(tgdp.TransferDiagnostics(**diagnostics))
 assert not diagnostics["warnings"]
 
 # %% [markdown]
-# Samples come back in the units of the data. Sample `i` depends on the seed and on `i` alone, up to rounding.
+# Samples are in the units of the data. Sample `i` depends only on the seed and on `i`, up to rounding.
 
 # %%
 samples = model.sample(2000, seed=0)
@@ -65,8 +65,8 @@ print(f"second group: source model {second_share(plain):.0%}, guided {second_sha
 print(f"second group with the guidance at scale 1.5: {second_share(stronger):.0%}")
 
 # %% [markdown]
-# Here more samples of the target can be had, so the distance to them can be measured; distances are taken in units of
-# the spread. `floor` compares two sets of real samples: nothing can be expected to be nearer than that.
+# More samples of the target are available here, so the distance to them can be measured, in units of the spread.
+# `floor` compares two sets of real samples: no method can be expected to do better.
 
 # %%
 held_out = draw(2000, 0.8, seed=2)
@@ -82,17 +82,17 @@ print(f"SW2 to held-out target samples: {'floor':22s} {floor:.3f}")
 assert abs(second_share(samples) - 0.8) < 0.5 * abs(second_share(plain) - 0.8)
 
 # %% [markdown]
-# **What this means.** The guidance goes most of the way from the source to the target, and not all of it: from few
-# samples its default settings hold it back. A scale above 1 makes up for that here; choose it on target samples that
-# the fit has not seen. The 40 given samples are nearer to the target than the guided ones: two round groups in a plane
-# are so simple that 40 points show all there is to know, and whoever wants no more than that distance needs no model.
-# Guided samples are new ones, as many as you like, and a transfer is worth its while where the source has learned what
-# the given samples are too few to show. Measured cases, with vanilla diffusion and fine-tuning beside it:
+# **What this means.** The guidance covers most of the distance from the source to the target, but not all of it: with
+# few samples its default settings regularize it. A scale above 1 compensates for that here; choose it on held-out
+# target samples. The 40 given samples are nearer to the target than the guided ones: two round groups in a plane are so
+# simple that 40 points describe them completely, and no model is needed for that distance alone. Guided samples are new
+# samples, in any number. A transfer is worth the effort if the source has learned something that the given samples are
+# too few to show. For measured comparisons with vanilla diffusion and fine-tuning see
 # [When it works](../docs/when_it_works.md#against-vanilla-diffusion-and-fine-tuning).
 
 # %% [markdown]
-# A saved model is a folder of `config.json` and `model.safetensors`. Nothing is unpickled when it is loaded, and it
-# draws the same samples.
+# A saved model is a folder with `config.json` and `model.safetensors`. Loading it unpickles nothing, and it draws the
+# same samples.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:

@@ -6,8 +6,10 @@ Reference twin ``tgdp_fast.ops.guided_step.guided_step_reference``; the same ari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import namedtuple
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -15,9 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import launching
-from tgdp_fast.kernels.autotuning import tuned
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import Block
+from tgdp_fast.kernels.launching import Block, Compilation
 from tgdp_fast.kernels.philox import normal_elements, normal_groups, normal_pairs
 
 #: The most history slots that the kernel has coefficients for.
@@ -45,14 +45,12 @@ def locate(start, lanes, size, long: tl.constexpr):
 
 
 @triton.jit
-def _row(slots: tl.constexpr, from_x, from_1, from_2, from_epsilon, x, m1, m2, guided):
-    """A row of the solver's matrix times the values at its columns; 2 (2 + slots) FLOPs."""
-    total = tl.cast(from_x, tl.float32) * x
-    if slots > 0:
-        total += tl.cast(from_1, tl.float32) * m1
-    if slots > 1:
-        total += tl.cast(from_2, tl.float32) * m2
-    return total + tl.cast(from_epsilon, tl.float32) * guided
+def _row(coefficients, x, moments, guided):
+    """A row of the solver's matrix times the values at its columns; 2 (2 + H) FLOPs for H history slots."""
+    total = tl.cast(coefficients[0], tl.float32) * x
+    for i in tl.static_range(len(moments)):
+        total += tl.cast(coefficients[1 + i], tl.float32) * moments[i]
+    return total + tl.cast(coefficients[1 + len(moments)], tl.float32) * guided
 
 
 @triton.jit
@@ -63,39 +61,20 @@ def _store(pointer, offsets, value, mask):
 # Neither the noise coordinates nor the size of a sample change what is compiled.
 @triton.jit(do_not_specialize=["sample_size", "key_low", "key_high", "evaluation"])
 def guided_step_kernel(
-    x_next_pointer,
-    history_next_pointer,
-    x0_pointer,
-    x_pointer,
-    epsilon_pointer,
-    gradient_pointer,
-    history_pointer,
-    sample_index_pointer,
+    x_next,
+    history_next,
+    x0,
+    x,
+    epsilon,
+    gradient,
+    history,
+    sample_index,
     elements,
     sample_size,
-    x_from_x,
-    x_from_1,
-    x_from_2,
-    x_from_epsilon,
-    m1_from_x,
-    m1_from_1,
-    m1_from_2,
-    m1_from_epsilon,
-    m2_from_x,
-    m2_from_1,
-    m2_from_2,
-    m2_from_epsilon,
-    noise_scale,
-    guidance_weight,
-    alpha,
-    sigma,
-    lowest,
-    highest,
+    step,
     key_low,
     key_high,
     evaluation,
-    slots: tl.constexpr,
-    clamp: tl.constexpr,
     normals: tl.constexpr,
     long: tl.constexpr,
     block: tl.constexpr,
@@ -103,9 +82,10 @@ def guided_step_kernel(
     """Elements [program * block, (program + 1) * block) of all samples, one after the other.
 
     Every tensor is contiguous and float32, bfloat16 or float16 each; x_next, x0 and x have ``elements`` elements,
-    epsilon and gradient too, both histories slots * elements. Without gradient, history or sample_index the pointer is
-    None: no guidance, zeros, samples 0, 1, ... Coefficients are those of ``slots`` history slots. The key and the
-    evaluation are the bits of unsigned 32-bit words. ``long``: a sample has no fewer elements than a program.
+    epsilon and gradient too, both histories H * elements for the H history slots of the step's matrix. Without
+    gradient, history or sample_index the pointer is None: no guidance, zeros, samples 0, 1, ... ``step`` is a
+    ``tgdp_fast.ops.SolverStep``. The key and the evaluation are the bits of unsigned 32-bit words. ``long``: a sample
+    has no fewer elements than a program.
 
     ``normals`` is how noise is made:
 
@@ -119,8 +99,8 @@ def guided_step_kernel(
        memory does for float32. Rows that follow the groups of such samples would start at any address, and read and
        write single elements in four times as many memory transactions.
 
-    Moves elements * (b (3 + 2 slots) + e + g) bytes for b, e and g bytes an element of x, epsilon and gradient, and
-    computes about elements * (5 + (1 + slots) (3 + 2 slots)) FLOPs, 2 more and the noise with it.
+    Twin: ``guided_step_reference``. Moves elements * (b (3 + 2 H) + e + g) bytes for b, e and g bytes an element of x,
+    epsilon and gradient, and computes about elements * (5 + (1 + H) (3 + 2 H)) FLOPs, 2 more and the noise with it.
     """
     start = tl.program_id(0).to(tl.int64) * block
     # Four neighbours a thread whatever the dtypes: a flat tile would take eight of 16 bits, and move tensors of another
@@ -129,40 +109,39 @@ def guided_step_kernel(
     offsets = start + lanes
     inside = offsets < elements
 
-    x = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
-    guided = tl.load(epsilon_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
-    if gradient_pointer is not None:
-        gradient = tl.load(gradient_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
-        guided -= tl.cast(guidance_weight, tl.float32) * gradient
-    alpha = tl.cast(alpha, tl.float32)
-    sigma = tl.cast(sigma, tl.float32)
+    state = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    guided = tl.load(epsilon + offsets, mask=inside, other=0.0).to(tl.float32)
+    if gradient is not None:
+        guided -= tl.cast(step.guidance_weight, tl.float32) * tl.load(gradient + offsets, mask=inside, other=0.0).to(
+            tl.float32
+        )
+    alpha = tl.cast(step.alpha, tl.float32)
+    sigma = tl.cast(step.sigma, tl.float32)
     # The quotient is one, for 1 / alpha may overflow.
-    x0 = tl.div_rn(x - sigma * guided, tl.broadcast_to(alpha, x.shape))
-    if clamp:
+    clean = tl.div_rn(state - sigma * guided, tl.broadcast_to(alpha, state.shape))
+    if step.clamp is not None:
+        lowest, highest = tl.cast(step.clamp[0], tl.float32), tl.cast(step.clamp[1], tl.float32)
         # By comparisons, so that NaN stays NaN.
-        limited = tl.where(x0 < tl.cast(lowest, tl.float32), tl.cast(lowest, tl.float32), x0)
-        limited = tl.where(limited > tl.cast(highest, tl.float32), tl.cast(highest, tl.float32), limited)
+        limited = tl.where(clean < lowest, lowest, clean)
+        limited = tl.where(limited > highest, highest, limited)
         # Recomputed where the clamp acts only: elsewhere the round trip through x0 would cost digits at small sigma.
-        recomputed = tl.div_rn(x - alpha * limited, tl.broadcast_to(sigma, x.shape))
-        guided = tl.where(limited == x0, guided, recomputed)
-        x0 = limited
-    _store(x0_pointer, offsets, x0, inside)
+        recomputed = tl.div_rn(state - alpha * limited, tl.broadcast_to(sigma, state.shape))
+        guided = tl.where(limited == clean, guided, recomputed)
+        clean = limited
+    _store(x0, offsets, clean, inside)
 
-    m1 = tl.zeros_like(x)
-    m2 = tl.zeros_like(x)
-    if history_pointer is not None:
-        if slots > 0:
-            m1 = tl.load(history_pointer + offsets, mask=inside, other=0.0).to(tl.float32)
-        if slots > 1:
-            m2 = tl.load(history_pointer + (offsets + elements), mask=inside, other=0.0).to(tl.float32)
-    if slots > 0:
-        row = _row(slots, m1_from_x, m1_from_1, m1_from_2, m1_from_epsilon, x, m1, m2, guided)
-        _store(history_next_pointer, offsets, row, inside)
-    if slots > 1:
-        row = _row(slots, m2_from_x, m2_from_1, m2_from_2, m2_from_epsilon, x, m1, m2, guided)
-        _store(history_next_pointer, offsets + elements, row, inside)
+    moments = ()
+    for i in tl.static_range(len(step.matrix) - 1):
+        if history is not None:
+            slot = tl.load(history + (offsets + i * elements), mask=inside, other=0.0).to(tl.float32)
+        else:
+            slot = tl.zeros_like(state)
+        moments = moments + (slot,)  # type: ignore[assignment]
+    for i in tl.static_range(len(step.matrix) - 1):
+        row = _row(step.matrix[1 + i], state, moments, guided)
+        _store(history_next, offsets + i * elements, row, inside)
 
-    row = _row(slots, x_from_x, x_from_1, x_from_2, x_from_epsilon, x, m1, m2, guided)
+    row = _row(step.matrix[0], state, moments, guided)
     if normals > 0:
         k0 = key_low.to(tl.uint32, bitcast=True)
         k1 = key_high.to(tl.uint32, bitcast=True)
@@ -175,8 +154,8 @@ def guided_step_kernel(
         else:
             units = lanes
         sample, position = locate(start // normals, units, sample_size // normals, long)
-        if sample_index_pointer is not None:
-            sample = tl.load(sample_index_pointer + sample, mask=normals * units < elements - start, other=0)
+        if sample_index is not None:
+            sample = tl.load(sample_index + sample, mask=normals * units < elements - start, other=0)
         if normals == 4:
             z0, z1, z2, z3 = normal_groups(position, sample, c3, k0, k1)
             # [rows, 2, 2], with z0, z1 first and z2, z3 then.
@@ -186,69 +165,49 @@ def guided_step_kernel(
             z = tl.reshape(tl.join(first, second), (block // 4, 4))
         else:
             z = normal_elements(position, sample, c3, k0, k1)
-        row += tl.cast(noise_scale, tl.float32) * z
-    _store(x_next_pointer, offsets, row, inside)
+        row += tl.cast(step.noise_scale, tl.float32) * z
+    _store(x_next, offsets, row, inside)
 
 
 def launch(
-    x_next: Tensor,
-    history_next: Tensor,
-    x0: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
     x: Tensor,
     epsilon: Tensor,
     gradient: Tensor | None,
     history: Tensor | None,
-    matrix: Sequence[float],
-    noise_scale: float,
-    guidance_weight: float,
-    alpha: float,
-    sigma: float,
-    clamp: Sequence[float] | None,
-    key_low: int,
-    key_high: int,
     sample_index: Tensor | None,
-    evaluation: int,
+    step: Any,
+    noise: tuple[int, int, int],
 ) -> None:
-    """Fill x_next and x0 [B, ...] and history_next [H, B, ...], H <= MOST_SLOTS, from contiguous tensors.
+    """Fill outputs, x_next [B, ...], history_next [H, B, ...] and x0 [B, ...], from contiguous tensors.
 
-    matrix: the (1 + H) (2 + H) entries, row by row; key_low, key_high, evaluation: in [0, 2^32).
+    step: a ``tgdp_fast.ops.SolverStep`` of at most MOST_SLOTS history slots, its matrix a tuple of tuples; noise: the
+    key's words and the evaluation, in [0, 2^32).
     """
     elements = x.numel()
     if elements == 0:
         return
-    slots = len(history_next)
     sample_size = elements // len(x)
-    normals = _normals(sample_size) if noise_scale != 0.0 else 0
-    noise_flops = 80 // min(normals, 2) if normals else 0
-    tensors = (x_next, history_next, x0, x, epsilon, gradient, history, sample_index if normals else None)
-
-    def run(block: Block) -> None:
-        launching.launch(
-            guided_step_kernel,
-            (triton.cdiv(elements, block.elements),),
-            *tensors,
-            elements,
-            sample_size,
-            *_coefficients(matrix, slots),
-            noise_scale,
-            guidance_weight,
-            alpha,
-            sigma,
-            *((0.0, 0.0) if clamp is None else clamp),
-            _signed(key_low),
-            _signed(key_high),
-            _signed(evaluation),
-            flops=elements * (5 + (1 + slots) * (3 + 2 * slots) + 6 * (clamp is not None) + noise_flops),
-            tile=block,
-            slots=slots,
-            clamp=clamp is not None,
-            normals=normals,
-            long=sample_size >= block.elements,
-            block=block.elements,
-        )
-
-    variant = (slots, clamp is not None, normals, *(None if tensor is None else tensor.dtype for tensor in tensors[3:]))
-    tuned(run, partial(_block, normals), _blocks, guided_step_kernel, x, (elements, sample_size), *variant)
+    normals = _normals(sample_size) if step.noise_scale != 0.0 else 0
+    block = _block(normals)
+    launching.launch(
+        guided_step_kernel,
+        (triton.cdiv(elements, block.elements),),
+        *outputs,
+        x,
+        epsilon,
+        gradient,
+        history,
+        sample_index if normals else None,
+        elements,
+        sample_size,
+        step,
+        *map(_signed, noise),
+        tile=block,
+        normals=normals,
+        long=sample_size >= block.elements,
+        block=block.elements,
+    )
 
 
 def _normals(sample_size: int) -> int:
@@ -256,7 +215,7 @@ def _normals(sample_size: int) -> int:
     return 4 if sample_size % 4 == 0 else 2 if sample_size % 2 == 0 else 1
 
 
-def _block(normals: int, *_: int) -> Block:
+def _block(normals: int) -> Block:
     """Eight elements a thread, so that several loads of each are under way at once.
 
     Four where each element makes its own noise, or some of its registers would be spilled.
@@ -264,23 +223,13 @@ def _block(normals: int, *_: int) -> Block:
     return Block(512 if normals == 1 else 1024, 4)
 
 
-def _blocks(*_: int) -> list[Block]:
-    """What else may be faster."""
-    return [Block(1024, 4), Block(512, 4), Block(1024, 8), Block(2048, 8), Block(512, 8)]
-
-
-def _coefficients(matrix: Sequence[float], slots: int) -> list[float]:
-    """The entries at their places in a matrix of MOST_SLOTS slots."""
-    padded = []
-    for row in range(1 + MOST_SLOTS):
-        entries = matrix[row * (2 + slots) : (row + 1) * (2 + slots)] if row <= slots else [0.0] * (2 + slots)
-        padded += [*entries[:-1], *[0.0] * (MOST_SLOTS - slots), entries[-1]]
-    return padded
-
-
 def _signed(word: int) -> int:
     """The same 32 bits: an argument of one type whatever its value."""
     return word - (1 << 32) if word >= 1 << 31 else word
+
+
+#: As ``tgdp_fast.ops.SolverStep``, which stands above this layer: for the record.
+_Step = namedtuple("_Step", "matrix noise_scale guidance_weight alpha sigma clamp")
 
 
 def _without_data(
@@ -299,25 +248,24 @@ def _without_data(
         return torch.empty(size, dtype=dtype, device="meta")
 
     x, epsilon, gradient = dtypes
-    return partial(
-        launch,
-        x_next=empty(x, *shape),
-        history_next=empty(x, slots, *shape),
-        x0=empty(x, *shape),
-        x=empty(x, *shape),
-        epsilon=empty(epsilon, *shape),
-        gradient=None if gradient is None else empty(gradient, *shape),
-        history=empty(x, slots, *shape) if history and slots else None,
-        matrix=[0.5] * ((1 + slots) * (2 + slots)),
+    step = _Step(
+        matrix=((0.5,) * (2 + slots),) * (1 + slots),
         noise_scale=0.5 if noise else 0.0,
         guidance_weight=0.5,
         alpha=0.5,
         sigma=0.5,
         clamp=(-1.0, 1.0) if clamp else None,
-        key_low=0,
-        key_high=0,
-        sample_index=empty(torch.int64, shape[0]) if sample_index else None,
-        evaluation=0,
+    )
+    return partial(
+        launch,
+        (empty(x, *shape), empty(x, slots, *shape), empty(x, *shape)),
+        empty(x, *shape),
+        empty(epsilon, *shape),
+        None if gradient is None else empty(gradient, *shape),
+        empty(x, slots, *shape) if history and slots else None,
+        empty(torch.int64, shape[0]) if sample_index else None,
+        step,
+        (0, 0, 0),
     )
 
 

@@ -1,16 +1,18 @@
-"""Launching kernels, or noting what would be launched."""
+"""Launching kernels, or recording what would be launched: what is compiled ahead of time.
+
+Every kernel module lists the specialisations that it ships as a function ``shipped()``; tests compile each of them for
+every architecture without a GPU.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from tgdp_fast.kernels.compilation import Compilation
 
 #: Names of the dtypes in signatures.
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -18,7 +20,7 @@ _ELEMENTS = TYPES | {torch.int64: "i64"}
 
 
 class Tile(NamedTuple):
-    """What one program computes, how deep the slices of its products are, and its launch options."""
+    """What one program computes, the depth of the slices of its matmuls, and its launch options."""
 
     rows: int
     columns: int
@@ -35,20 +37,44 @@ class Block(NamedTuple):
     num_stages: int = 3
 
 
-#: Where launches are noted instead of run, by :func:`recorded`.
+@dataclass(frozen=True)
+class Compilation:
+    """One specialisation of a kernel.
+
+    Attributes:
+        name: unique, "kernel/variant".
+        kernel: the ``triton.jit`` function.
+        signature: type of every argument, "*fp32", "*i64", "fp32", "i64", or "constexpr"; tuples of them for tuples.
+        constants: values of what is "constexpr", by its place: the number of the argument, then the one inside a tuple.
+        num_warps, num_stages: launch options.
+        tensor_cores: whether matrix instructions must appear.
+        divisible: places of the pointers, strides and sizes that are multiples of 16 in every call of this
+            specialisation.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool
+    divisible: tuple[tuple[int, ...], ...] = ()
+
+
+#: Where launches are recorded instead of run, by :func:`recorded`.
 _recording: list[Compilation] | None = None
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, flops: float, tile: Tile | Block, **constants: Any
-) -> None:
-    """Launch, unless there is nothing to do. ``flops`` is for the record."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile | Block, **constants: Any) -> None:
+    """Launch, unless there is nothing to do."""
     if _recording is not None:
-        _recording.append(_compilation(kernel, grid, arguments, constants, flops, options))
+        _recording.append(_compilation(kernel, arguments, constants, tile))
     elif min(grid) > 0:
         # Triton's default for fused multiply-adds depends on its version.
-        kernel[grid](*arguments, **constants, **options, enable_fp_fusion=True)
+        kernel[grid](
+            *arguments, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True
+        )
 
 
 def alignment(*numbers: int) -> int:
@@ -80,45 +106,43 @@ def recorded(calls: dict[str, Callable[[], object]]) -> list[Compilation]:
     return list(found.values())
 
 
-def _compilation(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-    flops: float,
-    options: dict[str, int],
-) -> Compilation:
+def _compilation(kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], tile: Tile | Block) -> Compilation:
     """One launch, specialised as Triton does it: ones are constants, and multiples of 16 are known to be such."""
-    signature, fixed, divisible = {}, dict(constants), []
-    for parameter, argument in zip(kernel.params, arguments, strict=False):
-        name = parameter.name
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: list[tuple[int, ...]] = []
+    tensors: list[Tensor] = []
+
+    def specialised(argument: Any, place: tuple[int, ...], fixed: bool) -> Any:
+        if isinstance(argument, tuple):
+            types = [specialised(item, (*place, i), fixed) for i, item in enumerate(argument)]
+            return type(argument)(*types) if hasattr(argument, "_fields") else tuple(types)
         if isinstance(argument, Tensor):
-            signature[name] = "*" + _ELEMENTS[argument.dtype]
-            divisible.append(name)
-        elif isinstance(argument, float):
-            signature[name] = "fp32"
-        elif argument is None or (argument == 1 and not parameter.do_not_specialize):
-            signature[name] = "constexpr"
-            fixed[name] = argument
+            tensors.append(argument)
+            divisible.append(place)
+            return "*" + _ELEMENTS[argument.dtype]
+        if isinstance(argument, float):
+            return "fp32"
+        if argument is None or (argument == 1 and not fixed):
+            constants[place] = argument
+            return "constexpr"
+        divisible.extend([place] * (argument % 16 == 0 and not fixed))
+        return "i32" if -(2**31) <= argument < 2**31 else "i64"
+
+    signature = {}
+    for i, parameter in enumerate(kernel.params):
+        if parameter.name in keywords:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = keywords[parameter.name]
         else:
-            signature[name] = "i32" if -(2**31) <= argument < 2**31 else "i64"
-            divisible += [name] * (argument % 16 == 0 and not parameter.do_not_specialize)
-    signature |= dict.fromkeys(constants, "constexpr")
-    tensors = {id(argument): argument for argument in arguments if isinstance(argument, Tensor)}
-    first = arguments[0]
-    product = "PRECISION" in constants
-    shape = " x ".join(str(list(tensor.shape)) for tensor in arguments[: 1 + product])
+            signature[parameter.name] = specialised(arguments[i], (i,), parameter.do_not_specialize)
+    precision, matmul = keywords.get("PRECISION", "ieee"), "DEPTH" in keywords or "PRECISION" in keywords
     return Compilation(
         name=kernel.__name__.removesuffix("_kernel"),
         kernel=kernel,
-        signature={name: signature[name] for name in kernel.arg_names},
-        constants=fixed,
-        num_warps=options["num_warps"],
-        num_stages=options["num_stages"],
-        tensor_cores=product and (first.dtype != torch.float32 or not constants["PRECISION"].startswith("ieee")),
-        problem=f"{TYPES[first.dtype]} {shape}",
-        programs=math.prod(grid),
-        bytes=float(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())),
-        flops=float(flops),
+        signature=signature,
+        constants=constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        tensor_cores=matmul and (tensors[0].dtype != torch.float32 or not precision.startswith("ieee")),
         divisible=tuple(divisible),
     )

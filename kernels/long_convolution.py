@@ -31,10 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import launching
-from tgdp_fast.kernels.autotuning import tuned
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.launching import Block
-from tgdp_fast.kernels.matrix import multiply_add, narrow, saturated
+from tgdp_fast.kernels.launching import Block, Compilation
+from tgdp_fast.kernels.matmul import multiply_add, narrow, saturated
 
 #: A and B by the points of a transform.
 FACTORS = {256: (16, 16), 512: (32, 16), 1024: (32, 32)}
@@ -69,10 +67,10 @@ def gelu(y):
 
 
 @triton.jit
-def _parts(value, SPLIT: tl.constexpr):  # noqa: N803
-    """float32 as float16, and where SPLIT twice what is left of it."""
+def _parts(value, EXACT: tl.constexpr):
+    """float32 as float16, and where EXACT twice what is left of it."""
     first = value.to(tl.float16)
-    if SPLIT:
+    if EXACT:
         rest = value - first.to(tl.float32)
         second = rest.to(tl.float16)
         return first, second, (rest - second.to(tl.float32)).to(tl.float16)
@@ -81,8 +79,8 @@ def _parts(value, SPLIT: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _minus(parts, SPLIT: tl.constexpr):  # noqa: N803
-    if SPLIT:
+def _minus(parts, EXACT: tl.constexpr):
+    if EXACT:
         return -parts[0], -parts[1], -parts[2]
     else:
         minus = -parts[0]
@@ -90,11 +88,11 @@ def _minus(parts, SPLIT: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _from_left(matrix, signal, total, SPLIT: tl.constexpr):  # noqa: N803
+def _from_left(matrix, signal, total, EXACT: tl.constexpr):
     """total + matrix signal of what :func:`_matrix` and :func:`_parts` gave, without what is below 2^-24; small terms
     first.
     """
-    if SPLIT:
+    if EXACT:
         total = multiply_add(matrix[0], signal[2], total, "ieee")
         total = multiply_add(matrix[1], signal[0], total, "ieee")
         total = multiply_add(matrix[0], signal[1], total, "ieee")
@@ -102,9 +100,9 @@ def _from_left(matrix, signal, total, SPLIT: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _from_right(signal, matrix, total, SPLIT: tl.constexpr):  # noqa: N803
+def _from_right(signal, matrix, total, EXACT: tl.constexpr):
     """total + signal matrix, likewise."""
-    if SPLIT:
+    if EXACT:
         total = multiply_add(signal[2], matrix[0], total, "ieee")
         total = multiply_add(signal[0], matrix[1], total, "ieee")
         total = multiply_add(signal[1], matrix[0], total, "ieee")
@@ -112,11 +110,11 @@ def _from_right(signal, matrix, total, SPLIT: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _matrix(pointer, row, column, STRIDE: tl.constexpr, SIZE: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803
-    """A matrix of float16 numbers; where SPLIT, what is left of them is SIZE further."""
+def _matrix(pointer, row, column, STRIDE: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """A matrix of float16 numbers; where EXACT, what is left of them is SIZE further."""
     pointer += row[:, None] * STRIDE + column[None, :]
     first = tl.load(pointer)
-    if SPLIT:
+    if EXACT:
         return first, tl.load(pointer + SIZE)
     else:
         return first, first
@@ -134,27 +132,27 @@ def long_convolution_kernel(
     channels,
     groups,
     share,
-    output_sample_stride,
-    output_channel_stride,
-    u_sample_stride,
-    u_channel_stride,
-    GELU: tl.constexpr,  # noqa: N803
-    SATURATE: tl.constexpr,  # noqa: N803
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    A: tl.constexpr,  # noqa: N803
-    B: tl.constexpr,  # noqa: N803
-    SAMPLES: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    output_strides,
+    u_strides,
+    GELU: tl.constexpr,
+    SATURATE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One channel of ``share`` samples, SAMPLES at a time: output = u convolved with the filter, then GELU.
 
-    output and u [batch, channels, L] with positions in one piece; L and the strides are in units of ALIGNMENT; packed
-    [channels, 2, A, B], real and imaginary parts relative to scales [channels]; roots and twiddles: :func:`_tables`.
+    output and u [batch, channels, L] with positions in one piece; L and the strides, of a sample and of a channel, are
+    in units of ALIGNMENT; packed [channels, 2, A, B], real and imaginary parts relative to scales [channels]; roots and
+    twiddles: :func:`_tables`.
 
-    Moves u and the output once and the spectrum once for each share; about 2^10 * (24 * 32 + 70) FLOPs for a channel of
-    a sample at 1024 points, four times the former with PRECISION "fp16x4" instead of "fp16".
+    Twin: ``long_convolution_reference``. Moves u and the output once and the spectrum once for each share; about 2^10 *
+    (24 * 32 + 70) FLOPs for a channel of a sample at 1024 points, four times the former with PRECISION "fp16x4" instead
+    of "fp16".
     """
-    SPLIT: tl.constexpr = PRECISION == "fp16x4"  # noqa: N806
+    EXACT: tl.constexpr = PRECISION == "fp16x4"
     length = groups * ALIGNMENT
     parts = tl.cdiv(batch, share)
     program = tl.program_id(0)
@@ -162,65 +160,65 @@ def long_convolution_kernel(
     first = (program % parts) * share
     a, b, s = tl.arange(0, A), tl.arange(0, B), tl.arange(0, SAMPLES)
 
-    left_re = _matrix(roots, a, a, A, A * A, SPLIT)
-    left_im = _matrix(roots + 2 * A * A, a, a, A, A * A, SPLIT)
+    left_re = _matrix(roots, a, a, A, A * A, EXACT)
+    left_im = _matrix(roots + 2 * A * A, a, a, A, A * A, EXACT)
     roots += 4 * A * A
-    right_re = _matrix(roots, b, b, B, B * B, SPLIT)
-    right_im = _matrix(roots + 2 * B * B, b, b, B, B * B, SPLIT)
+    right_re = _matrix(roots, b, b, B, B * B, EXACT)
+    right_im = _matrix(roots + 2 * B * B, b, b, B, B * B, EXACT)
     twiddles += a[:, None, None] * B + b[None, None, :]
     packed += channel * (2 * A * B) + a[None, :, None] * B + b[None, None, :]
     scale = tl.load(scales + channel)
     position = a[:, None, None] * B + b[None, None, :]
-    u += channel * (u_channel_stride * ALIGNMENT) + position
-    output += channel * (output_channel_stride * ALIGNMENT) + position
+    u += channel * (u_strides[1] * ALIGNMENT) + position
+    output += channel * (output_strides[1] * ALIGNMENT) + position
 
     for start in range(first, tl.minimum(first + share, batch), SAMPLES):
         sample = (start + s).to(tl.int64)[None, :, None]
         mask = (sample < batch) & (position < length)
-        x = tl.load(u + sample * (u_sample_stride * ALIGNMENT), mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(u + sample * (u_strides[0] * ALIGNMENT), mask=mask, other=0.0).to(tl.float32)
         # The exponent of the largest entry; far from the ends of the range, so that its inverse is a number too.
         largest = tl.max(tl.max(tl.abs(x), 2), 0)
         bits = tl.minimum(tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23), 253 << 23)
         x *= ((254 << 23) - bits).to(tl.float32, bitcast=True)[None, :, None]
-        x = _parts(tl.reshape(x, [A, SAMPLES * B]), SPLIT)
+        x = _parts(tl.reshape(x, [A, SAMPLES * B]), EXACT)
         zeros = tl.zeros([A, SAMPLES * B], tl.float32)
-        re = tl.reshape(_from_left(left_re, x, zeros, SPLIT), [A, SAMPLES, B])
-        im = tl.reshape(_from_left(left_im, x, zeros, SPLIT), [A, SAMPLES, B])
+        re = tl.reshape(_from_left(left_re, x, zeros, EXACT), [A, SAMPLES, B])
+        im = tl.reshape(_from_left(left_im, x, zeros, EXACT), [A, SAMPLES, B])
 
         turn_re, turn_im = tl.load(twiddles), tl.load(twiddles + A * B)
         re, im = re * turn_re - im * turn_im, re * turn_im + im * turn_re
-        re = _parts(tl.reshape(tl.permute(re, [1, 0, 2]), [SAMPLES * A, B]), SPLIT)
-        im = _parts(tl.reshape(tl.permute(im, [1, 0, 2]), [SAMPLES * A, B]), SPLIT)
+        re = _parts(tl.reshape(tl.permute(re, [1, 0, 2]), [SAMPLES * A, B]), EXACT)
+        im = _parts(tl.reshape(tl.permute(im, [1, 0, 2]), [SAMPLES * A, B]), EXACT)
         zeros = tl.zeros([SAMPLES * A, B], tl.float32)
-        minus = _minus(im, SPLIT)
-        spectrum_re = _from_right(minus, right_im, _from_right(re, right_re, zeros, SPLIT), SPLIT)
-        spectrum_im = _from_right(im, right_re, _from_right(re, right_im, zeros, SPLIT), SPLIT)
+        minus = _minus(im, EXACT)
+        spectrum_re = _from_right(minus, right_im, _from_right(re, right_re, zeros, EXACT), EXACT)
+        spectrum_im = _from_right(im, right_re, _from_right(re, right_im, zeros, EXACT), EXACT)
 
         filter_re, filter_im = tl.load(packed).to(tl.float32), tl.load(packed + A * B).to(tl.float32)
         re = tl.reshape(spectrum_re, [SAMPLES, A, B])
         im = tl.reshape(spectrum_im, [SAMPLES, A, B])
         re, im = re * filter_re - im * filter_im, re * filter_im + im * filter_re
 
-        re = _parts(tl.reshape(re, [SAMPLES * A, B]), SPLIT)
-        im = _parts(tl.reshape(im, [SAMPLES * A, B]), SPLIT)
-        minus = _minus(re, SPLIT)
-        back_re = _from_right(im, right_im, _from_right(re, right_re, zeros, SPLIT), SPLIT)
-        back_im = _from_right(minus, right_im, _from_right(im, right_re, zeros, SPLIT), SPLIT)
+        re = _parts(tl.reshape(re, [SAMPLES * A, B]), EXACT)
+        im = _parts(tl.reshape(im, [SAMPLES * A, B]), EXACT)
+        minus = _minus(re, EXACT)
+        back_re = _from_right(im, right_im, _from_right(re, right_re, zeros, EXACT), EXACT)
+        back_im = _from_right(minus, right_im, _from_right(im, right_re, zeros, EXACT), EXACT)
         re = tl.permute(tl.reshape(back_re, [SAMPLES, A, B]), [1, 0, 2])
         im = tl.permute(tl.reshape(back_im, [SAMPLES, A, B]), [1, 0, 2])
         re, im = re * turn_re + im * turn_im, im * turn_re - re * turn_im
-        re = _parts(tl.reshape(re, [A, SAMPLES * B]), SPLIT)
-        im = _parts(tl.reshape(im, [A, SAMPLES * B]), SPLIT)
+        re = _parts(tl.reshape(re, [A, SAMPLES * B]), EXACT)
+        im = _parts(tl.reshape(im, [A, SAMPLES * B]), EXACT)
         zeros = tl.zeros([A, SAMPLES * B], tl.float32)
         back = (tl.trans(left_re[0]), tl.trans(left_re[1]))
-        y = _from_left(back, re, zeros, SPLIT)
+        y = _from_left(back, re, zeros, EXACT)
         back = (tl.trans(left_im[0]), tl.trans(left_im[1]))
-        y = tl.reshape(_from_left(back, im, y, SPLIT), [A, SAMPLES, B])
+        y = tl.reshape(_from_left(back, im, y, EXACT), [A, SAMPLES, B])
         y *= (bits.to(tl.float32, bitcast=True) * scale)[None, :, None]
         if GELU:
             y = gelu(y)
         y = saturated(y, output.dtype.element_ty) if SATURATE else narrow(y, output.dtype.element_ty)
-        tl.store(output + sample * (output_sample_stride * ALIGNMENT), y, mask=mask)
+        tl.store(output + sample * (output_strides[0] * ALIGNMENT), y, mask=mask)
 
 
 def points_of(length: int) -> int | None:
@@ -278,12 +276,12 @@ def launch(
     scales: Tensor,
     *,
     activation: bool,
-    split: bool,
+    exact: bool,
     saturate: bool = False,
 ) -> None:
     """Fill output [B, H, L] from u [B, H, L], whose positions are in one piece each.
 
-    With ``split``, factors have 24 bits instead of 11; with ``saturate``, what float16 does not hold is its largest
+    With ``exact``, factors have 24 bits instead of 11; with ``saturate``, what float16 does not hold is its largest
     number instead of infinity.
     """
     batch, channels, length = u.shape
@@ -295,41 +293,34 @@ def launch(
         if u.is_meta
         else _tables(a * b, u.device)
     )
-    precision = "fp16x4" if split else "fp16"
+    precision = "fp16x4" if exact else "fp16"
     strides = (*output.stride()[:2], *u.stride()[:2])
     alignment = launching.alignment(length, *strides)
-
-    def run(block: Block) -> None:
-        share = min(block.elements * _ROUNDS, batch)
-        launching.launch(
-            long_convolution_kernel,
-            (channels * triton.cdiv(batch, share),),
-            output,
-            u,
-            packed,
-            scales,
-            roots,
-            twiddles,
-            batch,
-            channels,
-            length // alignment,
-            share,
-            *(stride // alignment for stride in strides),
-            flops=batch * channels * a * b * (12 * (a + b) * (4 if split else 1) + 70),
-            tile=block,
-            GELU=activation,
-            SATURATE=saturate,
-            ALIGNMENT=alignment,
-            A=a,
-            B=b,
-            SAMPLES=block.elements,
-            PRECISION=precision,
-        )
-
-    heuristic, others = partial(_block, split=split), partial(_blocks, split=split)
-    sizes = (batch, a * b)
-    tuned(
-        run, heuristic, others, long_convolution_kernel, u, sizes, output.dtype, u.dtype, activation, alignment, split
+    block = _block(batch)
+    share = min(block.elements * _ROUNDS, batch)
+    launching.launch(
+        long_convolution_kernel,
+        (channels * triton.cdiv(batch, share),),
+        output,
+        u,
+        packed,
+        scales,
+        roots,
+        twiddles,
+        batch,
+        channels,
+        length // alignment,
+        share,
+        tuple(stride // alignment for stride in strides[:2]),
+        tuple(stride // alignment for stride in strides[2:]),
+        tile=block,
+        GELU=activation,
+        SATURATE=saturate,
+        ALIGNMENT=alignment,
+        A=a,
+        B=b,
+        SAMPLES=block.elements,
+        PRECISION=precision,
     )
 
 
@@ -337,16 +328,9 @@ def launch(
 _ROUNDS = 4
 
 
-def _block(batch: int, points: int, split: bool) -> Block:
+def _block(batch: int) -> Block:
     """Samples that a program takes at a time: few enough for four programs of 16 bits in a multiprocessor."""
-    return _blocks(batch, points, split)[0]
-
-
-def _blocks(batch: int, points: int, split: bool) -> list[Block]:
-    """All choices, none of more samples than there are."""
-    most = triton.next_power_of_2(max(batch, 1))
-    choices = ((2, 4), (4, 8), (1, 4)) if split else ((2, 4), (4, 4), (4, 8), (8, 8))
-    return [Block(min(samples, most), warps if samples <= most else 4, 1) for samples, warps in choices]
+    return Block(min(2, triton.next_power_of_2(max(batch, 1))), 4, 1)
 
 
 def _without_data(shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], None]:
@@ -354,10 +338,10 @@ def _without_data(shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[
     u = torch.empty(shape, dtype=dtype, device="meta")
     points = points_of(shape[2])
     assert points is not None
-    split = dtype == torch.float32
-    packed = u.new_empty((shape[1], 2, *FACTORS[points]), dtype=torch.float32 if split else torch.float16)
+    exact = dtype == torch.float32
+    packed = u.new_empty((shape[1], 2, *FACTORS[points]), dtype=torch.float32 if exact else torch.float16)
     scales = u.new_empty(shape[1], dtype=torch.float32)
-    return partial(launch, torch.empty_like(u), u, packed, scales, activation=True, split=split)
+    return partial(launch, torch.empty_like(u), u, packed, scales, activation=True, exact=exact)
 
 
 def shipped() -> list[Compilation]:

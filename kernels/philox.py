@@ -1,6 +1,6 @@
-"""Standard normal noise inside kernels: steps 2 to 5 of the specification in ``tgdp_fast/noise.py``.
+"""Standard normal noise inside kernels: steps 2 to 5 of the specification in ``tgdp_fast/ops/noise.py``.
 
-Reference twins ``tgdp_fast.noise.philox4x32`` and ``tgdp_fast.noise.normal``. Only integer and basic float32
+Reference twins ``tgdp_fast.ops.noise.philox4x32`` and ``tgdp_fast.ops.noise.normal``. Only integer and basic float32
 arithmetic, no device library: words are equal bit for bit and normals agree to 1e-6 on every backend. The polynomials
 are those of ``csrc/common/normal.h``.
 

@@ -27,11 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tgdp_fast.kernels import launching, long_convolution
-from tgdp_fast.kernels.autotuning import tuned
-from tgdp_fast.kernels.compilation import Compilation
-from tgdp_fast.kernels.gated_activation import gate
-from tgdp_fast.kernels.launching import Tile
-from tgdp_fast.kernels.matrix import INTERPRETED, multiply_add, power_of_two, saturated
+from tgdp_fast.kernels.launching import Compilation, Tile
+from tgdp_fast.kernels.matmul import INTERPRETED, multiply_add, power_of_two, saturated
 
 
 class Layer(NamedTuple):
@@ -64,14 +61,14 @@ def transposed_kernel(
     groups,
     state_sample_stride,
     width,
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """output[b, 1 + t, c] = state[b, c, t], and zeros at [b, 0] and [b, L + 1], with L = groups * ALIGNMENT.
 
     output [B, L + 2, width], state float32 of ``channels`` or more. A program writes ROWS positions of COLUMNS
-    channels. Moves both once; no FLOPs to speak of.
+    channels. Twin: ``state[:, :C].mT``, padded. Moves both once; no FLOPs to speak of.
     """
     length = groups * ALIGNMENT
     tiles = tl.cdiv(length, ROWS)
@@ -102,9 +99,9 @@ def _product(
     column_mask,
     channels,
     width,
-    TAPS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    TAPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """[r, t] = sum over i < TAPS and c < channels of weight[r, i channels + c] x[t + i, c]; rows of x are ``width``."""
     inner = tl.arange(0, DEPTH)
@@ -128,8 +125,8 @@ def _product(
 def _tile(
     rows,
     length,
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Sample, rows and positions of this program. Programs that share positions are neighbours."""
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(length, COLUMNS)
@@ -151,10 +148,10 @@ def taps_kernel(
     stride,
     width,
     step_sample_stride,
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """output[b, h, t] = sum over taps i, channels c of weight[h, i channels + c] x[b, t + i, c], and the step's bias.
 
@@ -162,7 +159,8 @@ def taps_kernel(
     :func:`transposed_kernel`; weight [hidden, 3 channels]; step_bias float32 [.., 3, hidden]: what is added inside, and
     what the first and the last position lack of it.
 
-    6 B L hidden channels FLOPs; bytes: all once, if the level-2 cache serves what several programs read.
+    Twin: the first product of ``residual_block_reference_``. 6 B L hidden channels FLOPs; bytes: all once, if the L2
+    cache serves what several programs read.
     """
     sample, row, column = _tile(hidden, length, ROWS, COLUMNS)
     row_mask, column_mask = row < hidden, column < length
@@ -189,18 +187,19 @@ def output_kernel(
     channels,
     groups,
     width,
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """state = [state[:, :channels] / sqrt 2; the rest] + weight gated + bias, with L = groups * ALIGNMENT.
 
     state float32 [B, rows, L]; gated [B, L + 2, width], position t at 1 + t; weight [rows, channels]; bias float32
     [rows].
 
-    2 B L rows channels FLOPs; bytes: the state twice, the others once.
+    Twin: the last product of ``residual_block_reference_``. 2 B L rows channels FLOPs; bytes: the state twice, the
+    others once.
     """
     length = groups * ALIGNMENT
     sample, row, column = _tile(rows, length, ROWS, COLUMNS)
@@ -213,6 +212,25 @@ def output_kernel(
     old = tl.load(state + offsets, mask=mask, other=0.0)
     total += tl.load(bias + row, mask=row_mask, other=0.0)[:, None]
     tl.store(state + offsets, tl.where((row < channels)[:, None], old * 0.7071067811865476, old) + total, mask=mask)
+
+
+@triton.jit
+def gate(a, b):
+    """tanh(a) sigmoid(b), float32, to a few units in the last place; two exponentials and one division."""
+    magnitude = tl.abs(a)
+    square = a * a
+    # tanh(m) = m + m^3 p(m^2), minimax in the relative error, where the quotient below would cancel.
+    p = -0.005704996176064014 * square + 0.020639095455408096
+    p = p * square - 0.05373971909284592
+    p = p * square + 0.13331441581249237
+    p = p * square - 0.3333328068256378
+    small = magnitude < 0.625
+    # tanh(m) = (1 - t) / (1 + t), t = exp(-2 m).
+    t = tl.exp(-2.0 * magnitude)
+    numerator = tl.where(small, magnitude + (magnitude * square) * p, 1.0 - t)
+    denominator = tl.where(small, 1.0, 1.0 + t) * (1.0 + tl.exp(-b))
+    result = numerator / denominator
+    return tl.where(a < 0.0, -result, result)
 
 
 @triton.jit
@@ -237,9 +255,7 @@ def mixture_kernel(
     mixture,
     u,
     output,
-    mixture_bias,
-    norm_weight,
-    norm_bias,
+    vectors,
     label_bias,
     epsilon,
     channels,
@@ -247,22 +263,25 @@ def mixture_kernel(
     stride,
     width,
     label_sample_stride,
-    GATED: tl.constexpr,  # noqa: N803
-    ALIGNMENT: tl.constexpr,  # noqa: N803
-    CHANNELS: tl.constexpr,  # noqa: N803
-    COLUMNS: tl.constexpr,  # noqa: N803
-    DEPTH: tl.constexpr,  # noqa: N803
-    PRECISION: tl.constexpr,  # noqa: N803
+    GATED: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """LayerNorm(u + mixture y + mixture_bias) at COLUMNS positions of a sample, 2 ``channels`` = H wide, to output.
 
-    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant. With GATED, output is what
-    :func:`output_kernel` reads, [B, L + 2, width], and becomes tanh(first half) sigmoid(second half) of that.
+    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant; vectors: mixture_bias, and the
+    weight and bias of LayerNorm, float32 [H]. With GATED, output is what :func:`output_kernel` reads, [B, L + 2,
+    width], and becomes tanh(first half) sigmoid(second half) of that.
 
     The halves have accumulators of their own, each [CHANNELS, COLUMNS], so that the gate is pointwise.
 
-    2 B L H^2 FLOPs; bytes: all once, if the level-2 cache serves the weights, which every program reads.
+    Twin: ``_s4`` after the convolution, and ``gated_activation_reference``. 2 B L H^2 FLOPs; bytes: all once, if the L2
+    cache serves the weights, which every program reads.
     """
+    mixture_bias, norm_weight, norm_bias = vectors
     length, hidden = groups * ALIGNMENT, 2 * channels
     tiles = tl.cdiv(length, COLUMNS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -331,7 +350,6 @@ def transpose(output: Tensor, state: Tensor, channels: int) -> None:
         length // alignment,
         state.stride(0) // alignment,
         width,
-        flops=batch * rows * width,
         tile=tile,
         ALIGNMENT=alignment,
         ROWS=tile.rows,
@@ -346,57 +364,42 @@ def taps(output: Tensor, x: Tensor, weight: Tensor, step_bias: Tensor) -> None:
     """
     (batch, rows, width), (hidden, depth), stride = x.shape, weight.shape, output.shape[2]
     length = rows - 2
-
-    def run(tile: Tile) -> None:
-        launching.launch(
-            taps_kernel,
-            (batch * triton.cdiv(hidden, tile.rows) * triton.cdiv(length, tile.columns),),
-            x,
-            weight,
-            step_bias,
-            output,
-            hidden,
-            depth // 3,
-            length,
-            stride,
-            width,
-            _sample_stride(step_bias),
-            flops=2 * batch * length * hidden * depth,
-            tile=tile,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision_of(weight.dtype),
-        )
-
-    heuristic, others = partial(_taps_tile, dtype=weight.dtype), partial(_taps_tiles, dtype=weight.dtype)
-    tuned(run, heuristic, others, taps_kernel, x, (batch * length, hidden, depth // 3), weight.dtype)
+    tile = _taps_tile(batch * length, hidden, depth // 3, dtype=weight.dtype)
+    launching.launch(
+        taps_kernel,
+        (batch * triton.cdiv(hidden, tile.rows) * triton.cdiv(length, tile.columns),),
+        x,
+        weight,
+        step_bias,
+        output,
+        hidden,
+        depth // 3,
+        length,
+        stride,
+        width,
+        _sample_stride(step_bias),
+        tile=tile,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        PRECISION=precision_of(weight.dtype),
+    )
 
 
 def _taps_tile(positions: int, hidden: int, channels: int, *, dtype: torch.dtype) -> Tile:
     """Large tiles where they fill a card, else small ones; both in 99 KB of shared memory."""
-    return _taps_tiles(positions, hidden, channels, dtype=dtype)[0]
-
-
-def _taps_tiles(positions: int, hidden: int, channels: int, *, dtype: torch.dtype) -> list[Tile]:
     few = positions * hidden < 128 * 128 * 128
     if dtype == torch.float32:
-        tiles = (
-            [Tile(64, 32, 32, 4, 3), Tile(64, 64, 16, 4, 3)]
-            if few
-            else [Tile(64, 64, 16, 4, 3), Tile(64, 64, 32, 8, 3)]
-        )
-    elif few:
-        tiles = [Tile(128, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 3)]
+        tile = Tile(64, 32, 32, 4, 3) if few else Tile(64, 64, 16, 4, 3)
     else:
-        tiles = [Tile(128, 256, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 4, 4)]
-    return [_fitted(tile, hidden, positions, channels) for tile in tiles]
+        tile = Tile(128, 64, 64, 4, 4) if few else Tile(128, 256, 32, 8, 4)
+    return _fitted(tile, hidden, positions, channels)
 
 
 def _output_tile(positions: int, rows: int, channels: int, *, dtype: torch.dtype) -> Tile:
     """As for the taps, but at most 128 positions: a program has old numbers of the state in registers besides."""
     tile = _taps_tile(positions, rows, channels, dtype=dtype)
-    return tile if tile.columns <= 128 else _taps_tiles(positions, rows, channels, dtype=dtype)[1]
+    return tile if tile.columns <= 128 else _fitted(Tile(128, 128, 64, 8, 3), rows, positions, channels)
 
 
 def _fitted(tile: Tile, rows: int, columns: int, depth: int) -> Tile:
@@ -411,7 +414,6 @@ def output(state: Tensor, gated: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Change state [B, R, L] by the output product of gated [B, L + 2, W] with weight [R, C] and bias [R]."""
     (batch, rows, length), channels = state.shape, weight.shape[1]
     alignment = launching.alignment(length)
-    # It adds to what it reads, so that candidates cannot be timed.
     tile = _output_tile(batch * length, rows, channels, dtype=weight.dtype)
     launching.launch(
         output_kernel,
@@ -424,7 +426,6 @@ def output(state: Tensor, gated: Tensor, weight: Tensor, bias: Tensor) -> None:
         channels,
         length // alignment,
         gated.shape[2],
-        flops=2 * batch * length * rows * channels,
         tile=tile,
         ALIGNMENT=alignment,
         ROWS=tile.rows,
@@ -460,54 +461,40 @@ def mixture(
     """
     batch, hidden, stride = u.shape
     alignment = launching.alignment(length)
-
-    def run(tile: Tile) -> None:
-        launching.launch(
-            mixture_kernel,
-            (batch * triton.cdiv(length, tile.columns),),
-            y,
-            weight,
-            u,
-            output,
-            *vectors,
-            label_bias,
-            epsilon,
-            hidden // 2,
-            length // alignment,
-            stride,
-            output.shape[2],
-            0 if label_bias is None else _sample_stride(label_bias),
-            flops=2 * batch * length * hidden * hidden,
-            tile=tile,
-            GATED=gated,
-            ALIGNMENT=alignment,
-            CHANNELS=tile.rows,
-            COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            PRECISION=precision_of(weight.dtype),
-        )
-
-    heuristic, others = partial(_mixture_tile, dtype=weight.dtype), partial(_mixture_tiles, dtype=weight.dtype)
-    variant = (weight.dtype, u.dtype, output.dtype, label_bias is None, gated, alignment)
-    tuned(run, heuristic, others, mixture_kernel, y, (batch, length, hidden), *variant)
+    tile = _mixture_tile(batch, length, hidden, dtype=weight.dtype)
+    launching.launch(
+        mixture_kernel,
+        (batch * triton.cdiv(length, tile.columns),),
+        y,
+        weight,
+        u,
+        output,
+        vectors,
+        label_bias,
+        epsilon,
+        hidden // 2,
+        length // alignment,
+        stride,
+        output.shape[2],
+        0 if label_bias is None else _sample_stride(label_bias),
+        tile=tile,
+        GATED=gated,
+        ALIGNMENT=alignment,
+        CHANNELS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        PRECISION=precision_of(weight.dtype),
+    )
 
 
 def _mixture_tile(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> Tile:
     """All channels of as many positions as registers hold, fewer where that leaves processors idle."""
-    return _mixture_tiles(batch, length, hidden, dtype=dtype)[0]
-
-
-def _mixture_tiles(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> list[Tile]:
     rows = triton.next_power_of_2(max(triton.cdiv(hidden, 2), 16))
-    few = batch * length < 132 * 32
     if dtype == torch.float32:
-        tiles = [Tile(rows, 16, 16, 8, 2), Tile(rows, 32, 16, 8, 2)]
-    elif few:
-        tiles = [Tile(rows, 16, 32, 8, 3), Tile(rows, 32, 32, 8, 3)]
+        tile = Tile(rows, 16, 16, 8, 2)
     else:
-        tiles = [Tile(rows, 64, 32, 8, 3), Tile(rows, 32, 32, 8, 3), Tile(rows, 32, 64, 8, 2)]
-    wide = rows > 256
-    return [_fitted(tile._replace(columns=max(tile.columns >> wide, 16)), rows, length, hidden) for tile in tiles]
+        tile = Tile(rows, 16 if batch * length < 132 * 32 else 64, 32, 8, 3)
+    return _fitted(tile._replace(columns=max(tile.columns >> (rows > 256), 16)), rows, length, hidden)
 
 
 def _sample_stride(bias: Tensor) -> int:
@@ -549,7 +536,7 @@ def convolve(output: Tensor, u: Tensor, layer: Layer, *, exact: bool) -> None:
         torch.ops.tgdp_fast.cuda_long_convolution_(u, layer.packed, layer.scales, True, not exact, output)
     else:
         filters = layer.packed, layer.scales
-        long_convolution.launch(output, u, *filters, activation=True, split=exact, saturate=not exact)
+        long_convolution.launch(output, u, *filters, activation=True, exact=exact, saturate=not exact)
 
 
 #: Of spectra that are packed for the CUDA kernel, [H, M, 2]; Triton's are [H, 2, A, B].

@@ -37,11 +37,11 @@ hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "local")
 @pytest.fixture
 def quick_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Domain classifiers of a few steps, where a test is not about them."""
-    import tgdp_fast.transfer as transfer
-    from tgdp_fast import Optimisation
+    import tgdp_fast.fit.guidance as transfer
+    from tgdp_fast import TrainingConfig
 
     real = transfer.fit_density_ratio
-    settings = Optimisation(steps=5, batch_size=16, ema_decay=0.5, warmup=1)
+    settings = TrainingConfig(steps=5, batch_size=16, ema_decay=0.5, warmup=1)
     monkeypatch.setattr(transfer, "fit_density_ratio", lambda *a, **k: real(*a, **{**k, "settings": settings}))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tgdp_fast.data.leads import TWELVE_LEADS, twelve_leads_digital
-from tgdp_fast.data.synthetic_ecg import synthetic_ecg
+from tgdp_fast.ecg.records.leads import TWELVE_LEADS, twelve_leads_digital
+from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 
 ROOT = Path(__file__).resolve().parent.parent
 PTBXL_LEADS = tuple(name.upper() for name in TWELVE_LEADS)

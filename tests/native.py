@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tgdp_fast import _native
+from tgdp_fast.runtime import native
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 
-needs_extension = pytest.mark.skipif(_native.CPU_MISSING is not None, reason=str(_native.CPU_MISSING))
+needs_extension = pytest.mark.skipif(native.CPU_MISSING is not None, reason=str(native.CPU_MISSING))
 
 
 def run_with(code: str, **environment: str) -> str:
     """What the code prints in a new interpreter with further environment variables; fails if it fails."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests", *folders]))
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

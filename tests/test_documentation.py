@@ -25,8 +25,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import tgdp_fast
-from tgdp_fast import SOLVERS, SPACINGS, cli, metrics
-from tgdp_fast.ops import _dispatch
+from tgdp_fast import SOLVERS, SPACINGS, metrics
+from tgdp_fast.cli import main as cli
+from tgdp_fast.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -101,7 +102,7 @@ def name_of(path: Path) -> str:
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page registers does not stay."""
     monkeypatch.delenv("TGDP_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "_registry", {k: dict(v) for k, v in _dispatch._registry.items()})
+    monkeypatch.setattr(registry, "_registry", {k: dict(v) for k, v in registry._registry.items()})
 
 
 @pytest.fixture
@@ -305,7 +306,7 @@ def test_every_logger_is_described() -> None:
 
 
 def test_limits_of_the_diagnostics_are_those_of_the_code() -> None:
-    source = (ROOT / "tgdp_fast" / "density_ratio.py").read_text()
+    source = (ROOT / "tgdp_fast" / "fit" / "diagnostics.py").read_text()
     for text in (
         "_MOST_OUTSIDE = 0.34",
         "0.1 <= mean_ratio <= 10",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tgdp_fast.kernels.compilation import Compilation
+from tgdp_fast.kernels.launching import Compilation
 
 
 @triton.jit
@@ -51,13 +51,9 @@ def _compilation(kernel, pointers: dict[str, str], size: int, num_warps: int) ->
         name=kernel.__name__,
         kernel=kernel,
         signature=pointers | {"size": "constexpr"},
-        constants={"size": size},
+        constants={(len(pointers),): size},
         num_warps=num_warps,
         num_stages=1,
         tensor_cores=False,
-        problem="none",
-        programs=1,
-        bytes=0.0,
-        flops=0.0,
-        divisible=tuple(pointers),
+        divisible=tuple((i,) for i in range(len(pointers))),
     )

@@ -29,7 +29,8 @@ def run_interpreted(*names: str) -> int:
     """Run the tests of these files whose name contains "triton" in the interpreter; the number that passed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TGDP_", "PYTEST_"))}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", *names]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider"]
+    command += [name if name.startswith("-") else str(next((ROOT / "tests").rglob(name))) for name in names]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -18,8 +18,9 @@ else:
         if name == "__all__" or not name.startswith("__"):
             if find_spec(f"{__name__}.{name}"):  # Modules of the package ask for each other while they load.
                 return import_module(f"{__name__}.{name}")
-            api = import_module(f"{__name__}._api")
-            globals().update({each: getattr(api, each) for each in api.__all__}, __all__=api.__all__)
+            api = vars(import_module(f"{__name__}._api"))
+            public = {each: api[each] for each in sorted(api) if not each.startswith("_")}
+            globals().update(public, __all__=[*public, "__version__"])
             if name in globals():
                 return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from tgdp_fast.cli import main
+from tgdp_fast.cli.main import main
 
 sys.exit(main())

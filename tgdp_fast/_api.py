@@ -1,46 +1,36 @@
-"""The names of the package. ``tgdp_fast`` hands them on."""
+"""The public names: the one list of them. ``import X as X`` is how type checkers see that a name is handed on."""
 
-from tgdp_fast._version import __version__
-from tgdp_fast.checkpoint import CheckpointError
-from tgdp_fast.denoiser import Denoiser
-from tgdp_fast.density_ratio import TransferDiagnostics, fit_density_ratio
-from tgdp_fast.guidance import GuidanceNetwork, GuidedDenoiser
-from tgdp_fast.models import SSSDECG, ScoreMLP
-from tgdp_fast.ops._dispatch import BackendUnavailableError, use_backend
-from tgdp_fast.prior import EmpiricalPrior, GaussianPrior
-from tgdp_fast.sampling import SamplingDivergedError, sample, sample_to_file
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import SOLVERS, SPACINGS, SolverTable, solver_table
-from tgdp_fast.training import Optimisation, TrainingDivergedError, train_denoiser
-from tgdp_fast.transfer import GuidanceFit, fit_guidance
-from tgdp_fast.transfer_model import TransferModel
-
-__all__ = [
-    "SOLVERS",
-    "SPACINGS",
-    "SSSDECG",
-    "BackendUnavailableError",
-    "CheckpointError",
-    "Denoiser",
-    "EmpiricalPrior",
-    "GaussianPrior",
-    "GuidanceFit",
-    "GuidanceNetwork",
-    "GuidedDenoiser",
-    "NoiseSchedule",
-    "Optimisation",
-    "SamplingDivergedError",
-    "ScoreMLP",
-    "SolverTable",
-    "TrainingDivergedError",
-    "TransferDiagnostics",
-    "TransferModel",
-    "__version__",
-    "fit_density_ratio",
-    "fit_guidance",
-    "sample",
-    "sample_to_file",
-    "solver_table",
-    "train_denoiser",
-    "use_backend",
-]
+from tgdp_fast._version import __version__ as __version__
+from tgdp_fast.diffusion.denoiser import Denoiser as Denoiser
+from tgdp_fast.diffusion.guidance import GuidanceNetwork as GuidanceNetwork
+from tgdp_fast.diffusion.guided import GuidedDenoiser as GuidedDenoiser
+from tgdp_fast.diffusion.prior import EmpiricalPrior as EmpiricalPrior
+from tgdp_fast.diffusion.prior import GaussianPrior as GaussianPrior
+from tgdp_fast.diffusion.schedule import NoiseSchedule as NoiseSchedule
+from tgdp_fast.diffusion.solvers import SOLVERS as SOLVERS
+from tgdp_fast.diffusion.solvers import SPACINGS as SPACINGS
+from tgdp_fast.diffusion.solvers import SolverTable as SolverTable
+from tgdp_fast.diffusion.solvers import solver_table as solver_table
+from tgdp_fast.fit.config import GuidanceConfig as GuidanceConfig
+from tgdp_fast.fit.config import NetworkConfig as NetworkConfig
+from tgdp_fast.fit.config import TrainingConfig as TrainingConfig
+from tgdp_fast.fit.density_ratio import fit_density_ratio as fit_density_ratio
+from tgdp_fast.fit.diagnostics import TransferDiagnostics as TransferDiagnostics
+from tgdp_fast.fit.guidance import GuidanceFit as GuidanceFit
+from tgdp_fast.fit.guidance import fit_guidance as fit_guidance
+from tgdp_fast.fit.losses import Logistic as Logistic
+from tgdp_fast.fit.model import TransferModel as TransferModel
+from tgdp_fast.fit.regularizers import Consistency as Consistency
+from tgdp_fast.fit.regularizers import Cycle as Cycle
+from tgdp_fast.fit.training import TrainingDivergedError as TrainingDivergedError
+from tgdp_fast.fit.training import train_denoiser as train_denoiser
+from tgdp_fast.models import SSSDECG as SSSDECG
+from tgdp_fast.models import ScoreMLP as ScoreMLP
+from tgdp_fast.ops.registry import BackendUnavailableError as BackendUnavailableError
+from tgdp_fast.ops.registry import use_backend as use_backend
+from tgdp_fast.runtime.checkpoint import CheckpointError as CheckpointError
+from tgdp_fast.sampling.config import SamplingConfig as SamplingConfig
+from tgdp_fast.sampling.sampler import Sampler as Sampler
+from tgdp_fast.sampling.sampler import SamplingDivergedError as SamplingDivergedError
+from tgdp_fast.sampling.sampler import sample as sample
+from tgdp_fast.sampling.to_file import sample_to_file as sample_to_file

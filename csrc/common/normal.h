@@ -1,5 +1,5 @@
-// Standard normals from random words: steps 4 and 5 of the specification in tgdp_fast/noise.py (reference twin
-// tgdp_fast.noise.normal), in float32 and without branches so that a loop vectorises.
+// Standard normals from random words: steps 4 and 5 of the specification in tgdp_fast/ops/noise.py (reference twin
+// tgdp_fast.ops.noise.normal), in float32 and without branches so that a loop vectorises.
 //
 // About 75 FLOPs for a pair of normals. Polynomials are minimax fits (Remez) in the weight of the function's relative
 // error; every error stated includes rounding.

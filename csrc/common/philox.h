@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), step 3 of the
-// specification in tgdp_fast/noise.py; reference twin tgdp_fast.noise.philox4x32.
+// specification in tgdp_fast/ops/noise.py; reference twin tgdp_fast.ops.noise.philox4x32.
 #pragma once
 
 #include "portable.h"

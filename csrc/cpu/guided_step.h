@@ -1,5 +1,5 @@
 // One guided solver step in one pass over memory, and the noise by itself: reference twins
-// tgdp_fast.ops.guided_step.guided_step_reference and tgdp_fast.noise.normal.
+// tgdp_fast.ops.guided_step.guided_step_reference and tgdp_fast.ops.noise.normal.
 //
 // The elements of all samples are numbered through, row-major, and cut into blocks of kStepBlock; a block's
 // intermediate values stay in the first-level cache. Every element is computed by the same vector instructions wherever

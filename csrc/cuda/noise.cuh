@@ -1,4 +1,4 @@
-// Normal noise as a function of seed, sample, element and evaluation: reference twin tgdp_fast.noise.normal.
+// Normal noise as a function of seed, sample, element and evaluation: reference twin tgdp_fast.ops.noise.normal.
 #pragma once
 
 #include "../common/normal.h"

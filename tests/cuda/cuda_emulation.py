@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tgdp_fast.noise import key_words
 from tgdp_fast.ops import LongConvolution, TrajectoryNetwork, TrajectoryPlan
+from tgdp_fast.ops.noise import key_words
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast._checks import check_integer
-from tgdp_fast.data.arrays import check_samples
+from tgdp_fast.runtime.arrays import check_samples
+from tgdp_fast.runtime.checks import check_integer
 
 NUM_CLASSES = 10
-#: Share of the images that no model sees, alike for every digit.
+#: Share of held-out images, the same for every digit.
 HELD_OUT = 1 / 3
 _PIXEL_MAXIMUM = 16.0
 
@@ -26,7 +26,7 @@ class DigitArrays:
         source_labels: [1198], 0 to 9.
         target: some source images of a few digits, [n, 64].
         target_labels: [n].
-        held_out: all digits, [599, 64], no image of the source among them: for measurements.
+        held_out: all digits, [599, 64], for measurements; none of them is in the source.
         held_out_labels: [599].
     """
 
@@ -40,10 +40,10 @@ class DigitArrays:
 
 @dataclass(frozen=True)
 class DigitJudge:
-    """A classifier of real digits, to name what a model drew.
+    """A classifier of real digits, to label generated images.
 
     Attributes:
-        accuracy: on real digits that it was not trained on.
+        accuracy: on held-out real digits.
         num_held_out: their number.
     """
 
@@ -57,7 +57,7 @@ class DigitJudge:
         return np.asarray(self.classifier.predict(x))
 
     def fraction(self, x: np.ndarray, digits: tuple[int, ...]) -> float:
-        """Share of images ``x`` [N, 64] that are called one of ``digits``."""
+        """Share of images ``x`` [N, 64] that are classified as one of ``digits``."""
         return float(np.isin(self.predict(x), digits).mean())
 
 
@@ -68,10 +68,10 @@ def load_digits_arrays(target_digits: tuple[int, ...] = (3, 8), num_target: int 
         target_digits: distinct digits 0 to 9.
         num_target: images in the target, divided equally among the digits (the first ones take the
             remainder).
-        seed: chooses the target images. Source and held-out images are always the same ones.
+        seed: selects the target images. Source and held-out images are always the same.
 
     Raises:
-        ValueError: digits out of range or repeated, more images asked for than the source has.
+        ValueError: digits out of range or repeated, or more images than the source has.
         ImportError: scikit-learn is missing.
     """
     digits = tuple(check_integer("target_digits entries", digit, 0) for digit in target_digits)
@@ -95,16 +95,16 @@ def load_digits_arrays(target_digits: tuple[int, ...] = (3, 8), num_target: int 
 
 
 def digit_judge() -> DigitJudge:
-    """A support vector classifier (RBF) fitted on the source images of :func:`load_digits_arrays`; its accuracy is that
-    on the held-out ones.
+    """A support vector classifier (RBF) fitted on the source images of :func:`load_digits_arrays`; its accuracy is
+    measured on the held-out images.
 
-    It knows all ten digits and nothing of any target, so that its verdicts compare models fairly.
+    It is trained on all ten digits and does not depend on the target, so its labels compare models fairly.
 
     Raises:
         ImportError: scikit-learn is missing.
     """
     train, train_labels, test, test_labels = _split_digits()
-    # gamma: the setting customary for these images in 0..16 (0.001), in the units of [-1, 1].
+    # gamma: the customary setting for these images in 0..16 (0.001), converted to the units of [-1, 1].
     classifier = _scikit_learn("svm").SVC(gamma=0.001 * (_PIXEL_MAXIMUM / 2) ** 2, C=10.0)
     classifier.fit(train, train_labels)
     accuracy = float((classifier.predict(test) == test_labels).mean())

@@ -1,7 +1,7 @@
 """Gaussian mixtures in closed form: densities, scores and the exact guidance of the paper's simulation.
 
-Noising keeps a mixture a mixture, x_t = alpha x_0 + sigma eps has means alpha m_k and variances
-alpha^2 v_k + sigma^2, so p_t, q_t, their scores and h = q_t / p_t are all exact (TGDP section 4.1).
+A noised mixture is a mixture: x_t = alpha x_0 + sigma eps has means alpha m_k and variances alpha^2 v_k + sigma^2,
+so p_t, q_t, their scores and h = q_t / p_t are all exact (TGDP section 4.1).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_integer, check_number
-from tgdp_fast.schedule import NoiseSchedule
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.runtime.checks import check_integer, check_number
 
 #: Variance of each mode in the paper's simulation.
 PAPER_VARIANCE = 0.1
@@ -26,7 +26,7 @@ class GaussianMixture:
     Args:
         means: [K, D].
         variance: v, one number for all components, or [K].
-        weights: [K], positive; normalised to sum to one. None gives every component the same.
+        weights: [K], positive; normalized to sum to one. None: equal weights.
 
     Raises:
         ValueError: wrong dimensions, values that are not finite, a variance or weight that is not positive.
@@ -90,9 +90,9 @@ class GaussianMixture:
         Args:
             n: number of samples.
             seed: the same seed gives the same samples.
-            balanced: give each component ``n w_k`` samples, rounded by largest remainder (ties to the
-                first), instead of a random number. The error of a mode's mass dominates transport distances
-                at small n.
+            balanced: draw ``n w_k`` samples from each component, rounded by largest remainder (ties to the
+                first), instead of a random number. At small n the error of a mode's mass dominates transport
+                distances.
 
         Returns:
             (samples [n, D] float32, component index [n] int64), shuffled together.
@@ -101,7 +101,7 @@ class GaussianMixture:
         generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
         if balanced:
             quota = n * self.weights
-            # The small term makes n w_k such as 2.9999999999999996 an exact 3.
+            # The small term turns n w_k such as 2.9999999999999996 into an exact 3.
             counts = (quota + 1e-9).floor()
             extra = torch.sort(quota - counts, descending=True, stable=True).indices[: n - int(counts.sum())]
             counts[extra] += 1
@@ -130,8 +130,8 @@ class GaussianMixture:
     def mode_mass(self, x: Tensor) -> Tensor:
         """Mass of ``x`` [B, D] in each component, the mean responsibility: [K] float64, sums to one.
 
-        Its expectation over samples of the mixture is exactly ``weights``, whatever the overlap of the
-        components (the share by most likely component is biased where they overlap).
+        Its expectation over samples of the mixture is exactly ``weights``, also if components overlap (the share by
+        most likely component is biased then).
         """
         return self._log_joint(x)[0].softmax(dim=1).mean(dim=0)
 
@@ -144,22 +144,22 @@ class GaussianMixture:
     def entropy(self, num: int = 1_000_000, seed: int = 0) -> float:
         """Differential entropy -E[log density], in nats.
 
-        Components of one variance whose means lie on a line (one or two components always do) factorise into
-        a mixture along the line and a Gaussian across it: quadrature, error below 1e-9; ``num`` and ``seed``
-        are unused. Otherwise Monte Carlo over ``num`` balanced samples, with standard error at most std(log
-        density) / sqrt(num), about sqrt(D / 2 / num): 1e-3 for D = 2 and the default.
+        If all components have the same variance and their means lie on a line (always true for one or two), the mixture
+        factorizes into a mixture along the line and a Gaussian orthogonal to it. Then quadrature gives an error below
+        1e-9, and ``num`` and ``seed`` are unused. Otherwise Monte Carlo over ``num`` balanced samples, with standard
+        error at most std(log density) / sqrt(num), about sqrt(D / 2 / num): 1e-3 for D = 2 and the default.
         """
-        centred = self.means - self.means[0]
-        singular = torch.linalg.svdvals(centred)
+        centered = self.means - self.means[0]
+        singular = torch.linalg.svdvals(centered)
         spread = float(singular[0])
         on_a_line = singular[1:].sum() <= 1e-12 * spread
         if on_a_line and bool((self.variance == self.variance[0]).all()):
-            direction = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+            direction = torch.linalg.svd(centered, full_matrices=False).Vh[0]
             variance = float(self.variance[0])
-            line = GaussianMixture((centred @ direction)[:, None], self.variance, self.weights)
+            line = GaussianMixture((centered @ direction)[:, None], self.variance, self.weights)
             deviation = math.sqrt(variance)
             # The trapezoid rule converges exponentially for an analytic integrand that vanishes at both
-            # ends: with spacing std / 16 and a margin of 12 std both errors are below rounding.
+            # ends: with spacing std / 16 and a margin of 12 std, both errors are below rounding.
             low, high = float(line.means.min()) - 12 * deviation, float(line.means.max()) + 12 * deviation
             points = max(2, math.ceil(16 * (high - low) / deviation)) + 1
             grid = torch.linspace(low, high, points, dtype=torch.float64)

@@ -1,18 +1,18 @@
-"""Two folders of records as the cohorts of a transfer: read, divided, standardised."""
+"""Two folders of records as the cohorts of a transfer: read, divided, standardized."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from tgdp_fast import distributed
-from tgdp_fast.data.arrays import Standardizer
-from tgdp_fast.data.ecg_cache import ECGDataset, build_ecg_cache
-from tgdp_fast.data.ecg_entries import Problem
-from tgdp_fast.data.ecg_folder import open_ecg_folder
 from tgdp_fast.ecg.config import Data
+from tgdp_fast.ecg.records.cache import ECGDataset, build_ecg_cache
+from tgdp_fast.ecg.records.folder import open_ecg_folder
+from tgdp_fast.runtime import distributed
+from tgdp_fast.runtime.arrays import Standardizer
 
 #: PTB-XL's recommended division: folds 1 to 8 train, 9 and 10 are kept.
 _LAST_TRAINING_FOLD = 8
@@ -20,40 +20,29 @@ DOMAINS = ("source", "target")
 
 
 @dataclass(frozen=True)
-class Cohort:
-    """Some records: float32 [N, leads, L] in mV, multi-hot statements float32 [N, K], and their names."""
-
-    signals: np.ndarray
-    labels: np.ndarray
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.signals)
-
-
-@dataclass(frozen=True)
 class Cohorts:
     """Source training records, target records that methods may see, target records that test; no patient in two.
 
     Attributes:
-        standardizer: per lead, from the source training records alone.
-        rate: samples per second.
-        leads, vocabulary: names of the leads, and of the statements that labels stand for.
-        problems: records that could not be used, with the reasons, per domain.
+        source, target, test: rows of the two data sets, with one rate, one vocabulary and the same leads.
+        standardizer: from mV to the coordinates of the networks; per lead, from the source training records alone
+            unless a given model brings its own.
     """
 
-    source: Cohort
-    target: Cohort
-    test: Cohort
+    source: ECGDataset
+    target: ECGDataset
+    test: ECGDataset
     standardizer: Standardizer
-    rate: float
-    leads: tuple[str, ...]
-    vocabulary: tuple[str, ...]
-    problems: dict[str, tuple[Problem, ...]]
 
-    def statements_of(self, cohort: Cohort) -> list[str]:
-        """Statements that occur in it, in the order of the vocabulary."""
-        return [self.vocabulary[index] for index in np.flatnonzero(cohort.labels.any(axis=0))]
+    @cached_property
+    def x_source(self) -> np.ndarray:
+        """Source training signals in the coordinates of the networks: float32 [M, leads, L]."""
+        return self.standardizer.apply(self.source.signals)
+
+    @cached_property
+    def x_target(self) -> np.ndarray:
+        """The target signals that methods may see, likewise."""
+        return self.standardizer.apply(self.target.signals)
 
 
 def check_folders(data: Data) -> None:
@@ -67,15 +56,14 @@ def check_folders(data: Data) -> None:
 
 
 def load_cohorts(data: Data, cache: Path, *, progress: bool = False) -> Cohorts:
-    """Read both folders, through caches in ``cache``, and divide them.
+    """Read both folders, which must be given, through caches in ``cache``, and divide them.
 
     Raises:
         ValueError: a folder without usable records, too few to divide; at the first broken one if ``data.on_problem``
             is "raise".
     """
-    check_folders(data)
     folders = {}
-    for domain in DOMAINS:
+    for domain in DOMAINS:  # Both, before either is read.
         try:
             folders[domain] = open_ecg_folder(getattr(data, domain), rate=data.rate)
         except ValueError as error:
@@ -102,17 +90,7 @@ def load_cohorts(data: Data, cache: Path, *, progress: bool = False) -> Cohorts:
     if len(kept) < 2:
         raise ValueError(f"data.source: {data.source} must hold at least 2 usable training records, it has {len(kept)}")
     seen, unseen = divide(target, data)
-    training = _cohort(source, kept)
-    return Cohorts(
-        training,
-        _cohort(target, seen),
-        _cohort(target, unseen),
-        source.standardizer(kept),
-        source.rate,
-        tuple(source.leads),
-        source.vocabulary,
-        {domain: dataset.problems for domain, dataset in datasets.items()},
-    )
+    return Cohorts(source.rows(kept), target.rows(seen), target.rows(unseen), source.standardizer(kept))
 
 
 def divide(dataset: ECGDataset, data: Data) -> tuple[np.ndarray, np.ndarray]:
@@ -134,11 +112,3 @@ def divide(dataset: ECGDataset, data: Data) -> tuple[np.ndarray, np.ndarray]:
             f"data.target: its {count} records are of too few patients to be divided; give records of more patients"
         )
     return seen, rest
-
-
-def _cohort(dataset: ECGDataset, rows: np.ndarray) -> Cohort:
-    return Cohort(
-        np.asarray(dataset.signals[rows], dtype=np.float32),
-        np.asarray(dataset.labels[rows], dtype=np.float32),
-        tuple(dataset.names[row] for row in rows),
-    )

@@ -22,26 +22,30 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import numpy as np
 
-from tgdp_fast._checks import check_choice, check_integer, check_number, check_seed
-from tgdp_fast.density_ratio import RATIO_LOSSES
+from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.fit.config import GuidanceConfig, NetworkConfig, TrainingConfig
+from tgdp_fast.fit.regularizers import Consistency, Cycle
 from tgdp_fast.models.s4 import CAUCHY
-from tgdp_fast.sampling import PRECISIONS
-from tgdp_fast.schedule import NoiseSchedule
-from tgdp_fast.solvers import SOLVERS, SPACINGS
-from tgdp_fast.training import TIME_DISTRIBUTIONS, Optimisation
+from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
+from tgdp_fast.runtime.precision import PRECISIONS
+from tgdp_fast.sampling.config import SamplingConfig
 
-#: In the order of tables and plots.
+#: Methods, in the order of tables and plots.
 METHODS = ("source", "vanilla", "fine_tune", "tgdp")
-#: What is said of every result of the preset smoke.
+#: Printed with every result of the preset smoke.
 SMOKE = "preset smoke: shows that everything works; samples and numbers are not good"
 PRIORS = ("standard", "gaussian", "empirical")
-UNITS = ("mV", "standardised")
+UNITS = ("mV", "standardized")
+#: Spellings of earlier versions, which stay valid.
+_OLD_SPELLINGS = {"standardised": "standardized"}
+#: Entries of [sampling] that are written only where they differ from this.
+UNSAID: dict[str, Any] = {"eta": None, "interval": None, "clamp": None, "backend": "auto"}
 DOMAIN_CLASSIFIERS = ("features", "xresnet1d")
 
 T = TypeVar("T")
@@ -53,15 +57,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Data:
-    """What is read, and how it is divided.
+    """The folders of records, and how the records are divided.
 
     Attributes:
         source, target: folders of records.
         rate: samples per second to which records are resampled.
-        seconds: kept of each record, from its start; shorter ones are dropped.
-        target_fraction: of the target's records that methods may see (the paper: 0.1); a record of the rest is never
-            trained on, it tests. In cases where that leaves fewer than ``least_target``, so many are taken.
-        least_target: see there.
+        seconds: length that is kept of each record, from its start; shorter records are dropped.
+        target_fraction: fraction of the target records that methods may see (0.1 in the paper); the others are used
+            for tests only.
+        least_target: the least number of target records that methods see, whatever ``target_fraction`` says.
         seed: of the division.
         on_problem: "skip" broken records and report them, or "raise" at the first.
     """
@@ -89,11 +93,11 @@ class Backbone:
     """The SSSD-ECG network and its noise schedule; the defaults are the paper's (TGDP section 4.2).
 
     Attributes:
-        checkpoint: a released SSSD-ECG checkpoint, or a denoiser saved by this package, in the place of training. Its
-            architecture replaces the one here.
-        checkpoint_units: of the signals that it works on: "mV", as released ones do, or "standardised" by the source
-            records given here. A model that ``tgdp-fast ecg fit`` has saved brings its own standardisation.
-        cauchy: which sum of kernels a released file was trained with, "pair" or "half" (see
+        checkpoint: a released SSSD-ECG checkpoint, or a denoiser saved by this package, to use instead of training
+            one. Its architecture replaces the one here.
+        checkpoint_units: units of its signals: "mV" for released checkpoints, or "standardized" by the source records
+            given here. A model saved by ``tgdp-fast ecg fit`` brings its own standardization.
+        cauchy: the Cauchy sum that a released file was trained with, "pair" or "half" (see
             :class:`tgdp_fast.models.SSSDECG`).
     """
 
@@ -113,7 +117,8 @@ class Backbone:
     def __post_init__(self) -> None:
         for name in ("num_res_layers", "res_channels", "d_state", "step_features", "step_embedding", "label_dim"):
             check_integer(name, getattr(self, name), 1)
-        check_choice("checkpoint_units", self.checkpoint_units, UNITS)
+        units = _OLD_SPELLINGS.get(self.checkpoint_units, self.checkpoint_units)
+        object.__setattr__(self, "checkpoint_units", check_choice("checkpoint_units", units, UNITS))
         check_choice("cauchy", self.cauchy, CAUCHY)
         check_integer("diffusion_steps", self.diffusion_steps, 2)
         self.schedule()
@@ -125,14 +130,12 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Classifier:
-    """An xresnet1d of statements: its features, its use as a judge of samples, and the domain classifier's body."""
+    """An xresnet1d that computes features, judges samples, and is the body of the domain classifier of signals."""
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     expansion: int = 4
     width: int = 64
-    training: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01)
-    )
+    training: TrainingConfig = TrainingConfig(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01)
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,12 @@ class Guidance:
     """Density ratio and guidance network (TGDP Algorithms 1 to 4).
 
     Attributes:
-        domain_classifier: what tells source from target on clean signals: a perceptron on "features" of the frozen
-            statement classifier, or an "xresnet1d" on the signals.
-        conditional: whether it and the guidance take labels (TGDP Theorem 3.3).
-        loss, consistency, cycle, width, depth, alpha_power, time_distribution: see :func:`tgdp_fast.fit_guidance`. The
-            default is Algorithm 4; the weights of its terms are ours. A time-dependent classifier ("logistic") tells
-            8,000 numbers of few records apart by heart, and h with it; regression on the calibrated ratio does not.
+        domain_classifier: the classifier of source against target on clean signals: an MLP on "features" of the
+            frozen statement classifier, or an "xresnet1d" on the signals.
+        conditional: whether this classifier and the guidance take labels (TGDP Theorem 3.3).
+        loss, consistency, cycle, width, depth, alpha_power, time_distribution: see :class:`tgdp_fast.GuidanceConfig`.
+            The default is Algorithm 4 with weights of our own. A time-dependent classifier ("logistic") memorizes a few
+            records of 8,000 numbers each; regression on the calibrated ratio does not.
     """
 
     domain_classifier: str = "features"
@@ -157,64 +160,77 @@ class Guidance:
     depth: int = 4
     alpha_power: float = 2.0
     time_distribution: str = "uniform"
-    training: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=50_000, batch_size=128, learning_rate=2e-4, weight_decay=0.1)
-    )
+    training: TrainingConfig = TrainingConfig(steps=50_000, batch_size=128, learning_rate=2e-4, weight_decay=0.1)
 
     def __post_init__(self) -> None:
         check_choice("domain_classifier", self.domain_classifier, DOMAIN_CLASSIFIERS)
-        check_choice("loss", self.loss, RATIO_LOSSES)
-        check_number("consistency", self.consistency, 0.0)
-        check_number("cycle", self.cycle, 0.0)
-        check_choice("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        self.fit_config("none", None)  # Checks the rest.
+
+    def fit_config(self, stem: str, num_classes: int | None) -> GuidanceConfig:
+        """What :func:`tgdp_fast.fit_guidance` is asked for, with this stem of the network."""
+        return GuidanceConfig(
+            loss=self.loss,
+            regularizers=(Consistency(self.consistency), Cycle(self.cycle)),
+            network=NetworkConfig(self.width, self.depth, self.alpha_power, stem),
+            training=self.training,
+            conditional=self.conditional,
+            num_classes=num_classes,
+            time_distribution=self.time_distribution,
+            diagnostics=False,
+        )
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How samples are drawn; see :func:`tgdp_fast.sample`.
+class Sampling(SamplingConfig):
+    """How samples are drawn: a :class:`tgdp_fast.sampling.config.SamplingConfig`, of how many and from where.
 
     Attributes:
         num: samples of each method.
+        gradient_norm_limit: 0 for no limit.
         prior: where sampling starts: "standard" is N(0, I); "gaussian" and "empirical" are fitted to what the model
-            was trained on, for TGDP to source records weighted with their ratios (see :mod:`tgdp_fast.prior`).
+            was trained on, for TGDP to source records weighted with their ratios
+            (see :mod:`tgdp_fast.diffusion.prior`).
+        seed, batch_size: see :meth:`tgdp_fast.Sampler.draw`.
     """
 
-    num: int = 1000
     solver: str = "ddpm"
     steps: int = 200
     spacing: str = "uniform"
-    scale: float = 1.0
-    gradient_norm_limit: float = 0.0
+    num: int = 1000
     prior: str = "standard"
-    precision: str = "fp32"
     seed: int = 0
     batch_size: int = 64
 
     def __post_init__(self) -> None:
         check_integer("num", self.num, 2)
-        check_choice("solver", self.solver, SOLVERS)
-        check_integer("steps", self.steps, 1)
-        check_choice("spacing", self.spacing, SPACINGS)
-        check_number("scale", self.scale)
-        check_number("gradient_norm_limit", self.gradient_norm_limit, 0.0)
         check_choice("prior", self.prior, PRIORS)
         check_choice("precision", self.precision, PRECISIONS)
         check_seed(self.seed)
         check_integer("batch_size", self.batch_size, 1)
+        if self.gradient_norm_limit == 0:
+            object.__setattr__(self, "gradient_norm_limit", None)
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, without the entries of ``UNSAID`` that have their defaults."""
+        values = {"num": self.num, **super().to_dict()}
+        values["gradient_norm_limit"] = values["gradient_norm_limit"] or 0.0
+        return {name: value for name, value in values.items() if name not in UNSAID or value != UNSAID[name]}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What samples are judged by.
+    """How samples are evaluated.
 
     Attributes:
-        classifier: trained on samples, tested on real records; and on source records, for features.
-        bootstrap: resamplings of the test records behind an interval.
-        seeds: classifiers trained on each set of samples; figures are their means.
-        plots: samples shown of each method.
+        classifier: trained on samples and tested on real records; another one, trained on source records, computes
+            features.
+        bootstrap: number of bootstrap samples of the test records behind an interval.
+        seeds: number of classifiers trained on each set of samples; their mean score is used.
+        plots: number of samples shown of each method.
     """
 
-    classifier: Classifier = field(default_factory=Classifier)
+    classifier: Classifier = Classifier()
     bootstrap: int = 1000
     seeds: int = 1
     plots: int = 3
@@ -233,20 +249,14 @@ class Config:
     methods: tuple[str, ...] = METHODS
     seed: int = 0
     device: str = "cpu"
-    data: Data = field(default_factory=Data)
-    backbone: Backbone = field(default_factory=Backbone)
-    source: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
-    )
-    vanilla: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
-    )
-    fine_tune: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=50_000, batch_size=8, learning_rate=2e-5, ema_decay=0.9999)
-    )
-    guidance: Guidance = field(default_factory=Guidance)
-    sampling: Sampling = field(default_factory=Sampling)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    data: Data = Data()
+    backbone: Backbone = Backbone()
+    source: TrainingConfig = TrainingConfig(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
+    vanilla: TrainingConfig = TrainingConfig(steps=100_000, batch_size=8, learning_rate=2e-4, ema_decay=0.9999)
+    fine_tune: TrainingConfig = TrainingConfig(steps=50_000, batch_size=8, learning_rate=2e-5, ema_decay=0.9999)
+    guidance: Guidance = Guidance()
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
         for method in self.methods:
@@ -257,14 +267,14 @@ class Config:
 
 
 _SMALL_CLASSIFIER = Classifier(
-    (1, 1, 1, 1), 1, 32, Optimisation(steps=600, batch_size=64, learning_rate=2e-3, weight_decay=0.01, ema_decay=0.99)
+    (1, 1, 1, 1), 1, 32, TrainingConfig(steps=600, batch_size=64, learning_rate=2e-3, weight_decay=0.01, ema_decay=0.99)
 )
 _SMOKE_CLASSIFIER = Classifier(
-    (1, 1, 1, 1), 1, 16, Optimisation(steps=80, batch_size=32, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.95)
+    (1, 1, 1, 1), 1, 16, TrainingConfig(steps=80, batch_size=32, learning_rate=3e-3, weight_decay=0.01, ema_decay=0.95)
 )
 
-#: ``paper``: TGDP section 4.2 (rates decay, where the paper's are constant). ``small``: hours on a processor, minutes
-#: on a GPU. ``smoke``: minutes on two cores, to see that everything works; its samples are not good.
+#: ``paper``: TGDP section 4.2 (rates decay, where the paper's are constant). ``small``: hours on a CPU, minutes on a
+#: GPU. ``smoke``: minutes on two cores, to see that everything works; its samples are not good.
 PRESETS: dict[str, Config] = {
     "paper": Config(),
     "small": Config(
@@ -272,14 +282,14 @@ PRESETS: dict[str, Config] = {
         backbone=Backbone(
             num_res_layers=8, res_channels=64, d_state=32, step_features=64, step_embedding=256, label_dim=64
         ),
-        source=Optimisation(steps=20_000, batch_size=16, learning_rate=1e-3, ema_decay=0.999),
-        vanilla=Optimisation(steps=10_000, batch_size=16, learning_rate=1e-3, ema_decay=0.999),
-        fine_tune=Optimisation(steps=3_000, batch_size=16, learning_rate=1e-4, ema_decay=0.995),
+        source=TrainingConfig(steps=20_000, batch_size=16, learning_rate=1e-3, ema_decay=0.999),
+        vanilla=TrainingConfig(steps=10_000, batch_size=16, learning_rate=1e-3, ema_decay=0.999),
+        fine_tune=TrainingConfig(steps=3_000, batch_size=16, learning_rate=1e-4, ema_decay=0.995),
         guidance=Guidance(
             loss="poisson",
             cycle=0.0,
             width=256,
-            training=Optimisation(steps=5000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, ema_decay=0.998),
+            training=TrainingConfig(steps=5000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, ema_decay=0.998),
         ),
         sampling=Sampling(num=400, solver="dpmpp_2m", steps=20, spacing="logsnr", prior="gaussian"),
         evaluation=Evaluation(_SMALL_CLASSIFIER),
@@ -290,15 +300,15 @@ PRESETS: dict[str, Config] = {
         backbone=Backbone(
             num_res_layers=2, res_channels=16, d_state=16, step_features=32, step_embedding=64, label_dim=16
         ),
-        source=Optimisation(steps=500, batch_size=8, learning_rate=3e-3, ema_decay=0.99),
-        vanilla=Optimisation(steps=200, batch_size=8, learning_rate=3e-3, ema_decay=0.98),
-        fine_tune=Optimisation(steps=100, batch_size=8, learning_rate=5e-4, ema_decay=0.95),
+        source=TrainingConfig(steps=500, batch_size=8, learning_rate=3e-3, ema_decay=0.99),
+        vanilla=TrainingConfig(steps=200, batch_size=8, learning_rate=3e-3, ema_decay=0.98),
+        fine_tune=TrainingConfig(steps=100, batch_size=8, learning_rate=5e-4, ema_decay=0.95),
         guidance=Guidance(
             loss="poisson",
             consistency=0.0,
             cycle=0.0,
             width=128,
-            training=Optimisation(steps=200, batch_size=32, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.98),
+            training=TrainingConfig(steps=200, batch_size=32, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.98),
         ),
         sampling=Sampling(num=64, solver="dpmpp_2m", steps=10, spacing="logsnr", prior="gaussian", batch_size=16),
         evaluation=Evaluation(_SMOKE_CLASSIFIER, bootstrap=100, plots=2),
@@ -311,11 +321,11 @@ def load_config(path: str | os.PathLike[str] | None, **changes: Any) -> Config:
 
     Args:
         path: the file; None stands for an empty one. Folders in it are relative to its own.
-        changes: "preset" of a file that names none, and entries as ``section__name`` or ``name`` that win over the
-            file; None leaves an entry alone.
+        changes: "preset" where the file names none, and entries as ``section__name`` or ``name``, which override the
+            file; None changes nothing.
 
     Raises:
-        ConfigError: no such file, no TOML, an unknown entry or preset, a value that cannot be.
+        ConfigError: the file cannot be read or is no TOML; an unknown entry or preset; a bad value.
     """
     given: dict[str, Any] = {}
     if path is not None:
@@ -341,8 +351,11 @@ def load_config(path: str | os.PathLike[str] | None, **changes: Any) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """JSON-able, as in a TOML file."""
-    return dataclasses.asdict(config)
+    """A configuration, or a section of it, JSON-able and as in a TOML file."""
+    if isinstance(config, SamplingConfig):
+        return config.to_dict()
+    values = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+    return {name: to_dict(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -365,7 +378,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _changed(base: T, given: Mapping[str, Any], prefix: str) -> T:
     """``base``, a dataclass, with the entries of ``given``; checks names and kinds."""
     assert is_dataclass(base)
-    kinds = get_type_hints(type(base))
     known = [entry.name for entry in fields(base)]
     values: dict[str, Any] = {}
     for name, value in given.items():
@@ -376,7 +388,7 @@ def _changed(base: T, given: Mapping[str, Any], prefix: str) -> T:
                 raise ValueError(f"{full} must be a table, written as [{full}], got {value!r}")
             values[name] = _changed(current, value, full)
         else:
-            values[name] = _converted(full, value, kinds[name])
+            values[name] = _converted(full, value, current)
     try:
         result: T = dataclasses.replace(base, **values)  # type: ignore[type-var]
     except ValueError as error:
@@ -385,14 +397,17 @@ def _changed(base: T, given: Mapping[str, Any], prefix: str) -> T:
     return result
 
 
-def _converted(name: str, value: Any, kind: Any) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+def _converted(name: str, value: Any, current: Any) -> Any:
+    """``value`` as what stands in its place is; the section itself checks what may be None."""
+    if current is None:
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(current, float) and type(value) is int:
         return float(value)
-    if getattr(kind, "__origin__", None) is tuple:
-        (item, *_) = get_args(kind)
+    if isinstance(current, tuple):
+        item = type(current[0])
         if isinstance(value, list | tuple) and all(type(entry) is item for entry in value):
             return tuple(value)
         raise ValueError(f"{name} must be a list of {item.__name__}, got {value!r}")
-    if type(value) is not kind:
-        raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    if type(value) is not type(current):
+        raise ValueError(f"{name} must be of type {type(current).__name__}, got {value!r}")
     return value

@@ -14,20 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from tgdp_fast import distributed
-from tgdp_fast.checkpoint import save_json
+from tgdp_fast.runtime import distributed
+from tgdp_fast.runtime.files import save_json
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class Costs:
-    """Costs by the names of stages; a stage that was interrupted and went on later has what all its runs cost (but for
-    one that was killed outright).
+    """Costs by stage. A stage that was interrupted and resumed counts all its runs, except those that were killed.
 
     Args:
-        path: the JSON file; what it holds is kept.
-        device: whose memory counts: on CUDA the most that PyTorch held, else the most that the process had more than
-            at the start of the stage.
+        path: the JSON file; its entries are kept.
+        device: where memory is measured: on CUDA the peak of PyTorch, else the growth of the process since the start
+            of the stage.
     """
 
     def __init__(self, path: Path, device: str) -> None:
@@ -42,7 +41,7 @@ class Costs:
 
     @contextmanager
     def of(self, stage: str, network: nn.Module | None = None) -> Iterator[None]:
-        """Measure the block as (a part of) ``stage``, which trains ``network``."""
+        """Measure the block as ``stage``, or a part of it; the stage trains ``network``."""
         if network is not None:
             self.count(stage, network)
         started, peak = time.monotonic(), [0]
@@ -57,7 +56,7 @@ class Costs:
             self._save()
 
     def count(self, stage: str, network: nn.Module) -> None:
-        """Note the number of parameters that ``stage`` trains."""
+        """Record the number of parameters that ``stage`` trains."""
         self.found.setdefault(stage, {})["parameters"] = sum(p.numel() for p in network.parameters())
 
     def _save(self) -> None:
@@ -66,7 +65,7 @@ class Costs:
 
     @contextmanager
     def _memory(self, peak: list[int]) -> Iterator[None]:
-        """Note the most bytes in use meanwhile as the one entry of ``peak``."""
+        """Record the peak memory of the block as the only entry of ``peak``."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             yield
@@ -88,7 +87,7 @@ class Costs:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has in RAM; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

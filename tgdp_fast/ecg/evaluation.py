@@ -1,25 +1,27 @@
-"""What samples are worth: classifiers trained on them and tested on real records, and how they differ from those."""
+"""Evaluation of samples: classifiers that are trained on them and tested on real records, and distances to these."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from tgdp_fast import distributed
-from tgdp_fast._info import environment
 from tgdp_fast._version import __version__
-from tgdp_fast.checkpoint import load_checkpoint, save_checkpoint, save_json, signature_of
-from tgdp_fast.data.leads import STORED_LEADS, TWELVE_LEADS, twelve_leads
-from tgdp_fast.data.statements import label_names
-from tgdp_fast.ecg.classifier import predict, train_ecg_classifier
-from tgdp_fast.ecg.config import SMOKE
-from tgdp_fast.ecg.pipeline import Drawn, Pipeline, new_classifier
+from tgdp_fast.ecg.classifier import features, predict, train_ecg_classifier
+from tgdp_fast.ecg.cohorts import DOMAINS, Cohorts
+from tgdp_fast.ecg.config import SMOKE, to_dict
+from tgdp_fast.ecg.density_ratio import new_classifier
+from tgdp_fast.ecg.drawing import Drawn
+from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS, twelve_leads
+from tgdp_fast.ecg.records.statements import label_names
 from tgdp_fast.ecg.report import Cost, Method, Report, write_report
+from tgdp_fast.ecg.run import Run
+from tgdp_fast.fit.density_ratio import DensityRatio
+from tgdp_fast.fit.model import TransferModel
 from tgdp_fast.metrics import (
     ECGStatistics,
     Interval,
@@ -30,31 +32,44 @@ from tgdp_fast.metrics import (
     f_max,
     frechet_distance,
     macro_auc_by_ranks,
-    memorisation,
+    memorization,
     per_class_scores,
     spectra,
     spectral_difference,
 )
-from tgdp_fast.training import derived_seed
+from tgdp_fast.models.xresnet1d import XResNet1d
+from tgdp_fast.runtime.checkpoint import load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.files import save_json
+from tgdp_fast.runtime.info import environment
 
 REAL = "real"
-_DESCRIPTIONS = {
-    REAL: "The few target records that methods may see, beside those that test.",
-    "source": "The source model without guidance, asked for the target's statements.",
-    "vanilla": "A diffusion model trained on the few target records alone.",
-    "fine_tune": "The source model trained further on the few target records.",
-    "tgdp": "The frozen source model guided by the density ratio.",
+
+
+class _About(NamedTuple):
+    """A method's title and description in the report, and the stages that it pays for beside its samples."""
+
+    title: str
+    description: str
+    stages: tuple[str, ...]
+
+
+_METHODS = {
+    REAL: _About("Real", "The few target records that methods may see, beside those that test.", ()),
+    "source": _About(
+        "Source model", "The source model without guidance, asked for the target's statements.", ("source",)
+    ),
+    "vanilla": _About("Vanilla", "A diffusion model trained on the few target records alone.", ("vanilla",)),
+    "fine_tune": _About("Fine-tuning", "The source model trained further on the few target records.", ("fine_tune",)),
+    "tgdp": _About(
+        "TGDP",
+        "The frozen source model guided by the density ratio.",
+        ("statement_classifier", "density_ratio", "tgdp"),
+    ),
 }
-_TITLES = {REAL: "Real", "source": "Source model", "vanilla": "Vanilla", "fine_tune": "Fine-tuning", "tgdp": "TGDP"}
-#: Stages that each method pays for, beside its samples.
-_STAGES = {
-    "source": ("source",),
-    "vanilla": ("vanilla",),
-    "fine_tune": ("fine_tune",),
-    "tgdp": ("statement_classifier", "density_ratio", "tgdp"),
-}
-#: Records whose beats are measured: a fortieth of a second each.
+#: Records whose beats are measured; each takes about 25 ms.
 _MEASURED = 200
+#: Test records below which the report warns.
+_FEW = 100
 
 
 @dataclass(frozen=True)
@@ -72,86 +87,114 @@ class Utility:
         }
 
 
-def evaluate(pipeline: Pipeline) -> Report:
-    """Evaluate every method of the configuration; writes ``results.json`` and ``report.html``.
+def evaluate(
+    run: Run,
+    cohorts: Cohorts,
+    samples: Mapping[str, Drawn],
+    classifier: XResNet1d,
+    ratio: DensityRatio,
+    model: TransferModel,
+) -> Report:
+    """Evaluate every method; writes ``results.json`` and ``report.html``.
 
-    Classes that are judged are the target's: statements of the records that methods may see. Metrics and their
-    sources: :mod:`tgdp_fast.metrics`.
+    The classes are the statements of the target records that methods may see. Metrics and their sources are in
+    :mod:`tgdp_fast.metrics`.
+
+    Args:
+        run, cohorts: of the run.
+        samples: by method, in the order of tables.
+        classifier: of statements; its features are compared.
+        ratio: whose values are shown.
+        model: whose diagnostics are shown.
     """
-    cohorts, settings = pipeline.cohorts, pipeline.config.evaluation
-    samples = {name: pipeline.samples(name) for name in pipeline.config.methods}
-    classes = np.flatnonzero(cohorts.target.labels.any(axis=0))
-    names = cohorts.statements_of(cohorts.target)
-    test = Drawn(np.asarray(cohorts.test.signals), cohorts.test.labels)
-    few = Drawn(np.asarray(cohorts.target.signals), cohorts.target.labels)
-    truth = test.labels[:, classes].astype(np.int64)
-    real_statistics, real_spectra = statistics(test.signals, pipeline), spectra(test.signals, cohorts.rate)
-    test_features = pipeline.features(cohorts.standardizer.apply(test.signals))
-    methods = []
-    for name in (REAL, *pipeline.config.methods):
-        drawn = few if name == REAL else samples[name]
-        utility = train_on(pipeline, name, [drawn], classes)
-        score = utility.scores.mean(axis=0)
-        augmented = {}
-        if name not in (REAL, "source"):
-            augmented = train_on(pipeline, f"{name}+real", [drawn, few], classes).intervals(truth, settings.bootstrap)
-        found_features = pipeline.features(cohorts.standardizer.apply(drawn.signals))
-        quality = distances(test_features, found_features)
-        own_spectra = spectra(drawn.signals, cohorts.rate)
-        quality["Spectrum difference, dB"] = spectral_difference(real_spectra, own_spectra)
-        shown = slice(0, settings.plots)
-        methods.append(
-            Method(
-                name=_TITLES[name],
-                description=_DESCRIPTIONS[name],
-                samples=all_leads(drawn.signals[shown], cohorts.leads),
-                labels=[", ".join(row) or "no statement" for row in _names(drawn.labels[shown], cohorts.vocabulary)],
-                metrics=utility.intervals(truth, settings.bootstrap),
-                augmented=augmented,
-                per_class=per_class_scores(truth, score, names),
-                quality=quality,
-                memorisation=None if name == REAL else memorisation(drawn.signals, few.signals, test.signals),
-                statistics=compare_statistics(real_statistics, statistics(drawn.signals, pipeline)),
-                spectra=spectra(all_leads(drawn.signals, cohorts.leads), cohorts.rate),
-                cost=None if name == REAL else cost(pipeline, name),
-            )
-        )
-    report = _report(pipeline, methods)
-    if distributed.is_first():
-        save_json(pipeline.out / "results.json", results(pipeline, methods))
-        write_report(pipeline.out / "report.html", report)
-    distributed.barrier()
+    few = Drawn(cohorts.target.signals, cohorts.target.labels)
+    judge = _Judge(run, cohorts, classifier, few)
+    methods = {name: judge.method(name, drawn) for name, drawn in {REAL: few, **samples}.items()}
+    report = _report(run, cohorts, list(methods.values()), ratio, model)
+
+    def write() -> None:
+        save_json(run.out / "results.json", _results(run, cohorts, methods, model))
+        write_report(run.out / "report.html", report)
+
+    run.once(write)
     return report
 
 
-def train_on(pipeline: Pipeline, name: str, parts: Sequence[Drawn], classes: np.ndarray) -> Utility:
-    """Train classifiers on some sets of records together and score the test records."""
-    cohorts, settings = pipeline.cohorts, pipeline.config.evaluation
-    x = cohorts.standardizer.apply(np.concatenate([part.signals for part in parts]))
-    y = np.concatenate([part.labels for part in parts])[:, classes]
-    x_test = cohorts.standardizer.apply(np.asarray(cohorts.test.signals))
+class _Judge:
+    """Compares sets of records with the real test records, whose statistics are computed once."""
 
-    def compute(state_dir: Path | None) -> Utility:
-        scores = []
-        for index in range(settings.seeds):
-            # The same initial weights and batches for all methods.
-            seed = derived_seed(pipeline.config.seed, f"judge {index}")
-            network = train_ecg_classifier(
-                x,
-                y,
-                network=new_classifier(settings.classifier, x, len(classes), seed),
-                settings=settings.classifier.training,
-                seed=seed,
-                device=pipeline.device,
-                progress=pipeline.progress,
-                description=f"judge of {name}",
-                state_dir=None if state_dir is None else state_dir.with_suffix(f".{index}"),
-            )
-            scores.append(predict(network, x_test))
-        return Utility(np.stack(scores))
+    def __init__(self, run: Run, cohorts: Cohorts, classifier: XResNet1d, few: Drawn) -> None:
+        self.run, self.cohorts, self.few = run, cohorts, few
+        self.classifier = classifier.to(run.device)
+        test = cohorts.test
+        self.classes = np.flatnonzero(cohorts.target.labels.any(axis=0))
+        self.truth = test.labels[:, self.classes].astype(np.int64)
+        self.x_test = cohorts.standardizer.apply(test.signals)
+        self.features = features(self.classifier, self.x_test)
+        self.statistics = self._statistics(test.signals)
+        self.spectra = spectra(test.signals, test.rate)
 
-    signature = signature_of(x, y, x_test, asdict(settings.classifier), settings.seeds, pipeline.config.seed)
-    return pipeline.stages.run(f"judge-{name}", signature, compute, _save_utility, _load_utility, alone=True)
+    def method(self, name: str, drawn: Drawn) -> Method:
+        """All that the report says of one method's samples."""
+        target, settings = self.cohorts.target, self.run.config.evaluation
+        utility = self.train_on(name, [drawn])
+        augmented = {}
+        if name not in (REAL, "source"):
+            together = self.train_on(f"{name}+real", [drawn, self.few])
+            augmented = together.intervals(self.truth, settings.bootstrap)
+        quality = distances(self.features, features(self.classifier, self.cohorts.standardizer.apply(drawn.signals)))
+        own_spectra = spectra(drawn.signals, target.rate)
+        quality["Spectrum difference, dB"] = spectral_difference(self.spectra, own_spectra)
+        shown = slice(0, settings.plots)
+        names = label_names((drawn.labels[shown] > 0.5).astype(np.uint8), target.vocabulary)
+        title, description, stages = _METHODS[name]
+        return Method(
+            name=title,
+            description=description,
+            samples=all_leads(drawn.signals[shown], target.leads),
+            labels=[", ".join(row) or "no statement" for row in names],
+            metrics=utility.intervals(self.truth, settings.bootstrap),
+            augmented=augmented,
+            per_class=per_class_scores(self.truth, utility.scores.mean(axis=0), target.statements),
+            quality=quality,
+            memorization=None
+            if name == REAL
+            else memorization(drawn.signals, self.few.signals, self.cohorts.test.signals),
+            statistics=compare_statistics(self.statistics, self._statistics(drawn.signals)),
+            spectra=spectra(all_leads(drawn.signals, target.leads), target.rate),
+            cost=None if name == REAL else cost(self.run.costs.found, name),
+        )
+
+    def train_on(self, name: str, parts: Sequence[Drawn]) -> Utility:
+        """Train classifiers on some sets of records together and score the test records."""
+        settings, run = self.run.config.evaluation, self.run
+        x = self.cohorts.standardizer.apply(np.concatenate([part.signals for part in parts]))
+        y = np.concatenate([part.labels for part in parts])[:, self.classes]
+
+        def compute(state_dir: Path | None) -> Utility:
+            scores = []
+            for index in range(settings.seeds):
+                # The same initial weights and batches for all methods.
+                seed = run.seed(f"judge {index}")
+                network = train_ecg_classifier(
+                    x,
+                    y,
+                    network=new_classifier(settings.classifier, x, len(self.classes), seed),
+                    settings=settings.classifier.training,
+                    seed=seed,
+                    device=run.device,
+                    progress=run.progress,
+                    description=f"judge of {name}",
+                    state_dir=None if state_dir is None else state_dir.with_suffix(f".{index}"),
+                )
+                scores.append(predict(network, self.x_test))
+            return Utility(np.stack(scores))
+
+        signature = signature_of(x, y, self.x_test, asdict(settings.classifier), settings.seeds, run.config.seed)
+        return run.stages.run(f"judge-{name}", signature, compute, _save_utility, _load_utility, alone=True)
+
+    def _statistics(self, signals: np.ndarray) -> ECGStatistics:
+        return ecg_statistics(signals[:_MEASURED], self.cohorts.target.rate, self.cohorts.target.leads)
 
 
 def distances(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
@@ -165,23 +208,22 @@ def distances(real: np.ndarray, generated: np.ndarray) -> dict[str, float]:
     }
 
 
-def statistics(signals: np.ndarray, pipeline: Pipeline) -> ECGStatistics:
-    """Heart rates and intervals of the first records."""
-    return ecg_statistics(signals[:_MEASURED], pipeline.cohorts.rate, pipeline.cohorts.leads)
-
-
 def all_leads(signals: np.ndarray, leads: Sequence[str]) -> np.ndarray:
     """The twelve leads of the eight stored ones; other leads as they are."""
     return twelve_leads(signals) if tuple(leads) == tuple(STORED_LEADS) else signals
 
 
-def cost(pipeline: Pipeline, name: str) -> Cost:
-    """Of one method: what is trained for it, the source model for itself alone, and its samples."""
-    found = pipeline.costs.found
-    trained = [found[stage] for stage in _STAGES[name] if stage in found]
+def cost(found: Mapping[str, Mapping[str, Any]], name: str) -> Cost:
+    """Cost of one method: the networks trained for it, without a source model that it starts from, and its samples.
+
+    Args:
+        found: costs by stage, see :class:`tgdp_fast.ecg.costs.Costs`.
+        name: of the method.
+    """
+    trained = [found[stage] for stage in _METHODS[name].stages if stage in found]
     drawn = found.get(f"samples-{name}", {})
     return Cost(
-        # Nothing is known of a source model that a checkpoint brought.
+        # The cost of a source model from a checkpoint is unknown.
         trainable_parameters=sum(row.get("parameters", 0) for row in trained) if trained else None,
         training_seconds=sum(row["seconds"] for row in trained) if trained else None,
         sampling_seconds=drawn.get("seconds"),
@@ -189,79 +231,64 @@ def cost(pipeline: Pipeline, name: str) -> Cost:
     )
 
 
-def results(pipeline: Pipeline, methods: Sequence[Method]) -> dict[str, Any]:
-    """Everything that the report says in numbers, JSON-able."""
-    rows = {}
-    for key, method in zip((REAL, *pipeline.config.methods), methods, strict=True):
-        copies = method.memorisation
-        rows[key] = {
-            "metrics": {name: asdict(value) for name, value in method.metrics.items()},
-            "with_real": {name: asdict(value) for name, value in method.augmented.items()},
+def _results(run: Run, cohorts: Cohorts, methods: Mapping[str, Method], model: TransferModel) -> dict[str, Any]:
+    """All numbers of the report, JSON-able."""
+    copies = ("median_ratio", "low_ratio", "nearer", "copies")
+    rows = {
+        name: {
+            "metrics": {key: asdict(value) for key, value in method.metrics.items()},
+            "with_real": {key: asdict(value) for key, value in method.augmented.items()},
             "per_class": [asdict(row) for row in method.per_class],
             "quality": dict(method.quality),
-            "memorisation": None
-            if copies is None
-            else {name: getattr(copies, name) for name in ("median_ratio", "low_ratio", "nearer", "copies")},
+            "memorisation": method.memorization and {key: getattr(method.memorization, key) for key in copies},
             "statistics": [asdict(row) for row in method.statistics],
         }
-    cohorts = pipeline.cohorts
+        for name, method in methods.items()
+    }
     return {
         "environment": environment(),
-        "counts": counts(pipeline),
+        "counts": counts(run, cohorts),
         "dropped": {
-            domain: [[problem.record, problem.reason] for problem in problems]
-            for domain, problems in cohorts.problems.items()
+            domain: [[problem.record, problem.reason] for problem in getattr(cohorts, domain).problems]
+            for domain in DOMAINS
         },
-        "diagnostics": pipeline.model.diagnostics,
-        "costs": pipeline.costs.found,
+        "diagnostics": model.diagnostics,
+        "costs": run.costs.found,
         "methods": rows,
     }
 
 
-def counts(pipeline: Pipeline) -> dict[str, int]:
+def counts(run: Run, cohorts: Cohorts) -> dict[str, int]:
     """Numbers of records."""
-    cohorts = pipeline.cohorts
-    dropped = {f"{domain} records dropped": len(problems) for domain, problems in cohorts.problems.items()}
     return {
         "source records": len(cohorts.source),
         "target records that methods see": len(cohorts.target),
         "target records that test": len(cohorts.test),
-        "samples of each method": pipeline.config.sampling.num,
-        **dropped,
+        "samples of each method": run.config.sampling.num,
+        **{f"{domain} records dropped": len(getattr(cohorts, domain).problems) for domain in DOMAINS},
     }
 
 
-def _report(pipeline: Pipeline, methods: Sequence[Method]) -> Report:
-    cohorts, ratio = pipeline.cohorts, pipeline.ratio[0]
-    eight = tuple(cohorts.leads) == tuple(STORED_LEADS)
+def _report(run: Run, cohorts: Cohorts, methods: Sequence[Method], ratio: DensityRatio, model: TransferModel) -> Report:
+    source, tested, config = cohorts.source, len(cohorts.test), run.config
+    few_tested = f"{tested} test records are few: differences within the intervals say nothing."
     return Report(
         title="ECG transfer",
         methods=methods,
-        rate=cohorts.rate,
-        leads=TWELVE_LEADS if eight else cohorts.leads,
-        summary=(f"{SMOKE[0].upper()}{SMOKE[1:]}.\n" if pipeline.config.preset == "smoke" else "")
+        rate=source.rate,
+        leads=TWELVE_LEADS if source.leads == STORED_LEADS else source.leads,
+        summary=(f"{SMOKE[0].upper()}{SMOKE[1:]}.\n" if config.preset == "smoke" else "")
         + (
-            f"{pipeline.config.sampling.num} samples of each method, for the statements of {len(cohorts.target)} "
-            f"target records; source model of {len(cohorts.source)} records. Classifiers trained on samples are tested "
-            f"on {len(cohorts.test)} real target records that no method has seen."
+            f"{config.sampling.num} samples of each method, for the statements of {len(cohorts.target)} "
+            f"target records; source model of {len(source)} records. Classifiers trained on samples are tested "
+            f"on {tested} real target records that no method has seen."
         ),
-        warnings=[*pipeline.model.diagnostics["warnings"], *_size_warnings(pipeline)],
+        warnings=[*model.diagnostics["warnings"], *([few_tested] if tested < _FEW else [])],
         log_ratios={"source": ratio.source_log_ratio.numpy(), "target": ratio.target_log_ratio.numpy()},
-        counts=counts(pipeline),
+        counts=counts(run, cohorts),
         provenance={"tgdp_fast": __version__, "torch": torch.__version__, **environment()},
-        settings=asdict(pipeline.config),
+        settings=to_dict(config),
     )
-
-
-def _size_warnings(pipeline: Pipeline) -> list[str]:
-    tested = len(pipeline.cohorts.test)
-    if tested < 100:
-        return [f"{tested} test records are few: differences within the intervals say nothing."]
-    return []
-
-
-def _names(labels: np.ndarray, vocabulary: Sequence[str]) -> list[tuple[str, ...]]:
-    return label_names((labels > 0.5).astype(np.uint8), vocabulary)
 
 
 def _save_utility(utility: Utility, path: Path) -> None:

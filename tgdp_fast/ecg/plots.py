@@ -19,14 +19,14 @@ LAYOUT = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V
 RHYTHM_LEAD = "II"
 
 PAPER, FINE_LINE, COARSE_LINE, TRACE = "#fffafa", "#f6d3d3", "#e9a3a3", "#16161d"
-#: Line colours (after Okabe and Ito: told apart with colour blindness too) and dashes, in the order of series.
-COLOURS = ("#16161d", "#0072b2", "#b06a00", "#00805c", "#c2410c", "#7b4fa3", "#5c5c5c")
+#: Line colors (after Okabe and Ito: told apart with color blindness too) and dashes, in the order of series.
+COLORS = ("#16161d", "#0072b2", "#b06a00", "#00805c", "#c2410c", "#7b4fa3", "#5c5c5c")
 DASHES = ("", "6 3", "2 2", "8 2 2 2", "", "4 2", "1 3")
 
 _MARGIN = 5.0  # mm, around everything
 _PULSE = 10.0  # mm, room for the calibration pulse before each row
 _ABOVE, _BELOW = (15.0, 30.0), (15.0, 20.0)  # mm of a row above and below its baseline, at least and at most
-_LARGEST = 5.0  # mV; what is beyond is cut off
+_LARGEST = 5.0  # mV; larger values are cut off
 _UNIT = 100  # paths are written in hundredths of a millimetre: whole numbers are short
 
 #: The two grids of ECG paper; once in a page, before the first plot.
@@ -43,12 +43,12 @@ GRID = (
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: its name, x [P] and y [P], and its place in ``COLOURS``."""
+    """A curve: its name, x [P] and y [P], and its place in ``COLORS``."""
 
     name: str
     x: np.ndarray
     y: np.ndarray
-    colour: int
+    color: int
 
 
 def ecg_plot(signals: np.ndarray, rate: float, leads: Sequence[str], title: str) -> str:
@@ -62,7 +62,7 @@ def ecg_plot(signals: np.ndarray, rate: float, leads: Sequence[str], title: str)
         signals: [12, L] in mV.
         rate: samples per second.
         leads: names of the leads, in any case.
-        title: what the plot shows, read to those who cannot see it.
+        title: description for screen readers.
 
     Raises:
         ValueError: other shapes, a lead is missing.
@@ -127,33 +127,21 @@ def path(x: np.ndarray, y: np.ndarray) -> str:
     return f"M{points[0, 0]} {points[0, 1]}l" + " ".join(f"{a} {b}" for a, b in steps) if len(steps) else ""
 
 
-def curves(
-    series: Sequence[Series],
-    title: str,
-    x_label: str,
-    y_label: str,
-    *,
-    heading: str = "",
-    width: int = 520,
-    height: int = 300,
-    y_range: tuple[float, float] | None = None,
-) -> str:
+def curves(series: Sequence[Series], title: str, x_label: str, y_label: str, *, heading: str = "") -> str:
     """Lines over one pair of axes. Points that are not finite are left out.
 
     Args:
         series: at least one.
-        title: read to those who cannot see it.
+        title: for screen readers.
         x_label, y_label: of the axes.
         heading: written above.
-        width, height: in pixels at full size.
-        y_range: limits of the y axis; default those of the series.
     """
     shown = [_finite(s) for s in series]
     x_range = _limits([s.x for s in shown])
-    frame = _Frame(width, height, x_range, y_range or _padded(_limits([s.y for s in shown])))
+    frame = _Frame(520, 300, x_range, _padded(_limits([s.y for s in shown])))
     lines = "".join(
-        f'<path d="{path(10 * frame.x(s.x), 10 * frame.y(s.y))}" fill="none" stroke="{COLOURS[s.colour % 7]}" '
-        f'stroke-width="16" stroke-dasharray="{_scaled(DASHES[s.colour % 7])}" stroke-linejoin="round"/>'
+        f'<path d="{path(10 * frame.x(s.x), 10 * frame.y(s.y))}" fill="none" stroke="{COLORS[s.color % 7]}" '
+        f'stroke-width="16" stroke-dasharray="{_scaled(DASHES[s.color % 7])}" stroke-linejoin="round"/>'
         for s in shown
         if len(s.x) > 1
     )
@@ -161,18 +149,11 @@ def curves(
 
 
 def histogram(
-    values: Mapping[str, np.ndarray],
-    title: str,
-    x_label: str,
-    *,
-    colours: Sequence[int] = (1, 4, 3, 5),
-    bins: int = 40,
-    width: int = 760,
-    height: int = 280,
+    values: Mapping[str, np.ndarray], title: str, x_label: str, *, colors: Sequence[int] = (1, 4, 3, 5), bins: int = 40
 ) -> str:
-    """Histograms over common bins, each as a density; filled steps in their colours.
+    """Histograms over ``bins`` common bins, each as a density in filled steps.
 
-    Bins span the central 99.8 % of all values; what lies outside is counted in the first and last one.
+    Bins span the central 99.8 % of all values; values outside are counted in the first and last one.
     """
     finite = {name: np.asarray(v, dtype=np.float64)[np.isfinite(v)] for name, v in values.items()}
     everything = np.concatenate([*finite.values(), np.zeros(0)])
@@ -184,14 +165,14 @@ def histogram(
         for name, v in finite.items()
     }
     top = max((float(d.max()) for d in density.values()), default=1.0) or 1.0
-    frame = _Frame(width, height, (low, high), (0.0, 1.08 * top))
+    frame = _Frame(760, 280, (low, high), (0.0, 1.08 * top))
     shapes = ""
     for i, d in enumerate(density.values()):
         x, y = np.repeat(edges, 2), np.concatenate([[0.0], np.repeat(d, 2), [0.0]])
-        colour = colours[i % len(colours)]
+        color = colors[i % len(colors)]
         shapes += (
-            f'<path d="{path(10 * frame.x(x), 10 * frame.y(y))}" fill="{COLOURS[colour]}" fill-opacity="0.22" '
-            f'stroke="{COLOURS[colour]}" stroke-width="16" stroke-dasharray="{_scaled(DASHES[colour])}"/>'
+            f'<path d="{path(10 * frame.x(x), 10 * frame.y(y))}" fill="{COLORS[color]}" fill-opacity="0.22" '
+            f'stroke="{COLORS[color]}" stroke-width="16" stroke-dasharray="{_scaled(DASHES[color])}"/>'
         )
     if low < 0 < high:
         zero = 10 * float(frame.x(np.zeros(1))[0])
@@ -202,9 +183,9 @@ def histogram(
 def legend(entries: Sequence[tuple[str, int]]) -> str:
     """Names with a piece of their line, as an HTML list."""
     items = "".join(
-        f'<li><svg width="34" height="10" aria-hidden="true"><path d="M1 5h32" stroke="{COLOURS[colour % 7]}" '
-        f'stroke-width="2.4" stroke-dasharray="{DASHES[colour % 7]}"/></svg> {html.escape(name)}</li>'
-        for name, colour in entries
+        f'<li><svg width="34" height="10" aria-hidden="true"><path d="M1 5h32" stroke="{COLORS[color % 7]}" '
+        f'stroke-width="2.4" stroke-dasharray="{DASHES[color % 7]}"/></svg> {html.escape(name)}</li>'
+        for name, color in entries
     )
     return f'<ul class="legend">{items}</ul>'
 
@@ -265,7 +246,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 def _finite(series: Series) -> Series:
     x, y = np.asarray(series.x, dtype=np.float64), np.asarray(series.y, dtype=np.float64)
     keep = np.isfinite(x) & np.isfinite(y)
-    return Series(series.name, x[keep], y[keep], series.colour)
+    return Series(series.name, x[keep], y[keep], series.color)
 
 
 def _limits(parts: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What would go wrong at the end of a long run, found before its beginning."""
+"""Checks before a long run of what would otherwise fail at its end."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast.ecg.config import Config, to_dict
+from tgdp_fast.ecg.config import PRESETS, UNSAID, Config, to_dict
 
 #: Names for pip of packages that are imported by another one.
 _INSTALLED_AS = {"sklearn": "scikit-learn"}
-#: Settings that leave every result as it is.
+#: Settings that no result depends on.
 _HARMLESS = ("device",)
 #: Settings, or whole tables, that the model of ``ecg fit`` does not depend on.
 _AFTER_THE_MODEL = ("methods", "vanilla.", "fine_tune.", "sampling.", "evaluation.")
-#: But these among them: where guided samples start, and what makes features.
+#: Exceptions among them: the prior of guided samples, and the network that computes features.
 _BEFORE_THE_MODEL = ("sampling.prior", "evaluation.classifier.")
 _PATHS = ("data.source", "data.target", "backbone.checkpoint")
+#: Settings that are written down only where they are not as here.
+_UNSAID = {f"sampling.{name}": value for name, value in UNSAID.items()}
+#: Values that earlier versions spelled otherwise: old, new.
+_RENAMED = {"backbone.checkpoint_units": ("standardised", "standardized")}
 _SHOWN = 5
+#: Packages that evaluation imports at its end; neurokit2 needs pandas and matplotlib. Only some file formats need
+#: wfdb, and reading them, which comes first, reports it.
+MEASURING = ("scipy", "sklearn", "pandas", "matplotlib", "neurokit2")
+#: Settings that evaluate the same samples again.
+EVALUATED_ANEW = ("evaluation.bootstrap", "evaluation.seeds", "evaluation.plots")
 
 
 def check_packages(names: Sequence[str]) -> None:
@@ -33,7 +42,7 @@ def check_packages(names: Sequence[str]) -> None:
         try:
             import_module(name)
         except ImportError as error:
-            # Often what it imports itself is what is missing.
+            # Often a package that it imports itself is missing.
             missing.append(_INSTALLED_AS.get(part := (error.name or name).split(".")[0], part))
     if missing:
         raise ImportError(
@@ -45,7 +54,7 @@ def check_packages(names: Sequence[str]) -> None:
 def check_same_run(out: Path, config: Config, changeable: Sequence[str] = ()) -> None:
     """Refuse to replace the results in ``out``, or its model, by those of other settings.
 
-    A folder that has neither may go on with any: stages that a change does not concern are used as they are.
+    A folder without results and model accepts any settings: stages that a change does not affect are reused.
 
     Args:
         out: folder of the run.
@@ -64,9 +73,14 @@ def check_same_run(out: Path, config: Config, changeable: Sequence[str] = ()) ->
         before = dict(_flat(json.loads((out / "config.json").read_text())))
     except (OSError, ValueError, AttributeError):  # Not there, or damaged: nothing to compare with.
         return
+    for name, (former, current) in _RENAMED.items():
+        if before.get(name) == former:
+            before[name] = current
     changes = []
-    for name, new in _flat(json.loads(json.dumps(to_dict(config)))):
-        old = before.get(name, new)  # A setting that is newer than the run had its default value.
+    now, usual = (dict(_flat(json.loads(json.dumps(to_dict(each))))) for each in (config, PRESETS[config.preset]))
+    for name in dict.fromkeys([*now, *_UNSAID]):
+        # A setting that is newer than the run had its default value.
+        old, new = (each.get(name, usual.get(name, _UNSAID.get(name))) for each in (before, now))
         same = old == new or (name in _PATHS and old and new and _same_place(Path(old), Path(new)))
         matters = finished or name.startswith(_BEFORE_THE_MODEL) or not name.startswith(_AFTER_THE_MODEL)
         if not same and matters and name not in (*_HARMLESS, *changeable):

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast.checkpoint import write_atomic
 from tgdp_fast.ecg import plots
 from tgdp_fast.metrics.classification import ClassScore, Interval
-from tgdp_fast.metrics.copies import Memorisation
+from tgdp_fast.metrics.copies import Memorization
 from tgdp_fast.metrics.ecg_intervals import Spectra, StatisticComparison
+from tgdp_fast.runtime.files import write_atomic
 
 #: Leads whose spectra are shown, where they are there.
 SPECTRUM_LEADS = ("II", "V1", "V2", "V5")
@@ -23,10 +23,10 @@ SPECTRUM_LEADS = ("II", "V1", "V2", "V5")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method takes; None for what was not measured.
+    """Cost of a method; None where it was not measured.
 
     Attributes:
-        trainable_parameters: of all that is trained for it; a model that several methods share counts for itself.
+        trainable_parameters: of the networks trained for this method; a shared source model is a method of its own.
         training_seconds, sampling_seconds: wall-clock.
         memory_bytes: peak during training.
     """
@@ -39,18 +39,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class Method:
-    """One method, or the real records, which come first and are what the others are compared with.
+    """One method, or the real records, which come first as the reference.
 
     Attributes:
         name: as in tables and legends.
         description: one sentence.
         samples: records to plot [k, leads, L] in mV, with the leads of the report.
         labels: a caption for each of them, such as its statements.
-        metrics: name -> value with its bootstrap interval; of a classifier trained on this method's samples.
-        augmented: the same, trained on these samples and the few real records.
+        metrics: by name, with bootstrap intervals; of a classifier trained on this method's samples.
+        augmented: likewise, trained on these samples and the few real records.
         per_class: scores of that classifier.
-        quality: name -> number, such as the Frechet distance.
-        memorisation: see :func:`tgdp_fast.metrics.memorisation`.
+        quality: numbers by name, such as the Fréchet distance.
+        memorization: see :func:`tgdp_fast.metrics.memorization`.
         statistics: see :func:`tgdp_fast.metrics.compare_statistics`.
         spectra: with the leads of the report.
         cost: see :class:`Cost`.
@@ -64,7 +64,7 @@ class Method:
     augmented: Mapping[str, Interval] = field(default_factory=dict)
     per_class: Sequence[ClassScore] = ()
     quality: Mapping[str, float] = field(default_factory=dict)
-    memorisation: Memorisation | None = None
+    memorization: Memorization | None = None
     statistics: Sequence[StatisticComparison] = ()
     spectra: Spectra | None = None
     cost: Cost | None = None
@@ -72,19 +72,19 @@ class Method:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the file shows. Sections for which there is nothing are left out.
+    """The content of the file. Empty sections are left out.
 
     Attributes:
         title: heading.
         methods: in the order of tables and plots.
         rate: samples per second of all signals.
         leads: names of the leads of all signals; the twelve of a standard ECG.
-        summary: what was done, a few sentences.
+        summary: a few sentences on what was done.
         warnings: of the diagnostics; shown first.
-        log_ratios: name ("source", "target") -> log-ratios of its records.
-        counts: name -> number of records.
+        log_ratios: log density ratios at the records of "source" and "target".
+        counts: numbers of records by name.
         provenance: versions, seeds, machine.
-        settings: of the run; nested tables are flattened.
+        settings: of the run; nested tables are shown flat.
     """
 
     title: str
@@ -103,7 +103,7 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
     """Write the report as one HTML file, atomically. It needs no other file, no network and no script.
 
     Raises:
-        ValueError: signals of another shape, leads that are missing, a caption for each sample that is not there.
+        ValueError: signals of a wrong shape, missing leads or captions.
     """
     write_atomic(path, render(report))
 
@@ -193,14 +193,14 @@ def _ecgs(report: Report) -> str:
 
 def _quality(report: Report) -> str:
     columns = _keys(method.quality for method in report.methods)
-    remembered = any(method.memorisation for method in report.methods)
+    remembered = any(method.memorization for method in report.methods)
     extra = ["nearest record, ratio", "5 % nearest, ratio", "nearer than held-out", "copies"] if remembered else []
     rows = []
     for method in report.methods:
-        if not method.quality and method.memorisation is None:
+        if not method.quality and method.memorization is None:
             continue
         cells = [_number(method.quality[c]) if c in method.quality else "–" for c in columns]
-        found = method.memorisation
+        found = method.memorization
         if found is not None:
             cells += [
                 _number(found.median_ratio),
@@ -217,7 +217,7 @@ def _quality(report: Report) -> str:
     notes = [
         "Fréchet distance: of Gaussians fitted to features of a frozen ECG classifier; 0 is best. It is biased "
         "upwards: compare with that of the real records.",
-        "Density: 1 for equal laws. Coverage: share of real records with a sample near by.",
+        "Density: 1 for equal distributions. Coverage: share of real records with a sample near by.",
     ]
     if remembered:
         notes.append(
@@ -258,9 +258,9 @@ def _ratios(report: Report) -> str:
     values = {name: np.asarray(v) for name, v in report.log_ratios.items() if np.size(v)}
     if not values:
         return ""
-    colours = (1, 4, 3, 5)
-    plot = plots.histogram(values, "Histograms of the learned log-ratio", "log r = log q / p (nats)", colours=colours)
-    legend = plots.legend([(name, colours[i % 4]) for i, name in enumerate(values)])
+    colors = (1, 4, 3, 5)
+    plot = plots.histogram(values, "Histograms of the learned log-ratio", "log r = log q / p (nats)", colors=colors)
+    legend = plots.legend([(name, colors[i % 4]) for i, name in enumerate(values)])
     rows = [
         [name, str(len(v)), *(_number(float(q)) for q in np.quantile(v[np.isfinite(v)], [0.05, 0.5, 0.95]))]
         for name, v in values.items()
@@ -367,7 +367,7 @@ def _provenance(report: Report) -> str:
 _SECTIONS: Sequence[tuple[str, str, Callable[[Report], str]]] = (
     ("classification", "Train on samples, test on real records", _classification),
     ("electrocardiograms", "Electrocardiograms", _ecgs),
-    ("quality", "Quality, diversity, memorisation", _quality),
+    ("quality", "Quality, diversity, memorization", _quality),
     ("classes", "Per statement", _per_class),
     ("intervals", "Heart rate and intervals", _statistics),
     ("spectra", "Spectra", _spectra),
@@ -382,7 +382,7 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[Report], str]]] = (
 
 
 def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, raw: bool = False) -> str:
-    """An HTML table. Cells are escaped; with ``raw`` those of the first column and the header alone."""
+    """An HTML table. All cells are escaped; with ``raw`` only the header and the first column are."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'

@@ -1,1 +1,1 @@
-"""Bridges to other libraries, one module each; nothing is imported before it is asked for."""
+"""Integrations with other libraries, one module each; a library is imported only with its module."""

@@ -11,7 +11,7 @@ from tgdp_fast.metrics.classification import (
     macro_auc_by_ranks,
     per_class_scores,
 )
-from tgdp_fast.metrics.copies import Memorisation, memorisation, nearest_by_correlation
+from tgdp_fast.metrics.copies import Memorization, memorization, nearest_by_correlation
 from tgdp_fast.metrics.ecg_intervals import (
     ECGStatistics,
     Spectra,
@@ -32,7 +32,7 @@ __all__ = [
     "FMax",
     "Interval",
     "MacroAUC",
-    "Memorisation",
+    "Memorization",
     "Spectra",
     "StatisticComparison",
     "average_likelihood",
@@ -45,7 +45,7 @@ __all__ = [
     "macro_auc",
     "macro_auc_by_ranks",
     "median_bandwidth",
-    "memorisation",
+    "memorization",
     "mmd",
     "mode_mass",
     "nearest_by_correlation",

@@ -1,4 +1,4 @@
-"""Multi-label classification, measured as the PTB-XL benchmark does: macro AUC, sample-centric F-max, intervals.
+"""Multi-label classification metrics as in the PTB-XL benchmark: macro AUC, sample-centric F-max, intervals.
 
 Source: Strodthoff et al., "Deep Learning for ECG Analysis: Benchmarks and Insights from PTB-XL", IEEE Journal of
 Biomedical and Health Informatics 25 (2021), section III. F-max is that of CAFA (Radivojac et al., "A large-scale
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast._checks import check_integer, check_number, check_seed
+from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
 
-_VALUES = 8_000_000  # booleans of thresholds x records x classes held at once
-_TRIES = 100  # resamplings drawn for each one that is wanted
+_VALUES = 8_000_000  # booleans (thresholds x records x classes) in memory at once
+_TRIES = 100  # resamples drawn at most per requested one
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class MacroAUC:
     """Mean area under the ROC curve over classes.
 
     Attributes:
-        value: the mean over the classes that have both values; NaN when none has.
-        per_class: [K], NaN for those that are left out.
-        left_out: indices of classes in which all records have one value, so that there is no curve.
+        value: the mean over the classes that have both values; NaN if there are none.
+        per_class: [K], NaN for classes that are left out.
+        left_out: indices of classes without a curve, because all records have the same value.
     """
 
     value: float
@@ -36,7 +36,7 @@ class MacroAUC:
 
 @dataclass(frozen=True)
 class FMax:
-    """The largest F over thresholds, and where: ``precision`` and ``recall`` at ``threshold``."""
+    """The largest F over thresholds, with ``precision`` and ``recall`` at its ``threshold``."""
 
     value: float
     threshold: float
@@ -46,7 +46,7 @@ class FMax:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class: records that have it, area under the ROC curve, and F1, precision and recall at a threshold."""
+    """One class: number of its records, area under the ROC curve, and F1, precision and recall at a threshold."""
 
     name: str
     positives: int
@@ -61,11 +61,11 @@ class Interval:
     """A statistic with its bootstrap interval.
 
     Attributes:
-        value: on the records as they are.
-        low, high: the interval; NaN when no resampling could be used.
+        value: of the statistic on the original records.
+        low, high: the interval; NaN if no resample could be used.
         confidence: its level.
-        num: resamplings behind it.
-        rejected: resamplings drawn anew because a class had vanished.
+        num: number of resamples used.
+        rejected: number of resamples drawn again because a class had vanished.
     """
 
     value: float
@@ -77,11 +77,11 @@ class Interval:
 
 
 def macro_auc(y: np.ndarray, score: np.ndarray) -> MacroAUC:
-    """Macro AUC, where classes that lack both values are left out and named.
+    """Macro AUC over the classes that have both values; the others are listed.
 
     Args:
         y: statements [N, K] of 0 and 1.
-        score: probabilities or any scores [N, K]; equal scores count half.
+        score: probabilities or any other scores [N, K]; ties count half.
 
     Raises:
         ValueError: other shapes or values.
@@ -98,9 +98,10 @@ def macro_auc(y: np.ndarray, score: np.ndarray) -> MacroAUC:
 
 
 def macro_auc_by_ranks(y: np.ndarray, score: np.ndarray) -> float:
-    """``macro_auc(y, score).value`` from the ranks of the scores, as Mann and Whitney count pairs.
+    """``macro_auc(y, score).value`` from the ranks of the scores (Mann-Whitney).
 
-    The same number; ten or more times faster than scikit-learn for some thousand records, which a bootstrap feels.
+    The result is the same. For a few thousand records it is at least ten times faster than scikit-learn, which matters
+    for a bootstrap.
 
     Raises:
         ValueError: other shapes or values.
@@ -123,14 +124,15 @@ def macro_auc_by_ranks(y: np.ndarray, score: np.ndarray) -> float:
 def f_max(y: np.ndarray, score: np.ndarray, thresholds: int | None = 101) -> FMax:
     """Sample-centric F-max: the largest harmonic mean of precision and recall over thresholds.
 
-    At a threshold, a record is given the classes whose score is at least the threshold. Precision is the mean over the
-    records that are given a class, recall that over the records that have one. F is taken of these means.
+    At a threshold, a record is assigned the classes whose score is at least the threshold. Precision is the mean over
+    the records that are assigned a class, recall the mean over the records that have one. F is computed from these
+    means.
 
     Args:
         y: statements [N, K] of 0 and 1.
         score: probabilities [N, K] in [0, 1].
-        thresholds: number of evenly spaced ones from 0 to 1, 0 itself left out; None tries every score: exact, and slow
-            for many records. They differ by little: the default has steps of 0.01, as CAFA.
+        thresholds: number of evenly spaced thresholds from 0 to 1, without 0 itself. None tries every score, which is
+            exact but slow for many records. The difference is small: the default has steps of 0.01, as in CAFA.
 
     Raises:
         ValueError: other shapes or values, or no record has a class.
@@ -166,16 +168,16 @@ def f_max(y: np.ndarray, score: np.ndarray, thresholds: int | None = 101) -> FMa
 def per_class_scores(
     y: np.ndarray, score: np.ndarray, names: Sequence[str] | None = None, threshold: float = 0.5
 ) -> list[ClassScore]:
-    """AUC, and F1, precision and recall at one threshold for all, of each class.
+    """AUC of each class, and F1, precision and recall at one common threshold.
 
-    What is not defined is NaN: the AUC of a class in which all records have one value, F1 and recall of one that no
-    record has, precision of one that no record is given.
+    Undefined values are NaN: the AUC of a class in which all records have the same value, F1 and recall of a class that
+    no record has, and precision of a class that no record is assigned.
 
     Args:
         y: statements [N, K] of 0 and 1.
         score: probabilities [N, K].
-        names: of the classes; default their indices.
-        threshold: a class is given where its score is at least this; ``f_max(...).threshold`` is a choice.
+        names: of the classes; default: their indices.
+        threshold: a class is assigned if its score is at least this; for example ``f_max(...).threshold``.
 
     Raises:
         ValueError: other shapes or values.
@@ -188,7 +190,7 @@ def per_class_scores(
         raise ValueError(f"names must be one for each of {y.shape[1]} classes, got {len(names)}")
     given = score >= check_number("threshold", threshold)
     right, positives, answers = (y & given).sum(axis=0), y.sum(axis=0), given.sum(axis=0)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, as said above
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, see the docstring
         precision, recall = right / answers, right / positives
         f1 = np.where(positives > 0, 2 * right / (positives + answers), np.nan)
     return [
@@ -206,20 +208,20 @@ def bootstrap_interval(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval:
-    """Percentile interval of a statistic under resampling of the records.
+    """Percentile bootstrap interval of a statistic, resampling the records.
 
-    A resampling in which a class has vanished that the records have (or one that not all have is in all) is drawn anew,
-    as the benchmark does. With a class of few records that makes the interval a little too narrow; ``rejected`` says
-    how often it happened. After 100 draws for each resampling wanted, those found so far are used. Where the statistic
-    is NaN on a resampling, that one is left out.
+    As in the benchmark, a resample is drawn again if a class has vanished from it, or if all its records have a class
+    that not all original records have. With classes of few records this makes the interval slightly too narrow;
+    ``rejected`` counts these cases. After 100 draws per requested resample, those found so far are used. Resamples with
+    a NaN statistic are left out.
 
     Args:
         statistic: statistic(y, score) -> number, such as :func:`macro_auc_by_ranks`, or
             ``lambda y, score: f_max(y, score).value``.
         y: statements [N, K] of 0 and 1.
         score: scores [N, K].
-        num: resamplings; the benchmark has 100.
-        seed: methods that share it (and y) share their resamplings.
+        num: number of resamples; the benchmark has 100.
+        seed: methods with the same seed and y use the same resamples.
         confidence: level of the interval, in (0, 1).
 
     Raises:

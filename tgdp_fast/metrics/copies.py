@@ -1,4 +1,4 @@
-"""Whether generated samples are copies of training samples, against how near held-out samples come to them."""
+"""Whether generated samples are copies of training samples, compared with the distances of held-out samples."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_integer, check_number
 from tgdp_fast.metrics.two_sample import _points
+from tgdp_fast.runtime.checks import check_integer, check_number
 
-#: A distance below which a sample is called a copy. Of signals: a correlation above 1 - 5e-7.
+#: A sample at a smaller distance is called a copy. For signals this means a correlation above 1 - 5e-7.
 COPY = 1e-3
-_VALUES = 16_000_000  # correlations of pairs and shifts, or distances of pairs, held at once
+_VALUES = 16_000_000  # correlations of pairs and shifts, or distances of pairs, in memory at once
 
 
 @dataclass(frozen=True)
-class Memorisation:
-    """Distances of generated samples to the nearest training sample, beside those of held-out samples.
+class Memorization:
+    """Distances of generated samples to the nearest training sample, compared with those of held-out samples.
 
     Attributes:
-        generated, held_out: the distances [G], [H]. Of signals from 0 (equal up to scale, offset and shift) to 2; of
-            other samples 0 for equal ones, and near 1 for two that were drawn by chance.
-        nearest: index of the training sample nearest to each generated one, [G].
+        generated, held_out: the distances [G], [H]. For signals from 0 (equal up to scale, offset and shift) to 2. For
+            other samples 0 if equal, and about 1 for two random samples.
+        nearest: index of the nearest training sample for each generated one, [G].
         median_ratio: median of ``generated`` over that of ``held_out``. Near 1 or above: no copying.
-        low_ratio: the same of a low quantile, where copies show while they are few.
-        nearer: generated samples nearer to a training sample than every held-out sample is.
-        expected_nearer: of a law that is that of the held-out samples: G / (H + 1).
-        copies: generated samples at a distance below 0.001.
+        low_ratio: the same for a low quantile, which shows copies even if they are few.
+        nearer: number of generated samples that are nearer to a training sample than every held-out sample.
+        expected_nearer: its expectation for samples with the distribution of the held-out ones: G / (H + 1).
+        copies: number of generated samples at a distance below 0.001.
     """
 
     generated: np.ndarray
@@ -43,7 +43,7 @@ class Memorisation:
     copies: int
 
 
-def memorisation(
+def memorization(
     generated: np.ndarray | Tensor,
     train: np.ndarray | Tensor,
     held_out: np.ndarray | Tensor,
@@ -51,26 +51,26 @@ def memorisation(
     max_shift: int | None = None,
     low: float = 0.05,
     device: str | torch.device = "cpu",
-) -> Memorisation:
+) -> Memorization:
     """Look for copies of the training samples: vectors, images, or signals.
 
     Arrays with three axes are signals [N, leads, L]. A copy of a signal may be scaled, offset per lead, or shifted in
     time: see :func:`nearest_by_correlation` for the distance. Arrays of any other shape are vectors [N, D], images
-    [N, channels, height, width] (with an axis for one channel too) and the like: their distance is the Euclidean one
-    over all elements, divided by the root mean square distance between training and held-out samples. There a
-    coordinate counts by its spread: divide vectors of mixed units by the standard deviations of the training data.
+    [N, channels, height, width] (keep the axis of a single channel) and similar data. Their distance is the Euclidean
+    one over all elements, divided by the root mean square distance between training and held-out samples. A coordinate
+    counts by its spread: divide vectors of mixed units by the standard deviations of the training data.
 
-    ``held_out`` must be samples of the same law of which no model has seen any, and of other patients.
+    ``held_out`` must be samples of the same distribution that no model has seen, from other patients.
 
     Args:
         generated: [G, ...]; train: [N, ...]; held_out: [H, ...].
-        max_shift: of signals, samples by which a copy may be shifted; default L // 10. 0 compares whole signals as they
-            lie.
+        max_shift: for signals, largest shift of a copy in samples; default L // 10. 0 compares whole signals without
+            shift.
         low: quantile of ``low_ratio``.
         device: where it is computed.
 
     Raises:
-        ValueError: different shapes, values that are not finite, a shift too large, a shift for what is no signal.
+        ValueError: different shapes, values that are not finite, a shift that is too large or not for signals.
     """
     check_number("low", low, 0.0, 1.0)
     if len(np.shape(train)) == 3:
@@ -80,7 +80,7 @@ def memorisation(
         if max_shift is not None:
             raise ValueError(f"max_shift is for signals [N, leads, L], got train of shape {list(np.shape(train))}")
         found, reference, nearest = _by_distance(generated, train, held_out, device)
-    return Memorisation(
+    return Memorization(
         found,
         reference,
         nearest,
@@ -99,12 +99,12 @@ def nearest_by_correlation(
     max_shift: int | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of each signal to the nearest training record, the least over shifts in time.
+    """Distance of each signal to the nearest training record, minimized over shifts in time.
 
-    The middle of a signal, L - 2 max_shift samples, is laid over each record at each of the 2 max_shift + 1 places
-    within it. Both windows lose their mean in each lead and are divided by their norm over all leads; the distance is
-    that of the two unit vectors, (2 - 2 correlation)^(1/2). Correlations come from one FFT over the pairs, in float32;
-    the distance at the best place is computed anew in float64, so that of an exact copy is 0. Memory is bounded. A
+    The middle of a signal, L - 2 max_shift samples, is compared with each record at each of the 2 max_shift + 1
+    positions in it. Both windows are centered in each lead and divided by their norm over all leads; the distance is
+    that of the two unit vectors, (2 - 2 correlation)^(1/2). Correlations come from one FFT over the pairs, in float32.
+    The distance at the best position is recomputed in float64, so it is 0 for an exact copy. Memory is bounded. A
     window without any signal correlates with nothing: distance 2^(1/2).
 
     Args:
@@ -116,7 +116,7 @@ def nearest_by_correlation(
         distances [G] float64 and indices of records [G] int64.
 
     Raises:
-        ValueError: other shapes, values that are not finite, a shift too large.
+        ValueError: other shapes, values that are not finite, a shift that is too large.
     """
     return _by_correlation("signals", signals, train, max_shift, device)
 
@@ -128,7 +128,7 @@ def _by_correlation(
     max_shift: int | None,
     device: str | torch.device,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`nearest_by_correlation` of the argument with this name."""
+    """:func:`nearest_by_correlation` for the argument with this name."""
     x, records = _signals(name, signals).to(device), _signals("train", train).to(device)
     _check_same(name, x.shape, records.shape)
     length = x.shape[2]
@@ -137,11 +137,11 @@ def _by_correlation(
     if window < 2:
         raise ValueError(f"max_shift must leave at least two of {length} samples in the middle, got {shift}")
     middle = x[:, :, shift : shift + window]
-    # An offset would cost digits in the sums.
-    centred = records - records.mean(dim=2, keepdim=True)
+    # An offset would lose digits in the sums.
+    centered = records - records.mean(dim=2, keepdim=True)
     size = 1 << (length - 1).bit_length()
-    spectra = torch.fft.rfft(centred, size).permute(2, 1, 0).contiguous()  # [frequencies, leads, N]
-    inverse_norm = _inverse_norms(centred, window)  # [N, places]
+    spectra = torch.fft.rfft(centered, size).permute(2, 1, 0).contiguous()  # [frequencies, leads, N]
+    inverse_norm = _inverse_norms(centered, window)  # [N, places]
     places = 2 * shift + 1
     columns = max(1, min(len(records), _VALUES // size))
     rows = max(1, _VALUES // (size * columns))
@@ -174,7 +174,7 @@ def _by_distance(
     drawn, records, others = (_points(name, value, 1).to(device) for name, value in named)
     for name, value in named:
         _check_same(name, np.shape(value), np.shape(train))
-    # The mean square distance of pairs, without the pairs.
+    # The mean square distance of pairs, computed without the pairs.
     apart = (records.mean(dim=0) - others.mean(dim=0)).square().sum()
     spread = [(x - x.mean(dim=0)).square().sum(dim=1).mean() for x in (records, others)]
     unit = math.sqrt(float(apart + sum(spread)))
@@ -187,13 +187,13 @@ def _by_distance(
 
 def _nearest(x: Tensor, records: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Euclidean distance of each row to the nearest record [G], and its index [G]."""
-    centre = records.mean(dim=0)
-    centred = records - centre
-    squares = centred.square().sum(dim=1)
+    center = records.mean(dim=0)
+    centered = records - center
+    squares = centered.square().sum(dim=1)
     distances, nearest = [], []
     for part in x.split(max(1, _VALUES // len(records))):
-        index = (squares - 2 * (part - centre) @ centred.T).argmin(dim=1)
-        # Anew, without the cancelling sums: 0 for a copy.
+        index = (squares - 2 * (part - center) @ centered.T).argmin(dim=1)
+        # Recomputed without the canceling sums: 0 for a copy.
         distances.append((part - records[index]).norm(dim=1))
         nearest.append(index)
     return torch.cat(distances).cpu().numpy(), torch.cat(nearest).cpu().numpy()
@@ -212,27 +212,27 @@ def _signals(name: str, value: np.ndarray | Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x without the mean of each lead, over its norm over leads and time; what has no signal becomes 0."""
+    """x centered in each lead and divided by its norm over leads and time; 0 if there is no signal."""
     x = x - x.mean(dim=2, keepdim=True)
     norm = x.flatten(1).norm(dim=1)[:, None, None]
     return torch.where(norm > 0, x / torch.where(norm > 0, norm, 1.0), 0.0)
 
 
 def _inverse_norms(records: Tensor, window: int) -> Tensor:
-    """1 / norm of the centred window at each place, [N, places]; 0 where the window has no signal."""
+    """1 / norm of the centered window at each position, [N, places]; 0 if the window has no signal."""
     x = records.double()
     first = torch.nn.functional.pad(x.cumsum(dim=2), (1, 0))
     second = torch.nn.functional.pad(x.square().cumsum(dim=2), (1, 0))
     total = first[:, :, window:] - first[:, :, :-window]
     squares = (second[:, :, window:] - second[:, :, :-window] - total.square() / window).sum(dim=1)
-    # Below the rounding of these sums it is no signal.
+    # A value below the rounding of these sums is not a signal.
     scale = second[:, :, -1].sum(dim=1, keepdim=True)
     some = squares > 1e-12 * scale
     return torch.where(some, squares.clamp(min=1e-300).rsqrt(), 0.0).float()
 
 
 def _distance(middle: Tensor, records: Tensor, where: Tensor, window: int) -> Tensor:
-    """Distances [rows] in float64 at the places (record, start) [rows, 2]."""
+    """Distances [rows] in float64 at the positions (record, start) [rows, 2]."""
     columns = where[:, 1:] + torch.arange(window, device=records.device)
     rows = records[where[:, 0]].double()
     found = rows.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))

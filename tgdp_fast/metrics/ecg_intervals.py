@@ -1,6 +1,6 @@
-"""What a cardiologist measures in a record, as statistics of a set: heart rate, PR, QRS and QT; and spectra.
+"""Statistics of ECG records that a cardiologist measures: heart rate, PR, QRS and QT; and spectra.
 
-Intervals are found by neurokit2. Use them to compare sets that are measured alike; for a diagnosis they are too coarse.
+neurokit2 finds the intervals. Use them to compare sets measured in the same way; they are too coarse for a diagnosis.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast._checks import check_number
 from tgdp_fast.metrics.two_sample import _points
+from tgdp_fast.runtime.checks import check_number
 
 #: Name -> unit, in the order of tables.
 STATISTICS = {"heart_rate": "beats/min", "rr_deviation": "ms", "pr": "ms", "qrs": "ms", "qt": "ms"}
 
 _DELINEATION_RATE = 500.0  # Hz; a sample is then 2 ms
-# Within which the onset and offset of a QRS complex are looked for, around R. neurokit2's own 100 ms would cut off
+# Window around R in which the onset and offset of a QRS complex are searched. neurokit2's own 100 ms would cut off
 # every bundle branch block, and many healthy complexes.
 _QRS_WINDOW = 180  # ms
 
 
 @dataclass(frozen=True)
 class ECGStatistics:
-    """Measures of each record, [N] float64; NaN where they cannot be found.
+    """Measurements of each record, [N] float64; NaN if not found.
 
     Attributes:
         heart_rate: beats per minute, from the median interval between R peaks.
         rr_deviation: standard deviation of those intervals (SDNN), ms.
         pr, qrs, qt: medians over the beats, ms: P onset to R onset, R onset to R offset, R onset to T offset.
-        lead: that they were measured in.
-        failed: records in which no beats or no waves were found.
+        lead: the lead they were measured in.
+        failed: number of records in which no beats or no waves were found.
     """
 
     heart_rate: np.ndarray
@@ -48,13 +48,13 @@ class ECGStatistics:
 
 @dataclass(frozen=True)
 class StatisticComparison:
-    """One measure in two sets: quartiles over the records where it was found, and Wasserstein-1 distance, in ``unit``.
+    """One measurement in two sets: quartiles over the records with a value, and Wasserstein-1 distance, in ``unit``.
 
     Attributes:
         name, unit: as in ``STATISTICS``.
         real, generated: lower quartile, median, upper quartile; NaN without values.
-        num_real, num_generated: values behind them.
-        wasserstein: mean distance of the one set's values to the other's when both are sorted; NaN without values.
+        num_real, num_generated: number of values.
+        wasserstein: mean distance between the sorted values of the two sets; NaN without values.
     """
 
     name: str
@@ -77,15 +77,15 @@ class Spectra:
 def ecg_statistics(signals: np.ndarray, rate: float, leads: Sequence[str]) -> ECGStatistics:
     """Heart rate, its variability, PR, QRS and QT of each record, measured in lead II.
 
-    Lead II is aVF + I / 2 where it is not stored; without either, the first lead is taken. A record is brought to
-    500 Hz, cleaned, R peaks are found by neurokit2's own method, and waves by their prominence (Emrich et al.,
+    If lead II is not stored, it is aVF + I / 2; without these leads, the first lead is used. A record is resampled to
+    500 Hz and cleaned. R peaks are found by neurokit2's own method, waves by their prominence (Emrich et al.,
     "Physiology-informed ECG delineation based on peak prominence", EUSIPCO 2024). A record with fewer than three beats
-    gives nothing.
+    gives no values.
 
     Args:
         signals: [N, leads, L] in mV.
         rate: samples per second.
-        leads: names of the leads, in any case.
+        leads: names of the leads, in upper or lower case.
 
     Raises:
         ValueError: other shapes, values that are not finite.
@@ -100,12 +100,12 @@ def ecg_statistics(signals: np.ndarray, rate: float, leads: Sequence[str]) -> EC
     factor = max(1, math.ceil(_DELINEATION_RATE / rate))
     found = np.full((len(rows), len(STATISTICS)), np.nan)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # neurokit2 warns of every beat at the edge.
+        warnings.simplefilter("ignore")  # neurokit2 warns about every beat at the edge.
         for i, row in enumerate(rows):
             try:
                 found[i] = _measure(neurokit, resample(row, factor, 1) if factor > 1 else row, rate * factor)
             except (ValueError, IndexError, KeyError, ZeroDivisionError, TypeError):
-                continue  # What neurokit2 raises where it finds no beats, or no waves.
+                continue  # neurokit2 raises these if it finds no beats or no waves.
     lost = np.isnan(found[:, 0]) | np.isnan(found[:, 2:]).all(axis=1)
     measured = {name: found[:, column] for column, name in enumerate(STATISTICS)}
     return ECGStatistics(**measured, lead=lead, failed=int(lost.sum()))
@@ -139,7 +139,7 @@ def _measure(neurokit: Any, row: np.ndarray, rate: float) -> list[float]:
 
 
 def compare_statistics(real: ECGStatistics, generated: ECGStatistics) -> list[StatisticComparison]:
-    """Each measure of generated records beside that of real ones.
+    """Compare each measurement of generated records with that of real ones.
 
     Raises:
         ValueError: they were measured in different leads.
@@ -159,13 +159,12 @@ def compare_statistics(real: ECGStatistics, generated: ECGStatistics) -> list[St
 def spectra(signals: np.ndarray, rate: float, segment: float = 2.0) -> Spectra:
     """Power spectral density of each lead by Welch's method, averaged over the records, in decibels.
 
-    Hann windows that overlap by half, each without its mean; the frequency 0 is left out. A lead without any power has
-    -300 dB.
+    Hann windows overlap by half and are centered; the frequency 0 is left out. A lead without any power has -300 dB.
 
     Args:
         signals: [N, leads, L] in mV.
         rate: samples per second.
-        segment: seconds of a window (at most the record's length); frequencies are 1 / segment apart.
+        segment: length of a window in seconds (at most that of the record); frequencies are 1 / segment apart.
 
     Raises:
         ValueError: other shapes, values that are not finite.
@@ -185,9 +184,9 @@ def spectral_difference(a: Spectra, b: Spectra, max_frequency: float | None = 40
     """Root mean square difference in dB over leads and frequencies.
 
     Args:
-        a, b: of two sets, made alike.
-        max_frequency: in Hz; None for all. Near half the sampling rate records hold what anti-alias filters left, tens
-            of decibels below the rest, and would decide alone.
+        a, b: spectra of two sets, computed in the same way.
+        max_frequency: in Hz; None for all. Near half the sampling rate records contain the remainder of anti-alias
+            filters, tens of decibels below the rest, which would dominate the result.
 
     Raises:
         ValueError: other frequencies or leads.

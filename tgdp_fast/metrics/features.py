@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_integer
 from tgdp_fast.metrics.two_sample import _points
+from tgdp_fast.runtime.checks import check_integer
 
 _BLOCK = 2_048  # rows and columns of a distance matrix held at once, 32 MiB in float64
 
@@ -20,10 +20,10 @@ class DensityCoverage:
     """Quality and diversity of generated samples (Naeem et al., ICML 2020).
 
     Attributes:
-        density: how many neighbourhoods of real samples hold a generated one, on average, over k. 1 for equal laws; can
-            be larger where generated samples crowd in the midst of the real ones.
-        coverage: share of the real samples whose neighbourhood holds a generated one.
-        expected_coverage: of equal laws, with these numbers of samples (Naeem et al., Lemma 2).
+        density: mean number of neighborhoods of real samples that contain a generated sample, divided by k. It is 1 for
+            equal distributions, and can be larger if generated samples crowd in the middle of the real ones.
+        coverage: share of the real samples whose neighborhood contains a generated sample.
+        expected_coverage: for equal distributions and these numbers of samples (Naeem et al., Lemma 2).
     """
 
     density: float
@@ -36,19 +36,19 @@ def frechet_distance(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
 
     |mean_a - mean_b|^2 + Tr(C_a) + Tr(C_b) - 2 Tr((C_a C_b)^(1/2)), C with N - 1 (Heusel et al., "GANs Trained by a Two
     Time-Scale Update Rule Converge to a Local Nash Equilibrium", NeurIPS 2017). The last trace is the sum of singular
-    values of X_a X_b^T, X the centred features over (N - 1)^(1/2): no root of a matrix is taken, and covariances
-    without full rank are no trouble. Computed in float64.
+    values of X_a X_b^T, X the centered features over (N - 1)^(1/2). No matrix root is needed, and covariances may lack
+    full rank. Computed in float64.
 
-    The distance of finite sets is too large. For two sets of one law N(m, s^2 I), N and M well above the number F of
-    features, it is (1/N + 1/M) s^2 F (F + 5) / 4 instead of 0; where N < F the fits have directions of no variance at
-    all, and it is larger still. Compare only distances that have equal N and M, and beside that of two sets of real
-    records of these sizes.
+    The distance of finite sets is biased upwards. For two sets from one distribution N(m, s^2 I), with N and M well
+    above the number F of features, it is (1/N + 1/M) s^2 F (F + 5) / 4 instead of 0. If N < F, the fits have directions
+    without variance, and it is larger still. Compare only distances with equal N and M, and with the distance of two
+    sets of real records of these sizes.
 
     Args:
         a, b: features [N, F] and [M, F], N, M >= 2.
 
     Raises:
-        ValueError: fewer than two rows, values that are not finite, other features.
+        ValueError: fewer than two rows, values that are not finite, different features.
     """
     first, second = _features("a", a, 2), _features("b", b, 2)
     _check_same(first, second, "a", "b")
@@ -61,19 +61,19 @@ def frechet_distance(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
 
 
 def density_and_coverage(real: np.ndarray | Tensor, generated: np.ndarray | Tensor, k: int = 5) -> DensityCoverage:
-    """Density and coverage: are generated samples where real ones are, and everywhere that real ones are.
+    """Density and coverage: are generated samples only where real ones are, and everywhere where real ones are.
 
-    The neighbourhood of a real sample is the closed ball around it that reaches its k-th nearest other real sample.
-    density = (number of pairs, generated sample in neighbourhood) / (k M); coverage = (neighbourhoods that hold a
-    generated sample) / N (Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models", ICML 2020,
+    The neighborhood of a real sample is the closed ball around it that reaches its k-th nearest other real sample.
+    density = (number of pairs of a generated sample in a neighborhood) / (k M); coverage = (neighborhoods that contain
+    a generated sample) / N (Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models", ICML 2020,
     equations 2 and 3). Euclidean distances in float64; memory is bounded.
 
     Args:
         real: [N, ...], N > k; generated: [M, ...]; events are flattened.
-        k: neighbours.
+        k: number of neighbors.
 
     Raises:
-        ValueError: too few samples, values that are not finite, other features.
+        ValueError: too few samples, values that are not finite, different features.
     """
     k = check_integer("k", k, 1)
     x, y = _features("real", real, 1), _features("generated", generated, 1)
@@ -84,7 +84,7 @@ def density_and_coverage(real: np.ndarray | Tensor, generated: np.ndarray | Tens
     for rows in x.split(_BLOCK):
         nearest = torch.empty(len(rows), 0, dtype=x.dtype, device=x.device)
         for distances in _distances(rows, x):
-            # Each row meets itself, at the distance 0: one neighbour more.
+            # Each row also finds itself, at distance 0: one more neighbor.
             both = torch.cat([nearest, distances], dim=1)
             nearest = both.topk(min(k + 1, both.shape[1]), dim=1, largest=False).values
         radius = nearest.amax(dim=1, keepdim=True)
@@ -94,7 +94,7 @@ def density_and_coverage(real: np.ndarray | Tensor, generated: np.ndarray | Tens
         pairs += int(inside.sum())
         covered += int((inside > 0).sum())
     n, m = len(x), len(y)
-    # Of the M generated and N - 1 other real samples, the k nearest to a real one are all real.
+    # The probability that the k nearest of M generated and N - 1 other real samples are all real.
     missed = np.prod([(n - 1 - i) / (n + m - 1 - i) for i in range(k)])
     return DensityCoverage(pairs / (k * m), covered / n, float(1.0 - missed))
 
@@ -105,7 +105,7 @@ def _triangle(x: Tensor) -> Tensor:
 
 
 def _distances(rows: Tensor, points: Tensor) -> Iterator[Tensor]:
-    # Without the expansion of the square, by which a sample would be at some distance from itself.
+    # Without expanding the square, which would give a sample a nonzero distance to itself.
     for part in points.split(_BLOCK):
         yield torch.cdist(rows, part, compute_mode="donot_use_mm_for_euclid_dist")
 

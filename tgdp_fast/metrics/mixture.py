@@ -24,13 +24,13 @@ class KnownDensity(Protocol):
 def average_likelihood(mixture: KnownDensity, x: Tensor | np.ndarray) -> float:
     """Mean density q(x) over samples ``x`` [N, D]: the average likelihood of TGDP section 4.1.
 
-    It rewards samples near the modes, so that a collapsed sampler may exceed fresh samples of the target.
+    It rewards samples near the modes: a collapsed sampler may exceed fresh samples of the target.
     """
     return float(mixture.log_prob(_samples(x)).exp().mean())
 
 
 def negative_log_likelihood(mixture: KnownDensity, x: Tensor | np.ndarray) -> float:
-    """-mean log q(x) over samples ``x`` [N, D], in nats; fresh samples of the target give its entropy."""
+    """-mean log q(x) over samples ``x`` [N, D], in nats; for fresh samples of the target it is the entropy."""
     return -float(mixture.log_prob(_samples(x)).mean())
 
 

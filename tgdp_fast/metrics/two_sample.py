@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast._checks import check_integer, check_number
+from tgdp_fast.runtime.checks import check_integer, check_number
 
-_MEDIAN_POINTS = 2_000  # rows of y the median heuristic looks at
-_BLOCK = 1_024  # rows and columns of a kernel matrix held at once, 4 MiB in fp32
+_MEDIAN_POINTS = 2_000  # rows of y used by the median heuristic
+_BLOCK = 1_024  # rows and columns of a kernel matrix in memory at once, 4 MiB in fp32
 
 
 def sliced_wasserstein(
@@ -20,13 +20,13 @@ def sliced_wasserstein(
 ) -> float:
     """Sliced Wasserstein-2 distance: sqrt of the mean over random directions of the squared 1-D W2 distance.
 
-    The 1-D distances are exact, for unequal sizes too: both quantile functions are steps, and they are
-    integrated over the merged steps. Computed in float64.
+    The 1-D distances are exact, also for unequal sizes: both quantile functions are step functions, integrated over
+    the merged steps. Computed in float64.
 
     Args:
         x: [N, ...], y: [M, ...]; events are flattened.
         num_projections: number of random unit directions.
-        seed: seed of the directions; compare methods under one seed.
+        seed: of the directions; compare methods with the same seed.
 
     Returns:
         The distance, in the units of the data. Under a shift by d it tends to |d| / sqrt(D).
@@ -40,7 +40,7 @@ def sliced_wasserstein(
     directions = torch.randn(num_projections, x.shape[1], dtype=torch.float64, generator=generator)
     directions = (directions / directions.norm(dim=1, keepdim=True)).to(x.device)
     n, m = len(x), len(y)
-    # Levels in units of 1 / (n m) are integers, so that steps which coincide are found exactly.
+    # Levels in units of 1 / (n m) are integers, so coinciding steps are found exactly.
     ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
     widths = ends.diff(prepend=ends.new_zeros(1)).to(torch.float64).to(x.device) / (n * m)
     row_x, row_y = (((ends - 1) // size).to(x.device) for size in (m, n))
@@ -62,14 +62,14 @@ def mmd(
     """Unbiased estimate of the squared maximum mean discrepancy with the RBF kernel exp(-|a - b|^2 / (2
     bandwidth^2)).
 
-    MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j). Being unbiased
-    it is zero on average for equal distributions, hence at times slightly negative. The kernel is evaluated
+    MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j). Being unbiased,
+    it is zero on average for equal distributions, and may be slightly negative. The kernel is evaluated
     in fp32 in blocks and summed in float64: resolution about 1e-7, memory a few MiB.
 
     Args:
         x: [N, ...], y: [M, ...], at least two each; events are flattened.
         bandwidth: one bandwidth, several (their kernels are averaged), or None for :func:`median_bandwidth`
-            of ``y``: pass the reference set as ``y``, and every method is judged by the same kernel.
+            of ``y``: pass the reference set as ``y``, so that all methods use the same kernel.
 
     Raises:
         ValueError: fewer than two samples, values that are not finite, different events, a bandwidth that is
@@ -83,8 +83,8 @@ def mmd(
         raise ValueError("bandwidth must be a positive number or several, got none")
     bandwidths = [check_number("bandwidth", value, 0.0, exclusive=True) for value in values]
     # Distances are expanded as |a|^2 + |b|^2 - 2 a.b, exact enough in fp32 only around the origin.
-    centre = y.mean(dim=0)
-    x, y = (x - centre).float(), (y - centre).float()
+    center = y.mean(dim=0)
+    x, y = (x - center).float(), (y - center).float()
     n, m = len(x), len(y)
     within_x, within_y = (_kernel_sum(part, part, bandwidths) for part in (x, y))
     between = _kernel_sum(x, y, bandwidths)
@@ -140,7 +140,7 @@ def _pair(x: Tensor | np.ndarray, y: Tensor | np.ndarray, minimum: int) -> tuple
 
 
 def _points(name: str, value: Tensor | np.ndarray, minimum: int) -> Tensor:
-    # Torch takes no arrays with negative strides.
+    # Torch does not accept arrays with negative strides.
     tensor = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value).detach()
     if tensor.ndim < 2 or len(tensor) < minimum or tensor.numel() == 0:
         raise ValueError(f"{name} must have shape [N, ...] with N >= {minimum}, got {list(tensor.shape)}")

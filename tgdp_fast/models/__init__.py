@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tgdp_fast.models.mlp import ScoreMLP, TimeEmbedding, encode_labels
-from tgdp_fast.models.sssd_ecg import SSSDECG
+from tgdp_fast.models.sssd_ecg.network import SSSDECG
 from tgdp_fast.models.xresnet1d import XResNet1d
 
 #: Architecture name in a checkpoint's config.json -> class.

@@ -1,7 +1,7 @@
 """Fully connected score network, and the time and label inputs that it shares with the guidance network.
 
-Time and labels enter as a bias of the first layer and nowhere else. At sampling time they can therefore be computed
-once per evaluation (time) and once per run (labels), and one kernel serves the rest of the network.
+Time and labels enter only as a bias of the first layer. In sampling they can therefore be computed once per evaluation
+(time) and once per run (labels), and one kernel computes the rest of the network.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tgdp_fast._checks import check_integer
-from tgdp_fast.ops.perceptron import perceptron
+from tgdp_fast.ops.mlp import mlp_forward
+from tgdp_fast.runtime.checks import check_integer
 
 
 class TimeEmbedding(nn.Module):
     """Half log-SNR -> first-layer bias: sinusoidal features, Linear, SiLU, Linear.
 
     The half log-SNR (log alpha - log sigma) is the same quantity for every noise schedule, so a network keeps its
-    meaning when the schedule is discretised differently.
+    meaning if the schedule is discretized differently.
 
     Args:
-        width: width of the bias that is produced.
-        num_frequencies: number of sine/cosine pairs, geometric between ``lowest`` and ``highest``.
+        width: width of the resulting bias.
+        num_frequencies: number of sine/cosine pairs, in geometric progression from ``lowest`` to ``highest``.
         lowest, highest: angular frequencies in radians per unit of half log-SNR.
     """
 
@@ -44,7 +44,7 @@ class TimeEmbedding(nn.Module):
         features = torch.cat([angles.sin(), angles.cos()], dim=1)
         hidden, output = self.hidden, self.output
         last_bias = output.bias if bias is None else output.bias + bias
-        return perceptron(features, hidden.bias, [hidden.weight, output.weight], [last_bias])
+        return mlp_forward(features, hidden.bias, [hidden.weight, output.weight], [last_bias])
 
 
 def encode_labels(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,7 +54,7 @@ def encode_labels(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.f
         ValueError: an index outside 0..num_classes-1, or rows of another width.
     """
     if labels.ndim == 1 and not labels.is_floating_point():
-        # On an accelerator asking would wait for it; callers check their labels once.
+        # On an accelerator this check would wait for the device; callers check their labels once.
         checked = labels.device.type == "cpu" and labels.numel() > 0
         if checked and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(
@@ -70,10 +70,10 @@ def encode_labels(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.f
 
 
 def check_labels_given(labels: Tensor | None, num_classes: int, model: str, remedy: str) -> None:
-    """Refuse labels for an unconditional model (``num_classes`` 0), and none for a conditional one.
+    """Refuse labels for an unconditional model (``num_classes`` 0) and missing labels for a conditional one.
 
     Raises:
-        ValueError: naming ``model``, and ``remedy`` for one that takes no labels.
+        ValueError: names ``model``, and ``remedy`` if the model takes no labels.
     """
     if labels is not None and not num_classes:
         raise ValueError(f"labels were given, but this {model} is unconditional; {remedy}")
@@ -110,7 +110,7 @@ class ScoreMLP(nn.Module):
         self.head = nn.Linear(width, elements)
         self.time_embedding = TimeEmbedding(width)
         self.label_embedding = nn.Linear(num_classes, width, bias=False) if num_classes else None
-        with torch.no_grad():  # Start from the prediction zero, which for v_prediction is the best linear denoiser.
+        with torch.no_grad():  # Initial prediction zero: for v_prediction this is the best linear denoiser.
             self.head.weight.mul_(1e-2)
             self.head.bias.zero_()
 
@@ -124,7 +124,7 @@ class ScoreMLP(nn.Module):
         }
 
     def label_bias(self, labels: Tensor | None) -> Tensor | None:
-        """What labels add to the first bias: [B, width], or None for an unconditional network.
+        """Contribution of the labels to the first bias: [B, width], or None for an unconditional network.
 
         Raises:
             ValueError: labels for an unconditional network, or none for a conditional one.
@@ -143,4 +143,4 @@ class ScoreMLP(nn.Module):
         if label_bias is not None:
             bias = bias + label_bias
         weights, biases = [first.weight, *(layer.weight for layer in others)], [layer.bias for layer in others]
-        return perceptron(x.flatten(1), bias, weights, biases).reshape(x.shape)
+        return mlp_forward(x.flatten(1), bias, weights, biases).reshape(x.shape)

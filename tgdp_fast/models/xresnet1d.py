@@ -9,33 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast._checks import check_integer, check_number
-from tgdp_fast.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.runtime.checks import check_integer, check_number
 
 
 class XResNet1d(nn.Module):
     """Residual network with the changes of "Bag of Tricks" (He et al., CVPR 2019), in one dimension.
 
-    A stem of three convolutions (the first of stride 2, then max pooling of stride 2), stages of residual blocks, of
-    which all but the first halve the length, maximum and mean over time side by side, and a small perceptron. A block
-    that halves the length averages pairs on its short cut, and the last scale of each block starts at zero.
+    It consists of a stem of three convolutions (the first with stride 2, followed by max pooling with stride 2), stages
+    of residual blocks (all but the first stage halve the length), concatenated maximum and mean over time, and a small
+    MLP. A block that halves the length averages pairs on its shortcut. The last scale of each block starts at zero.
 
     The defaults are xresnet1d50 of the benchmark (Strodthoff et al., "Deep Learning for ECG Analysis: Benchmarks and
     Insights from PTB-XL", IEEE Journal of Biomedical and Health Informatics 25, 2021): stem of 32, 32 and 64 channels,
     3 + 4 + 6 + 3 blocks of width 64 in every stage, expansion 4, kernel 5, one hidden layer of 128 in the head, dropout
-    0.25 and 0.5 there. A processor trains ``blocks=(1, 1, 1), expansion=1, width=32`` in minutes.
+    0.25 and 0.5 there. A CPU trains ``blocks=(1, 1, 1), expansion=1, width=32`` in minutes.
 
     Args:
         in_channels: leads.
-        num_classes: statements that are predicted, each on its own.
+        num_classes: statements, each predicted independently.
         blocks: residual blocks of each stage.
         expansion: 1 for blocks of two convolutions; more for bottlenecks, whose outputs have width * expansion
             channels.
         width: channels inside the blocks; at least ``expansion``.
-        kernel_size: of all convolutions that are not pointwise; odd.
+        kernel_size: of all convolutions except pointwise ones; odd.
         stem_width: channels of the first two convolutions; the third has ``width``.
-        hidden: width of the perceptron in the head; 0 for a linear head.
-        dropout: of the last layer; half of it before the hidden one.
+        hidden: width of the hidden layer in the head; 0 for a linear head.
+        dropout: before the last layer; half of it before the hidden layer.
 
     Shapes: ``forward(x [B, in_channels, L]) -> logits [B, num_classes]``, any L.
 
@@ -133,7 +133,7 @@ class XResNet1d(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> XResNet1d:
-        """Read a checkpoint folder; the network comes in eval mode.
+        """Read a checkpoint folder; the network is in eval mode.
 
         Raises:
             CheckpointError: damaged, of another kind or another architecture.
@@ -147,7 +147,7 @@ class XResNet1d(nn.Module):
 def _convolution(
     inputs: int, outputs: int, kernel_size: int, *, stride: int = 1, activation: bool = False, zero: bool = False
 ) -> nn.Sequential:
-    """Convolution, batch normalisation, and ReLU where asked; ``zero`` starts the scale at 0."""
+    """Convolution, batch normalization, and ReLU if requested; ``zero`` starts the scale at 0."""
     norm = nn.BatchNorm1d(outputs)
     nn.init.constant_(norm.weight, 0.0 if zero else 1.0)
     nn.init.constant_(norm.bias, 1e-3)
@@ -156,7 +156,7 @@ def _convolution(
 
 
 class _ResidualBlock(nn.Module):
-    """relu(path(x) + short cut(x)): [B, inputs, L] -> [B, width * expansion, ceil(L / stride)]."""
+    """relu(path(x) + shortcut(x)): [B, inputs, L] -> [B, width * expansion, ceil(L / stride)]."""
 
     def __init__(self, inputs: int, width: int, expansion: int, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class _ResidualBlock(nn.Module):
                 _convolution(width, outputs, 1, zero=True),
             ]
         self.path = nn.Sequential(*path)
-        # Averaging before the pointwise convolution: a strided one would not see half of the input.
+        # Average before the pointwise convolution: a strided one would ignore half of the input.
         pool: list[nn.Module] = [nn.AvgPool1d(2, ceil_mode=True)] if stride != 1 else []
         project: list[nn.Module] = [_convolution(inputs, outputs, 1)] if inputs != outputs else []
         self.short_cut = nn.Sequential(*pool, *project)

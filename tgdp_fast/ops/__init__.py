@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from tgdp_fast.ops._dispatch import BackendUnavailableError, backend_report, use_backend
 from tgdp_fast.ops.gated_activation import gated_activation
-from tgdp_fast.ops.guided_step import guided_epsilon, guided_step, limit_gradient
+from tgdp_fast.ops.guided_step import SolverStep, guided_epsilon, guided_step, limit_gradient
 from tgdp_fast.ops.long_convolution import LongConvolution, long_convolution, prepare_long_convolution
-from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad
-from tgdp_fast.ops.perceptron import perceptron
+from tgdp_fast.ops.mlp import mlp_forward, mlp_value_and_grad
+from tgdp_fast.ops.registry import BackendUnavailableError, backend_report, use_backend
 from tgdp_fast.ops.residual_block import ResidualBlockWeights, S4Weights, residual_block_
 from tgdp_fast.ops.trajectory import TrajectoryNetwork, TrajectoryPlan, trajectory
 
@@ -16,6 +15,7 @@ __all__ = [
     "LongConvolution",
     "ResidualBlockWeights",
     "S4Weights",
+    "SolverStep",
     "TrajectoryNetwork",
     "TrajectoryPlan",
     "backend_report",
@@ -24,8 +24,8 @@ __all__ = [
     "guided_step",
     "limit_gradient",
     "long_convolution",
+    "mlp_forward",
     "mlp_value_and_grad",
-    "perceptron",
     "prepare_long_convolution",
     "residual_block_",
     "trajectory",

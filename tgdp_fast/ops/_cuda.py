@@ -8,7 +8,7 @@ from torch import Tensor
 _LEAST = (8, 0)  # asynchronous copies and products of bfloat16 numbers
 
 
-def refuses_device(tensor: Tensor) -> str | None:
+def unsupported_device(tensor: Tensor) -> str | None:
     """Why kernels cannot take a tensor on a GPU that is where this one is, or None."""
     properties = torch.cuda.get_device_properties(tensor.device)
     if (properties.major, properties.minor) >= _LEAST:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tgdp_fast.ops import _dispatch, _triton
+from tgdp_fast.ops import registry
 
 __all__ = ["gated_activation", "gated_activation_reference"]
 
@@ -20,8 +20,7 @@ def gated_activation(x: Tensor, bias: Tensor | None = None, *, backend: str = "a
     """Tanh of the first half of the channels times the sigmoid of the second, with a bias before both.
 
     Precision: arithmetic in float32 whatever the dtypes, in float64 if x is float64. Works under inference_mode and
-    ``torch.compile(fullgraph=True)``. Differentiable, as often as one likes, where the reference serves the call: left
-    to "auto", that is wherever somebody may ask for a gradient.
+    ``torch.compile(fullgraph=True)``. Differentiable, as often as one likes.
 
     Cost for N = B C L elements of b bytes: 3 N b bytes of memory traffic when each input is read once and the output
     written once (the reference makes one pass per operation), and about 30 N FLOPs.
@@ -29,7 +28,7 @@ def gated_activation(x: Tensor, bias: Tensor | None = None, *, backend: str = "a
     Args:
         x: [B, 2 C, L] floating point.
         bias: [2 C] or [B, 2 C], any floating dtype, or None for zeros.
-        backend: "auto", "reference", or a faster implementation by name; "triton" serves float32, bfloat16 and float16.
+        backend: "auto" or "reference"; there is no other implementation.
 
     Returns:
         [B, C, L], contiguous, new, in the dtype of x.
@@ -41,7 +40,7 @@ def gated_activation(x: Tensor, bias: Tensor | None = None, *, backend: str = "a
     Source: Kong et al., "DiffWave", ICLR 2021, arXiv 2009.09761; the gate is that of WaveNet.
     """
     _check(x, bias)
-    output: Tensor = _dispatch.resolve(_OPERATOR, backend, x, bias).function(x, bias)
+    output: Tensor = registry.resolve(_OPERATOR, backend, x, bias).function(x, bias)
     return output
 
 
@@ -76,37 +75,4 @@ def _check(x: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be on the device of x, {x.device}, got {bias.device}; move it with .to()")
 
 
-def _refuses_triton(x: Tensor, bias: Tensor | None) -> str | None:
-    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if wanted or torch._C._are_functorch_transforms_active():
-        return "it computes no gradients, and somebody may ask for one; use torch.no_grad() where nobody does"
-    return _dispatch.refuses_float64(x) or _triton.refuses_device(x)
-
-
-def _output(x: Tensor, bias: Tensor | None) -> Tensor:
-    """The output, without values."""
-    return x.new_empty((x.shape[0], x.shape[1] // 2, x.shape[2]))
-
-
-def _launch_triton(x: Tensor, bias: Tensor | None) -> Tensor:
-    from tgdp_fast.kernels.gated_activation import launch
-
-    output = _output(x, bias)
-    with torch.cuda.device_of(x):
-        launch(output, _triton.readable(x), _triton.readable(bias))
-    return output
-
-
-def _call_triton(x: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = torch.ops.tgdp_fast.gated_activation_triton(x, bias)
-    return output
-
-
-if _triton.MISSING is None:
-    torch.library.define("tgdp_fast::gated_activation_triton", "(Tensor x, Tensor? bias) -> Tensor")
-    torch.library.impl("tgdp_fast::gated_activation_triton", _triton.DEVICE_TYPE, _launch_triton)
-    torch.library.register_fake("tgdp_fast::gated_activation_triton", _output)
-    _dispatch.register(_OPERATOR, "triton", _call_triton, _refuses_triton)
-
-
-_dispatch.register(_OPERATOR, "reference", gated_activation_reference)
+registry.register(_OPERATOR, "reference", gated_activation_reference)

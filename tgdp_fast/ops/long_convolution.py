@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast import _native
-from tgdp_fast._checks import check_choice
-from tgdp_fast.ops import _cuda, _dispatch, _triton
+from tgdp_fast.ops import _cuda, _triton, registry
+from tgdp_fast.runtime import native
+from tgdp_fast.runtime.checks import check_choice
 
 __all__ = [
     "LONGEST",
@@ -99,7 +99,7 @@ def prepare_long_convolution(
     Raises:
         ValueError: a wrong shape or dtype, or an unknown backend.
     """
-    check_choice("backend", backend, (*_dispatch.BACKENDS, "auto"))
+    check_choice("backend", backend, (*registry.BACKENDS, "auto"))
     if taps.ndim != 2 or taps.shape[1] % 2 == 0:
         raise ValueError(
             f"taps must have shape [H, 2 L - 1], an odd number for each channel with lag 0 in the middle, got "
@@ -120,15 +120,15 @@ def _reader(device_type: str, dtype: torch.dtype, backend: str) -> str | None:
     """The backend that spectra on a device are packed for, or None where there is no kernel for them."""
     there = {
         "triton": _triton.MISSING is None and device_type == _triton.DEVICE_TYPE,
-        "cuda": _native.CUDA_MISSING is None and device_type == "cuda",
-        "cpu": _native.CPU_MISSING is None and device_type == "cpu",
+        "cuda": native.CUDA_MISSING is None and device_type == "cuda",
+        "cpu": native.CPU_MISSING is None and device_type == "cpu",
     }
     if backend != "auto":
         return backend if there.get(backend, False) else None
-    around = _dispatch.requested_backend()
+    around = registry.requested_backend()
     if there.get(around, False):
         return around
-    # 1.7 and 2.9 ms for twelve layers of 64 samples in 16 bits, 1.8 and 5.2 in float32 (see _measured.py).
+    # 1.7 and 2.9 ms for twelve layers of 64 samples in 16 bits, 1.8 and 5.2 in float32 (see measured.py).
     return next((name for name in ("cuda", "triton", "cpu") if there[name]), None)
 
 
@@ -197,7 +197,7 @@ def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True,
         Space Models", 2023, arXiv 2301.08227; two-sided filters as in Goel et al., ICML 2022, arXiv 2202.09729.
     """
     _check(u, prepared)
-    implementation = _dispatch.resolve(_OPERATOR, backend, u, *prepared, gelu)
+    implementation = registry.resolve(_OPERATOR, backend, u, *prepared, gelu)
     output: Tensor = implementation.function(u, *prepared, gelu)
     return output
 
@@ -282,7 +282,7 @@ def _check(u: Tensor, prepared: LongConvolution) -> None:
         )
 
 
-def refuses_without_taps(u: Tensor, taps: Tensor, *_: Any) -> str | None:
+def unsupported_without_taps(u: Tensor, taps: Tensor, *_: Any) -> str | None:
     """Why the reference cannot take a call, or None."""
     dropped = taps.is_meta and not u.is_meta
     return (
@@ -290,26 +290,32 @@ def refuses_without_taps(u: Tensor, taps: Tensor, *_: Any) -> str | None:
     )
 
 
-def _refuses_cpu(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
-    return _refuses(u, taps, packed, "cpu")
+def _unsupported_by_cpu(
+    u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool
+) -> str | None:
+    return _unsupported(u, taps, packed, "cpu")
 
 
-def _refuses_triton(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
-    return _triton.refuses_device(u) or _refuses(u, taps, packed, "triton")
+def _unsupported_by_triton(
+    u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool
+) -> str | None:
+    return _triton.unsupported_device(u) or _unsupported(u, taps, packed, "triton")
 
 
-def _refuses_cuda(u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool) -> str | None:
-    reason = _refuses(u, taps, packed, "cuda") or _cuda.refuses_device(u)
+def _unsupported_by_cuda(
+    u: Tensor, taps: Tensor, packed: Tensor | None, scales: Tensor | None, gelu: bool
+) -> str | None:
+    reason = _unsupported(u, taps, packed, "cuda") or _cuda.unsupported_device(u)
     if reason is None and u.shape[0] * u.shape[1] >= 2**31:
         return f"it serves fewer than 2^31 signals, not {u.shape[0]} x {u.shape[1]}"
     return reason
 
 
-def _refuses(u: Tensor, taps: Tensor, packed: Tensor | None, backend: str) -> str | None:
+def _unsupported(u: Tensor, taps: Tensor, packed: Tensor | None, backend: str) -> str | None:
     wanted = torch.is_grad_enabled() and (u.requires_grad or taps.requires_grad)
     if wanted or torch._C._are_functorch_transforms_active():
         return "it computes no gradients, and somebody may ask for one; use torch.no_grad() where nobody does"
-    reason = _dispatch.refuses_float64(u)
+    reason = registry.unsupported_float64(u)
     if reason is not None:
         return reason
     if u.shape[2] > LONGEST:
@@ -345,7 +351,7 @@ def _launch_triton(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Ten
 
     output = _fake(u, packed, scales, gelu)
     with torch.cuda.device_of(u):
-        launch(output, u.contiguous(), packed, scales, activation=gelu, split=u.dtype == torch.float32)
+        launch(output, u.contiguous(), packed, scales, activation=gelu, exact=u.dtype == torch.float32)
     return output
 
 
@@ -353,18 +359,16 @@ def _fake(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
     return u.new_empty(u.shape)
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::long_convolution", _fake)
-    _dispatch.register(_OPERATOR, "cpu", _call_native, _refuses_cpu)
+_triton.define(
+    "long_convolution_triton",
+    "(Tensor u, Tensor packed, Tensor scales, bool gelu) -> Tensor",
+    _launch_triton,
+    _fake,
+)
 
-_dispatch.register(_OPERATOR, "cuda", _call_native, _refuses_cuda, missing=_native.CUDA_MISSING)
-
-if _triton.MISSING is None:
-    _SCHEMA = "(Tensor u, Tensor packed, Tensor scales, bool gelu) -> Tensor"
-    torch.library.define("tgdp_fast::long_convolution_triton", _SCHEMA)
-    torch.library.impl("tgdp_fast::long_convolution_triton", _triton.DEVICE_TYPE, _launch_triton)
-    torch.library.register_fake("tgdp_fast::long_convolution_triton", _fake)
-    _dispatch.register(_OPERATOR, "triton", _call_triton, _refuses_triton)
-
-
-_dispatch.register(_OPERATOR, "reference", _reference, refuses_without_taps)
+registry.register(_OPERATOR, "cpu", _call_native, _unsupported_by_cpu, missing=native.CPU_MISSING)
+registry.register(_OPERATOR, "cuda", _call_native, _unsupported_by_cuda, missing=native.CUDA_MISSING)
+registry.register(_OPERATOR, "triton", _call_triton, _unsupported_by_triton, missing=_triton.MISSING)
+registry.register(_OPERATOR, "reference", _reference, unsupported_without_taps)

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tgdp_fast import _native
-from tgdp_fast.ops import _cuda, _dispatch, _triton
+from tgdp_fast.ops import _cuda, _triton, registry
 from tgdp_fast.ops.gated_activation import gated_activation_reference
 from tgdp_fast.ops.long_convolution import (
     LONGEST,
     LongConvolution,
     long_convolution_reference,
     packed_for,
-    refuses_without_taps,
+    unsupported_without_taps,
 )
+from tgdp_fast.runtime import native
 
 __all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_block_reference_"]
 
@@ -112,7 +112,7 @@ def residual_block_(
         State Space Models", 2023, arXiv 2301.08227.
     """
     _check(state, step_bias, label_bias, weights)
-    implementation = _dispatch.resolve(_OPERATOR, backend, state, step_bias, label_bias, weights)
+    implementation = registry.resolve(_OPERATOR, backend, state, step_bias, label_bias, weights)
     implementation.function(state, step_bias, label_bias, weights)
     return state
 
@@ -215,11 +215,11 @@ def _check_fields(
             )
 
 
-def _refuses_reference(
+def _unsupported_by_reference(
     state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
 ) -> str | None:
     for layer in (weights.first, weights.second):
-        reason = refuses_without_taps(state, layer.filters.taps)
+        reason = unsupported_without_taps(state, layer.filters.taps)
         if reason is not None:
             return reason
     return None
@@ -233,7 +233,7 @@ def without_unread_taps(weights: ResidualBlockWeights) -> ResidualBlockWeights:
     """
     state = weights.output_bias.new_empty(1, len(weights.output_bias), 1)
     step_bias = state.new_empty(1, 3, len(weights.first.norm_bias))
-    if _dispatch.resolve(_OPERATOR, "auto", state, step_bias, None, weights).backend == "reference":
+    if registry.resolve(_OPERATOR, "auto", state, step_bias, None, weights).backend == "reference":
         return weights
     first, second = (layer._replace(filters=layer.filters.without_taps()) for layer in (weights.first, weights.second))
     return weights._replace(first=first, second=second)
@@ -258,10 +258,10 @@ def _whole_rounds(multiprocessors: int, cache: int, channels: int, length: int) 
 
 def multiplies_bf16() -> bool:
     """Whether the CPU kernel is there and the processor multiplies bfloat16."""
-    return _native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_products())
+    return native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_products())
 
 
-def _refuses_cpu(
+def _unsupported_by_cpu(
     state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
 ) -> str | None:
     if torch._C._are_functorch_transforms_active():
@@ -273,13 +273,13 @@ def _refuses_cpu(
         return "this processor does not multiply bfloat16"
     if dtype == torch.bfloat16 and weights.output.shape[1] % 2:
         return f"in bfloat16 it serves an even number of channels, not {weights.output.shape[1]}"
-    return _refuses_filters(weights, "cpu")
+    return _unsupported_filters(weights, "cpu")
 
 
-def _refuses_triton(
+def _unsupported_by_triton(
     state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
 ) -> str | None:
-    reason = _triton.refuses_device(state)
+    reason = _triton.unsupported_device(state)
     if reason is not None:
         return reason
     if torch._C._are_functorch_transforms_active():
@@ -296,13 +296,13 @@ def _refuses_triton(
         if packed_for(packed) == "cuda":
             if dtype != torch.float32 and packed.dtype == torch.float32:
                 return f"the filters were prepared for float32; use prepare_long_convolution(taps, {dtype})"
-            reason = _native.CUDA_MISSING or _cuda.refuses_device(state)
+            reason = native.CUDA_MISSING or _cuda.unsupported_device(state)
             if reason is not None:
                 return f"the filters were prepared for CUDA: {reason}"
-    return _refuses_filters(weights, "triton", "cuda")
+    return _unsupported_filters(weights, "triton", "cuda")
 
 
-def _refuses_filters(weights: ResidualBlockWeights, *backends: str) -> str | None:
+def _unsupported_filters(weights: ResidualBlockWeights, *backends: str) -> str | None:
     for layer in (weights.first, weights.second):
         packed = layer.filters.packed
         if packed is None or packed_for(packed) not in backends:
@@ -371,20 +371,16 @@ def _launch_triton(
         launch(state, step_bias, label_bias, weights)
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
     torch.library.register_fake("tgdp_fast::residual_block_", lambda *call: None)
-    _dispatch.register(_OPERATOR, "cpu", _call_cpu, _refuses_cpu)
+_triton.define(
+    "residual_block_triton_",
+    "(Tensor(a!) state, Tensor step_bias, Tensor? label_bias, Tensor convolution, Tensor[] first, float first_epsilon, "
+    "Tensor[] second, float second_epsilon, Tensor output, Tensor output_bias) -> ()",
+    _launch_triton,
+    lambda *call: None,
+)
 
-
-if _triton.MISSING is None:
-    _SCHEMA = (
-        "(Tensor(a!) state, Tensor step_bias, Tensor? label_bias, Tensor convolution, Tensor[] first, "
-        "float first_epsilon, Tensor[] second, float second_epsilon, Tensor output, Tensor output_bias) -> ()"
-    )
-    torch.library.define("tgdp_fast::residual_block_triton_", _SCHEMA)
-    torch.library.impl("tgdp_fast::residual_block_triton_", _triton.DEVICE_TYPE, _launch_triton)
-    torch.library.register_fake("tgdp_fast::residual_block_triton_", lambda *call: None)
-    _dispatch.register(_OPERATOR, "triton", _call_triton, _refuses_triton)
-
-
-_dispatch.register(_OPERATOR, "reference", residual_block_reference_, _refuses_reference)
+registry.register(_OPERATOR, "cpu", _call_cpu, _unsupported_by_cpu, missing=native.CPU_MISSING)
+registry.register(_OPERATOR, "triton", _call_triton, _unsupported_by_triton, missing=_triton.MISSING)
+registry.register(_OPERATOR, "reference", residual_block_reference_, _unsupported_by_reference)

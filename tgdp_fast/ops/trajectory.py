@@ -1,4 +1,4 @@
-"""All evaluations of a solver for low-dimensional data, with perceptrons as score and guidance networks.
+"""All evaluations of a solver for low-dimensional data, with MLPs as score and guidance networks.
 
 Per evaluation k, with the networks' first biases from a table (time) plus a row per sample (labels)::
 
@@ -21,18 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast import _native
-from tgdp_fast._checks import check_number
-from tgdp_fast.ops import _cuda, _dispatch
-from tgdp_fast.ops.guided_step import guided_step_reference, limit_gradient
-from tgdp_fast.ops.mlp_value_and_grad import mlp_value_and_grad_reference
-from tgdp_fast.ops.perceptron import perceptron_reference
+from tgdp_fast.ops import _cuda, registry
+from tgdp_fast.ops.guided_step import SolverStep, guided_step_reference, limit_gradient
+from tgdp_fast.ops.mlp import mlp_forward_reference, mlp_value_and_grad_reference
+from tgdp_fast.runtime import native
+from tgdp_fast.runtime.checks import check_number
 
 __all__ = ["Trajectory", "TrajectoryNetwork", "TrajectoryPlan", "trajectory", "trajectory_reference"]
 
 
 class TrajectoryNetwork(NamedTuple):
-    """A SiLU perceptron: weights W_1 [H_1, D] .. and head [O, H_L]; biases b_2 .. b_L and the head's.
+    """A SiLU MLP: weights W_1 [H_1, D] .. and head [O, H_L]; biases b_2 .. b_L and the head's.
 
     evaluation_bias [T, H_1] holds the first bias of each evaluation, sample_bias [B, H_1] what each sample adds to it,
     both float32.
@@ -113,7 +112,7 @@ def trajectory(
     *,
     seed: int = 0,
     sample_index: Tensor | None = None,
-    split: bool = False,
+    bf16x3: bool = False,
     backend: str = "auto",
 ) -> Trajectory:
     """Run all evaluations of a guided solver on samples [B, D].
@@ -133,7 +132,7 @@ def trajectory(
         plan: the solver's numbers.
         seed: 0 <= seed < 2**64.
         sample_index: [B] int64; default 0..B-1.
-        split: see :func:`tgdp_fast.ops.mlp_value_and_grad`.
+        bf16x3: see :func:`tgdp_fast.ops.mlp_value_and_grad`.
         backend: "auto", "reference", or a faster implementation by name. "cuda" takes at most 4 history slots, 8 hidden
             layers, both networks in one dtype, and widths up to what shared memory holds: 512 in 16 bit from compute
             capability 8.0 on.
@@ -150,9 +149,9 @@ def trajectory(
     _check(x, score, guidance, plan, sample_index)
     if sample_index is None:
         sample_index = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
-    implementation = _dispatch.resolve("trajectory", backend, x, score, guidance, plan)
+    implementation = registry.resolve("trajectory", backend, x, score, guidance, plan)
     with torch.no_grad():
-        return Trajectory(*implementation.function(x, score, guidance, plan, seed, sample_index, split))
+        return Trajectory(*implementation.function(x, score, guidance, plan, seed, sample_index, bf16x3))
 
 
 def trajectory_reference(
@@ -162,7 +161,7 @@ def trajectory_reference(
     plan: TrajectoryPlan,
     seed: int,
     sample_index: Tensor,
-    split: bool = False,
+    bf16x3: bool = False,
 ) -> tuple[Tensor, int]:
     """Plain PyTorch twin of :func:`trajectory`, without checks: one evaluation of the whole batch after the other."""
     history = None
@@ -181,12 +180,14 @@ def trajectory_reference(
             epsilon,
             gradient,
             history,
-            matrix=plan.matrix[k].tolist(),
-            noise_scale=float(plan.noise_scale[k]),
-            guidance_weight=weight if gradient is not None else 0.0,
-            alpha=float(plan.alpha[k]),
-            sigma=float(plan.sigma[k]),
-            clamp=plan.clamp,
+            SolverStep(
+                plan.matrix[k].tolist(),
+                noise_scale=float(plan.noise_scale[k]),
+                guidance_weight=weight if gradient is not None else 0.0,
+                alpha=float(plan.alpha[k]),
+                sigma=float(plan.sigma[k]),
+                clamp=plan.clamp,
+            ),
             seed=seed,
             sample_index=sample_index,
             evaluation=k + 1,
@@ -204,7 +205,7 @@ def _first_bias(network: TrajectoryNetwork, k: int) -> Tensor:
 def _outputs(network: TrajectoryNetwork, k: int, x: Tensor) -> Tensor:
     dtype = network.weights[0].dtype
     first_bias = _first_bias(network, k).to(dtype)
-    return perceptron_reference(x.to(dtype), first_bias, network.weights, network.biases).to(x.dtype)
+    return mlp_forward_reference(x.to(dtype), first_bias, network.weights, network.biases).to(x.dtype)
 
 
 def _check(
@@ -261,7 +262,7 @@ def _trajectory_native(
     plan: TrajectoryPlan,
     seed: int,
     sample_index: Tensor,
-    split: bool = False,
+    bf16x3: bool = False,
 ) -> tuple[Tensor, int]:
     none = TrajectoryNetwork((), (), x.new_zeros((0, 0)))
     other = none if guidance is None else guidance
@@ -282,23 +283,23 @@ def _trajectory_native(
         # The operator takes the seed's bits as a signed number.
         seed - (1 << 64) if seed >= 1 << 63 else seed,
         sample_index,
-        split,
+        bf16x3,
     )
     return result, int(diverged)
 
 
-def _refuses_cpu(
+def _unsupported_by_cpu(
     x: Tensor, score: TrajectoryNetwork, guidance: TrajectoryNetwork | None, _: TrajectoryPlan
 ) -> str | None:
     networks = [score] if guidance is None else [score, guidance]
-    reasons = map(_dispatch.refuses_float64, (x, *(network.weights[0] for network in networks)))
+    reasons = map(registry.unsupported_float64, (x, *(network.weights[0] for network in networks)))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _refuses_cuda(
+def _unsupported_by_cuda(
     x: Tensor, score: TrajectoryNetwork, guidance: TrajectoryNetwork | None, plan: TrajectoryPlan
 ) -> str | None:
-    reason = _refuses_cpu(x, score, guidance, plan) or _cuda.refuses_device(x)
+    reason = _unsupported_by_cpu(x, score, guidance, plan) or _cuda.unsupported_device(x)
     if reason is not None:
         return reason
     dtype = score.weights[0].dtype
@@ -312,13 +313,13 @@ def _refuses_cuda(
     return answer or None
 
 
-if _native.CPU_MISSING is None:
+if native.CPU_MISSING is None:
 
     @torch.library.register_fake("tgdp_fast::trajectory")
     def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((), dtype=torch.int64)
 
-    _dispatch.register("trajectory", "cpu", _trajectory_native, _refuses_cpu)
 
-_dispatch.register("trajectory", "cuda", _trajectory_native, _refuses_cuda, missing=_native.CUDA_MISSING)
-_dispatch.register("trajectory", "reference", trajectory_reference)
+registry.register("trajectory", "cpu", _trajectory_native, _unsupported_by_cpu, missing=native.CPU_MISSING)
+registry.register("trajectory", "cuda", _trajectory_native, _unsupported_by_cuda, missing=native.CUDA_MISSING)
+registry.register("trajectory", "reference", trajectory_reference)

@@ -1,0 +1,1 @@
+"""The diffusion process: noise schedule, solvers, denoiser, guidance, guided denoiser, prior."""

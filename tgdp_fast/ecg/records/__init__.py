@@ -1,0 +1,1 @@
+"""Electrocardiogram records: folders, readers, leads, statements, splits, caches and output."""

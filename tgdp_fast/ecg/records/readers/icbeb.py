@@ -1,0 +1,134 @@
+"""ICBEB2018 = the training set of CPSC2018 (Liu et al., J. Med. Imaging Health Inform. 8, 2018), with
+``REFERENCE.csv``: the original ``.mat`` files, and those of the PhysioNet/CinC Challenges 2020 and 2021 (``.mat`` and
+``.hea``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, check_rate, wfdb_entry
+from tgdp_fast.ecg.records.leads import TWELVE_LEADS
+from tgdp_fast.ecg.records.readers import icbeb_converted
+from tgdp_fast.ecg.records.registry import Selection, reader, signal_reader
+from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_STATEMENTS
+from tgdp_fast.ecg.records.tables import number, read_table, statements, years
+from tgdp_fast.ecg.records.wfdb import RecordError, RecordHeader, Root
+
+REFERENCE = "REFERENCE.csv"
+#: Form of the original files: MATLAB 5 with the struct ``ECG``.
+MATLAB = "matlab"
+#: Of the original files, which do not state it.
+RATE = 500.0
+_SEXES = {"m": "male", "male": "male", "f": "female", "female": "female"}
+
+
+def _detects(root: Root) -> bool:
+    return (root.path / REFERENCE).exists() or any(path.suffix == ".mat" for path in root.record_files)
+
+
+@reader("icbeb2018", _detects, contents=f"{REFERENCE} or {icbeb_converted.TABLE} (ICBEB2018)", rank=3)
+def read_icbeb(folder: ECGFolder, root: Root, selection: Selection) -> None:
+    """Records of the original and of the Challenge's form, which may lie beside each other.
+
+    Labels are those of ``REFERENCE.csv``. Where there is none, headers name them (``#Dx``, SNOMED codes).
+    """
+    labels = _reference(folder, root)
+    places: dict[str, dict[Path, set[str]]] = {}
+    for path in root.record_files:
+        places.setdefault(path.stem, {}).setdefault(path.parent, set()).add(path.suffix)
+    problems = {problem.record for problem in folder.problems}
+    for name in sorted((set(places) | set(labels or {})) - problems):
+        with folder.record(name):
+            found = places.get(name, {})
+            if not found:
+                raise RecordError(f"{REFERENCE} has it, but there is no {name}.mat")
+            if len(found) > 1:
+                raise RecordError(f"it is there {len(found)} times: {', '.join(sorted(map(str, found)))}")
+            if labels is not None and name not in labels:
+                raise RecordError(f"{REFERENCE} has no label for it")
+            ((place, suffixes),) = found.items()
+            known = None if labels is None else labels[name]
+            of_challenge = ".hea" in suffixes
+            read = _challenge_entry if of_challenge else _original_entry
+            path = place / f"{name}{'.hea' if of_challenge else '.mat'}"
+            folder.entries.append(read(name, path, root, known, selection.rate))
+
+
+def _challenge_entry(name: str, path: Path, root: Root, labels: tuple[str, ...] | None, rate: float | None) -> ECGEntry:
+    entry, header = wfdb_entry(name, path, root, TWELVE_LEADS, rate)
+    found = _diagnoses(header) if labels is None else labels
+    sex = _SEXES.get((header.comment("Sex") or "").lower())
+    return replace(entry, labels=found, age=years(header.comment("Age")), sex=sex)
+
+
+def _original_entry(name: str, path: Path, root: Root, labels: tuple[str, ...] | None, rate: float | None) -> ECGEntry:
+    stamp = root.stamp(path)
+    if labels is None:
+        raise RecordError(f"there is no {REFERENCE} with its label")
+    check_rate(RATE, rate)
+    return ECGEntry(name, path, MATLAB, RATE, None, labels, files=(stamp,))
+
+
+def _reference(folder: ECGFolder, root: Root) -> dict[str, tuple[str, ...]] | None:
+    """Statements by record name; None where there is no table."""
+    path = root.path / REFERENCE
+    if not path.exists():
+        return None
+    labels: dict[str, tuple[str, ...]] = {}
+    for row in read_table(path, ["Recording", "First_label"], root):
+        name = row["Recording"].strip()
+        with folder.record(name):
+            if not name or "/" in name or "\\" in name or ".." in name:
+                raise RecordError(f"the path {name!r} leaves the folder")
+            if name in labels:
+                raise RecordError(f"{REFERENCE} has its row twice")
+            labels[name] = ()
+            cells = [value.strip() for column, value in row.items() if column and column.endswith("_label")]
+            classes = {cell: number(cell) or -1.0 for cell in cells if cell}
+            wrong = [cell for cell, value in classes.items() if value not in ICBEB_STATEMENTS]
+            if wrong or not classes:
+                shown = ", ".join(map(repr, wrong)) or "''"
+                raise RecordError(f"unknown label {shown} in {REFERENCE}; expected 1 to 9")
+            labels[name] = statements([ICBEB_STATEMENTS[int(value)] for value in classes.values()])
+    return labels
+
+
+def _diagnoses(header: RecordHeader) -> tuple[str, ...]:
+    codes = [code.strip() for code in (header.comment("Dx") or "").split(",") if code.strip()]
+    if not codes:
+        raise RecordError(f"no label: its header names no Dx, and there is no {REFERENCE}")
+    wrong = [code for code in codes if code not in SNOMED_STATEMENTS]
+    if wrong:
+        raise RecordError(f"unknown label {wrong[0]!r} in its header (Dx); expected SNOMED codes of the nine classes")
+    return statements([SNOMED_STATEMENTS[code] for code in codes])
+
+
+@signal_reader(MATLAB)
+def read_original(path: Path, root: Root) -> tuple[np.ndarray, list[str], float]:
+    """Signals of an original ``.mat`` file: float32 [12, samples] in mV, names of the leads, 500 Hz.
+
+    Raises:
+        RecordError: damaged, or of another form.
+        ImportError: SciPy is missing.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise ImportError(
+            "MATLAB files need SciPy, which is not installed; run: pip install 'tgdp_fast[ecg]'"
+        ) from None
+    root.status(path)
+    try:
+        # MATLAB 5 files hold arrays and structs of them: nothing in them is run.
+        content = loadmat(path, variable_names=["ECG"])
+        signals = np.asarray(content["ECG"]["data"].item())
+    except Exception as error:  # whatever a damaged file makes of it
+        reason = "it has no struct ECG with data" if isinstance(error, KeyError | ValueError | IndexError) else error
+        raise RecordError(f"{path.name} cannot be read: {reason}") from None
+    if signals.dtype.kind not in "fiu" or signals.ndim != 2 or len(signals) != len(TWELVE_LEADS):
+        raise RecordError(f"{path.name} must hold 12 leads [12, samples], it holds {list(signals.shape)}")
+    return np.ascontiguousarray(signals, dtype=np.float32), list(TWELVE_LEADS), RATE

@@ -1,0 +1,34 @@
+"""Any other folder of WFDB records: labels are a comment ``# Labels: NORM, SR`` of each header.
+
+:func:`tgdp_fast.ecg.records.output.write_ecg_records` writes such folders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tgdp_fast.ecg.records.entries import WFDB, ECGFolder, wfdb_entry
+from tgdp_fast.ecg.records.registry import Selection, reader, signal_reader
+from tgdp_fast.ecg.records.tables import statements
+from tgdp_fast.ecg.records.wfdb import Root, read_signals
+
+
+@reader("wfdb", lambda root: bool(root.record_files), contents="WFDB records", rank=100)
+def read_plain_records(folder: ECGFolder, root: Root, selection: Selection) -> None:
+    """Every header at any depth; the records must have the leads of the selection."""
+    for path in root.record_files:
+        name = root.relative(path.with_suffix(""))
+        with folder.record(name):
+            entry, header = wfdb_entry(name, path, root, selection.leads, selection.rate)
+            names = [part.strip() for part in (header.comment("Labels") or "").split(",") if part.strip()]
+            folder.entries.append(replace(entry, labels=statements(names)))
+
+
+@signal_reader(WFDB)
+def read_wfdb(path: Path, root: Root) -> tuple[np.ndarray, list[str], float]:
+    """See :func:`tgdp_fast.ecg.records.wfdb.read_signals`."""
+    signals, header = read_signals(path, root)
+    return signals, header.leads, header.rate

@@ -1,1 +1,0 @@
-"""The paper's experiments and demonstrations, runnable from the command line."""

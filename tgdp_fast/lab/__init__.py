@@ -1,0 +1,1 @@
+"""Measuring and reproducing: the commands validate, bench, bench-report, demo and experiment."""

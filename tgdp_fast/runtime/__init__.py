@@ -1,0 +1,1 @@
+"""What everything stands on: argument checks, arrays, files, checkpoints, native extension, progress."""

@@ -1,0 +1,407 @@
+"""Checkpoints: folders of ``config.json`` and ``model.safetensors``, written atomically and never unpickled.
+
+A checkpoint is one folder and is replaced as a whole. An interrupted save leaves the old state or the new
+one: the new folder is completed and flushed beside the old one, then two renames exchange them. If the process
+dies between the renames, the old folder remains as ``.NAME.previous`` and loading finds it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tgdp_fast._version import __version__
+from tgdp_fast.runtime.arrays import CheckedArray
+from tgdp_fast.runtime.files import flush, real_path, write_atomic
+
+FORMAT = "tgdp_fast"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+TENSOR_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+
+_PICKLE_ADVICE = (
+    "files written by torch.save or pickle are never loaded, because unpickling can run arbitrary code; "
+    "convert once with tensors = torch.load(FILE, weights_only=True), then load_state_dict into the model "
+    "and save it from there"
+)
+_EXPECTED = f"expected a checkpoint folder with {CONFIG_FILE} and {TENSOR_FILE}"
+_AGAIN = "save or copy the checkpoint again"
+_LISTED = 4  # names shown per kind of mismatch
+# Files for readers and for git, which are kept when a checkpoint is replaced.
+_KEPT = (CARD_FILE, ".gitattributes")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the message names the path, the cause and what to do."""
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    card: str | None = None,
+) -> None:
+    """Write a checkpoint folder atomically; an existing checkpoint at ``path`` is replaced as a whole.
+
+    An existing model card (README.md) and .gitattributes are kept.
+
+    Args:
+        path: folder to create or replace; parent folders are created.
+        kind: type of the content, such as ``"denoiser"``; checked on load.
+        config: JSON-able settings that rebuild the object; finite numbers only. Tuples come back as lists.
+        tensors: named dense tensors of any shape, dtype and device, usually a state dict. Views and tensors
+            that share memory are stored as separate tensors.
+        card: text of README.md; None keeps an existing one, or writes none.
+
+    Raises:
+        CheckpointError: ``path`` is a file or a folder with anything other than a checkpoint,
+            ``config`` is not JSON-able, or a value of ``tensors`` is not a dense tensor. Nothing has been
+            written then.
+        OSError: the disk fails; the previous state is intact.
+    """
+    target = real_path(path)
+    if not isinstance(kind, str) or not kind:
+        raise CheckpointError(f"kind must be a non-empty string, got {kind!r}")
+    try:
+        config = json.loads(json.dumps(dict(config), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"config of the {kind} checkpoint must hold only finite numbers, strings, booleans, None, lists "
+            f"and dicts: {error}"
+        ) from None
+    stored = _detached(tensors)
+    check_replaceable(target)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    previous = _previous(target)
+    partial.mkdir()
+    try:
+        tensor_file = partial / TENSOR_FILE
+        save_file(stored, tensor_file)
+        flush(tensor_file)
+        header = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "kind": kind,
+            "library_version": __version__,
+            "tensors": {"bytes": tensor_file.stat().st_size, "sha256": _sha256(tensor_file)},
+            "config": config,
+        }
+        write_atomic(partial / CONFIG_FILE, json.dumps(header, indent=2) + "\n")
+        for name in _KEPT:
+            if name == CARD_FILE and card is not None:
+                write_atomic(partial / name, card)
+            elif (target / name).is_file():
+                write_atomic(partial / name, (target / name).read_bytes())
+        flush(partial)
+        if target.exists():
+            # With a complete target an older leftover is obsolete, and the rename needs its place.
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(target, previous)
+        try:
+            os.replace(partial, target)
+        except BaseException:
+            if previous.exists() and not target.exists():
+                os.replace(previous, target)
+            raise
+        flush(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a checkpoint folder: ``(config, tensors)``, tensors on the CPU in their stored dtypes.
+
+    Args:
+        path: folder written by :func:`save_checkpoint`.
+        kind: the expected kind; None accepts any (see :func:`checkpoint_kind`).
+
+    Raises:
+        CheckpointError: ``path`` is missing, a file, not a checkpoint of this library, damaged, truncated, a
+            pickle in disguise, of another kind, or of a newer format. No code from the checkpoint is run.
+    """
+    folder, header = _read_header(path)
+    if kind is not None and header["kind"] != kind:
+        raise CheckpointError(
+            f"{path} is a checkpoint of kind {header['kind']!r}, expected {kind!r}; pass another folder"
+        )
+    tensor_file = folder / TENSOR_FILE
+    if not tensor_file.is_file():
+        raise CheckpointError(f"{tensor_file} is missing, so the checkpoint is incomplete; {_AGAIN}")
+    if _looks_pickled(tensor_file):
+        raise CheckpointError(f"{tensor_file} is not a safetensors file but a pickle or zip archive: {_PICKLE_ADVICE}")
+    expected, size = header["tensors"]["bytes"], tensor_file.stat().st_size
+    if size != expected:
+        state = "truncated" if size < expected else "of another checkpoint"
+        raise CheckpointError(f"{tensor_file} is {state}: it has {size} bytes, expected {expected}; {_AGAIN}")
+    if _sha256(tensor_file) != header["tensors"]["sha256"]:
+        raise CheckpointError(
+            f"{tensor_file} does not match the sha256 in {CONFIG_FILE}: it was damaged or comes from another "
+            f"checkpoint; {_AGAIN}"
+        )
+    try:
+        tensors = load_file(tensor_file)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{tensor_file} is not a readable safetensors file: {error}") from None
+    return header["config"], tensors
+
+
+def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
+    """Whether anything is at ``path``, or beside it after a save that was killed between its two renames."""
+    folder = real_path(path)
+    return folder.exists() or _previous(folder).is_dir()
+
+
+def checkpoint_kind(path: str | os.PathLike[str]) -> str:
+    """The kind of the checkpoint at ``path``, from its JSON alone; raises as :func:`load_checkpoint` does."""
+    return str(_read_header(path)[1]["kind"])
+
+
+def remove_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Remove a checkpoint's own files, and the folder if nothing else lies in it."""
+    folder = Path(path)
+    for name in (TENSOR_FILE, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def read_state_dict(path: str | os.PathLike[str], entry: str = "model_state_dict") -> dict[str, Tensor]:
+    """The state dict in a file from elsewhere: a safetensors file, or one of ``torch.save``.
+
+    Args:
+        path: the file; its content, not its name, determines its type.
+        entry: of the state dict in a file of ``torch.save``, unless the file itself is one.
+
+    Returns:
+        Tensors on the CPU in their stored dtypes.
+
+    Raises:
+        CheckpointError: no such file, damaged, or with anything but tensors in the state dict. Only tensors and plain
+            containers are unpickled, and no code from the file is run.
+    """
+    file = Path(path)
+    if not file.is_file():
+        state = "is a folder; Denoiser.load reads checkpoint folders" if file.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {state}; expected a file of torch.save or safetensors")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True) if _looks_pickled(file) else load_file(file)
+    except Exception as error:  # Damaged files raise errors of many types, from several libraries.
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path} is damaged, truncated, or holds something else than tensors ({type(error).__name__}: {reason}); "
+            "expected a file of torch.save or safetensors with a state dict"
+        ) from None
+    tensors = content.get(entry, content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path} must hold a state dict, alone or as {entry!r}, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{path} must hold a state dict, alone or as {entry!r}: the entry {name!r} is of type "
+                f"{type(tensor).__name__}, expected torch.Tensor"
+            )
+    return dict(tensors)
+
+
+def load_state_dict_checked(module: nn.Module, tensors: Mapping[str, Tensor], where: str | os.PathLike[str]) -> None:
+    """Copy ``tensors`` into ``module`` if every name and shape agrees; otherwise leave the module untouched.
+
+    Args:
+        module: receives the values in its own dtype and on its own device.
+        tensors: state dict, as returned by :func:`load_checkpoint`.
+        where: the path or name that messages mention.
+
+    Raises:
+        CheckpointError: lists missing, unexpected and differently shaped tensors.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unexpected = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name} {list(tensors[name].shape)}, expected {list(value.shape)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    found = [
+        f"{title}: {_first(names)}"
+        for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
+        if names
+    ]
+    if found:
+        raise CheckpointError(
+            f"{where} belongs to another architecture than this {type(module).__name__} "
+            f"({'; '.join(found)}); build the module with the settings it was saved with"
+        )
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+# ----------------------------------------------------------------------------------------- signatures
+
+
+def signature_of(*parts: Any) -> str:
+    """SHA-256 that identifies the data and models of saved work.
+
+    Tensors and arrays count by dtype, shape and bytes, checked arrays by their digest; modules by class,
+    ``to_config()`` where they have it, and state dict; anything else by its JSON (sorted keys), or its ``repr`` if
+    it has none.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            to_config = getattr(part, "to_config", None)
+            config = to_config() if callable(to_config) else None
+            digest.update(signature_of(type(part).__qualname__, config, *_flattened(part.state_dict())).encode())
+        elif isinstance(part, CheckedArray):
+            digest.update(part.digest.encode())
+        elif isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=repr).encode())
+        digest.update(b";")
+    return digest.hexdigest()
+
+
+def _flattened(state: Mapping[str, Any]) -> list[Any]:
+    return [item for name, value in state.items() for item in (name, value)]
+
+
+# --------------------------------------------------------------------------------------------- helpers
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse a path where saving a checkpoint would delete something else.
+
+    Raises:
+        CheckpointError: ``target`` is a file, or a folder with anything but a checkpoint of this package.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; a checkpoint is a folder, so choose another path")
+    entries = sorted(entry.name for entry in target.iterdir())
+    if not entries:
+        return
+    try:
+        ours = json.loads((target / CONFIG_FILE).read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    others = [name for name in entries if name not in (CONFIG_FILE, TENSOR_FILE, *_KEPT)]
+    if not ours or others:
+        shown = others or entries
+        raise CheckpointError(
+            f"{target} is not empty and not only a checkpoint of {FORMAT} (it holds {_first(shown)}); "
+            "saving would delete that, so choose another path or empty the folder"
+        )
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            came = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(f"tensors[{name!r}] must be a dense torch.Tensor, got {came}")
+        value = tensor.detach().cpu().contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory.
+        stored[name] = value.clone() if pointer in seen else value
+        seen.add(pointer)
+    return stored
+
+
+def _read_header(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    folder = real_path(path)
+    if not folder.exists() and _previous(folder).is_dir():
+        folder = _previous(folder)
+    if not folder.exists():
+        raise CheckpointError(f"{path} does not exist; {_EXPECTED}")
+    if not folder.is_dir():
+        if _looks_pickled(folder) or folder.suffix in (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin"):
+            raise CheckpointError(f"{path} is a file, not a checkpoint folder: {_PICKLE_ADVICE}")
+        raise CheckpointError(f"{path} is a file; {_EXPECTED}")
+    config_file = folder / CONFIG_FILE
+    if not config_file.is_file():
+        raise CheckpointError(f"{path} is not a checkpoint of {FORMAT}: it has no {CONFIG_FILE}")
+    try:
+        header = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
+        raise CheckpointError(f"{config_file} is damaged, not JSON ({error}); {_AGAIN}") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        # Names of models of other libraries in a file of this name.
+        other = (
+            next((header[name] for name in ("model_type", "_class_name", "architectures") if name in header), None)
+            if isinstance(header, dict)
+            else None
+        )
+        says = "does not say so" if other is None else f"is that of a model of another library, {other!r}"
+        raise CheckpointError(f"{path} is not a checkpoint of {FORMAT}: its {CONFIG_FILE} {says}")
+    version = header.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, written by {FORMAT} {header.get('library_version')}; this "
+            f"library reads versions up to {FORMAT_VERSION}, so upgrade {FORMAT}"
+        )
+    tensors = header.get("tensors")
+    complete = (
+        version == FORMAT_VERSION
+        and isinstance(header.get("kind"), str)
+        and isinstance(header.get("config"), dict)
+        and isinstance(tensors, dict)
+        and isinstance(tensors.get("bytes"), int)
+        and isinstance(tensors.get("sha256"), str)
+    )
+    if not complete:
+        raise CheckpointError(f"{config_file} is damaged: entries are missing or of a wrong type; {_AGAIN}")
+    return folder, header
+
+
+def _looks_pickled(file: Path) -> bool:
+    """Recognize torch.save's zip archive and a plain pickle by their first bytes."""
+    with open(file, "rb") as handle:
+        start = handle.read(9)
+    # A safetensors file starts with an 8-byte length, which may begin with 0x80 too, and then a JSON object.
+    pickled = start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[8:] != b"{"
+    return pickled or start[:4] == b"PK\x03\x04"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

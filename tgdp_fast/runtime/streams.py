@@ -1,0 +1,36 @@
+"""Two pieces of work side by side on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+First = TypeVar("First")
+Second = TypeVar("Second")
+
+
+def side_by_side(
+    device: torch.device, first: Callable[[], First], second: Callable[[], Second]
+) -> tuple[First, Second]:
+    """Return (first(), second()); on a GPU the second runs on its own stream and fills capacity the first leaves idle.
+
+    Neither may write what the other reads. The current stream waits for both. The other stream waits for all earlier
+    work of the current one, so memory that either frees is not reused too early.
+    """
+    if device.type != "cuda":
+        return first(), second()
+    current, other = torch.cuda.current_stream(device), _other_stream(device)
+    other.wait_stream(current)
+    with torch.cuda.stream(other):
+        result = second()
+    main = first()
+    current.wait_stream(other)
+    return main, result
+
+
+@cache
+def _other_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
