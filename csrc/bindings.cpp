@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
   std::vector<Tensor> hold;
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
   TORCH_CHECK_VALUE(call.shape.outputs == 1, "tgdp_fast: the last of weights must have one row");
-  call.split = split;
+  call.bf16x3 = split;
   Tensor value = at::empty({call.batch}, x.options());
   Tensor gradient = tgdp::empty_output({call.batch, call.shape.inputs}, x.options());
   std::vector<tgdp::Rows> keep;
@@ -98,7 +98,7 @@ std::vector<Tensor> mlp_backward(const std::optional<Tensor>& output_cotangent,
   std::vector<Tensor> biases;
   for (size_t l = 1; l < weights.size(); ++l) biases.push_back(at::zeros({weights[l].size(0)}, x.options()));
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
-  call.split = split;
+  call.bf16x3 = split;
   const auto depth = call.shape.widths.size();
   TORCH_CHECK_VALUE(pre_activations.size() == depth && needs_grad.size() == 2 * depth + 3,
                     "tgdp_fast: pre_activations must be L tensors and needs_grad 2 L + 3 flags");
@@ -180,9 +180,9 @@ std::tuple<Tensor, Tensor> trajectory(
     int64_t seed, const Tensor& sample_index, bool split) {
   tgdp::TrajectoryTensors tensors;
   std::vector<Tensor> hold;
-  tgdp::TrajectoryCall call{tgdp::checked_trajectory(
+  auto call = tgdp::checked_trajectory<tgdp::TrajectoryCall>(
       x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history, clamp,
-      gradient_norm_limit, seed, sample_index, tensors)};
+      gradient_norm_limit, seed, sample_index, tensors);
   call.score = trajectory_network(x, score_weights, score_biases, score_evaluation_bias, score_sample_bias, hold);
   TORCH_CHECK_VALUE(call.score.shape.outputs == call.size, "tgdp_fast: the score network must have D outputs");
   if (!guidance_weights.empty()) {
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> trajectory(
                                        guidance_sample_bias, hold);
     TORCH_CHECK_VALUE(call.guidance->shape.outputs == 1, "tgdp_fast: the guidance network must have one output");
   }
-  call.split = split;
+  call.bf16x3 = split;
   Tensor diverged = at::empty({}, x.options().dtype(at::kLong));
   *diverged.mutable_data_ptr<int64_t>() = tgdp::trajectory(call);
   return {tensors.out, diverged};

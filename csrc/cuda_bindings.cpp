@@ -137,9 +137,9 @@ std::tuple<Tensor, Tensor> trajectory(
   const c10::cuda::CUDAGuard guard(x.device());
   tgdp::TrajectoryTensors tensors;
   HeldNetwork score, guidance;
-  tgdp::TrajectoryKernelCall call{tgdp::checked_trajectory(
+  auto call = tgdp::checked_trajectory<tgdp::TrajectoryKernelCall>(
       x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history, clamp,
-      gradient_norm_limit, seed, sample_index, tensors)};
+      gradient_norm_limit, seed, sample_index, tensors);
   call.dtype = tgdp::dtype_of(score_weights[0]);
   call.score = trajectory_network(score, x, score_weights, score_biases, score_evaluation_bias, score_sample_bias);
   TORCH_CHECK_VALUE(score_weights.back().size(0) == call.size, "tgdp_fast: the score network must have D outputs");

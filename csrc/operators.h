@@ -89,16 +89,17 @@ inline std::vector<int64_t> checked_widths(const Tensor& x, const Tensor& first_
   return widths;
 }
 
-// The tensors of a trajectory as kernels read them, which keep its memory alive; after checking all but the networks.
+// Tensors that keep the memory of a trajectory alive.
 struct TrajectoryTensors {
   Tensor x, sample_index, table, out;
 };
 
-inline Trajectory checked_trajectory(const Tensor& x, const Tensor& score_evaluation_bias,
-                                     const Tensor& guidance_evaluation_bias, bool guided, const Tensor& table,
-                                     int64_t history, const std::optional<std::vector<double>>& clamp,
-                                     std::optional<double> gradient_norm_limit, int64_t seed,
-                                     const Tensor& sample_index, TrajectoryTensors& hold) {
+// A call without its networks, after checking the rest; Call is derived from Trajectory.
+template <typename Call>
+Call checked_trajectory(const Tensor& x, const Tensor& score_evaluation_bias, const Tensor& guidance_evaluation_bias,
+                        bool guided, const Tensor& table, int64_t history,
+                        const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
+                        int64_t seed, const Tensor& sample_index, TrajectoryTensors& hold) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(1) > 0, "tgdp_fast: x must be float32 [B, D]");
   TORCH_CHECK_VALUE(sample_index.dim() == 1 && sample_index.size(0) == x.size(0) &&
                         sample_index.scalar_type() == at::kLong && sample_index.device() == x.device(),
@@ -113,7 +114,7 @@ inline Trajectory checked_trajectory(const Tensor& x, const Tensor& score_evalua
   TORCH_CHECK_VALUE(!clamp || clamp->size() == 2, "tgdp_fast: clamp must have two numbers");
   hold = {x.contiguous(), sample_index.contiguous(), table.to(at::kFloat).contiguous().to(x.device()),
           at::empty(x.sizes(), x.options())};
-  Trajectory call;
+  Call call;
   call.batch = x.size(0);
   call.size = x.size(1);
   call.slots = history;

@@ -20,16 +20,13 @@ from tgdp_fast.kernels import launching
 from tgdp_fast.kernels.launching import Block, Compilation
 from tgdp_fast.kernels.philox import normal_elements, normal_groups, normal_pairs
 
-#: The most history slots that the kernel has coefficients for.
-MOST_SLOTS = 2
-
 
 @triton.jit
 def locate(start, lanes, size, long: tl.constexpr):
     """Sample and position in it (int64) of the flat positions start + lanes, for samples of ``size`` positions.
 
-    One 64-bit division a program. Where ``long``, size is no less than the number of lanes, which then touch two
-    samples at most; else they and size are small, and a lane takes one 32-bit division.
+    One 64-bit division per program. If ``long``, size is at least the number of lanes, which then touch at most two
+    samples; otherwise both are small, and a lane takes one 32-bit division.
     """
     first = start // size
     position = start - first * size + lanes
@@ -58,7 +55,7 @@ def _store(pointer, offsets, value, mask):
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
 
 
-# Neither the noise coordinates nor the size of a sample change what is compiled.
+# The compiled code depends neither on the noise coordinates nor on the size of a sample.
 @triton.jit(do_not_specialize=["sample_size", "key_low", "key_high", "evaluation"])
 def guided_step_kernel(
     x_next,
@@ -117,14 +114,14 @@ def guided_step_kernel(
         )
     alpha = tl.cast(step.alpha, tl.float32)
     sigma = tl.cast(step.sigma, tl.float32)
-    # The quotient is one, for 1 / alpha may overflow.
+    # A division, because 1 / alpha may overflow.
     clean = tl.div_rn(state - sigma * guided, tl.broadcast_to(alpha, state.shape))
     if step.clamp is not None:
         lowest, highest = tl.cast(step.clamp[0], tl.float32), tl.cast(step.clamp[1], tl.float32)
         # By comparisons, so that NaN stays NaN.
         limited = tl.where(clean < lowest, lowest, clean)
         limited = tl.where(limited > highest, highest, limited)
-        # Recomputed where the clamp acts only: elsewhere the round trip through x0 would cost digits at small sigma.
+        # Recomputed only where the clamp acts: elsewhere the round trip through x0 would cost digits at small sigma.
         recomputed = tl.div_rn(state - alpha * limited, tl.broadcast_to(sigma, state.shape))
         guided = tl.where(limited == clean, guided, recomputed)
         clean = limited
@@ -146,7 +143,7 @@ def guided_step_kernel(
         k0 = key_low.to(tl.uint32, bitcast=True)
         k1 = key_high.to(tl.uint32, bitcast=True)
         c3 = evaluation.to(tl.uint32, bitcast=True)
-        # What makes its normals at once: rows, pairs or elements of the tile.
+        # The units that make their normals together: rows, pairs or elements of the tile.
         if normals == 4:
             units = tl.arange(0, block // 4)
         elif normals == 2:
@@ -181,8 +178,8 @@ def launch(
 ) -> None:
     """Fill outputs, x_next [B, ...], history_next [H, B, ...] and x0 [B, ...], from contiguous tensors.
 
-    step: a ``tgdp_fast.ops.SolverStep`` of at most MOST_SLOTS history slots, its matrix a tuple of tuples; noise: the
-    key's words and the evaluation, in [0, 2^32).
+    step: a ``tgdp_fast.ops.SolverStep``, its matrix a tuple of tuples; noise: the words of the key and the evaluation,
+    in [0, 2^32).
     """
     elements = x.numel()
     if elements == 0:
@@ -211,14 +208,14 @@ def launch(
 
 
 def _normals(sample_size: int) -> int:
-    """How many normals are made at once."""
+    """The number of normals made together."""
     return 4 if sample_size % 4 == 0 else 2 if sample_size % 2 == 0 else 1
 
 
 def _block(normals: int) -> Block:
-    """Eight elements a thread, so that several loads of each are under way at once.
+    """Eight elements per thread, so that each has several loads in flight.
 
-    Four where each element makes its own noise, or some of its registers would be spilled.
+    Four if each element makes its own noise; otherwise registers would spill.
     """
     return Block(512 if normals == 1 else 1024, 4)
 
@@ -228,7 +225,7 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-#: As ``tgdp_fast.ops.SolverStep``, which stands above this layer: for the record.
+#: As ``tgdp_fast.ops.SolverStep``, which this layer must not import.
 _Step = namedtuple("_Step", "matrix noise_scale guidance_weight alpha sigma clamp")
 
 
@@ -242,7 +239,7 @@ def _without_data(
     clamp: bool = False,
     noise: bool = False,
 ) -> Callable[[], None]:
-    """A launch for a record: x, epsilon and gradient of these dtypes, a batch of samples of a size."""
+    """A launch on tensors without data: x, epsilon and gradient of these dtypes, a batch of samples of a size."""
 
     def empty(dtype: torch.dtype, *size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")

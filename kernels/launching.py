@@ -1,4 +1,4 @@
-"""Launching kernels, or recording what would be launched: what is compiled ahead of time.
+"""Launches of kernels, and records of launches on tensors without data, from which tests compile ahead of time.
 
 Every kernel module lists the specialisations that it ships as a function ``shipped()``; tests compile each of them for
 every architecture without a GPU.
@@ -45,7 +45,7 @@ class Compilation:
         name: unique, "kernel/variant".
         kernel: the ``triton.jit`` function.
         signature: type of every argument, "*fp32", "*i64", "fp32", "i64", or "constexpr"; tuples of them for tuples.
-        constants: values of what is "constexpr", by its place: the number of the argument, then the one inside a tuple.
+        constants: values of the "constexpr" ones by place: the number of the argument, then the one inside a tuple.
         num_warps, num_stages: launch options.
         tensor_cores: whether matrix instructions must appear.
         divisible: places of the pointers, strides and sizes that are multiples of 16 in every call of this
@@ -62,7 +62,7 @@ class Compilation:
     divisible: tuple[tuple[int, ...], ...] = ()
 
 
-#: Where launches are recorded instead of run, by :func:`recorded`.
+#: The list that launches are added to instead of run, in :func:`recorded`.
 _recording: list[Compilation] | None = None
 
 
@@ -86,9 +86,9 @@ def alignment(*numbers: int) -> int:
 
 
 def recorded(calls: dict[str, Callable[[], object]]) -> list[Compilation]:
-    """What the calls, on tensors without data, would launch: each specialisation once.
+    """The launches of the calls, on tensors without data: each specialisation once.
 
-    They are named "kernel/call", with "/number" where a call launches several.
+    They are named "kernel/call", with "/number" if a call launches several.
     """
     global _recording
     found: dict[str, Compilation] = {}

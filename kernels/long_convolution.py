@@ -1,4 +1,4 @@
-"""The two-sided convolution of an S4 layer with its GELU, by transforms that are matrix products, in one pass.
+"""The two-sided convolution of an S4 layer with its GELU, by transforms that are matmuls, in one pass.
 
 Reference twin ``tgdp_fast.ops.long_convolution.long_convolution_reference``.
 
@@ -9,12 +9,12 @@ part of a product of polynomials is the convolution without wrapping (as the CPU
     V[j, b] = U[j, b] exp(-2 pi i b (j - 1/4) / M)
     W[j, m] = sum_b V[j, b] exp(-2 pi i b m / B)            a matrix from the right
 
-and back likewise: twelve real products of 32 x 32 matrices at M = 1024, 0.8 MFLOP for a channel of a sample where
-the definition takes 2 and split radices 0.05. Matrices from both sides leave every sample of a program in its own
-columns, then rows, so that nothing is transposed.
+and back likewise: twelve real matmuls of 32 x 32 matrices at M = 1024, 0.8 MFLOP for a channel of a sample; the
+definition takes 2 and a split-radix transform 0.05. Matrices from both sides leave every sample of a program in its
+own columns, then rows, so that nothing is transposed.
 
 Factors are float16, sums float32. For float32 signals a matrix is the sum of two float16 matrices and a signal that of
-three, and a product takes four (error 2^-24). Signals are scaled by a power of two so that the largest entry is in
+three, and a matmul takes four (error 2^-24). Signals are scaled by a power of two so that the largest entry is in
 1 .. 2, and spectra so that theirs is in 2 .. 4: then no factor exceeds sqrt(32) 2^11 4 = 46,341, which float16 holds.
 """
 
@@ -68,7 +68,7 @@ def gelu(y):
 
 @triton.jit
 def _parts(value, EXACT: tl.constexpr):
-    """float32 as float16, and where EXACT twice what is left of it."""
+    """float32 as float16 and, if EXACT, its remainder as two more."""
     first = value.to(tl.float16)
     if EXACT:
         rest = value - first.to(tl.float32)
@@ -89,9 +89,7 @@ def _minus(parts, EXACT: tl.constexpr):
 
 @triton.jit
 def _from_left(matrix, signal, total, EXACT: tl.constexpr):
-    """total + matrix signal of what :func:`_matrix` and :func:`_parts` gave, without what is below 2^-24; small terms
-    first.
-    """
+    """total + matrix signal, from :func:`_matrix` and :func:`_parts`, without terms below 2^-24; small terms first."""
     if EXACT:
         total = multiply_add(matrix[0], signal[2], total, "ieee")
         total = multiply_add(matrix[1], signal[0], total, "ieee")
@@ -111,7 +109,7 @@ def _from_right(signal, matrix, total, EXACT: tl.constexpr):
 
 @triton.jit
 def _matrix(pointer, row, column, STRIDE: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr):
-    """A matrix of float16 numbers; where EXACT, what is left of them is SIZE further."""
+    """A matrix of float16 numbers and, if EXACT, their remainders, which are stored SIZE further."""
     pointer += row[:, None] * STRIDE + column[None, :]
     first = tl.load(pointer)
     if EXACT:
@@ -222,7 +220,7 @@ def long_convolution_kernel(
 
 
 def points_of(length: int) -> int | None:
-    """Points of the transform for signals of this length, or None where there is none."""
+    """Points of the transform for signals of this length, or None if there is none."""
     return next((points for points in FACTORS if points >= length), None)
 
 
@@ -230,7 +228,7 @@ def pack(spectra: Tensor, half: bool) -> tuple[Tensor, Tensor]:
     """Spectra [H, M] complex128 as the kernel reads them.
 
     Returns:
-        packed [H, 2, A, B], float16 where ``half``, else float32: real and imaginary parts relative to a power of two
+        packed [H, 2, A, B], float16 if ``half``, else float32: real and imaginary parts relative to a power of two
         for each channel; and those, float32 [H].
     """
     channels, points = spectra.shape
@@ -249,7 +247,7 @@ def pack(spectra: Tensor, half: bool) -> tuple[Tensor, Tensor]:
 def _tables(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The constants of a transform.
 
-    For either matrix its real and its imaginary part, each as float16 and what is left of it; and the twiddle factors,
+    For either matrix its real and its imaginary part, each as float16 and its remainder; and the twiddle factors,
     float32 [2, A, B].
     """
     a, b = FACTORS[points]
@@ -281,8 +279,8 @@ def launch(
 ) -> None:
     """Fill output [B, H, L] from u [B, H, L], whose positions are in one piece each.
 
-    With ``exact``, factors have 24 bits instead of 11; with ``saturate``, what float16 does not hold is its largest
-    number instead of infinity.
+    With ``exact``, factors have 24 bits instead of 11; with ``saturate``, numbers beyond float16 become its largest
+    one instead of infinity.
     """
     batch, channels, length = u.shape
     if u.numel() == 0:
@@ -334,7 +332,7 @@ def _block(batch: int) -> Block:
 
 
 def _without_data(shape: tuple[int, int, int], dtype: torch.dtype) -> Callable[[], None]:
-    """A launch for a record."""
+    """A launch on tensors without data."""
     u = torch.empty(shape, dtype=dtype, device="meta")
     points = points_of(shape[2])
     assert points is not None

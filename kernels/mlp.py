@@ -10,7 +10,7 @@ weight.
 A layer of H units reads and writes b B H bytes of its input and output beside its weights (b bytes per number), where
 PyTorch reads and writes them three times, and does 2 B H H_below FLOPs. At width 512 a weight does not fit next to the
 activations in shared memory, and the matmuls are what takes the time: some 200 FLOPs per byte moved, most from the L2
-cache. What is smaller goes in one launch: ``small_mlp.py``.
+cache. Smaller MLPs take one launch: ``small_mlp.py``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tgdp_fast.kernels.matmul import (
 
 
 class ValueParts(NamedTuple):
-    """The value's sum that is still to be done: ``value`` [B] = sum of ``parts`` [count, B] float32 + ``bias`` [1]."""
+    """The unfinished sum of the value: ``value`` [B] = sum of ``parts`` [count, B] float32 + ``bias`` [1]."""
 
     parts: Any
     count: Any
@@ -156,9 +156,9 @@ def backward_kernel(
             store(activation, units, place, z * s)
     store(output, units, place, result)
     if sums is not None:
-        # Rows that do not exist are zero: their left factor was.
+        # Rows beyond the batch are zero, because their left factor was.
         tl.store(sums + place.row_block * units + place.column, tl.sum(result, 0), mask=place.column_mask)
-    if unfinished is not None:  # noqa: SIM102 - the compiler drops the inner question where the outer one is settled
+    if unfinished is not None:  # noqa: SIM102 - the compiler drops the inner condition if the outer one is constant
         if place.column_block == 0:
             total = tl.zeros([ROWS], tl.float32) + tl.load(unfinished.bias).to(tl.float32)
             parts = unfinished.parts + place.row
@@ -242,7 +242,7 @@ def tangent_last_kernel(
         head_block += fb * (z * s)
     store(zbar, units, place, zbar_block)
     store(delta, units, place, slope * w)
-    # Rows that do not exist add nothing: their v and cotangent are zero.
+    # Rows beyond the batch add nothing: their v and cotangent are zero.
     sums = place.row_block * units + place.column
     tl.store(bias_sums + sums, tl.sum(zbar_block, 0), mask=place.column_mask)
     tl.store(head_sums + sums, tl.sum(head_block, 0), mask=place.column_mask)
@@ -302,7 +302,7 @@ def _launch(kernel: Any, tile: Any, size: tuple[int, int, int], *arguments: Any)
 def _forward_layer(
     below: Tensor, weight: Tensor, bias: Tensor, *, keep: bool, activate: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(z, silu(z)) of z = below weight^T + bias, each None where not asked for: [B, D], [H, D], [H] or [1 or B, H]."""
+    """(z, silu(z)) of z = below weight^T + bias, each None if not requested: [B, D], [H, D], [H] or [1 or B, H]."""
     size = below.shape[0], weight.shape[0], below.shape[1]
     z = below.new_empty(size[:2]) if keep else None
     activation = below.new_empty(size[:2]) if activate else None
@@ -375,7 +375,7 @@ def value_and_grad(
     activation: Any = x
     kept: list[Any] = []
     for weight, bias in zip(hidden[:-1], all_biases[:-1], strict=True):
-        # The slopes on the way back are those of z, whether or not the caller keeps it.
+        # The backward pass needs the slopes at z even if the caller does not keep it.
         z, activation = _forward_layer(activation, weight, bias, keep=True, activate=True)
         kept.append(z)
     z, delta, parts = _forward_last(activation, hidden[-1], all_biases[-1], weights[-1], keep=keep)
@@ -399,7 +399,7 @@ class _Gradients:
         self.shape = first_bias.shape
         self.shared = first_bias.ndim == 1 or first_bias.shape[0] == 1
         wanted = (i for i in range(depth + 1) if self.needs_weight[i] or self.needs_bias[i])
-        #: The lowest layer that somebody needs; depth + 1 where nobody does.
+        #: The lowest layer whose gradients are needed; depth + 1 if none are.
         self.lowest = 0 if self.needs_x else next(wanted, depth + 1)
 
     def set_first_bias(self, cotangent: Tensor, sums: Tensor | None) -> None:
@@ -479,7 +479,7 @@ def value_and_grad_backward(
     if found.lowest >= depth and not found.needs_weight[depth]:
         return found.needed()
     zs = [z.contiguous() for z in pre_activations]
-    # Forward: what each layer sees of the network below it, and of the tangent.
+    # Forward: the inputs of each layer, of the network and of the tangent pass.
     activations, tangents, products = [x], [gradient_cotangent], []
     for layer in range(depth - 1):
         activation, tangent, product = _tangent_layer(
@@ -493,7 +493,7 @@ def value_and_grad_backward(
     )
     if found.needs_weight[depth]:
         found.weights[depth] = column_sum(head_sums, x.dtype).unsqueeze(0)
-    # Backward, no further than the lowest layer that somebody needs.
+    # Backward, down to the lowest layer whose gradients are needed.
     for layer in range(depth - 1, found.lowest - 1, -1):
         if found.needs_weight[layer]:
             found.weights[layer] = weight_gradient(zbar, activations[layer], (delta, tangents[layer]))
@@ -509,7 +509,7 @@ def value_and_grad_backward(
 
 
 def _tangent_layer(below: Tensor, weight: Tensor, z: Tensor, *, activate: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(z), or z itself where that is not needed; u = silu'(z) v; v = below weight^T."""
+    """silu(z), or z itself if that is not needed; u = silu'(z) v; v = below weight^T."""
     size = below.shape[0], weight.shape[0], below.shape[1]
     activation = torch.empty_like(z) if activate else None
     tangent, product = torch.empty_like(z), torch.empty_like(z)
@@ -547,7 +547,7 @@ def _joint_backward_layer(
 
 def shipped() -> list[Compilation]:
     """Score networks of the two-dimensional experiment and guidance networks of two inputs and of the ECG's 3904, and
-    their derivatives; what is smaller ships with ``small_mlp.py``.
+    their derivatives; smaller ones ship with ``small_mlp.py``.
     """
     calls: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float16):

@@ -1,18 +1,18 @@
-"""The products of a residual block of the SSSD-ECG network, with all that is pointwise or over channels in them.
+"""The matmuls of a residual block of the SSSD-ECG network, fused with everything pointwise and over channels.
 
 Reference twin ``tgdp_fast.ops.residual_block.residual_block_reference_``. Seven launches, two of them of
 ``long_convolution.py``:
 
-1. ``transposed_kernel``: the residual stream, rounded to factors, with the channels of a position in one piece: what
-   the three taps of the convolution see starts at whole rows, so that their loads are wide;
+1. ``transposed_kernel``: the residual stream, rounded to factors, with the channels of a position in one piece: the
+   inputs of the three taps of the convolution start at whole rows, so that their loads are wide;
 2. ``taps_kernel``: the convolution of three taps and the step's bias;
 3. and 5. the long convolution with GELU;
-4. and 6. ``mixture_kernel``: a program has all channels of some positions, so that LayerNorm follows on the product in
+4. and 6. ``mixture_kernel``: a program has all channels of some positions, so that LayerNorm follows the matmul in
    registers, and after the second layer the gate;
-7. ``output_kernel``: the residual and the skip product, which change the state.
+7. ``output_kernel``: the residual and the skip matmul, which change the state.
 
-State, accumulators, statistics and the first u, which nothing bounds, are float32; u between the layers is normalised
-and in 16 bits where the products are.
+State, accumulators, statistics and the first u, which is unbounded, are float32; u between the layers is normalized,
+and in 16 bits if the matmuls are.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def transposed_kernel(
 
 
 @triton.jit
-def _product(
+def _matmul(
     x,
     weight,
     row,
@@ -155,17 +155,17 @@ def taps_kernel(
 ):
     """output[b, h, t] = sum over taps i, channels c of weight[h, i channels + c] x[b, t + i, c], and the step's bias.
 
-    output float32 [B, hidden, stride], of whose positions ``length`` are meant; x [B, length + 2, width], see
-    :func:`transposed_kernel`; weight [hidden, 3 channels]; step_bias float32 [.., 3, hidden]: what is added inside, and
-    what the first and the last position lack of it.
+    output float32 [B, hidden, stride], of which ``length`` positions are used; x [B, length + 2, width], see
+    :func:`transposed_kernel`; weight [hidden, 3 channels]; step_bias float32 [.., 3, hidden]: the bias inside, and
+    the parts that the first and the last position lack.
 
-    Twin: the first product of ``residual_block_reference_``. 6 B L hidden channels FLOPs; bytes: all once, if the L2
+    Twin: the first matmul of ``residual_block_reference_``. 6 B L hidden channels FLOPs; bytes: all once, if the L2
     cache serves what several programs read.
     """
     sample, row, column = _tile(hidden, length, ROWS, COLUMNS)
     row_mask, column_mask = row < hidden, column < length
     x += sample * (length + 2) * width
-    total = _product(x, weight, row, row_mask, column, column_mask, channels, width, 3, DEPTH, PRECISION)
+    total = _matmul(x, weight, row, row_mask, column, column_mask, channels, width, 3, DEPTH, PRECISION)
     step_bias += sample * step_sample_stride + row
     total += tl.load(step_bias, mask=row_mask, other=0.0)[:, None]
     at_first = tl.load(step_bias + hidden, mask=row_mask, other=0.0)
@@ -198,14 +198,14 @@ def output_kernel(
     state float32 [B, rows, L]; gated [B, L + 2, width], position t at 1 + t; weight [rows, channels]; bias float32
     [rows].
 
-    Twin: the last product of ``residual_block_reference_``. 2 B L rows channels FLOPs; bytes: the state twice, the
+    Twin: the last matmul of ``residual_block_reference_``. 2 B L rows channels FLOPs; bytes: the state twice, the
     others once.
     """
     length = groups * ALIGNMENT
     sample, row, column = _tile(rows, length, ROWS, COLUMNS)
     row_mask, column_mask = row < rows, column < length
     gated += sample * (length + 2) * width + width
-    total = _product(gated, weight, row, row_mask, column, column_mask, channels, width, 1, DEPTH, PRECISION)
+    total = _matmul(gated, weight, row, row_mask, column, column_mask, channels, width, 1, DEPTH, PRECISION)
     state += sample * rows * length
     offsets = row[:, None] * length + column[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -272,7 +272,7 @@ def mixture_kernel(
 ):
     """LayerNorm(u + mixture y + mixture_bias) at COLUMNS positions of a sample, 2 ``channels`` = H wide, to output.
 
-    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are meant; vectors: mixture_bias, and the
+    y, u and output [B, H, stride], of which L = groups * ALIGNMENT positions are used; vectors: mixture_bias, and the
     weight and bias of LayerNorm, float32 [H]. With GATED, output is what :func:`output_kernel` reads, [B, L + 2,
     width], and becomes tanh(first half) sigmoid(second half) of that.
 
@@ -307,7 +307,7 @@ def mixture_kernel(
         second = multiply_add(left, right, second, PRECISION)
         mixture += DEPTH
         y += DEPTH * stride
-    # What lies outside is 0 by then, and stays so.
+    # Outside, first and second are 0 here, and stay 0.
     mean = (tl.sum(first, 0) + tl.sum(second, 0)) / hidden
     first = tl.where(mask, first - mean[None, :], 0.0)
     second = tl.where(mask, second - mean[None, :], 0.0)
@@ -331,7 +331,7 @@ def mixture_kernel(
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products of a dtype are taken: of float32 as six of bfloat16, with errors as those of float32."""
+    """Precision of the matmuls of a dtype: those of float32 as six of bfloat16, with the errors of float32."""
     return "bf16x6" if dtype == torch.float32 and not INTERPRETED.value else "ieee"
 
 
@@ -387,7 +387,7 @@ def taps(output: Tensor, x: Tensor, weight: Tensor, step_bias: Tensor) -> None:
 
 
 def _taps_tile(positions: int, hidden: int, channels: int, *, dtype: torch.dtype) -> Tile:
-    """Large tiles where they fill a card, else small ones; both in 99 KB of shared memory."""
+    """Large tiles if they fill a card, else small ones; both in 99 KB of shared memory."""
     few = positions * hidden < 128 * 128 * 128
     if dtype == torch.float32:
         tile = Tile(64, 32, 32, 4, 3) if few else Tile(64, 64, 16, 4, 3)
@@ -411,7 +411,7 @@ def _fitted(tile: Tile, rows: int, columns: int, depth: int) -> Tile:
 
 
 def output(state: Tensor, gated: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Change state [B, R, L] by the output product of gated [B, L + 2, W] with weight [R, C] and bias [R]."""
+    """Change state [B, R, L] by the output matmul of gated [B, L + 2, W] with weight [R, C] and bias [R]."""
     (batch, rows, length), channels = state.shape, weight.shape[1]
     alignment = launching.alignment(length)
     tile = _output_tile(batch * length, rows, channels, dtype=weight.dtype)
@@ -488,7 +488,7 @@ def mixture(
 
 
 def _mixture_tile(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -> Tile:
-    """All channels of as many positions as registers hold, fewer where that leaves processors idle."""
+    """All channels of as many positions as registers hold; fewer if that leaves multiprocessors idle."""
     rows = triton.next_power_of_2(max(triton.cdiv(hidden, 2), 16))
     if dtype == torch.float32:
         tile = Tile(rows, 16, 16, 8, 2)
@@ -498,15 +498,15 @@ def _mixture_tile(batch: int, length: int, hidden: int, *, dtype: torch.dtype) -
 
 
 def _sample_stride(bias: Tensor) -> int:
-    """0 where there is one row for all."""
+    """0 if one row serves all."""
     return 0 if bias.shape[0] == 1 else bias.stride(0)
 
 
 def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: Block) -> None:
-    """The whole block: changes state float32 [B, C + S, L], contiguous.
+    """The whole block; changes ``state``.
 
     Args:
-        state: as said.
+        state: float32 [B, C + S, L], contiguous.
         step_bias: float32 [B or 1, 3, H], rows in one piece.
         label_bias: float32 [B or 1, H], rows in one piece, or None.
         weights: contiguous.
@@ -514,7 +514,7 @@ def launch(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights:
     batch, _, length = state.shape
     channels, dtype = weights.output.shape[1], weights.output.dtype
     exact = dtype == torch.float32
-    # Rows that start at multiples of what one access takes.
+    # Rows start at multiples of one access.
     x = state.new_empty(batch, length + 2, _up_to_16(channels), dtype=dtype)
     shape = (batch, 2 * channels, _up_to_16(length))
     u = state.new_empty(shape)
@@ -548,7 +548,7 @@ def _up_to_16(size: int) -> int:
 
 
 def without_data(shape: tuple[int, int, int, int], dtype: torch.dtype, labels: bool = True) -> Callable[[], None]:
-    """A launch for a record, of a block for B, C, S, L."""
+    """A launch on tensors without data, of a block for B, C, S, L."""
     batch, channels, skip, length = shape
     hidden = 2 * channels
     points = long_convolution.points_of(length)

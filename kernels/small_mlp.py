@@ -311,7 +311,7 @@ def value_and_grad(
 def without_data(
     batch: int, sizes: Sequence[int], outputs: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Arguments of an MLP of ``sizes`` (inputs and hidden layers) with a shared first bias, for a record."""
+    """Arguments of an MLP of ``sizes`` (inputs and hidden layers) with a shared first bias, on tensors without data."""
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")

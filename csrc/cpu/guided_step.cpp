@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "instruction_set.h"
-#include "tile_product.h"
+#include "scratch.h"
 
 namespace tgdp {
 namespace {

@@ -8,7 +8,7 @@
 
 #include "../common/low_precision.h"
 #include "instruction_set.h"
-#include "tile_product.h"
+#include "scratch.h"
 
 namespace tgdp {
 namespace {

@@ -1,11 +1,11 @@
-// A SiLU perceptron packed for block-wise evaluation, and the evaluation of one block of rows: all layers forward and
-// back without leaving the cache.
+// A SiLU MLP packed for block-wise evaluation, and the evaluation of one block of rows: all layers forward and back
+// without leaving the cache.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "tile_product.h"
+#include "matmul.h"
 
 namespace tgdp {
 
@@ -20,82 +20,88 @@ struct MlpShape {
   int64_t widest() const;  // padded width of the widest hidden layer
 };
 
-// Inputs, or outputs of a gradient, up to this many are handled without a matrix product.
+// Up to this many inputs, or outputs of a gradient, are handled without a matmul.
 constexpr int64_t kFew = 8;
 
 // Rows for callers that use a packed matrix many times, or in ways that need it.
 constexpr int64_t kAlwaysPack = int64_t{1} << 62;
 
-// Weights of hidden layers and head in packed form, for products with `products`; holds float copies of the biases.
-// The memory belongs to the calling thread and is used again by its next PackedMlp of the same slot.
+// Weights of hidden layers and head, packed for matmuls of a precision, and float copies of the biases. The memory belongs
+// to the calling thread and is used again by its next PackedMlp of the same slot.
 class PackedMlp {
  public:
   // weights: depth + 1 matrices, the last the head [outputs, H_L]; biases: depth vectors, of layers 2.. and the head.
-  // with_gradient packs what the way back needs. `rows`: how many rows will be computed; for few of them packing costs
-  // more than it gains, so products take the weights from where they are, if they can.
-  PackedMlp(const MlpShape& shape, Products products, const std::vector<Rows>& weights,
+  // with_gradient: packs what the backward pass needs. `rows`: how many rows will be computed; for few of them packing
+  // costs more than it gains, so matmuls read the weights where they are, if they can.
+  PackedMlp(const MlpShape& shape, Precision precision, const std::vector<Rows>& weights,
             const std::vector<Rows>& biases, bool with_gradient, int64_t rows, int slot);
 
   const MlpShape& shape() const { return shape_; }
-  Products products() const { return products_; }
-  // Rows of a packed matrix that a product runs over: bf16 takes them in pairs, of which the padding is zero.
-  int64_t depth_of_product(int64_t depth) const { return products_ == Products::f32 ? depth : (depth + 1) / 2 * 2; }
+  Precision precision() const { return precision_; }
+  // Rows of a packed matrix that a matmul runs over: bf16 takes them in pairs, of which the padding is zero.
+  int64_t matmul_depth(int64_t depth) const { return precision_ == Precision::f32 ? depth : (depth + 1) / 2 * 2; }
   bool few_inputs() const { return shape_.inputs <= kFew; }
   bool few_outputs() const { return shape_.outputs <= kFew; }
 
-  // Right factor of a_l-1 W_l^T (layer 0 is the first) and of delta_l W_l; layer depth() is the head.
+  // Right operand of a_l-1 W_l^T (layer 0 is the first) and of delta_l W_l; layer depth() is the head.
   const PackedMatrix& forward(int64_t layer) const { return forward_[layer]; }
   const PackedMatrix& backward(int64_t layer) const { return backward_[layer]; }
-  // W_l itself as a left factor, where it is not packed for forward(l); ld 0 otherwise.
+  // W_l itself as a left operand, where it is not packed for forward(l); ld 0 otherwise.
   const Operand& left(int64_t layer) const { return left_[layer]; }
   // For at most kTinyRows rows nothing is packed, and operands are float.
   bool tiny() const { return tiny_; }
   const Rows& weight(int64_t layer) const { return weights_[layer]; }
   const float* bias(int64_t layer) const { return biases_[layer]; }  // of layers 1 .. depth, padded
-  const float* head() const { return head_; }                    // few rows of the head, padded
-  const float* first_columns() const { return first_columns_; }  // W_1^T [inputs, padded], few inputs only
+  ConstFloats head() const { return head_; }                         // a head with few rows, padded
+  ConstFloats first_columns() const { return first_columns_; }       // W_1^T [inputs, padded], few inputs only
 
  private:
-  static void small_layer(const Rows& weight, bool columns, int64_t in, int64_t out, float* to);
+  // A weight to pack, as columns of its transpose and as rows; either may be null.
+  struct Job {
+    int64_t layer;
+    unsigned char *transposed, *plain;
+  };
+  std::vector<Job> lay_out(const std::vector<Rows>& biases, bool with_gradient, int64_t rows, Arena& arena);
+  Job place_weight(int64_t layer, bool with_gradient, int64_t rows, Arena& arena);
+  void pack(const std::vector<Job>& jobs) const;
 
   MlpShape shape_;
-  Products products_;
+  Precision precision_;
   bool tiny_;
   std::vector<Rows> weights_;
   std::vector<PackedMatrix> forward_, backward_;
   std::vector<Operand> left_;
   std::vector<const float*> biases_;
-  const float* head_ = nullptr;
-  const float* first_columns_ = nullptr;
+  ConstFloats head_, first_columns_;
 };
 
-// Columns of a layer that are computed and then activated at a time, while they are in the level-1 cache.
+// Columns of a layer that are computed and then activated at a time, while they are in the L1 cache.
 constexpr int64_t kPanel = 64;
 
 // What a thread needs for one panel.
 struct Panel {
-  float* z;       // [rows, kPanel]
-  float* turned;  // the same transposed
+  float* data;        // [rows, kPanel]
+  float* transposed;  // the same transposed
+  Floats z() const { return {data, kPanel}; }
 };
 
 // Working memory for blocks of up to `rows` rows. With several workers their threads share the panels of a layer, for
 // a batch of too few rows to share those.
 struct MlpBlock {
-  MlpBlock(const MlpShape& shape, Products products, int64_t rows, bool with_gradient, int64_t workers, Arena& arena);
+  MlpBlock(const MlpShape& shape, Precision precision, int64_t rows, bool with_gradient, int64_t workers, Arena& arena);
 
   std::vector<Panel> panels;   // one per worker
   Operand input;               // [rows, padded(inputs)]; none for few inputs
   Operand a, b;                // [rows, widest layer], alternating
   std::vector<Slopes> slopes;  // of all layers but the last
-  unsigned char* turned;       // a transposed activation
+  unsigned char* transposed;   // an activation
   float* part;                 // [panels, rows]: what each panel of the last hidden layer adds to the value
 };
 
 // The first layer's inputs and bias of one block.
 struct MlpInput {
-  const float* few_x = nullptr;  // [rows, kPadding] for few inputs; else the block's `input` holds them
-  const float* bias = nullptr;   // [rows, padded H_1] with row stride bias_stride
-  int64_t bias_stride = 0;       // 0: one bias for all rows
+  ConstFloats few_x;  // [rows, kPadding] for few inputs; else the block's `input` holds them
+  ConstFloats bias;   // [rows, padded H_1]
 };
 
 // Where the first `rows` rows of a block go.
@@ -122,7 +128,7 @@ void input_gradient(const PackedMlp& mlp, const std::vector<Panel>& panels, cons
 void outputs(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const MlpInput& input, const FirstRows& to,
              const KeepPreActivations& keep = {});
 
-// Rows of a block, rounded up to one of a few sizes: each size of a product is compiled once per thread.
+// Rows of a block, rounded up to one of a few sizes: each size of a matmul is compiled once per thread.
 int64_t rounded_rows(int64_t rows);
 
 }  // namespace tgdp

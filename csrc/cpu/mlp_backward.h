@@ -1,4 +1,4 @@
-// The derivative of outputs, or of value and input gradient, of a SiLU perceptron with respect to all its inputs:
+// The derivative of outputs, or of value and input gradient, of a SiLU MLP with respect to all its inputs:
 // reference twin tgdp_fast.ops.mlp_value_and_grad_backward_reference, whose names the code uses.
 #pragma once
 
@@ -19,8 +19,8 @@ struct MlpGradients {
 // output_cotangent [batch, outputs] and, for a single output, gradient_cotangent [batch, inputs] may have null data for
 // zeros; pre_activations as the forward functions kept them.
 //
-// Without gradient_cotangent 4 B P FLOPs in products (6 B P with the gradient of x), with it 10 B P, P weights. A block
-// of rows goes up and down through all layers in cache; each thread adds the gradients of its blocks to its own
+// Without gradient_cotangent 4 B P FLOPs in matmuls (6 B P with the gradient of x), with it 10 B P, P weights. A block of
+// rows goes forward and backward through all layers in cache; each thread adds the gradients of its blocks to its own
 // accumulators (4 P bytes), which are summed in the order of the threads.
 void mlp_backward(const MlpCall& call, const Rows& output_cotangent, const Rows& gradient_cotangent,
                   const std::vector<Rows>& pre_activations, const MlpGradients& gradients);

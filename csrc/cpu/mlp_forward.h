@@ -1,4 +1,4 @@
-// Outputs of a SiLU perceptron, and value and input gradient of one with a single output: reference twins
+// Outputs of a SiLU MLP, and value and input gradient of one with a single output: reference twins
 // tgdp_fast.ops.perceptron_reference and mlp_value_and_grad_reference.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace tgdp {
 
 struct MlpCall {
   MlpShape shape;
-  bool split = false;  // products in bf16x3
+  bool bf16x3 = false;  // matmuls of float32
   int64_t batch = 0;
   Rows x;                     // [batch, inputs]
   Rows first_bias;            // [batch, H_1], or stride 0
@@ -21,11 +21,11 @@ struct MlpCall {
 
 // value [batch]; gradient [batch, inputs]; keep: one [batch, H_l] per layer, or empty.
 //
-// 4 B P FLOPs in products, P weights; memory read and written once: x, value, gradient, keep; the weights once per block
+// 4 B P FLOPs in matmuls, P weights; memory read and written once: x, value, gradient, keep; the weights once per block
 // of rows, from cache.
 void mlp_value_and_grad(const MlpCall& call, const Rows& value, const Rows& gradient, const std::vector<Rows>& keep);
 
-// output [batch, outputs]; keep as above. 2 B P FLOPs in products, P weights; memory: x, output, keep.
+// output [batch, outputs]; keep as above. 2 B P FLOPs in matmuls, P weights; memory: x, output, keep.
 void mlp_outputs(const MlpCall& call, const Rows& output, const std::vector<Rows>& keep);
 
 }  // namespace tgdp

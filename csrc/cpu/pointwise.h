@@ -1,7 +1,7 @@
-// The pointwise half of the perceptron kernels: everything between two matrix products.
+// The pointwise half of the MLP kernels: everything between two matmuls.
 //
-// All work on blocks of rows that lie in cache. Widths named `padded` are multiples of kPadding, and
-// columns from `width` to `padded` hold what comes of zero weights.
+// All functions work on blocks of rows that lie in cache. Widths named `padded` are multiples of kPadding, and columns from
+// `width` to `padded` hold what comes of zero weights.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,23 @@ namespace tgdp {
 // Columns come in multiples of this many: one vector of the widest instruction set.
 constexpr int64_t kPadding = 16;
 
-// Up to this many rows a product is bound by reading its weights, and needs no tiles.
+// Up to this many rows a matmul is bound by reading its weights, and needs no tiles.
 constexpr int64_t kTinyRows = 4;
 
 constexpr int64_t padded(int64_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
 
-// How the left factor of a product is stored. bf16x3 splits a float in two bf16 numbers, x = high + low + O(2^-17 x),
-// and takes three products, for the accuracy of about float32 on bf16 units.
-enum class Products : int { f32 = 0, bf16 = 1, bf16x3 = 2 };
+// How the left operand of a matmul is stored. bf16x3 splits a float into two bf16 numbers, x = high + low + O(2^-17 x),
+// and takes three matmuls, for about the accuracy of float32 on bf16 units.
+enum class Precision : int { f32 = 0, bf16 = 1, bf16x3 = 2 };
 
-// Left factor of a matrix product, [rows, padded] with row stride ld: float, or one or two bf16 numbers per element.
+// One function for each precision.
+template <typename Function>
+struct PerPrecision {
+  Function* functions[3];
+  Function* operator[](Precision precision) const { return functions[static_cast<int>(precision)]; }
+};
+
+// Left operand of a matmul, [rows, padded] with row stride ld: float, or one or two bf16 numbers per element.
 struct Operand {
   float* f32 = nullptr;
   uint16_t* high = nullptr;
@@ -51,6 +58,27 @@ struct Rows {
   Rows from_row(int64_t row) const { return from(row * stride); }
 };
 
+// Rows of floats, ld apart; ld 0 repeats one row.
+struct Floats {
+  float* data = nullptr;
+  int64_t ld = 0;
+
+  float* row(int64_t r) const { return data + r * ld; }
+  Floats from(int64_t column) const { return {data == nullptr ? data : data + column, ld}; }
+};
+
+// The same, to read.
+struct ConstFloats {
+  const float* data = nullptr;
+  int64_t ld = 0;
+
+  ConstFloats() = default;
+  ConstFloats(const float* data_, int64_t ld_) : data(data_), ld(ld_) {}
+  ConstFloats(Floats floats) : data(floats.data), ld(floats.ld) {}
+  const float* row(int64_t r) const { return data + r * ld; }
+  ConstFloats from(int64_t column) const { return {data == nullptr ? data : data + column, ld}; }
+};
+
 // silu' of a layer, [rows, columns] with row stride ld, float or bf16. ld 0: none.
 struct Slopes {
   float* f32 = nullptr;
@@ -62,55 +90,54 @@ struct Slopes {
   }
 };
 
-// `columns` are multiples of kPadding; arrays may be panels of wider ones. Arrays indexed by Products.
+// `columns` are multiples of kPadding; arrays may be panels of wider ones.
 struct PointwiseKernels {
-  // dst = src; zero columns from width to padded, a multiple of kPadding.
-  void (*load[3])(const Rows& src, int64_t rows, int64_t width, int64_t padded, const Operand& dst);
-  // dst = src in float, row stride ld.
-  void (*unload[3])(const Operand& src, int64_t rows, int64_t columns, float* dst, int64_t ld);
-  // dst[r, c] = src[r, c] in float, zero columns from width to padded, row stride ld.
-  void (*load_float)(const Rows& src, int64_t rows, int64_t width, int64_t padded, float* dst, int64_t ld);
-  // dst[c, r] = src[r, c].
-  void (*transpose)(const uint32_t* src, int64_t src_ld, int64_t rows, int64_t columns, uint32_t* dst, int64_t dst_ld);
+  // dst = src; zero columns from width to dst.ld, a multiple of kPadding.
+  PerPrecision<void(const Rows& src, int64_t rows, int64_t width, const Operand& dst)> load;
+  // dst = src in float.
+  PerPrecision<void(const Operand& src, int64_t rows, int64_t columns, Floats dst)> unload;
+  // The same in float.
+  void (*load_float)(const Rows& src, int64_t rows, int64_t width, Floats dst);
+  // dst[c, r] = src[r, c], of 32-bit words; row strides in words.
+  void (*transpose)(const void* src, int64_t src_ld, int64_t rows, int64_t columns, void* dst, int64_t dst_ld);
   // dst[c] = the pair (even[c], odd[c]).
-  void (*interleave)(const uint16_t* even, const uint16_t* odd, int64_t columns, uint32_t* dst);
+  void (*interleave)(const uint16_t* even, const uint16_t* odd, int64_t columns, void* dst);
   // dst = src in the dtype of dst.
-  void (*store)(const float* src, int64_t ld, int64_t rows, int64_t width, const Rows& dst);
+  void (*store)(ConstFloats src, int64_t rows, int64_t width, const Rows& dst);
 
   // z[r, c] = sum_d x[r, d] w[d, c] for a handful of inputs d.
-  void (*few_inputs)(const float* x, int64_t x_ld, int64_t inputs, const float* w, int64_t w_ld, int64_t rows,
-                     int64_t columns, float* z, int64_t ld);
+  void (*few_inputs)(ConstFloats x, int64_t inputs, ConstFloats w, int64_t rows, int64_t columns, Floats z);
   // out[r, d] = sum_c delta[r, c] w[d, c] for a handful of outputs d; w is [outputs, padded].
-  void (*few_outputs[3])(const Operand& delta, int64_t outputs, const float* w, int64_t rows, int64_t padded,
-                         float* out, int64_t ld);
+  PerPrecision<void(const Operand& delta, int64_t outputs, const float* w, int64_t rows, int64_t padded, Floats out)>
+      few_outputs;
 
-  // For at most kTinyRows rows, products with a weight as it lies in memory, which each reads once:
+  // For at most kTinyRows rows, matmuls with a weight as it lies in memory, which each reads once:
   // z[r, o] = sum_k w[o, k] a[r, k], and out[r, c] = sum_k delta[r, k] w[k, c], up to the next multiple of a vector.
-  void (*dot_rows)(const Rows& w, int64_t outputs, int64_t depth, const float* a, int64_t a_ld, int64_t rows, float* z,
-                   int64_t ld);
-  void (*combine_rows)(const Rows& w, int64_t depth, int64_t columns, const float* delta, int64_t delta_ld,
-                       int64_t rows, float* out, int64_t ld);
+  void (*dot_rows)(const Rows& w, int64_t outputs, int64_t depth, ConstFloats a, int64_t rows, Floats z);
+  void (*combine_rows)(const Rows& w, int64_t depth, int64_t columns, ConstFloats delta, int64_t rows, Floats out);
 
   // z + bias -> a = silu, slopes = silu'. keep: the biased z is written back.
-  void (*activate[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, int64_t rows, int64_t columns,
-                      const Operand& a, Slopes slopes, bool keep);
+  PerPrecision<void(Floats z, ConstFloats bias, int64_t rows, int64_t columns, const Operand& a, Slopes slopes, bool keep)>
+      activate;
   // The last hidden layer: value[r] += sum_c head[c] silu(z + bias); delta = silu'(z + bias) head.
-  void (*head[3])(float* z, int64_t ld, const float* bias, int64_t bias_stride, const float* head, int64_t rows,
-                  int64_t columns, float* value, const Operand& delta, bool keep);
+  PerPrecision<void(Floats z, ConstFloats bias, const float* head, int64_t rows, int64_t columns, float* value,
+                    const Operand& delta, bool keep)>
+      head;
   // delta = slopes * eta.
-  void (*scale[3])(Slopes slopes, const float* eta, int64_t ld, int64_t rows, int64_t columns, const Operand& delta);
+  PerPrecision<void(Slopes slopes, ConstFloats eta, int64_t rows, int64_t columns, const Operand& delta)> scale;
 
   // For the derivative. From z as it was kept (`width` columns of it): a = silu(z), slopes = silu'(z), and from the
   // tangent v, unless null, u = silu'(z) v and curved = silu''(z) v.
-  void (*recall[3])(const Rows& z, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t columns,
-                    const Operand& a, const Operand& u, Slopes slopes, float* curved, int64_t curved_ld);
+  PerPrecision<void(const Rows& z, int64_t width, ConstFloats v, int64_t rows, int64_t columns, const Operand& a,
+                    const Operand& u, Slopes slopes, Floats curved)>
+      recall;
   // zbar = slopes abar + curved eta, delta = slopes eta, column_sums[c] += sum_r zbar; without eta only the first term.
-  void (*reverse[3])(const float* abar, const float* eta, int64_t ld, Slopes slopes, const float* curved,
-                     int64_t curved_ld, int64_t rows, int64_t columns, const Operand& zbar, const Operand& delta,
-                     float* column_sums);
+  PerPrecision<void(ConstFloats abar, ConstFloats eta, Slopes slopes, ConstFloats curved, int64_t rows, int64_t columns,
+                    const Operand& zbar, const Operand& delta, float* column_sums)>
+      reverse;
   // sums[d, c] += sum_r x[r, d] bars[r, c].
-  void (*few_inputs_gradient[3])(const Operand& bars, const float* x, int64_t x_ld, int64_t inputs, int64_t rows,
-                                 int64_t columns, float* sums, int64_t sums_ld);
+  PerPrecision<void(const Operand& bars, ConstFloats x, int64_t inputs, int64_t rows, int64_t columns, Floats sums)>
+      few_inputs_gradient;
 };
 
 // Those for this CPU.

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "instruction_set.h"
-#include "tile_product.h"
+#include "matmul.h"
 
 namespace tgdp {
 namespace {
@@ -22,7 +22,7 @@ class Block {
  public:
   explicit Block(const ResidualBlockCall& call)
       : call_(call),
-        products_(call.dtype == Dtype::bf16 ? Products::bf16 : Products::f32),
+        precision_(call.dtype == Dtype::bf16 ? Precision::bf16 : Precision::f32),
         rows_(2 * call.channels),
         ld_(padded(call.length)),
         tiles_((call.length + kTilePositions - 1) / kTilePositions),
@@ -73,15 +73,12 @@ class Block {
   void for_tiles(int64_t begin, int64_t end, const Body& body) const {
     at::parallel_for(0, (end - begin) * tiles_, 1, [&](int64_t from, int64_t to) {
       thread_local Scratch memory;
-      Arena count(nullptr);
-      Tile(*this, count);
-      Arena arena(memory.reserve(count.used()));
-      const Tile tile(*this, arena);
+      const auto tile = laid_out<Tile>(memory, *this);
       for (int64_t task = from; task < to; ++task) {
         const int64_t first = task % tiles_ * kTilePositions;
         body(begin + task / tiles_, first, padded(std::min(kTilePositions, call_.length - first)), tile);
       }
-      release_products(products_);
+      release_matmul(precision_);
     });
   }
 
@@ -89,7 +86,7 @@ class Block {
   Operand left_factor(const void* weight, int64_t depth) const {
     Operand result;
     result.ld = depth;
-    if (products_ == Products::f32) {
+    if (precision_ == Precision::f32) {
       result.f32 = static_cast<float*>(const_cast<void*>(weight));
     } else {
       result.high = static_cast<uint16_t*>(const_cast<void*>(weight));
@@ -100,7 +97,7 @@ class Block {
   PackedMatrix right_factor(const void* memory, int64_t ld) const {
     PackedMatrix result;
     result.ld = ld;
-    if (products_ == Products::f32) {
+    if (precision_ == Precision::f32) {
       result.f32 = static_cast<const float*>(memory);
     } else {
       result.high = static_cast<const uint16_t*>(memory);
@@ -119,8 +116,8 @@ class Block {
       if (first + kTilePositions >= length) u[r * ld_ + length - 1 - first] -= bias[2 * rows_ + r];
     }
     const float* state = call_.state + sample * (channels + call_.skip) * length;
-    kernels().gather[static_cast<int>(products_)](state, channels, length, first, columns, tile.factor);
-    multiply(products_, rows_, columns, 3 * channels, left_factor(call_.convolution, 3 * channels),
+    kernels().gather[precision_](state, channels, length, first, columns, tile.factor);
+    matmul(precision_, rows_, columns, 3 * channels, left_factor(call_.convolution, 3 * channels),
              right_factor(tile.factor, kTilePositions), 0, u, ld_, true);
   }
 
@@ -143,15 +140,15 @@ class Block {
   void mix(const S4Layer& layer, int64_t index, int64_t first, int64_t columns, const Tile& tile) const {
     const unsigned char* y = y_ + (index * rows_ * ld_ + first) * size_of(call_.dtype);
     PackedMatrix right = right_factor(y, ld_);
-    if (products_ != Products::f32) {
+    if (precision_ != Precision::f32) {
       const auto* rows = reinterpret_cast<const uint16_t*>(y);
       for (int64_t r = 0; r < rows_; r += 2) {
         pointwise().interleave(rows + r * ld_, rows + (r + 1) * ld_, columns,
-                               reinterpret_cast<uint32_t*>(tile.factor) + r / 2 * kTilePositions);
+                               tile.factor + r / 2 * kTilePositions);
       }
       right = right_factor(tile.factor, kTilePositions);
     }
-    multiply(products_, rows_, columns, rows_, left_factor(layer.mixture, rows_), right, 0, u_at(index, first), ld_, true);
+    matmul(precision_, rows_, columns, rows_, left_factor(layer.mixture, rows_), right, 0, u_at(index, first), ld_, true);
   }
 
   Normalisation norm(const S4Layer& layer, int64_t sample, const Tile& tile) const {
@@ -167,9 +164,9 @@ class Block {
   // The state from u of the second layer, before its LayerNorm.
   void put_out(int64_t sample, int64_t index, int64_t first, int64_t columns, const Tile& tile) const {
     const int64_t channels = call_.channels, length = call_.length, total = channels + call_.skip;
-    kernels().gate[static_cast<int>(products_)](u_at(index, first), ld_, channels, columns,
+    kernels().gate[precision_](u_at(index, first), ld_, channels, columns,
                                                 norm(call_.second, sample, tile), tile.factor);
-    multiply(products_, total, columns, channels, left_factor(call_.output, channels),
+    matmul(precision_, total, columns, channels, left_factor(call_.output, channels),
              right_factor(tile.factor, kTilePositions), 0, tile.change, kTilePositions);
     float* state = call_.state + sample * total * length + first;
     const int64_t inside = std::min(kTilePositions, length - first);
@@ -179,7 +176,7 @@ class Block {
   }
 
   const ResidualBlockCall& call_;
-  Products products_;
+  Precision precision_;
   int64_t rows_;  // H
   int64_t ld_;    // of u and y
   int64_t tiles_;
@@ -190,7 +187,7 @@ class Block {
 
 }  // namespace
 
-bool has_bf16_products() { return products_for(Dtype::bf16, false) == Products::bf16; }
+bool has_bf16_products() { return matmul_precision(Dtype::bf16, false) == Precision::bf16; }
 
 void residual_block(const ResidualBlockCall& call) {
   if (call.batch == 0) return;

@@ -57,14 +57,16 @@ struct Normalisation {
   float epsilon = 0.0f;
 };
 
-// Compiled once per instruction set. `columns` of a tile are a multiple of kPadding; arrays indexed by Products.
+// Compiled once per instruction set. `columns` of a tile are a multiple of kPadding; there is no bf16x3.
 struct ResidualBlockKernels {
   // taps[tap C + c, i] = state[c, first + i + tap - 1], zero outside of [0, length); taps as a right factor.
-  void (*gather[2])(const float* state, int64_t channels, int64_t length, int64_t first, int64_t columns, void* taps);
+  PerPrecision<void(const float* state, int64_t channels, int64_t length, int64_t first, int64_t columns, void* taps)>
+      gather;
   // u = LayerNorm(u + bias) over the rows.
   void (*normalise)(float* u, int64_t ld, int64_t rows, int64_t columns, const Normalisation& norm);
   // gated = tanh(v[:C]) sigmoid(v[C:]) with v = LayerNorm(u + bias), as a right factor.
-  void (*gate[2])(const float* u, int64_t ld, int64_t channels, int64_t columns, const Normalisation& norm, void* gated);
+  PerPrecision<void(const float* u, int64_t ld, int64_t channels, int64_t columns, const Normalisation& norm, void* gated)>
+      gate;
   // state = scale state + change + bias for `columns` positions of `rows` rows, state_ld apart.
   void (*update)(float* state, int64_t state_ld, int64_t rows, int64_t columns, float scale, const float* change,
                  const float* bias);

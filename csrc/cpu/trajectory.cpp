@@ -15,15 +15,18 @@ constexpr int64_t kBlockRows = 64;
 class BlockNetwork {
  public:
   BlockNetwork(const TrajectoryNetwork& network, const PackedMlp& mlp, int64_t rows, bool with_gradient, Arena& arena)
-      : network_(network), mlp_(mlp), block_(mlp.shape(), mlp.products(), rows, with_gradient, 1, arena),
-        width_(padded(mlp.shape().widths[0])), bias_(arena.take<float>(width_)),
-        sample_bias_(network.sample_bias ? arena.take<float>(rows * width_) : nullptr),
-        sum_(network.sample_bias ? arena.take<float>(rows * width_) : nullptr),
-        few_x_(mlp.few_inputs() ? arena.take<float>(rows * kPadding) : nullptr), values_(arena.take<float>(rows)) {}
+      : network_(network), mlp_(mlp), block_(mlp.shape(), mlp.precision(), rows, with_gradient, 1, arena) {
+    const int64_t width = padded(mlp.shape().widths[0]);
+    bias_ = {arena.take<float>(width), width};
+    if (network.sample_bias) sample_bias_ = {arena.take<float>(rows * width), width};
+    if (network.sample_bias) sum_ = {arena.take<float>(rows * width), width};
+    if (mlp.few_inputs()) few_x_ = {arena.take<float>(rows * kPadding), kPadding};
+    values_ = arena.take<float>(rows);
+  }
 
   void start(int64_t row, int64_t rows) {
     if (!network_.sample_bias) return;
-    pointwise().load_float(network_.sample_bias->from_row(row), rows, mlp_.shape().widths[0], width_, sample_bias_, width_);
+    pointwise().load_float(network_.sample_bias->from_row(row), rows, mlp_.shape().widths[0], sample_bias_);
   }
 
   // output [rows, outputs], contiguous.
@@ -42,23 +45,23 @@ class BlockNetwork {
     const int64_t size = mlp_.shape().inputs;
     const Rows from{const_cast<float*>(x), size, Dtype::f32};
     if (mlp_.few_inputs()) {
-      pointwise().load_float(from, rows, size, kPadding, few_x_, kPadding);
+      pointwise().load_float(from, rows, size, few_x_);
     } else {
-      pointwise().load[static_cast<int>(mlp_.products())](from, rows, size, padded(size), block_.input);
+      pointwise().load[mlp_.precision()](from, rows, size, block_.input);
     }
-    pointwise().load_float(network_.evaluation_bias.from_row(evaluation), 1, mlp_.shape().widths[0], width_, bias_, width_);
-    if (sample_bias_ == nullptr) return {few_x_, bias_, 0};
+    pointwise().load_float(network_.evaluation_bias.from_row(evaluation), 1, mlp_.shape().widths[0], bias_);
+    if (!network_.sample_bias) return {few_x_, {bias_.data, 0}};
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < width_; ++c) sum_[r * width_ + c] = sample_bias_[r * width_ + c] + bias_[c];
+      for (int64_t c = 0; c < sum_.ld; ++c) sum_.row(r)[c] = sample_bias_.row(r)[c] + bias_.data[c];
     }
-    return {few_x_, sum_, width_};
+    return {few_x_, sum_};
   }
 
   const TrajectoryNetwork& network_;
   const PackedMlp& mlp_;
   MlpBlock block_;
-  int64_t width_;
-  float *bias_, *sample_bias_, *sum_, *few_x_, *values_;
+  Floats bias_, sample_bias_, sum_, few_x_;
+  float* values_;
 };
 
 struct Memory {
@@ -148,11 +151,11 @@ int64_t run_block(const TrajectoryCall& call, int64_t row, int64_t rows, Memory&
 
 int64_t trajectory(const TrajectoryCall& call) {
   if (call.batch == 0) return -1;
-  const PackedMlp score(call.score.shape, products_for(call.score.weights[0].dtype, call.split), call.score.weights,
+  const PackedMlp score(call.score.shape, matmul_precision(call.score.weights[0].dtype, call.bf16x3), call.score.weights,
                         call.score.biases, false, kAlwaysPack, 0);
   std::optional<PackedMlp> guidance;
   if (call.guidance) {
-    guidance.emplace(call.guidance->shape, products_for(call.guidance->weights[0].dtype, call.split),
+    guidance.emplace(call.guidance->shape, matmul_precision(call.guidance->weights[0].dtype, call.bf16x3),
                      call.guidance->weights, call.guidance->biases, true, kAlwaysPack, 1);
   }
   const int64_t share = (call.batch + at::get_num_threads() - 1) / at::get_num_threads();
@@ -162,10 +165,7 @@ int64_t trajectory(const TrajectoryCall& call) {
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     const PackedMlp* guidance_mlp = guidance ? &*guidance : nullptr;
-    Arena count(nullptr);
-    Memory(call, score, guidance_mlp, rows_per_block, count);
-    Arena arena(scratch.reserve(count.used()));
-    Memory memory(call, score, guidance_mlp, rows_per_block, arena);
+    auto memory = laid_out<Memory>(scratch, call, score, guidance_mlp, rows_per_block);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index * rows_per_block;
       const int64_t failure = run_block(call, row, std::min(rows_per_block, call.batch - row), memory);
@@ -175,7 +175,7 @@ int64_t trajectory(const TrajectoryCall& call) {
       // The run has failed; which evaluation is first needs only blocks that could fail earlier.
       if (failure == 0) break;
     }
-    release_products(score.products() == Products::f32 && guidance ? guidance->products() : score.products());
+    release_matmul(score.precision() == Precision::f32 && guidance ? guidance->precision() : score.precision());
   });
   return first_failure.load();
 }

@@ -12,7 +12,7 @@
 
 namespace tgdp {
 
-// A perceptron whose first bias is a row per evaluation plus, where there are labels, a row per sample.
+// An MLP whose first bias is a row per evaluation plus, where there are labels, a row per sample.
 struct TrajectoryNetwork {
   MlpShape shape;
   std::vector<Rows> weights, biases;
@@ -23,7 +23,7 @@ struct TrajectoryNetwork {
 struct TrajectoryCall : Trajectory {
   TrajectoryNetwork score;
   std::optional<TrajectoryNetwork> guidance;
-  bool split = false;
+  bool bf16x3 = false;  // matmuls of float32
 };
 
 // Returns the first evaluation after which a sample was not finite, or -1.

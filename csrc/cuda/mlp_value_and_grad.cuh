@@ -10,7 +10,7 @@
 // to four layers of width 128 on sm_90).
 #pragma once
 
-#include "perceptron_layers.cuh"
+#include "mlp_layers.cuh"
 
 namespace tgdp::cuda {
 

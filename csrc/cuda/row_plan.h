@@ -1,10 +1,10 @@
-// How kernels of perceptron_layers.cuh cut a batch into blocks of rows, and which tile they take.
+// How kernels of mlp_layers.cuh cut a batch into blocks of rows, and which tile they take.
 #pragma once
 
 #include <type_traits>
 
 #include "launch.h"
-#include "perceptron_layers.cuh"
+#include "mlp_layers.cuh"
 
 namespace tgdp::cuda {
 

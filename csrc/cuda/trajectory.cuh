@@ -10,7 +10,7 @@
 #include "../common/solver_step.h"
 #include "../common/trajectory.h"
 #include "noise.cuh"
-#include "perceptron_layers.cuh"
+#include "mlp_layers.cuh"
 
 namespace tgdp::cuda {
 

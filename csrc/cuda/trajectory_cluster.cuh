@@ -6,7 +6,7 @@
 // kRows (sum of widths, that of the guidance network's twice) elements through distributed shared memory.
 #pragma once
 
-#include "cluster_products.cuh"
+#include "cluster_matmul.cuh"
 #include "trajectory.cuh"
 
 namespace tgdp::cuda {

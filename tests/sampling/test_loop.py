@@ -120,7 +120,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_so_once(monkeypatch, cap
         for size in (2, 2, 2, 3, 3):
             assert torch.equal(graphs.run(lambda x: (x + 1,), torch.zeros(size))[0], torch.ones(size))
     (message,) = [record.message for record in caplog.records]
-    assert message.startswith("the loop cannot be captured in a CUDA graph and runs as it is: ")
+    assert message.startswith("the loop cannot be captured in a CUDA graph and runs directly: ")
     assert message.endswith("operation not permitted when stream is capturing")
 
 

@@ -174,7 +174,7 @@ def check_gradient_norm_limit(limit: float | None) -> float | None:
 
 
 def hint_of_guidance(value: Any) -> str:
-    """For messages about an invalid guidance: where a valid one is inside it, as in the result of a fit."""
+    """For messages about an invalid guidance: a hint if it contains a valid one, like the result of a fit."""
     return "; pass its attribute guidance" if hasattr(getattr(value, "guidance", None), "log_ratio_and_grad") else ""
 
 

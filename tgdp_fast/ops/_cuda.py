@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAST = (8, 0)  # asynchronous copies and products of bfloat16 numbers
+_LEAST = (8, 0)  # asynchronous copies and matmuls of bfloat16
 
 
 def unsupported_device(tensor: Tensor) -> str | None:
-    """Why kernels cannot take a tensor on a GPU that is where this one is, or None."""
+    """Why kernels cannot take tensors on the GPU of this one, or None."""
     properties = torch.cuda.get_device_properties(tensor.device)
     if (properties.major, properties.minor) >= _LEAST:
         return None

@@ -31,12 +31,12 @@ def _missing() -> str | None:
 #: The device type of the tensors that kernels serve here.
 DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
 
-#: None where kernels can run, else why not and what to do.
+#: None if kernels can run, else why not and what to do.
 MISSING = _missing()
 
 
 def unsupported_device(tensor: Tensor) -> str | None:
-    """Why a kernel cannot take tensors that are where this one is, or None."""
+    """Why a kernel cannot take tensors on the device of this one, or None."""
     if tensor.device.type == DEVICE_TYPE:
         return None
     runs_on = "CPU tensors, under TRITON_INTERPRET=1" if INTERPRETED else "tensors on a GPU"
@@ -48,30 +48,25 @@ def readable(tensor: Tensor) -> Tensor: ...
 @overload
 def readable(tensor: None) -> None: ...
 def readable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as a kernel reads it: contiguous, and float32 where it is float64."""
+    """The tensor as a kernel reads it: contiguous, and float32 if it is float64."""
     if tensor is None:
         return None
     return (tensor.float() if tensor.dtype == torch.float64 else tensor).contiguous()
 
 
 def define(name: str, schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register ``torch.ops.tgdp_fast.NAME``, whose kernels ``launch`` runs on the device of the first tensor.
+    """Register ``torch.ops.tgdp_fast.NAME``.
 
     Args:
         name: of the operator.
         schema: its arguments and results.
-        launch: takes the arguments and returns the results.
-        fake: returns them without values.
+        launch: takes the arguments and returns the results. Triton launches on the current device, so it must make
+            that of the tensors current.
+        fake: returns the results without values.
 
-    Nothing is registered where kernels cannot run.
+    Nothing is registered if kernels cannot run.
     """
-    if MISSING is not None:
-        return
-
-    def run(*arguments: Any) -> Any:
-        with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, Tensor))):
-            return launch(*arguments)
-
-    torch.library.define(f"tgdp_fast::{name}", schema)
-    torch.library.impl(f"tgdp_fast::{name}", DEVICE_TYPE, run)
-    torch.library.register_fake(f"tgdp_fast::{name}", fake)
+    if MISSING is None:
+        torch.library.define(f"tgdp_fast::{name}", schema)
+        torch.library.impl(f"tgdp_fast::{name}", DEVICE_TYPE, launch)
+        torch.library.register_fake(f"tgdp_fast::{name}", fake)

@@ -20,7 +20,7 @@ def gated_activation(x: Tensor, bias: Tensor | None = None, *, backend: str = "a
     """Tanh of the first half of the channels times the sigmoid of the second, with a bias before both.
 
     Precision: arithmetic in float32 whatever the dtypes, in float64 if x is float64. Works under inference_mode and
-    ``torch.compile(fullgraph=True)``. Differentiable, as often as one likes.
+    ``torch.compile(fullgraph=True)``. Differentiable any number of times.
 
     Cost for N = B C L elements of b bytes: 3 N b bytes of memory traffic when each input is read once and the output
     written once (the reference makes one pass per operation), and about 30 N FLOPs.

@@ -38,7 +38,7 @@ class SolverStep(NamedTuple):
         guidance_weight: factor of the gradient; scale * sigma for exact guidance at scale 1.
         alpha: signal coefficient at the time of this evaluation, > 0.
         sigma: noise coefficient at the time of this evaluation, >= 0.
-        clamp: (lo, hi) limits of x0, or None. Where x0 lies within them, eps' stays what it was to the bit.
+        clamp: (lo, hi) limits of x0, or None. If x0 lies within them, eps' does not change by a bit.
     """
 
     matrix: Sequence[Sequence[float]] | np.ndarray
@@ -93,8 +93,8 @@ def guided_step(
         step: the solver's numbers.
         seed: integer in [0, 2^64).
         sample_index: [B] int64 on the device of x, global index of each sample; default 0..B-1.
-        evaluation: noise evaluation index in [0, 2^32), handed to the noise function as it is (the sampling loop counts
-            k + 1 for the 0-based evaluation k, 0 being the initial draw).
+        evaluation: evaluation index of the noise function, in [0, 2^32). The sampling loop passes k + 1 for the 0-based
+            evaluation k, because the initial draw has index 0.
         backend: "auto", "reference", or a faster implementation by name; "cpu" and "triton" serve float32, bfloat16
             and float16 (a float64 epsilon, gradient or history is converted first), "triton" up to two history slots.
 
@@ -144,7 +144,7 @@ def guided_epsilon(
     if clamp is None:
         return guided, x0
     limited = x0.clamp(*clamp)
-    # Recomputed where the clamp acts only: elsewhere the round trip through x0 would cost digits at small sigma.
+    # Recomputed only where the clamp acts: elsewhere the round trip through x0 would cost digits at small sigma.
     return torch.where(limited == x0, guided, (x - alpha * limited) / sigma), limited
 
 
@@ -201,7 +201,7 @@ def _number(name: str, value: float, minimum: float = -math.inf) -> float:
 
 
 def _checked(step: SolverStep, guided: bool) -> SolverStep:
-    """The step with its matrix as tuples of floats; ``guided`` where there is a gradient."""
+    """The step with its matrix as tuples of floats; ``guided``: whether there is a gradient."""
     rows = _check_matrix(step.matrix)
     noise_scale = _number("noise_scale", step.noise_scale)
     guidance_weight = _number("guidance_weight", step.guidance_weight)
@@ -376,12 +376,9 @@ def _launch_triton(
     outputs = _outputs(x, slots)
     readable, (low, high, evaluation) = _triton.readable, words
     tensors = readable(x), readable(epsilon), readable(gradient), readable(history), readable(sample_index)
-    launch(outputs, *tensors, step, (low, high, evaluation))
+    with torch.cuda.device_of(x):
+        launch(outputs, *tensors, step, (low, high, evaluation))
     return outputs
-
-
-def _unsupported_by_cpu(x: Tensor, *_: Any) -> str | None:
-    return registry.unsupported_float64(x)
 
 
 def _unsupported_by_triton(x: Tensor, epsilon: Tensor, gradient: Any, history: Any, step: SolverStep) -> str | None:
@@ -407,7 +404,7 @@ _triton.define(
     _fake_triton,
 )
 
-registry.register("guided_step", "cpu", _call_native, _unsupported_by_cpu, missing=native.CPU_MISSING)
+registry.register("guided_step", "cpu", _call_native, registry.unsupported_float64, missing=native.CPU_MISSING)
 registry.register("guided_step", "triton", _call_triton, _unsupported_by_triton, missing=_triton.MISSING)
 # The same operator on tensors of another device.
 registry.register(

@@ -87,14 +87,14 @@ def prepare_long_convolution(
             See :func:`tgdp_fast.models.s4.two_sided_taps`.
         dtype: of the inputs that are to come. For float16 and bfloat16 the spectra are kept in float16, relative to a
             power of two for each channel: half the bytes to read, and an error of 3e-4.
-        backend: whose kernel is to read the spectra, for each has a layout of its own; the others then refuse them.
-            "auto" is what is asked for around this call (:func:`tgdp_fast.ops.use_backend`, TGDP_BACKEND), else the
-            device's: on a GPU CUDA, which was measured to be faster, or Triton where that is what there is. Residual
-            blocks on a GPU (:func:`tgdp_fast.ops.residual_block_`) read either.
+        backend: whose kernel will read the spectra. Each has its own layout; the other backends refuse it. "auto" is
+            the backend set around this call (:func:`tgdp_fast.ops.use_backend`, TGDP_BACKEND), else that of the device:
+            on a GPU CUDA, which was measured to be faster, or Triton if CUDA kernels are not installed. Residual blocks
+            on a GPU (:func:`tgdp_fast.ops.residual_block_`) read either.
 
     Returns:
         For :func:`long_convolution` on the device of the taps. Spectra take 8 H M bytes, or 4 H M for 16 bits, with M
-        the power of two from L on, at least 64, or 256 on a GPU. There are none where the backend is not installed.
+        the power of two from L on, at least 64, or 256 on a GPU. There are none if the backend is not installed.
 
     Raises:
         ValueError: a wrong shape or dtype, or an unknown backend.
@@ -117,7 +117,7 @@ def prepare_long_convolution(
 
 
 def _reader(device_type: str, dtype: torch.dtype, backend: str) -> str | None:
-    """The backend that spectra on a device are packed for, or None where there is no kernel for them."""
+    """The backend that spectra on a device are packed for, or None if there is no kernel for them."""
     there = {
         "triton": _triton.MISSING is None and device_type == _triton.DEVICE_TYPE,
         "cuda": native.CUDA_MISSING is None and device_type == "cuda",
@@ -170,10 +170,10 @@ def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True,
     """Each channel convolved with a filter over all positions before and after, and exact GELU (with erf) of that.
 
     Precision: transforms in float32 whatever the dtype of u, in float64 if u is float64; by Triton for u of 16 bits as
-    products of float16 numbers with an error of 5e-4. A channel of a sample is computed alike whatever the batch it is
-    in and however many threads run; Triton's result may depend on the batch in the last digits. NaN stays in its
+    matmuls of float16 with an error of 5e-4. The result of a channel of a sample does not depend on the batch or on the
+    number of threads; the last digits of Triton's may depend on the batch. NaN stays in its
     channel and sample. Works under inference_mode and ``torch.compile(fullgraph=True)``. Differentiable in u and the
-    taps where the reference serves the call: left to "auto", that is wherever somebody may ask for a gradient.
+    taps if the reference serves the call; with "auto" it does whenever a gradient may be needed.
 
     Cost for N = B H L elements of b bytes and spectra of M >= L points in s bytes per number: 2 N b + 2 H M s bytes of
     memory traffic, and about N (8 M log2(M) / L + 25) FLOPs: 57 million for B = 1, H = 512, L = 1000. By definition it
@@ -182,7 +182,7 @@ def long_convolution(u: Tensor, prepared: LongConvolution, *, gelu: bool = True,
     Args:
         u: [B, H, L] floating point.
         prepared: by :func:`prepare_long_convolution` for H channels and signals of L samples or more.
-        gelu: False leaves the activation out.
+        gelu: False omits the activation.
         backend: "auto", "reference", or a faster implementation by name; "cpu", "triton" and "cuda" serve float32,
             bfloat16 and float16 and L up to 1024, with what was prepared for them.
 
@@ -350,7 +350,8 @@ def _launch_triton(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Ten
     from tgdp_fast.kernels.long_convolution import launch
 
     output = _fake(u, packed, scales, gelu)
-    launch(output, u.contiguous(), packed, scales, activation=gelu, exact=u.dtype == torch.float32)
+    with torch.cuda.device_of(u):
+        launch(output, u.contiguous(), packed, scales, activation=gelu, exact=u.dtype == torch.float32)
     return output
 
 

@@ -1,8 +1,8 @@
-"""Which backend is the faster one for a call on a GPU, where several take it: what ``auto`` goes by.
+"""The choice of ``auto`` on a GPU: the faster backend for a call that several backends serve.
 
-Measured on an H200, bench/results/nvidia-h200-2026-11-26.json. Two things decide. Of a call by itself the host's
-launches are most of the time up to some size: one for a CUDA kernel, 40 us; one for each layer of Triton's, 80 us each;
-PyTorch's in between. In a CUDA graph launches cost nothing and the kernels alone count.
+Measured on an H200, bench/results/nvidia-h200-2026-11-26.json. Two effects matter. Outside a CUDA graph, launches by
+the host take most of the time of a small call: one for a CUDA kernel, 40 us; one per layer with Triton, 80 us each;
+PyTorch is in between. In a CUDA graph launches cost nothing and only the kernels count.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 
 _capturing: ContextVar[bool] = ContextVar("tgdp_fast_capturing", default=False)
 
-#: Multiply-adds of an MLP, samples times weights, up to which launches are most of the time of a call by itself.
+#: Multiply-adds of an MLP, samples times weights, up to which launches take most of the time of a call outside a graph.
 _LAUNCH_MACS = 3e10
-#: And from which on the CUDA kernel, with few warps to hide its waits, takes longer than PyTorch's launches.
+#: Multiply-adds above which the CUDA kernel, with few warps to hide its waits, takes longer than PyTorch's launches.
 _CUDA_MACS, _CUDA_MACS_FP32 = 3e9, 1e9
-#: The same for a run whose evaluations are one CUDA kernel, and as many in the loop: 0.7 ms an evaluation for 10,000
+#: The same for ``trajectory``, one CUDA kernel for all evaluations, against the loop: 0.7 ms per evaluation for 10,000
 #: samples and two networks of width 512, 1.6e10 multiply-adds, where the loop's kernels should take a third, by the sum
 #: of their parts.
 _RUN_MACS, _RUN_MACS_FP32 = 4e10, 1e10
-#: Elements from which on the Triton step moves more bytes a second than CUDA's in 16 bits.
+#: Elements from which the Triton step moves more bytes per second than CUDA's in 16 bits.
 _LARGE_STEP = 2**24
 
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """Calls within are or will be captured in a CUDA graph: ``auto`` chooses alike in a warm-up and in the capture."""
+    """Calls within are or will be captured in a CUDA graph: ``auto`` chooses the same in warm-up and capture."""
     token = _capturing.set(True)
     try:
         yield
@@ -88,7 +88,7 @@ def loop_is_faster(samples: int, networks: Sequence[Sequence[Tensor]]) -> bool:
     """Whether the solver's loop, layer by layer in a CUDA graph, is faster than ``trajectory`` of CUDA in one launch.
 
     Args:
-        samples: of the run.
+        samples: of the draw.
         networks: weights of the score network and of the guidance network.
     """
     macs = sum(_macs(samples, weights) for weights in networks)

@@ -24,17 +24,17 @@ Each function and its derivative are operators of their own, so that a faster im
 
 ``mlp_forward``, ``mlp_value_and_grad``
     ``function(x, first_bias, weights, biases, *, save_pre_activations, bf16x3) -> (*outputs, pre_activations)``; the
-    latter are (z_1, .., z_L), each [B, H_l] in the dtype of x, or () when not asked for.
+    latter are (z_1, .., z_L), each [B, H_l] in the dtype of x, or () if not requested.
 ``mlp_backward``, ``mlp_value_and_grad_backward``
     ``function(*cotangents, x, first_bias, weights, pre_activations, *, needs_grad, bf16x3) -> gradients`` of (x,
-    first_bias, *weights, *biases), None where not needed; see the reference twins.
+    first_bias, *weights, *biases), None if not needed; see the reference twins.
 
 ``unsupported`` of all four gets (x, first_bias, weights, biases), at the time of the forward call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -71,9 +71,9 @@ def mlp_forward(
 ) -> Tensor:
     """All outputs of a SiLU MLP.
 
-    Differentiable in all inputs: once by a faster backend, and by PyTorch's autograd, as often as one likes, where the
-    reference serves the call. Left to "auto", that is where x requires a gradient or a transform of ``torch.func`` is
-    active. Precision and autocast as in :func:`mlp_value_and_grad`.
+    Differentiable in all inputs: once by a faster backend, and any number of times by PyTorch's autograd, if the
+    reference serves the call. With "auto" it does if x requires a gradient or a transform of ``torch.func`` is active.
+    Precision and autocast as in :func:`mlp_value_and_grad`.
 
     Cost, with P = sum_l H_l H_{l-1} weights, head included: 2 B P FLOPs in matmuls, and 4 B P in the backward (6 B P
     with the gradient of x).
@@ -116,8 +116,8 @@ def mlp_value_and_grad(
     """Value f(x) and gradient df/dx of a SiLU MLP with one output, without autograd and differentiable once.
 
     When grad mode is on and an input requires grad, both outputs are differentiable with respect to all inputs (x,
-    first_bias, weights, biases); a second derivative of the outputs raises. The backward runs on the backend that was
-    asked for in the forward call. Works under inference_mode and ``torch.compile(fullgraph=True)``.
+    first_bias, weights, biases); a second derivative of the outputs raises. The backward runs on the backend that the
+    forward call requested. Works under inference_mode and ``torch.compile(fullgraph=True)``.
 
     Precision: matmuls in the common dtype of the inputs, activations and their derivatives in float32 (float64 for
     float64 inputs; for bfloat16 to 2^-12 of the sigmoid) from the matmuls' results; with float16 and bfloat16, f, g and
@@ -137,8 +137,8 @@ def mlp_value_and_grad(
         weights: L + 1 matrices W_1 [H_1, D], W_2 [H_2, H_1], .., W_L [H_L, H_{L-1}] and the head w [1, H_L]; L >= 1.
         biases: L vectors b_2 [H_2], .., b_L [H_L] and c [1]; there is no b_1, see first_bias.
         bf16x3: float32 matmuls may be taken as three matmuls of bfloat16 numbers, x = high + low, with a relative error
-            of about 2^-16: for processors whose bfloat16 units are more than three times as fast. A backend that has
-            none takes float32 matmuls.
+            of about 2^-16: for CPUs whose bfloat16 units are more than three times as fast. A backend without such
+            matmuls uses float32 ones.
         backend: "auto", "reference", or a faster implementation by name; "cpu" and "cuda" serve all but float64,
             "triton" float16 and bfloat16.
 
@@ -172,10 +172,10 @@ def mlp_value_and_grad_reference(
 
 
 def _dense_rows(matrix: Tensor) -> Tensor:
-    """``matrix`` [M, K] as the left factor of a matmul, copied where PyTorch may read past its rows.
+    """``matrix`` [M, K] as the left factor of a matmul, copied if PyTorch may read past its rows.
 
-    On a CPU with AMX, oneDNN reads 16-bit rows two numbers at a time: where K is odd, also the number behind each row,
-    which it multiplies by zero. In a slice of a larger tensor that number belongs to somebody else, and NaN or infinity
+    On a CPU with AMX, oneDNN reads 16-bit rows two numbers at a time: if K is odd, also the number behind each row,
+    which it multiplies by zero. In a slice of a larger tensor that number belongs to other data, and NaN or infinity
     there would spread into the row.
     """
     odd = matrix.dtype in (torch.float16, torch.bfloat16) and matrix.shape[1] % 2 == 1
@@ -240,11 +240,11 @@ def mlp_backward_reference(
         x, first_bias, weights: as in the forward; of first_bias only the shape is used.
         pre_activations: (z_1, .., z_L), [B, H_l] each, as the forward saved them.
         needs_grad: which gradients to compute, in the order of the result.
-        bf16x3: has no meaning here.
+        bf16x3: ignored.
 
     Returns:
-        Gradients of (x, first_bias, *weights, *biases), each with the shape and dtype of its input; None where not
-        needed. The gradient of first_bias is summed over the batch where it was broadcast.
+        Gradients of (x, first_bias, *weights, *biases), each with the shape and dtype of its input; None if not needed.
+        The gradient of first_bias is summed over the batch if it was broadcast.
     """
     depth = len(pre_activations)
     needs_x, needs_first = needs_grad[:2]
@@ -285,11 +285,11 @@ def mlp_value_and_grad_backward_reference(
         weights: L + 1 matrices, as in the forward.
         pre_activations: (z_1, .., z_L), [B, H_l] each, as the forward saved them.
         needs_grad: which gradients to compute, in the order of the result; default all.
-        bf16x3: has no meaning here: matmuls are in the dtype of x.
+        bf16x3: ignored; matmuls are in the dtype of x.
 
     Returns:
-        Gradients of (x, first_bias, *weights, *biases), each with the shape and dtype of its input; None
-        where not needed. The gradient of first_bias is summed over the batch where it was broadcast.
+        Gradients of (x, first_bias, *weights, *biases), each with the shape and dtype of its input; None if not needed.
+        The gradient of first_bias is summed over the batch if it was broadcast.
     """
     depth = len(pre_activations)
     needs = tuple(needs_grad) if needs_grad is not None else (True,) * (2 * depth + 3)
@@ -322,7 +322,7 @@ def mlp_value_and_grad_backward_reference(
     if needs_b[depth - 1]:
         bias_grads[depth - 1] = fb.sum().reshape(1)
 
-    # Backward, no further than the lowest layer that somebody needs.
+    # Backward, down to the lowest layer whose gradients are needed.
     x_grad: Tensor | None = None
     first_bias_grad: Tensor | None = None
     wanted = [needs_w[0] or needs_first, *(needs_w[i] or needs_b[i - 1] for i in range(1, depth))]
@@ -399,11 +399,11 @@ class _Mlp(torch.autograd.Function):
 def _evaluated(
     forward: registry.Implementation, backward: str, backend: str, call: Call, bf16x3: bool = False
 ) -> tuple[Tensor, ...]:
-    """Outputs by ``forward``; with a graph where somebody may ask for a gradient."""
+    """Outputs by ``forward``; with an autograd graph if a gradient may be needed."""
     x, first_bias, weights, biases = call
     inputs = (x, first_bias, *weights, *biases)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        # Resolved here, for the backward may run in another thread, outside of a use_backend block.
+        # Resolved here because the backward may run in another thread, outside a use_backend block.
         backends = forward.backend, registry.resolve(backward, backend, *call).backend
         outputs: tuple[Tensor, ...] = _Mlp.apply((forward.operator, backward), backends, len(biases), bf16x3, *inputs)
         return outputs
@@ -431,7 +431,7 @@ def _checked_call(
     *,
     outputs: int | None = None,
 ) -> Call:
-    """The call of an MLP, in the dtype of autocast where that is on.
+    """The call of an MLP, in the dtype of autocast if that is enabled.
 
     Raises:
         ValueError: as :func:`mlp_forward`, or the head has another number of ``outputs``.
@@ -564,90 +564,58 @@ def _unsupported_by_cuda(x: Tensor, _: Tensor, weights: Sequence[Tensor], __: Se
     return registry.unsupported_float64(x) or _cuda.unsupported_device(x)
 
 
-def _triton_forward(*call: Any) -> tuple[Tensor, list[Tensor]]:
+def _launch_triton(function: str, *call: Any) -> Any:
+    """The results of a function of ``kernels/mlp.py``."""
     from tgdp_fast.kernels import mlp
 
-    return mlp.forward(*call)
+    with torch.cuda.device_of(next(argument for argument in call if isinstance(argument, Tensor))):
+        return getattr(mlp, function)(*call)
 
-
-def _triton_value_and_grad(*call: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    from tgdp_fast.kernels import mlp
-
-    return mlp.value_and_grad(*call)
-
-
-def _triton_backward(*call: Any) -> list[Tensor]:
-    from tgdp_fast.kernels import mlp
-
-    return mlp.backward(*call)
-
-
-def _triton_value_and_grad_backward(*call: Any) -> list[Tensor]:
-    from tgdp_fast.kernels import mlp
-
-    return mlp.value_and_grad_backward(*call)
-
-
-if native.CPU_MISSING is None:
-    torch.library.register_fake("tgdp_fast::perceptron", _fake_forward)
-    torch.library.register_fake("tgdp_fast::perceptron_backward", _fake_backward)
-    torch.library.register_fake("tgdp_fast::mlp_value_and_grad", _fake_value_and_grad)
-    torch.library.register_fake("tgdp_fast::mlp_value_and_grad_backward", _fake_value_and_grad_backward)
 
 _CALL = "Tensor x, Tensor first_bias, Tensor[] weights, "
 _FORWARD = f"({_CALL}Tensor[] biases, bool save_pre_activations) -> "
 _BACKWARD = f"{_CALL}Tensor[] pre_activations, bool[] needs_grad) -> Tensor[]"
-_COTANGENTS = "(Tensor? value_cotangent, Tensor? gradient_cotangent, "
-_triton.define("mlp_forward_triton", _FORWARD + "(Tensor, Tensor[])", _triton_forward, _fake_forward)
-_triton.define("mlp_backward_triton", "(Tensor output_cotangent, " + _BACKWARD, _triton_backward, _fake_backward)
-_triton.define(
-    "mlp_value_and_grad_triton", _FORWARD + "(Tensor, Tensor, Tensor[])", _triton_value_and_grad, _fake_value_and_grad
-)
-_triton.define(
-    "mlp_value_and_grad_backward_triton",
-    _COTANGENTS + _BACKWARD,
-    _triton_value_and_grad_backward,
-    _fake_value_and_grad_backward,
-)
-
-_REFERENCES: dict[str, Callable[..., Any]] = {
-    "mlp_forward": _reference_forward,
-    "mlp_backward": mlp_backward_reference,
-    "mlp_value_and_grad": _reference_value_and_grad,
-    "mlp_value_and_grad_backward": mlp_value_and_grad_backward_reference,
-}
-#: Names of the native operators, and whether they have the argument bf16x3.
-_NATIVE = {
-    "mlp_forward": ("perceptron", False),
-    "mlp_backward": ("perceptron_backward", False),
-    "mlp_value_and_grad": ("mlp_value_and_grad", True),
-    "mlp_value_and_grad_backward": ("mlp_value_and_grad_backward", True),
-}
-for _name_of, _reference in _REFERENCES.items():
-    _is_backward = _name_of.endswith("backward")
+_ONE, _TWO = "(Tensor output_cotangent, ", "(Tensor? value_cotangent, Tensor? gradient_cotangent, "
+# Each operator's name, that of the native one and whether it has the argument bf16x3, Triton's schema, fake, reference.
+for _operator, _native, _schema, _fake, _reference in (
+    ("mlp_forward", ("perceptron", False), _FORWARD + "(Tensor, Tensor[])", _fake_forward, _reference_forward),
+    ("mlp_backward", ("perceptron_backward", False), _ONE + _BACKWARD, _fake_backward, mlp_backward_reference),
+    (
+        "mlp_value_and_grad",
+        ("mlp_value_and_grad", True),
+        _FORWARD + "(Tensor, Tensor, Tensor[])",
+        _fake_value_and_grad,
+        _reference_value_and_grad,
+    ),
+    (
+        "mlp_value_and_grad_backward",
+        ("mlp_value_and_grad_backward", True),
+        _TWO + _BACKWARD,
+        _fake_value_and_grad_backward,
+        mlp_value_and_grad_backward_reference,
+    ),
+):
+    _is_backward = _operator.endswith("backward")
     _call = _call_backward if _is_backward else _call_forward
+    _preferred = measured.preferred_to_triton_mlp_backward if _is_backward else measured.preferred_to_triton_mlp
+    if native.CPU_MISSING is None:
+        torch.library.register_fake(f"tgdp_fast::{_native[0]}", _fake)
+    _launch = partial(_launch_triton, _operator.removeprefix("mlp_"))
+    _triton.define(f"{_operator}_triton", _schema, _launch, _fake)
+    _call_triton = partial(_call, f"{_operator}_triton", False)
     registry.register(
-        _name_of,
-        "cpu",
-        partial(_call, *_NATIVE[_name_of]),
-        registry.unsupported_float64,
-        missing=native.CPU_MISSING,
+        _operator, "cpu", partial(_call, *_native), registry.unsupported_float64, missing=native.CPU_MISSING
     )
     registry.register(
-        _name_of,
-        "triton",
-        partial(_call, f"{_name_of}_triton", False),
-        _unsupported_by_triton,
-        prefer=measured.preferred_to_triton_mlp_backward if _is_backward else measured.preferred_to_triton_mlp,
-        missing=_triton.MISSING,
+        _operator, "triton", _call_triton, _unsupported_by_triton, prefer=_preferred, missing=_triton.MISSING
     )
-    registry.register(_name_of, "reference", _reference)
+    registry.register(_operator, "reference", _reference)
 
 # The same operator on tensors of another device; there is no kernel of its derivative, nor of the other function.
 registry.register(
     "mlp_value_and_grad",
     "cuda",
-    partial(_call_forward, *_NATIVE["mlp_value_and_grad"]),
+    partial(_call_forward, "mlp_value_and_grad", True),
     _unsupported_by_cuda,
     prefer=measured.preferred_to_cuda_mlp,
     missing=native.CUDA_MISSING,

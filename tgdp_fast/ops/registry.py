@@ -47,7 +47,7 @@ class Backend(NamedTuple):
 
     Attributes:
         name: what users call it.
-        device: kind of device that its tensors must be on; None where its implementations answer that themselves.
+        device: kind of device that its tensors must be on; None if its implementations check that themselves.
         auto: kinds of devices for which "auto" considers it; None for all.
     """
 
@@ -56,7 +56,7 @@ class Backend(NamedTuple):
     auto: tuple[str, ...] | None
 
 
-#: In the order in which "auto" considers them. Triton's interpreter serves CPU tensors, when asked for by name.
+#: In the order in which "auto" considers them. Triton's interpreter serves CPU tensors, if requested by name.
 _BACKENDS = {
     backend.name: backend
     for backend in (
@@ -141,7 +141,7 @@ def register(
     """Add an implementation; ``unsupported`` and ``prefer`` get the call that ``resolve`` gets and must not read tensor
     values.
 
-    With a reason in ``missing``, nothing is added, and the reason is what a request for the backend is answered.
+    With a reason in ``missing``, nothing is added, and a request for the backend raises with this reason.
 
     Raises:
         ValueError: unknown backend, or the operator already has an implementation of it.
@@ -185,8 +185,7 @@ def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Impleme
     Args:
         operator: registered name.
         backend: "auto" or one of BACKENDS.
-        *call, **keywords: the call's arguments; the first tensor among the positional ones decides the
-        device.
+        *call, **keywords: the call's arguments; the first tensor among the positional ones determines the device.
 
     Raises:
         ValueError: unknown operator or backend.
@@ -220,7 +219,7 @@ def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Impleme
 
 
 def lookup(operator: str, backend: str) -> Implementation:
-    """The implementation that an earlier ``resolve`` of a call has chosen, without asking again."""
+    """The implementation that an earlier ``resolve`` of a call has chosen, without another choice."""
     return _registry[operator][backend]
 
 
@@ -228,8 +227,8 @@ def lookup(operator: str, backend: str) -> Implementation:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, ``backend="auto"`` means ``name`` for every operator; an explicit argument wins.
 
-    Nests; local to the thread or asyncio task that enters it. ``use_backend("auto")`` lifts an outer block
-    and the environment variable TGDP_BACKEND.
+    Nests; local to the thread or asyncio task that enters it. ``use_backend("auto")`` overrides an outer block and the
+    environment variable TGDP_BACKEND.
 
     Raises:
         ValueError: name is neither a backend nor "auto".

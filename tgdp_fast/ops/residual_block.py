@@ -1,4 +1,4 @@
-"""A residual block of the SSSD-ECG network in sampling, where all but the signal was computed before.
+"""A residual block of the SSSD-ECG network in sampling, where everything but the signal was computed before.
 
 With x the residual stream and skip the sum that the network's head reads, C and S channels of ``state``, and H = 2 C:
 
@@ -31,7 +31,7 @@ from tgdp_fast.runtime import native
 __all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_block_reference_"]
 
 _OPERATOR = "residual_block_"
-_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Residual channels that a GPU's program has registers for.
 _MOST_GPU_CHANNELS = 512
 #: Positions of such a program at most.
@@ -43,7 +43,7 @@ class S4Weights(NamedTuple):
 
     Attributes:
         filters: its long convolution, D included, for signals of at least L samples; on a GPU prepared for "triton".
-        mixture: [H, H], in the dtype that the factors of its product are rounded to.
+        mixture: [H, H], in the dtype to which the factors of its matmul are rounded.
         mixture_bias, norm_weight, norm_bias: float32 [H].
         epsilon: of LayerNorm.
     """
@@ -58,7 +58,7 @@ class S4Weights(NamedTuple):
 
 class ResidualBlockWeights(NamedTuple):
     """The parameters of a block. ``convolution``, ``output`` and both mixtures have one dtype: float32, bfloat16 or
-    float16, to which the factors of their products are rounded; sums are float32.
+    float16, to which the factors of their matmuls are rounded; sums are float32.
 
     Attributes:
         convolution: [H, 3 C], the columns of the tap that sees t - 1 first.
@@ -82,24 +82,24 @@ def residual_block_(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Replaces the residual stream and the skip sum by what they are after the block. No gradients.
+    """Replaces the residual stream and the skip sum by their values after the block. No gradients.
 
-    A sample is computed alike whatever the batch it is in and however many threads run; on a GPU the last digits may
-    depend on the batch. NaN stays in its sample.
+    The result of a sample does not depend on its batch or on the number of threads; on a GPU the last digits may depend
+    on the batch. NaN stays in its sample.
 
-    Cost for B samples: B L (6 H C + 4 H^2 + 2 (C + S) C) FLOPs of products and two long convolutions; 8 B (C + S) L
-    bytes of state and all weights once from memory, if what is between them stays in a cache: 4 B H L bytes each for u
+    Cost for B samples: B L (6 H C + 4 H^2 + 2 (C + S) C) FLOPs of matmuls and two long convolutions; 8 B (C + S) L
+    bytes of state and all weights once from memory, if the rest stays in a cache: 4 B H L bytes each for u
     and for gelu(filters * u), half of the latter in 16 bits. With C = S = 256 and L = 1000: 2.1 GFLOP for a sample.
 
     Args:
         state: float32 [B, C + S, L], contiguous: the residual stream, then the skip sum. Changed in place.
-        step_bias: float32 [B or 1, 3, H]: what the diffusion step and the convolution's own bias add inside the signal,
-            and what of it the first and the last position lack, where a tap sees padding.
+        step_bias: float32 [B or 1, 3, H]: the bias of diffusion step and convolution inside the signal, and the parts
+            that the first and the last position lack, because a tap sees padding.
         label_bias: float32 [B or 1, H], added to the bias of the first LayerNorm; or None.
         weights: of the block.
-        backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32 and, where the processor
+        backend: "auto", "reference", or a faster implementation by name; "cpu" serves float32 and, if the CPU
             multiplies it, bfloat16, for an even C and L up to 1024; "triton" all of them for C up to 512 and L up to
-            1024, with the CUDA long convolution where the filters are prepared for it.
+            1024, with the CUDA long convolution if the filters are prepared for it.
 
     Returns:
         ``state``.
@@ -125,19 +125,19 @@ def residual_block_reference_(
     x = _factor(state[:, :channels], weights.convolution)
     taps = [functional.pad(x[..., :-1], (1, 0)), x, functional.pad(x[..., 1:], (0, 1))]
     inside, at_first, at_last = step_bias.unbind(1)
-    u = _product(weights.convolution, torch.cat(taps, dim=1)).add_(inside[..., None])
+    u = _matmul(weights.convolution, torch.cat(taps, dim=1)).add_(inside[..., None])
     u[..., 0].sub_(at_first)
     u[..., -1].sub_(at_last)
     u = _s4(u, weights.first, label_bias)
     u = _s4(u, weights.second, None)
     gated = _factor(gated_activation_reference(u), weights.output)
     state[:, :channels].mul_(math.sqrt(0.5))
-    return state.add_(_product(weights.output, gated)).add_(weights.output_bias[:, None])
+    return state.add_(_matmul(weights.output, gated)).add_(weights.output_bias[:, None])
 
 
 def _s4(u: Tensor, layer: S4Weights, label_bias: Tensor | None) -> Tensor:
     y = _factor(long_convolution_reference(u, layer.filters), layer.mixture)
-    u = u.add_(_product(layer.mixture, y)).add_(layer.mixture_bias[:, None])
+    u = u.add_(_matmul(layer.mixture, y)).add_(layer.mixture_bias[:, None])
     # Moments by var_mean would take ten times as long along this dimension.
     u.sub_(u.mean(1, keepdim=True))
     u.mul_(u.square().mean(1, keepdim=True).add_(layer.epsilon).rsqrt_())
@@ -146,13 +146,13 @@ def _s4(u: Tensor, layer: S4Weights, label_bias: Tensor | None) -> Tensor:
 
 
 def _factor(values: Tensor, weight: Tensor) -> Tensor:
-    """``values`` as a factor of a product with ``weight``."""
-    if weight.dtype == torch.float16:  # Nothing bounds them; infinity would spread over the whole signal.
+    """``values`` as a factor of a matmul with ``weight``."""
+    if weight.dtype == torch.float16:  # They are unbounded; infinity would spread over the whole signal.
         values = values.clamp(-65504.0, 65504.0)
     return values if weight.dtype in (torch.float32, torch.float64) else values.to(weight.dtype)
 
 
-def _product(weight: Tensor, values: Tensor) -> Tensor:
+def _matmul(weight: Tensor, values: Tensor) -> Tensor:
     """weight [M, K] times each of values [B, K, L]: sums in float32, or in float64 of float64 values."""
     if values.device.type != "cpu" and values.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(weight.expand(len(values), -1, -1), values, out_dtype=torch.float32)
@@ -164,7 +164,7 @@ def _check(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights:
     if not isinstance(weights, ResidualBlockWeights):
         raise ValueError(f"weights must be ResidualBlockWeights, got {type(weights).__name__}")
     dtype = weights.output.dtype
-    if dtype not in _PRODUCT_DTYPES:
+    if dtype not in _MATMUL_DTYPES:
         raise ValueError(f"weights.output must be float32, bfloat16 or float16, got {dtype}; convert it with .to()")
     channels = weights.output.shape[-1]
     rows, double = weights.output.shape[0], 2 * channels
@@ -226,10 +226,10 @@ def _unsupported_by_reference(
 
 
 def without_unread_taps(weights: ResidualBlockWeights) -> ResidualBlockWeights:
-    """The weights without the taps of their filters, where a kernel would serve a call that names no backend.
+    """The weights without the taps of their filters, if a kernel would serve a call that names no backend.
 
     Raises:
-        BackendUnavailableError: a backend is asked for around this call that cannot serve.
+        BackendUnavailableError: the backend set around this call cannot serve it.
     """
     state = weights.output_bias.new_empty(1, len(weights.output_bias), 1)
     step_bias = state.new_empty(1, 3, len(weights.first.norm_bias))
@@ -240,10 +240,10 @@ def without_unread_taps(weights: ResidualBlockWeights) -> ResidualBlockWeights:
 
 
 def samples_together(device: torch.device, channels: int, length: int) -> int | None:
-    """How many samples a GPU's kernels are best given at a time, or None where they are not.
+    """The best number of samples for one call of the kernels of a GPU, or None if they do not serve it.
 
-    Whole rounds of programs for LayerNorm, which have a multiprocessor each; as many rounds as the level-2 cache holds
-    what a layer reads and writes of, 8 bytes for each of 2 C L numbers.
+    Full rounds of LayerNorm's programs, one per multiprocessor; as many rounds as the level-2 cache holds inputs and
+    outputs of a layer, 8 bytes for each of 2 C L numbers.
     """
     if _triton.MISSING is not None or device.type != "cuda" or channels > _MOST_GPU_CHANNELS or length > LONGEST:
         return None
@@ -257,7 +257,7 @@ def _whole_rounds(multiprocessors: int, cache: int, channels: int, length: int) 
 
 
 def multiplies_bf16() -> bool:
-    """Whether the CPU kernel is there and the processor multiplies bfloat16."""
+    """Whether the CPU kernel is installed and the CPU multiplies bfloat16."""
     return native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_products())
 
 
@@ -320,14 +320,14 @@ def _call_triton(state: Tensor, step_bias: Tensor, label_bias: Tensor | None, we
 
 
 def _with_whole_rows(bias: Tensor) -> Tensor:
-    """``bias``, with all numbers of a row in one piece; rows may lie apart."""
+    """``bias`` with contiguous rows; rows may lie apart."""
     return bias if bias.shape[0] > 0 and bias[0].is_contiguous() else bias.contiguous()
 
 
 def _flat(
     state: Tensor, step_bias: Tensor, label_bias: Tensor | None, weights: ResidualBlockWeights
 ) -> tuple[Any, ...]:
-    """The call as operators of PyTorch take it: without the taps, and weights in one piece."""
+    """The call as the arguments of a PyTorch operator: without the taps, and with contiguous weights."""
     first, second = weights.first, weights.second
     layers = [
         [tensor.contiguous() for tensor in (*layer.filters[1:], *layer[1:5]) if tensor is not None]
@@ -367,7 +367,8 @@ def _launch_triton(
 
     layers = layer(first, first_epsilon), layer(second, second_epsilon)
     weights = Block(convolution, *layers, output, output_bias)
-    launch(state, step_bias, label_bias, weights)
+    with torch.cuda.device_of(state):
+        launch(state, step_bias, label_bias, weights)
 
 
 if native.CPU_MISSING is None:

@@ -119,7 +119,7 @@ def trajectory(
 
     A sampling operator: no autograd graph. A sample depends on its own row, ``seed`` and its ``sample_index`` alone.
 
-    Precision: state, solver and biases in float32; matrix products in the dtype of each network's weights, accumulated
+    Precision: state, solver and biases in float32; matmuls in the dtype of each network's weights, accumulated
     in float32.
 
     Cost per sample and evaluation, for P_s and P_g weights: 2 P_s + 4 P_g FLOPs. Memory traffic when nothing else
@@ -138,7 +138,7 @@ def trajectory(
             capability 8.0 on.
 
     Returns:
-        A :class:`Trajectory`. Where it diverged, x holds nothing of use.
+        A :class:`Trajectory`. If it diverged, x is meaningless.
 
     Raises:
         ValueError: shapes or dtypes do not fit.

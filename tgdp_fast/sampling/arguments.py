@@ -1,4 +1,4 @@
-"""What a sampler checks: that models, solver and settings fit each other, and the labels and prior of a draw."""
+"""Checks of a sampler: whether models, solver and settings fit each other, and the labels and prior of a draw."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def scales_of(config: SamplingConfig, table: SolverTable) -> list[float]:
 
 
 def event_shape_of(shape: tuple[int, ...] | None, models: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shape of one sample: ``shape``, or what the models state; ValueError where these differ or there is none."""
+    """Shape of one sample: ``shape``, or that of the models; ValueError if these differ or there is none."""
     stated = {name: getattr(model, "event_shape", None) for name, model in models.items()}
     known = [tuple(value) for value in stated.values() if value is not None]
     if known and known[0] != known[-1]:
@@ -108,7 +108,7 @@ def event_shape_of(shape: tuple[int, ...] | None, models: Mapping[str, Any]) -> 
 
 
 def check_prior(prior: Prior | None, shape: tuple[int, ...]) -> None:
-    """Raises ValueError for what is no prior, or one of samples of another shape."""
+    """Raises ValueError for an object that is no prior, and for a prior of samples of another shape."""
     if prior is None:
         return
     if not isinstance(prior, Prior):
@@ -143,7 +143,7 @@ def device_of(device: torch.device | None, models: Mapping[str, Any]) -> torch.d
 def labels_of(labels: Any, num: int, models: Mapping[str, Any]) -> Tensor | None:
     """None, or labels with one row per sample that every model accepts; ValueError for others.
 
-    A model that states no ``num_classes`` takes them as they come.
+    A model without ``num_classes`` gets them unchanged.
     """
     counts = {name: getattr(model, "num_classes", None) for name, model in models.items()}
     conditional = {name: count for name, count in counts.items() if count}

@@ -13,7 +13,7 @@ from tgdp_fast.runtime.checks import check_choice, check_integer
 from tgdp_fast.runtime.precision import PRECISIONS
 
 #: fp32 matmuls as three bf16 ones, if the full trajectory is one operator and the CPU supports it; else fp32.
-SPLIT = "bf16x3"
+BF16X3 = "bf16x3"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SamplingConfig:
             "interval": check_pair("interval", self.interval),
             "clamp": check_pair("clamp", self.clamp, finite=True),
             "gradient_norm_limit": check_gradient_norm_limit(self.gradient_norm_limit),
-            "precision": check_choice("precision", self.precision, (*PRECISIONS, SPLIT)),
+            "precision": check_choice("precision", self.precision, (*PRECISIONS, BF16X3)),
             "backend": check_choice("backend", self.backend, (*BACKENDS, "auto")),
         }
         if not isinstance(self.solver, SolverTable):

@@ -114,7 +114,7 @@ class GraphCache:
 
     Args:
         name: of the function, for the log.
-        models: that the function runs. What they refer to is kept as long as a graph reads it.
+        models: that the function runs. The tensors in their attributes are kept as long as a graph reads them.
         capacity: number of shapes; the least recently used one is dropped first.
     """
 
@@ -124,22 +124,22 @@ class GraphCache:
         self._capacity = capacity
         self._state: Any = None
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, not captured yet
-        self._ran = False  # whether the function was, since the state was taken
+        self._ran = False  # Whether the function ran since the state was taken.
         self._refused = False
 
     @contextmanager
     def checked(self, settings: Any = None) -> Iterator[None]:
-        """Around calls of :meth:`run`: drops all graphs if the models or ``settings`` are not what they were.
+        """Around calls of :meth:`run`: drops all graphs if the models or ``settings`` have changed.
 
-        A replay runs no line of Python, so whatever the function reads there has to be in ``settings``, an object that
-        is compared, or in the attributes of the models; see :func:`state_of`.
+        A replay runs no Python code, so everything that the function reads there must be in ``settings``, which are
+        compared, or in the attributes of the models; see :func:`state_of`.
         """
         state = settings, [state_of(model) for model in self._models]
         if state != self._state:
             self._graphs.clear()
         self._state, self._ran = None, False
         yield
-        # Running a network, unlike replaying it, may change what it keeps.
+        # A call of a network, unlike a replay, may change the values that it keeps.
         self._state = (settings, [state_of(model) for model in self._models]) if self._ran else state
 
     def run(self, function: Callable[..., Tensors], *inputs: Tensor | None) -> Tensors:
@@ -155,7 +155,7 @@ class GraphCache:
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
         seen = key in self._graphs
         graph = self._graphs.pop(key, None)
-        with capturing():  # the same kernels as it is and captured
+        with capturing():  # The same kernels in the direct call as in the capture.
             if seen and graph is None and not self._refused:
                 graph = self._capture(function, inputs)
             if graph is None:
@@ -178,19 +178,19 @@ class GraphCache:
         try:
             replay, outputs = capture(function, static)
         except Exception as error:
-            # Whatever a network does that cannot be captured: it must only cost speed.
+            # If a network cannot be captured, for any reason, this must only cost speed.
             self._refused = True
             first_line = (str(error).strip().splitlines() or [""])[0]
-            _logger.warning("%s cannot be captured in a CUDA graph and runs as it is: %s", self.name, first_line)
+            _logger.warning("%s cannot be captured in a CUDA graph and runs directly: %s", self.name, first_line)
             return None
         return _Graph(static, outputs, replay, [_held(model) for model in self._models])
 
 
 def capture(function: Callable[..., Tensors], inputs: list[Tensor | None]) -> tuple[Callable[[], None], Tensors]:
-    """(replay, outputs): a CUDA graph of ``function(*inputs)``, whose inputs and outputs stay where they are."""
+    """(replay, outputs): a CUDA graph of ``function(*inputs)``, which reads and writes these tensors at each replay."""
     graph = torch.cuda.CUDAGraph()
-    # Autocast keeps weights that it has cast: those from before would not follow their weights in a replay, and those
-    # from the capture hold no values outside it.
+    # Autocast caches the weights that it casts: copies from before the capture would not follow their weights in a
+    # replay, and copies from the capture hold no values outside it.
     torch.clear_autocast_cache()
     try:
         with torch.cuda.graph(graph):
@@ -201,12 +201,12 @@ def capture(function: Callable[..., Tensors], inputs: list[Tensor | None]) -> tu
 
 
 def state_of(model: Any) -> Any:
-    """An object equal to that of another time if a graph that was captured with the model is still right.
+    """The state of a model: equal at two times if a graph captured at the first one is valid at the second.
 
-    It holds the attributes of all submodules: numbers and texts by value, tensors by place and number of changes, any
-    other object by identity, and containers by their items. In-place changes count too, although a replay reads weights
-    anew: a network may keep values that it has computed from them. What is no module may change unseen, so its state is
-    equal to no other.
+    It holds the attributes of all submodules: numbers and texts by value, tensors by address and number of in-place
+    changes, any other object by identity, and containers by their items, one level deep. In-place changes count
+    although a replay reads the new weights, because a network may keep values computed from the old ones. Changes of an
+    object that is no module cannot be detected, so its state equals no other.
     """
     if model is None:
         return None
@@ -228,7 +228,7 @@ def _token(value: Any, depth: int = 1) -> Any:
         version = 0 if value.is_inference() else value._version
         try:
             return id(value), value.data_ptr(), value.shape, value.stride(), value.dtype, version
-        except RuntimeError:  # A tensor made of others, which may move unseen.
+        except RuntimeError:  # A tensor subclass made of others, whose changes cannot be detected.
             return object()
     if depth > 0 and isinstance(value, dict):
         return [(key, _token(item, depth - 1)) for key, item in value.items()] if value else ()
@@ -238,7 +238,7 @@ def _token(value: Any, depth: int = 1) -> Any:
 
 
 def _held(model: Any) -> list[Any]:
-    """All that :func:`state_of` looks at, so that its memory is not given to others while a graph reads it."""
+    """Everything that :func:`state_of` reads, so that its memory is not reused while a graph reads it."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     values = (value for module in modules for value in vars(module).values())
     return [copy.copy(value) if isinstance(value, dict | list | set) else value for value in values]

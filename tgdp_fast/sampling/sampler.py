@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ from tgdp_fast.sampling.arguments import (
     taken_apart,
 )
 from tgdp_fast.sampling.blocks import BlockFile
-from tgdp_fast.sampling.config import SPLIT, SamplingConfig
+from tgdp_fast.sampling.config import BF16X3, SamplingConfig
 from tgdp_fast.sampling.full_trajectory import FullTrajectory
 from tgdp_fast.sampling.loop import GraphCache, Loop
 
@@ -134,7 +134,8 @@ class Sampler:
     It holds the solver's table, the guidance weight of each evaluation and, on a GPU, the CUDA graphs of its loop by
     batch shape: another draw with the same shape is one replay per batch. Models may change between draws: weights,
     hooks and other attributes are checked before a graph is used. The graph of a stochastic solver belongs to one seed.
-    Graphs keep the settings of torch, such as TF32, from their capture. Not thread-safe.
+    Graphs keep the settings of torch, such as TF32, from their capture. The noise schedule, the scale and the shape of
+    a sample are read once, here. Not thread-safe.
 
     Args:
         denoiser: a :class:`Denoiser`, anything with ``schedule`` and ``epsilon(x, t, labels)``, or a
@@ -333,10 +334,11 @@ class Sampler:
         batches = range(start, stop, request.batch_size)
         hidden = None if progress else True  # None: shown on a terminal only
         bar = tqdm(total=len(batches) * table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
-        with torch.inference_mode(), evaluation_mode(self.denoiser, self.guidance), _backend(config.backend), bar:
+        backend = nullcontext() if config.backend == "auto" else use_backend(config.backend)
+        with torch.inference_mode(), evaluation_mode(self.denoiser, self.guidance), backend, bar:
             full = None
             if request.callback is None:
-                dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == SPLIT
+                dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == BF16X3
                 full = FullTrajectory.of(self._loop, dtype, config.backend, bf16x3=bf16x3, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
             loop, after = partial(self._loop, seed=request.seed), self._after(request, bar)
@@ -386,10 +388,10 @@ class Sampler:
         return after
 
     def _settings(self, request: _Request) -> tuple[Any, ...]:
-        """What a graph of the loop holds as it was, besides this object and the models."""
+        """The values that a graph of the loop keeps from its capture, besides those of this object and the models."""
         place = request.device.type
         return (
-            request.seed if self.table.is_stochastic else None,  # the noise's key is an argument of its launches
+            request.seed if self.table.is_stochastic else None,  # The key of the noise is an argument of its launches.
             requested_backend(self.config.backend),
             torch.is_autocast_enabled(place),
             torch.get_autocast_dtype(place),
@@ -415,12 +417,3 @@ def _signature(models: Mapping[str, Any]) -> str:
 
 def _can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-@contextmanager
-def _backend(name: str) -> Iterator[None]:
-    if name == "auto":
-        yield
-    else:
-        with use_backend(name):
-            yield

@@ -237,7 +237,7 @@ class GuidedModel:
         return self._conventions_of[1]
 
     def scale_at(self, timestep: float) -> float:
-        """Guidance scale at diffusers' ``timestep``; 0 outside the interval, and where there is no signal."""
+        """Guidance scale at diffusers' ``timestep``; 0 outside the interval and without signal."""
         if timestep > self._conventions().schedule.t_max:
             return 0.0
         return scale_at(self.scale, self.interval, timestep, "timestep")
@@ -361,7 +361,7 @@ def _model_of(pipeline: Any) -> nn.Module:
 
 
 def _parameter_names(model: nn.Module) -> list[str]:
-    """Names of the arguments of a model's forward; of the model inside, where it is compiled."""
+    """Argument names of a model's forward; if it is compiled, of the model inside."""
     inner = getattr(model, "_orig_mod", model)
     return list(inspect.signature(inner.forward).parameters)
 

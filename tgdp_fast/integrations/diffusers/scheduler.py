@@ -21,7 +21,6 @@ from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, solver_t
 from tgdp_fast.integrations.diffusers.guide import PREDICTION_TYPES
 from tgdp_fast.ops import SolverStep, guided_step
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
-from tgdp_fast.sampling.config import SamplingConfig
 
 #: Grids that diffusers defines (Lin et al., 2024, arXiv 2305.08891, table 2), with the meaning of its DDPM and DDIM.
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
@@ -97,12 +96,12 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         thresholding: bool = False,
     ) -> None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("solver", solver, SOLVERS)
         check_choice("spacing", spacing, (*SPACINGS, *TIMESTEP_SPACINGS))
         if thresholding:
             raise ValueError("thresholding must be False: no table has it; use clip_sample, or a diffusers scheduler")
         reach = check_number("clip_sample_range", clip_sample_range, 0.0, exclusive=True)
-        settings = SamplingConfig(solver=solver, eta=eta, clamp=(-reach, reach) if clip_sample else None)
-        self._clamp = settings.clamp
+        self._clamp = (-reach, reach) if clip_sample else None
         # diffusers' own betas and grids, by the scheduler that defines them.
         self._grids = DDPMScheduler(
             num_train_timesteps=num_train_timesteps,

@@ -209,7 +209,7 @@ class CompiledSSSDECG(nn.Module):
     """The result of :meth:`tgdp_fast.SSSDECG.compile_for_sampling`; see there.
 
     Attributes:
-        source: the original network.
+        source: the original network, whose weights are in checkpoints.
         precision: of its matmuls.
         length: the longest signal.
         takes_host_time: tells :class:`tgdp_fast.Denoiser` to leave the time on the host, for the lookup.
@@ -274,11 +274,6 @@ class CompiledSSSDECG(nn.Module):
         self._labels: tuple[Tensor, int, Tensor] | None = None
         self._workspace: _Workspace | None = None
         self._lock = threading.Lock()
-
-    @property
-    def uncompiled(self) -> SSSDECGModules:
-        """The original network, whose weights are in checkpoints."""
-        return self.source
 
     @property
     def device(self) -> torch.device:
@@ -413,13 +408,13 @@ class CompiledSSSDECG(nn.Module):
         channels = self.source.res_channels
         stream, skip = state[:, :channels], state[:, channels:]
         stem, hidden, last = self._ends
-        _add_product(stream.copy_(stem[1].expand_as(stream)), stem[0], x).relu_()
+        _add_matmul(stream.copy_(stem[1].expand_as(stream)), stem[0], x).relu_()
         skip.zero_()
         # One block after the other, so that all samples use its weights and spectra while these are in the cache.
         for k, weights in enumerate(self._blocks):
             residual_block_(state, steps[:, k], None if labels is None else labels[:, k], weights)
-        h = _add_product(hidden[1].expand_as(skip).contiguous(), hidden[0], skip)
-        _add_product(output.copy_(last[1].expand_as(output)), last[0], h.relu_())
+        h = _add_matmul(hidden[1].expand_as(skip).contiguous(), hidden[0], skip)
+        _add_matmul(output.copy_(last[1].expand_as(output)), last[0], h.relu_())
 
     # copies ---------------------------------------------------------------------------------------------------
 
@@ -464,7 +459,7 @@ def _diffusion_steps(times: Times) -> Tensor:
     return steps.unique()
 
 
-def _add_product(target: Tensor, weight: Tensor, values: Tensor) -> Tensor:
+def _add_matmul(target: Tensor, weight: Tensor, values: Tensor) -> Tensor:
     """target [B, M, L] += weight [M, K] times values [B, K, L]; float32."""
     if target.device.type != "cpu":
         return target.baddbmm_(weight.expand(len(values), -1, -1), values)

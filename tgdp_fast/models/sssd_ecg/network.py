@@ -35,8 +35,7 @@ class SSSDECG(SSSDECGModules):
     """The SSSD-ECG network. The defaults are the paper's: PTB-XL, 8 leads at 100 Hz for 10 s, 71 statements.
 
     ``Denoiser(network, NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 200)))`` is the paper's model: it takes the
-    index
-    of the diffusion step, 0 .. 199, and predicts epsilon. That schedule does not end in pure noise:
+    index of the diffusion step, 0 .. 199, and predicts epsilon. That schedule does not end in pure noise:
     :mod:`tgdp_fast.diffusion.prior` explains where to start.
 
     Args:

@@ -1,5 +1,5 @@
 // Products of the layers of a network by a cluster of blocks: all have the same rows, each makes its own columns of a layer
-// and writes them into the others' shared memory. In place of BlockProducts in perceptron_layers.cuh; the sums are in the same
+// and writes them into the others' shared memory. In place of BlockProducts in mlp_layers.cuh; the sums are in the same
 // order, so that results are the same bit for bit.
 //
 // Weights do not depend on what the layers compute: their tiles arrive in one stream that goes on over the ends of products,
@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cluster.cuh"
-#include "perceptron_layers.cuh"
+#include "mlp_layers.cuh"
 
 namespace tgdp::cuda {
 

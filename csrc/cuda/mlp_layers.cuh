@@ -8,7 +8,7 @@
 #pragma once
 
 #include "../common/silu.h"
-#include "tile_product.cuh"
+#include "tile_matmul.cuh"
 
 namespace tgdp::cuda {
 
