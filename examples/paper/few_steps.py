@@ -29,13 +29,7 @@ from tgdp_fast.ecg.records.wfdb import read_leads
 from tgdp_fast.fit.config import TrainingConfig
 from tgdp_fast.fit.training import seeded_initialization, train_denoiser
 from tgdp_fast.lab.experiments.digits import nearest_distance
-from tgdp_fast.metrics import mmd, sliced_wasserstein
-from tgdp_fast.models import SSSDECG
-from tgdp_fast.runtime.arrays import Standardizer
-from tgdp_fast.runtime.checkpoint import signature_of
-from tgdp_fast.runtime.checks import check_choice, check_integer
-from tgdp_fast.runtime.stages import Stages
-from tgdp_fast.runtime.tables import (
+from tgdp_fast.lab.tables import (
     Row,
     RowStore,
     check_distinct,
@@ -43,6 +37,12 @@ from tgdp_fast.runtime.tables import (
     mean_and_deviation,
     write_results,
 )
+from tgdp_fast.metrics import mmd, sliced_wasserstein
+from tgdp_fast.models import SSSDECG
+from tgdp_fast.runtime.arrays import Standardizer
+from tgdp_fast.runtime.checkpoint import signature_of
+from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.stages import Stages
 from tgdp_fast.sampling.sampler import sample
 
 #: Real signals in the place of samples: how far from the reference a perfect model is.

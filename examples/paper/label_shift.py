@@ -34,12 +34,12 @@ from tgdp_fast.fit.config import GuidanceConfig, NetworkConfig, TrainingConfig
 from tgdp_fast.fit.density_ratio import DensityRatio, fit_density_ratio
 from tgdp_fast.fit.guidance import fit_guidance
 from tgdp_fast.fit.training import derived_seed, train_denoiser
+from tgdp_fast.lab.tables import Row, RowStore, markdown_table, mean_and_deviation, write_results
 from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import XResNet1d
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_integer, check_number
 from tgdp_fast.runtime.stages import Stages
-from tgdp_fast.runtime.tables import Row, RowStore, markdown_table, mean_and_deviation, write_results
 from tgdp_fast.sampling.sampler import sample
 
 #: Real beats in the place of samples: the source set, the given target set, and more beats of the target's records.

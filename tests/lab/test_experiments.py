@@ -20,9 +20,9 @@ from tgdp_fast import GuidanceConfig, Logistic, TrainingConfig
 from tgdp_fast.data.digits import load_digits_arrays
 from tgdp_fast.fit import guidance as transfer
 from tgdp_fast.fit.guidance import GuidanceFit, fit_guidance
+from tgdp_fast.lab import figures
 from tgdp_fast.lab.experiments import digits, gaussians
-from tgdp_fast.runtime import figures
-from tgdp_fast.runtime.tables import RowStore, markdown_table, mean_and_deviation
+from tgdp_fast.lab.tables import RowStore, markdown_table, mean_and_deviation
 
 TINY = TrainingConfig(steps=5, batch_size=32, ema_decay=0.5, warmup=1)
 KEYS = ["n", "seed", "method", "sw2", "nll", "average_likelihood", "mmd", "mode_mass", "fit_seconds", "sample_seconds"]

@@ -164,8 +164,8 @@ def bench(options: argparse.Namespace) -> int | None:
 
 def bench_report(options: argparse.Namespace) -> None:
     """Results of bench as one Markdown text, and plots."""
+    from tgdp_fast.lab import figures
     from tgdp_fast.lab.benchmark import report
-    from tgdp_fast.runtime import figures
     from tgdp_fast.runtime.files import write_atomic
 
     results = {path.stem: report.load(path) for path in options.files}

@@ -246,17 +246,16 @@ def mean_h(
     source: Tensor,
     *,
     labels: Tensor | None = None,
-    num_times: int = 6,
     limit: int = 4096,
     seed: int = 0,
 ) -> list[tuple[float, float, float]]:
-    """E_p[h(x_t, t)] at ``num_times`` times, with its standard error: rows (t, mean, error). It is 1 if h is exact."""
+    """E_p[h(x_t, t)] at six times, with its standard error: rows (t, mean, error). It is 1 if h is exact."""
     schedule = guidance.schedule
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(source), generator=generator)[:limit].to(source.device)
     x0, y = source[chosen], None if labels is None else labels[chosen]
     rows = []
-    for t in np.linspace(schedule.t_min, schedule.t_max, num_times):
+    for t in np.linspace(schedule.t_min, schedule.t_max, 6):
         t = float(np.round(t)) if schedule.is_discrete else float(t)
         noised = add_noise(schedule, x0, torch.full((len(x0),), t), generator)
         with torch.no_grad():

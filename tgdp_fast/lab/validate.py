@@ -12,10 +12,10 @@ import torch
 from tgdp_fast.lab.accuracy import Error, error_of, within
 from tgdp_fast.lab.cases import CHECKS
 from tgdp_fast.lab.cases.case import Draw
+from tgdp_fast.lab.tables import markdown_table
 from tgdp_fast.ops import BackendUnavailableError, registry
 from tgdp_fast.runtime.checks import check_choice
 from tgdp_fast.runtime.precision import PRECISIONS
-from tgdp_fast.runtime.tables import markdown_table
 
 Row = dict[str, Any]
 

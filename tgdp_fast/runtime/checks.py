@@ -26,7 +26,6 @@ def check_number(
     maximum: float = math.inf,
     *,
     exclusive: bool = False,
-    advice: str = "",
 ) -> float:
     """Return ``value`` as a float, or raise ValueError unless it is finite and within the bounds.
 
@@ -37,14 +36,14 @@ def check_number(
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, got {value!r}{_tail(advice)}") from None
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
     inside = minimum < number < maximum if exclusive else minimum <= number <= maximum
     if not math.isfinite(number) or not inside:
         left = "(" if exclusive or minimum == -math.inf else "["
         right = ")" if exclusive or maximum == math.inf else "]"
         bounded = math.isfinite(minimum) or math.isfinite(maximum)
         expected = f"finite and in {left}{minimum}, {maximum}{right}" if bounded else "finite"
-        raise ValueError(f"{name} must be {expected}, got {value!r}{_tail(advice)}")
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
     return number
 
 

@@ -52,14 +52,14 @@ def agreed(value: bool) -> bool:
     return bool(said.item())
 
 
-def share(count: int, name: str = "batch_size") -> slice:
+def share(count: int) -> slice:
     """This process's rows of a batch of ``count``; all processes must get equally many.
 
     Raises:
         ValueError: ``count`` is not a multiple of the number of processes.
     """
     if count % size():
-        raise ValueError(f"{name} must be a multiple of {size()}, the number of processes, got {count}")
+        raise ValueError(f"batch_size must be a multiple of {size()}, the number of processes, got {count}")
     return slice(rank() * (count // size()), (rank() + 1) * (count // size()))
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tgdp_fast.lab import figures
 from tgdp_fast.lab.benchmark.runner import KEYS, Row
 from tgdp_fast.lab.cases.case import GRAPH, PROVIDERS
-from tgdp_fast.runtime import figures
-from tgdp_fast.runtime.tables import markdown_table
+from tgdp_fast.lab.tables import markdown_table
 
 Result = dict[str, Any]
 

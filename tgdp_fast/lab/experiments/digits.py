@@ -20,13 +20,13 @@ from tgdp_fast.fit.baselines import fine_tune, train_vanilla
 from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig
 from tgdp_fast.fit.guidance import fit_guidance
 from tgdp_fast.fit.training import train_denoiser
+from tgdp_fast.lab import figures
+from tgdp_fast.lab.tables import Row, RowStore, markdown_table, mean_and_deviation, write_results
 from tgdp_fast.metrics import mmd, sliced_wasserstein
-from tgdp_fast.runtime import figures
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_integer
 from tgdp_fast.runtime.files import save_array
 from tgdp_fast.runtime.stages import Stages
-from tgdp_fast.runtime.tables import Row, RowStore, markdown_table, mean_and_deviation, write_results
 from tgdp_fast.sampling.sampler import sample
 
 METHODS = ("real", "source", "vanilla", "finetune", "tgdp")

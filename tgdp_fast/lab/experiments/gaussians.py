@@ -37,13 +37,8 @@ from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig
 from tgdp_fast.fit.guidance import fit_guidance
 from tgdp_fast.fit.regularizers import Consistency, Cycle
 from tgdp_fast.fit.training import train_denoiser
-from tgdp_fast.metrics import average_likelihood, mmd, mode_mass, negative_log_likelihood, sliced_wasserstein
-from tgdp_fast.runtime import figures
-from tgdp_fast.runtime.checkpoint import signature_of
-from tgdp_fast.runtime.checks import check_choice, check_integer
-from tgdp_fast.runtime.files import save_array
-from tgdp_fast.runtime.stages import Stages
-from tgdp_fast.runtime.tables import (
+from tgdp_fast.lab import figures
+from tgdp_fast.lab.tables import (
     Row,
     RowStore,
     check_distinct,
@@ -51,6 +46,11 @@ from tgdp_fast.runtime.tables import (
     mean_and_deviation,
     write_results,
 )
+from tgdp_fast.metrics import average_likelihood, mmd, mode_mass, negative_log_likelihood, sliced_wasserstein
+from tgdp_fast.runtime.checkpoint import signature_of
+from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.files import save_array
+from tgdp_fast.runtime.stages import Stages
 from tgdp_fast.sampling.sampler import sample
 
 #: Guidance fits by name. "tgdp" is the recommended setting, the defaults.
