@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SolverTable
-from tgdp_fast.models import ARCHITECTURES
-from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG
+from tgdp_fast.models import ARCHITECTURES, uncompiled
 from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.pretrained import Pretrained
@@ -244,7 +243,7 @@ class Denoiser(Pretrained, nn.Module):
     @property
     def _stored_network(self) -> nn.Module:
         """The network in checkpoints: this one, or the one that it was compiled from."""
-        return self.network.source if isinstance(self.network, CompiledSSSDECG) else self.network
+        return uncompiled(self.network)
 
     def to_config(self) -> dict[str, Any]:
         """Everything but the weights, JSON-able.
