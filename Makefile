@@ -22,7 +22,8 @@ PIP := $(BIN)/python -m pip
 
 help:
 	@echo 'make demo     transfer a diffusion model to a small target set; table and plots in $(DEMO_OUT)'
-	@echo 'make test     run the tests (PYTEST_ARGS="..." is passed on; --run-slow=all runs the slow ones too)'
+	@echo 'make test     run the tests on all cores (PYTEST_ARGS="..." is passed on: --run-slow=all runs the slow ones too,'
+	@echo '              --numprocesses=0 all in one process)'
 	@echo 'make bench    time everything here (BENCH_ARGS="--quick --json FILE ..." is passed on)'
 	@echo 'make docs     build the documentation into build/docs'
 	@echo 'make lint     ruff and mypy'
@@ -39,8 +40,9 @@ demo: $(VENV)/.demo-ready
 bench: $(VENV)/.demo-ready
 	$(BIN)/tgdp-fast bench $(BENCH_ARGS)
 
+# A process needs half a GB. Of options given twice the last one counts.
 test: $(VENV)/.test-ready
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 16 --dist worksteal $(PYTEST_ARGS)
 
 docs: $(VENV)/.test-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

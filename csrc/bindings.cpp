@@ -247,22 +247,10 @@ tgdp::PackedFilters packed_filters(const Tensor& packed, const Tensor& scales, i
 
 Tensor long_convolution(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu) {
   TORCH_CHECK_VALUE(u.dim() == 3 && u.device().is_cpu(), "tgdp_fast: u must be [B, H, L] on the CPU");
-  tgdp::LongConvolutionCall call;
-  call.batch = u.size(0);
-  call.channels = u.size(1);
-  call.length = u.size(2);
-  call.dtype = dtype_of(u);
-  call.y_dtype = call.dtype;
   const Tensor held = u.stride(2) == 1 || u.size(2) <= 1 ? u : u.contiguous();
-  call.u = held.const_data_ptr();
-  call.u_sample = held.stride(0);
-  call.u_channel = held.stride(1);
   Tensor y = tgdp::empty_output(u.sizes(), u.options());
-  call.y = y.mutable_data_ptr();
-  call.y_sample = call.channels * call.length;
-  call.y_channel = call.length;
+  tgdp::LongConvolutionCall call = tgdp::convolution_call(held, y, gelu);
   call.filters = packed_filters(packed, scales, call.channels, call.length);
-  call.gelu = gelu;
   if (u.numel() > 0) tgdp::long_convolution(call);
   return y;
 }

@@ -27,23 +27,23 @@ void run_step(const tgdp::SolverStep& step, at::Device device) {
   check(tgdp_cuda_guided_step(&step, c10::cuda::getCurrentCUDAStream().stream()));
 }
 
-// Pointers to the weights and biases of a perceptron with inputs and first bias like those given, rows in one piece. Copies
-// stay alive with it; memory that is freed later is not used again before this stream has come so far.
+// Pointers to the weights and biases of an MLP with inputs and first bias like those given, with contiguous rows. Copies stay
+// alive with it; memory that is freed later is not used again before this stream has got there.
 class HeldNetwork {
  public:
   HeldNetwork() = default;
   HeldNetwork(const HeldNetwork&) = delete;
 
   void hold(const Tensor& x, const Tensor& first_bias, at::TensorList weight_list, at::TensorList bias_list) {
-    widths = tgdp::checked_widths(x, first_bias, weight_list, bias_list);
+    widths_ = tgdp::checked_widths(x, first_bias, weight_list, bias_list);
     for (const Tensor& weight : weight_list) {
       const Tensor& matrix = in_rows(weight);
-      weights.push_back(matrix.const_data_ptr());
-      strides.push_back(matrix.stride(0));
+      weights_.push_back(matrix.const_data_ptr());
+      strides_.push_back(matrix.stride(0));
     }
     for (const Tensor& entries : bias_list) {
       held_.push_back(entries.contiguous());
-      biases.push_back(held_.back().const_data_ptr());
+      biases_.push_back(held_.back().const_data_ptr());
     }
   }
 
@@ -52,12 +52,14 @@ class HeldNetwork {
     return held_.back();
   }
 
-  int64_t layers() const { return static_cast<int64_t>(widths.size()); }
-
-  std::vector<int64_t> widths, strides;
-  std::vector<const void*> weights, biases;
+  tgdp::NetworkCall call() const {
+    return {static_cast<int64_t>(widths_.size()), widths_.data(), weights_.data(), strides_.data(), biases_.data()};
+  }
+  const std::vector<int64_t>& widths() const { return widths_; }
 
  private:
+  std::vector<int64_t> widths_, strides_;
+  std::vector<const void*> weights_, biases_;
   std::list<Tensor> held_;  // nothing in it may move
 };
 
@@ -72,22 +74,18 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
   call.dtype = tgdp::dtype_of(x);
   call.batch = x.size(0);
   call.inputs = x.size(1);
-  call.layers = network.layers();
-  call.widths = network.widths.data();
+  call.network = network.call();
   const Tensor& rows = network.in_rows(x);
   call.x = rows.const_data_ptr();
   call.x_stride = rows.stride(0);
   const Tensor& bias = network.in_rows(first_bias.dim() == 1 ? first_bias.unsqueeze(0) : first_bias);
   call.first_bias = bias.const_data_ptr();
   call.first_bias_stride = bias.size(0) == 1 ? 0 : bias.stride(0);
-  call.weights = network.weights.data();
-  call.weight_strides = network.strides.data();
-  call.biases = network.biases.data();
   Tensor value = at::empty({call.batch}, x.options());
   Tensor gradient = at::empty({call.batch, call.inputs}, x.options());
   std::vector<Tensor> kept;
   std::vector<void*> kept_data;
-  for (int64_t width : network.widths) {
+  for (int64_t width : network.widths()) {
     if (!save_pre_activations) break;
     kept.push_back(at::empty({call.batch, width}, x.options()));
     kept_data.push_back(kept.back().mutable_data_ptr());
@@ -110,17 +108,13 @@ tgdp::TrajectoryNetworkCall trajectory_network(HeldNetwork& network, const Tenso
   const auto options = x.options().dtype(weights[0].scalar_type());
   network.hold(at::empty({0, x.size(1)}, options), at::empty({1, weights[0].size(0)}, options), weights, biases);
   tgdp::TrajectoryNetworkCall call;
-  call.layers = network.layers();
-  call.widths = network.widths.data();
-  call.weights = network.weights.data();
-  call.weight_strides = network.strides.data();
-  call.biases = network.biases.data();
-  tgdp::check_first_bias(x, evaluation_bias, evaluation_bias.size(0), network.widths[0]);
+  call.network = network.call();
+  tgdp::check_first_bias(x, evaluation_bias, evaluation_bias.size(0), network.widths()[0]);
   const Tensor& of_evaluations = network.in_rows(evaluation_bias);
   call.evaluation_bias = of_evaluations.const_data_ptr<float>();
   call.evaluation_bias_stride = of_evaluations.stride(0);
   if (sample_bias) {
-    tgdp::check_first_bias(x, *sample_bias, x.size(0), network.widths[0]);
+    tgdp::check_first_bias(x, *sample_bias, x.size(0), network.widths()[0]);
     const Tensor& of_samples = network.in_rows(*sample_bias);
     call.sample_bias = of_samples.const_data_ptr<float>();
     call.sample_bias_stride = of_samples.stride(0);
@@ -170,10 +164,10 @@ std::string trajectory_refusal(int64_t device, at::ScalarType dtype, int64_t siz
   call.dtype = dtype == at::kBFloat16 ? tgdp::Dtype::bf16 : dtype == at::kHalf ? tgdp::Dtype::f16 : tgdp::Dtype::f32;
   call.size = size;
   call.slots = history;
-  call.score.layers = static_cast<int64_t>(score_widths.size());
-  call.score.widths = score_widths.data();
-  call.guidance.layers = static_cast<int64_t>(guidance_widths.size());
-  call.guidance.widths = guidance_widths.data();
+  call.score.network.layers = static_cast<int64_t>(score_widths.size());
+  call.score.network.widths = score_widths.data();
+  call.guidance.network.layers = static_cast<int64_t>(guidance_widths.size());
+  call.guidance.network.widths = guidance_widths.data();
   tgdp::LaunchPlan plan;
   const char* reason = tgdp_cuda_trajectory_plan(&call, &plan);
   return reason == nullptr ? "" : reason;
@@ -197,22 +191,8 @@ void long_convolution_into(const Tensor& u, const Tensor& packed, const Tensor& 
   TORCH_CHECK_VALUE(y.sizes() == u.sizes() && y.device() == u.device() && (y.stride(2) == 1 || length <= 1),
                     "tgdp_fast: y must be [B, H, L] on ", u.device(), ", with the positions of a signal in one piece");
   const Tensor held = u.stride(2) == 1 || length <= 1 ? u : u.contiguous();
-  tgdp::LongConvolutionKernelCall call;
-  call.dtype = tgdp::dtype_of(u);
-  call.result = tgdp::dtype_of(y);
-  call.batch = u.size(0);
-  call.channels = channels;
-  call.length = length;
-  call.u = held.const_data_ptr();
-  call.u_sample = held.stride(0);
-  call.u_channel = held.stride(1);
-  call.y = y.mutable_data_ptr();
-  call.y_sample = y.stride(0);
-  call.y_channel = y.stride(1);
-  call.points = packed.size(1);
-  call.spectra = packed.const_data_ptr();
-  call.scales = half ? scales.const_data_ptr<float>() : nullptr;
-  call.gelu = gelu;
+  tgdp::LongConvolutionCall call = tgdp::convolution_call(held, y, gelu);
+  call.filters = {packed.const_data_ptr(), half ? scales.const_data_ptr<float>() : nullptr, packed.size(1)};
   call.saturate = saturate;
   check(tgdp_cuda_long_convolution(&call, c10::cuda::getCurrentCUDAStream().stream()));
 }

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/long_convolution_call.h"
 #include "common/solver_step.h"
 #include "common/trajectory.h"
 
@@ -139,6 +140,24 @@ inline void check_first_bias(const Tensor& x, const Tensor& bias, int64_t rows, 
   TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(0) == rows && bias.size(1) == width && bias.scalar_type() == at::kFloat &&
                         bias.device() == x.device(),
                     "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1] on the device of x");
+}
+
+// Of u and y [B, H, L], whose positions are contiguous; without filters.
+inline LongConvolutionCall convolution_call(const Tensor& u, const Tensor& y, bool gelu) {
+  LongConvolutionCall call;
+  call.batch = u.size(0);
+  call.channels = u.size(1);
+  call.length = u.size(2);
+  call.dtype = dtype_of(u);
+  call.y_dtype = dtype_of(y);
+  call.u = u.const_data_ptr();
+  call.u_sample = u.stride(0);
+  call.u_channel = u.stride(1);
+  call.y = y.mutable_data_ptr();
+  call.y_sample = y.stride(0);
+  call.y_channel = y.stride(1);
+  call.gelu = gelu;
+  return call;
 }
 
 // The operator guided_step: kEmpty(sizes, options) gives memory for outputs, kRun(step, device) starts the kernel.

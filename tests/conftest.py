@@ -6,7 +6,7 @@ Slow tests carry ``@pytest.mark.slow`` and are skipped unless asked for:
     pytest --run-slow=ci     also those marked ``@pytest.mark.slow(ci=True)``, a fixed slice
     pytest --run-slow=all    all
 
-With ``--numprocesses 2 --dist worksteal`` (pytest-xdist) two processes share them.
+``make test`` adds ``--numprocesses auto --dist worksteal`` (pytest-xdist): a process for each core, which share them.
 """
 
 from __future__ import annotations

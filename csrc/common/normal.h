@@ -29,14 +29,8 @@ TGDP_FUNCTION float log_positive(float u) {
   const float k = static_cast<float>(shifted >> 23);
   const float f = bit_cast<float>((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
   // log(1 + f) = f - f^2 / 2 + f^3 p(f)
-  float p = -0.0785982463f;
-  p = p * f + 0.128817678f;
-  p = p * f - 0.131287233f;
-  p = p * f + 0.141811717f;
-  p = p * f - 0.16624556f;
-  p = p * f + 0.200022873f;
-  p = p * f - 0.250008103f;
-  p = p * f + 0.333333167f;
+  const float p = horner(f, -0.0785982463f * f + 0.128817678f, -0.131287233f, 0.141811717f, -0.16624556f,
+                         0.200022873f, -0.250008103f, 0.333333167f);
   // k ln 2 in two parts, the first of 15 bits, so that its product is exact. Small terms are added first.
   const float square = f * f;
   const float small = (square * f) * p + (k * 1.42860677e-6f - 0.5f * square);

@@ -1,4 +1,4 @@
-// What the arithmetic shared by CPU and GPU needs of either compiler.
+// What the arithmetic that CPU and GPU share needs of either compiler.
 #pragma once
 
 #include <stdint.h>
@@ -7,12 +7,12 @@
 #if defined(__CUDACC__)
 #define TGDP_FUNCTION __host__ __device__ __forceinline__
 #else
-// Inlined always: a function that is compiled once per instruction set must take its helpers along.
+// Always inlined: a function that is compiled once per instruction set must take its helpers along.
 #define TGDP_FUNCTION inline __attribute__((always_inline))
 #endif
 
-// Whether code for the instruction sets of x86-64 is compiled beside that for any processor. TGDP_PORTABLE leaves it out,
-// as on other processors.
+// Whether code for the instruction sets of x86-64 is compiled beside that for any CPU. TGDP_PORTABLE leaves it out, as on
+// other CPUs.
 #if defined(__x86_64__) && !defined(TGDP_PORTABLE)
 #define TGDP_X86 1
 #if defined(__GNUC__) && !defined(__clang__)
@@ -22,6 +22,16 @@
 #endif
 
 namespace tgdp {
+
+// (..((p t + c1) t + c2) t ..) + cn.
+template <typename F>
+TGDP_FUNCTION F horner(F, F p) {
+  return p;
+}
+template <typename F, typename... Rest>
+TGDP_FUNCTION F horner(F t, F p, float coefficient, Rest... rest) {
+  return horner(t, p * t + coefficient, rest...);
+}
 
 template <typename To, typename From>
 TGDP_FUNCTION To bit_cast(From value) {

@@ -45,10 +45,7 @@ TGDP_FUNCTION F exp_limited(F y) {
   const F n = round_to_integer(y * 1.44269504f);
   const F r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
   // Minimax for the relative error of exp on that interval.
-  F p = 1.38145981e-3f * r + 8.36871693e-3f;
-  p = p * r + 4.16683881e-2f;
-  p = p * r + 1.66665206e-1f;
-  p = p * r + 4.99999934e-1f;
+  const F p = horner(r, 1.38145981e-3f * r + 8.36871693e-3f, 4.16683881e-2f, 1.66665206e-1f, 4.99999934e-1f);
   return times_power_of_two((p * r) * r + r + 1.0f, n);
 }
 

@@ -13,37 +13,12 @@
 
 #include <cstdint>
 
-#include "../common/dtype.h"
+#include "../common/long_convolution_call.h"
 
 namespace tgdp {
 
 // Channels whose spectra lie side by side.
 constexpr int64_t kChannelGroup = 16;
-
-// A filter for every channel as long_convolution reads it, by pack_filters: groups of kChannelGroup channels, for each
-// k1 < R1, k2 < R2 the real and then the imaginary parts of point k1 + R1 k2 of the group's spectra.
-struct PackedFilters {
-  const void* spectra = nullptr;  // float, or float16 of spectra over scales
-  const float* scales = nullptr;  // of each channel, in whole groups; null for float
-  int64_t points = 0;             // M
-};
-
-struct LongConvolutionCall {
-  int64_t batch = 0;
-  int64_t channels = 0;
-  int64_t length = 0;  // at most M
-  Dtype dtype = Dtype::f32;    // of u
-  Dtype y_dtype = Dtype::f32;  // the same, or bf16 of float; a rougher GELU does for 16 bits
-  // Element (b, h, t) of u at b u_sample + h u_channel + t; likewise y.
-  const void* u = nullptr;
-  int64_t u_sample = 0;
-  int64_t u_channel = 0;
-  void* y = nullptr;
-  int64_t y_sample = 0;
-  int64_t y_channel = 0;
-  PackedFilters filters;
-  bool gelu = true;
-};
 
 // Whether there is a kernel for M = points.
 bool has_long_convolution(int64_t points);
@@ -52,9 +27,12 @@ bool has_long_convolution(int64_t points);
 int64_t packed_filter_size(int64_t channels, int64_t points);
 
 // spectra: [channels, points] pairs of doubles, sum over lags l of taps[l] exp(-2 pi i l (k - 1/4) / M) / M.
-// packed: packed_filter_size floats, or float16 numbers with `scales`, one for each channel in whole groups.
+// packed: packed_filter_size floats, or float16 numbers with `scales`, one for each channel in whole groups. Groups of
+// kChannelGroup channels; for each k1 < R1, k2 < R2 the real and then the imaginary parts of point k1 + R1 k2.
 void pack_filters(const double* spectra, int64_t channels, int64_t points, void* packed, float* scales);
 
+// y has the dtype of u, or is bf16 for float u; a rougher GELU is enough for 16 bits.
+//
 // For B samples, H channels, L positions of b bytes and spectra of s bytes per number: B H L 2 b + 2 H M s bytes from
 // and to memory; about B H (8 M log2 M + 25 L) FLOPs, 45 million for B = 1, H = 512, M = 1024 and 20 for GELU.
 void long_convolution(const LongConvolutionCall& call);

@@ -3,35 +3,37 @@
 // points to are read before the function returns.
 #pragma once
 
+#include "../common/long_convolution_call.h"
 #include "../common/solver_step.h"
 #include "../common/trajectory.h"
 
 namespace tgdp {
 
-struct MlpValueAndGradCall {
-  Dtype dtype = Dtype::f32;  // of all tensors
-  int64_t batch = 0, inputs = 0, layers = 0;
+// The layers of a SiLU MLP; strides are elements between rows, here and below.
+struct NetworkCall {
+  int64_t layers = 0;                       // hidden ones; 0: there is no network
   const int64_t* widths = nullptr;          // [layers]
-  const void* x = nullptr;                  // [batch, inputs]
-  int64_t x_stride = 0;                     // elements between rows, as all strides
-  const void* first_bias = nullptr;         // [batch, H_1], or one row with stride 0
-  int64_t first_bias_stride = 0;
   const void* const* weights = nullptr;     // [layers + 1] of W_1 .. W_L, head
   const int64_t* weight_strides = nullptr;  // [layers + 1]
   const void* const* biases = nullptr;      // [layers] of b_2 .. b_L, head
-  void* value = nullptr;                    // [batch]
-  void* gradient = nullptr;                 // [batch, inputs]
-  void* const* keep = nullptr;              // [layers] of z_l [batch, H_l], or null
-  void* scratch = nullptr;                  // as many bytes as asked for
 };
 
-// A SiLU perceptron of a trajectory, weights and biases as in MlpValueAndGradCall.
+struct MlpValueAndGradCall {
+  Dtype dtype = Dtype::f32;  // of all tensors
+  int64_t batch = 0, inputs = 0;
+  NetworkCall network;
+  const void* x = nullptr;  // [batch, inputs]
+  int64_t x_stride = 0;
+  const void* first_bias = nullptr;  // [batch, H_1], or one row with stride 0
+  int64_t first_bias_stride = 0;
+  void* value = nullptr;        // [batch]
+  void* gradient = nullptr;     // [batch, inputs]
+  void* const* keep = nullptr;  // [layers] of z_l [batch, H_l], or null
+  void* scratch = nullptr;      // as many bytes as the plan says
+};
+
 struct TrajectoryNetworkCall {
-  int64_t layers = 0;  // 0: there is none
-  const int64_t* widths = nullptr;
-  const void* const* weights = nullptr;
-  const int64_t* weight_strides = nullptr;
-  const void* const* biases = nullptr;
+  NetworkCall network;
   const float* evaluation_bias = nullptr;  // [evaluations, H_1]
   int64_t evaluation_bias_stride = 0;
   const float* sample_bias = nullptr;  // [batch, H_1], or null
@@ -42,23 +44,7 @@ struct TrajectoryKernelCall : Trajectory {
   Dtype dtype = Dtype::f32;  // of weights and biases
   TrajectoryNetworkCall score, guidance;
   int* first_failure = nullptr;  // of the device: the least of its value and the first evaluation that diverged
-  void* scratch = nullptr;       // as many bytes as asked for
-};
-
-struct LongConvolutionKernelCall {
-  Dtype dtype = Dtype::f32;   // of u
-  Dtype result = Dtype::f32;  // of y: that of u, or, with spectra of float16, bfloat16 or float16 of wider or float16 numbers
-  int64_t batch = 0, channels = 0, length = 0;
-  // Element (b, h, t) of u at b u_sample + h u_channel + t; likewise y.
-  const void* u = nullptr;
-  int64_t u_sample = 0, u_channel = 0;
-  void* y = nullptr;
-  int64_t y_sample = 0, y_channel = 0;
-  int64_t points = 0;             // M, at least the length
-  const void* spectra = nullptr;  // [channels, M] pairs of float, or of float16 over scales, 8 or 4 bytes aligned
-  const float* scales = nullptr;  // [channels], or null for float
-  bool gelu = true;
-  bool saturate = false;  // what float16 does not hold is its largest number instead of infinity
+  void* scratch = nullptr;       // as many bytes as the plan says
 };
 
 // How a call is cut into blocks on a device.
@@ -91,6 +77,8 @@ const char* tgdp_cuda_trajectory(const tgdp::TrajectoryKernelCall* call, void* s
 // As tgdp_cuda_mlp_plan.
 const char* tgdp_cuda_trajectory_plan(const tgdp::TrajectoryKernelCall* call, tgdp::LaunchPlan* plan);
 
-// Reference twin tgdp_fast.ops.long_convolution.long_convolution_reference. 256, 512 or 1024 points.
-const char* tgdp_cuda_long_convolution(const tgdp::LongConvolutionKernelCall* call, void* stream);
+// Reference twin tgdp_fast.ops.long_convolution.long_convolution_reference. 256, 512 or 1024 points; spectra are
+// [channels, M] pairs, 8 or, for float16, 4 bytes aligned. y has the dtype of u or, with float16 spectra, is bfloat16 or
+// float16 of wider or float16 numbers.
+const char* tgdp_cuda_long_convolution(const tgdp::LongConvolutionCall* call, void* stream);
 }

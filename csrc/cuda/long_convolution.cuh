@@ -15,6 +15,7 @@
 #pragma once
 
 #include "../common/gelu.h"
+#include "../common/long_convolution_call.h"
 #include "device.cuh"
 #include "roots.h"
 
@@ -23,18 +24,6 @@ namespace tgdp::cuda {
 constexpr int kConvolutionThreads = 128, kConvolutionWarps = kConvolutionThreads / 32;
 // Of a multiprocessor: 16 warps with 128 registers.
 constexpr int kConvolutionBlocks = 4;
-
-struct ConvolutionArguments {
-  uint32_t batch, signals;  // signals: batch times channels
-  int length;
-  const void* u;
-  int64_t u_sample, u_channel;
-  void* y;
-  int64_t y_sample, y_channel;
-  const void* spectra;  // [channels, M] pairs
-  const float* scales;  // [channels], of float16 spectra
-  bool gelu, saturate;
-};
 
 struct Complex {
   float re, im;
@@ -227,7 +216,7 @@ struct ConvolutionShape {
 // R1 = kRows, R2 = kColumns; u holds Input, y Output.
 template <typename Input, typename Output, typename Spectra, int kRows, int kColumns>
 __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
-    long_convolution_kernel(const __grid_constant__ ConvolutionArguments call) {
+    long_convolution_kernel(const __grid_constant__ LongConvolutionCall call, uint32_t signals) {
   using Shape = ConvolutionShape<kRows, kColumns>;
   constexpr int kInBlock = Shape::kSignals * kConvolutionWarps;
   const int lane = static_cast<int>(threadIdx.x) % kColumns, place = static_cast<int>(threadIdx.x) / kColumns;
@@ -237,9 +226,10 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
   // Lanes without a signal go along with zeros, for a warp meets as a whole. Samples of a channel are neighbours: their
   // warps find its spectrum in the first-level cache.
   const uint32_t signal = blockIdx.x * kInBlock + static_cast<uint32_t>(place);
-  const bool is_one = signal < call.signals;
-  const int64_t channel = is_one ? signal / call.batch : 0, sample = is_one ? signal % call.batch : 0;
-  const int length = is_one ? call.length - lane : 0;
+  const bool is_one = signal < signals;
+  const auto batch = static_cast<uint32_t>(call.batch);
+  const int64_t channel = is_one ? signal / batch : 0, sample = is_one ? signal % batch : 0;
+  const int length = is_one ? static_cast<int>(call.length) - lane : 0;
 
   Complex z[kRows];
   {
@@ -262,7 +252,7 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
 
   // The lane's own rows: nobody else reads or writes them until the next barrier.
   const auto* spectrum =
-      static_cast<const typename Spectra::Pair*>(call.spectra) + channel * Shape::kPoints + lane;
+      static_cast<const typename Spectra::Pair*>(call.filters.spectra) + channel * Shape::kPoints + lane;
 #pragma unroll
   for (int i = 0; i < kRows / kColumns; ++i) {
     const Shared<float2> row = shared + (lane + i * kColumns) * Shape::kRow;
@@ -291,7 +281,7 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
   }
   float y[kRows];
   shifted_inverse(z, y);
-  const float scale = Spectra::scale(call.scales, channel);
+  const float scale = Spectra::scale(call.filters.scales, channel);
   auto* out = static_cast<typename Output::Storage*>(call.y) + sample * call.y_sample + channel * call.y_channel + lane;
 #pragma unroll
   for (int n1 = 0; n1 < kRows; ++n1) y[n1] *= scale;

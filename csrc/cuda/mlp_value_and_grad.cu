@@ -1,6 +1,7 @@
 // Which kernel of mlp_value_and_grad.cuh serves a call, and how it is launched.
 #include "mlp_value_and_grad.cuh"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "launch.h"
@@ -13,19 +14,11 @@ template <typename Tile>
 const char* run(const MlpValueAndGradCall& call, const RowPlan& plan, void* stream) {
   MlpArguments arguments{};
   arguments.batch = call.batch;
-  arguments.network.inputs = static_cast<int>(call.inputs);
-  arguments.network.layers = static_cast<int>(call.layers);
+  arguments.network = network_of(call.network, call.inputs);
   arguments.pitch = plan.pitch;
   arguments.x = {call.x, call.x_stride};
   arguments.first_bias = {call.first_bias, call.first_bias_stride};
-  for (int64_t layer = 0; layer < call.layers; ++layer) {
-    arguments.network.widths[layer] = static_cast<int>(call.widths[layer]);
-    arguments.network.biases[layer] = call.biases[layer];
-    arguments.keep[layer] = call.keep == nullptr ? nullptr : call.keep[layer];
-  }
-  for (int64_t layer = 0; layer <= call.layers; ++layer) {
-    arguments.network.weights[layer] = {call.weights[layer], call.weight_strides[layer]};
-  }
+  if (call.keep != nullptr) std::copy_n(call.keep, call.network.layers, arguments.keep);
   arguments.value = call.value;
   arguments.gradient = call.gradient;
   arguments.scratch = plan.scratch_bytes > 0 ? static_cast<uint32_t*>(call.scratch) : nullptr;
@@ -37,13 +30,15 @@ const char* run(const MlpValueAndGradCall& call, const RowPlan& plan, void* stre
 template <typename Body>
 const char* with_tile(const MlpValueAndGradCall& call, const Body& body) {
   constexpr int64_t kMost = int64_t{1} << 30;
-  if (call.layers < 1 || call.layers > kMostLayers) return "mlp_value_and_grad: 1 to 8 hidden layers";
+  const NetworkCall& network = call.network;
+  if (network.layers < 1 || network.layers > kMostLayers) return "mlp_value_and_grad: 1 to 8 hidden layers";
   RowDemand demand;
   demand.batch = call.batch;
-  demand.slope_layers = static_cast<int>(call.layers);
-  for (int64_t layer = 0; layer < call.layers; ++layer) {
-    if (call.widths[layer] < 1 || call.widths[layer] > kMost) return "mlp_value_and_grad: widths are from 1 to 2^30";
-    if (call.widths[layer] > demand.widest) demand.widest = static_cast<int>(call.widths[layer]);
+  demand.slope_layers = static_cast<int>(network.layers);
+  for (int64_t layer = 0; layer < network.layers; ++layer) {
+    const int64_t width = network.widths[layer];
+    if (width < 1 || width > kMost) return "mlp_value_and_grad: widths are from 1 to 2^30";
+    demand.widest = std::max(demand.widest, static_cast<int>(width));
   }
   if (call.inputs > kMost) return "mlp_value_and_grad: at most 2^30 inputs";
   const auto with_own = [&](auto* tile) {

@@ -8,6 +8,19 @@
 
 namespace tgdp::cuda {
 
+inline Network network_of(const NetworkCall& call, int64_t inputs) {
+  Network network{};
+  network.inputs = static_cast<int>(inputs);
+  network.layers = static_cast<int>(call.layers);
+  for (int64_t layer = 0; layer < call.layers; ++layer) {
+    network.widths[layer] = static_cast<int>(call.widths[layer]);
+    network.biases[layer] = call.biases[layer];
+    network.weights[layer] = {call.weights[layer], call.weight_strides[layer]};
+  }
+  if (call.layers > 0) network.weights[call.layers] = {call.weights[call.layers], call.weight_strides[call.layers]};
+  return network;
+}
+
 // blocks 0: it does not fit.
 struct RowPlan : LaunchPlan {
   int pitch = 0;

@@ -1,4 +1,5 @@
 // Which kernel of trajectory.cuh or trajectory_cluster.cuh serves a call, and how it is launched.
+#include <algorithm>
 #include <type_traits>
 
 #include "trajectory_choice.h"
@@ -7,20 +8,9 @@ namespace tgdp::cuda {
 namespace {
 
 TrajectoryLayers layers_of(const TrajectoryNetworkCall& call, int64_t inputs) {
-  TrajectoryLayers layers{};
-  layers.network.inputs = static_cast<int>(inputs);
-  layers.network.layers = static_cast<int>(call.layers);
-  if (call.layers == 0) return layers;
-  for (int64_t layer = 0; layer < call.layers; ++layer) {
-    layers.network.widths[layer] = static_cast<int>(call.widths[layer]);
-    layers.network.biases[layer] = call.biases[layer];
-  }
-  for (int64_t layer = 0; layer <= call.layers; ++layer) {
-    layers.network.weights[layer] = {call.weights[layer], call.weight_strides[layer]};
-  }
-  layers.evaluation_bias = {call.evaluation_bias, call.evaluation_bias_stride};
-  layers.sample_bias = {call.sample_bias, call.sample_bias_stride};
-  return layers;
+  return {network_of(call.network, inputs),
+          {call.evaluation_bias, call.evaluation_bias_stride},
+          {call.sample_bias, call.sample_bias_stride}};
 }
 
 // The cheapest plan that the current device takes; null, or why there is none.
@@ -32,13 +22,14 @@ const char* choose(const TrajectoryKernelCall& call, Choice& choice) {
   RowDemand demand;
   demand.batch = call.batch;
   demand.widest = static_cast<int>(size);
-  demand.slope_layers = static_cast<int>(call.guidance.layers);
-  for (const TrajectoryNetworkCall* network : {&call.score, &call.guidance}) {
-    const bool none = network == &call.guidance && network->layers == 0;
+  demand.slope_layers = static_cast<int>(call.guidance.network.layers);
+  for (const NetworkCall* network : {&call.score.network, &call.guidance.network}) {
+    const bool none = network == &call.guidance.network && network->layers == 0;
     if (!none && (network->layers < 1 || network->layers > kMostLayers)) return "trajectory: 1 to 8 hidden layers";
     for (int64_t layer = 0; layer < network->layers; ++layer) {
-      if (network->widths[layer] < 1 || network->widths[layer] > kMost) return "trajectory: widths are from 1 to 2^20";
-      if (network->widths[layer] > demand.widest) demand.widest = static_cast<int>(network->widths[layer]);
+      const int64_t width = network->widths[layer];
+      if (width < 1 || width > kMost) return "trajectory: widths are from 1 to 2^20";
+      demand.widest = std::max(demand.widest, static_cast<int>(width));
     }
   }
   const auto with_own = [&](auto* tile) {

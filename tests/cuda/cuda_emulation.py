@@ -89,20 +89,26 @@ class SolverStep(ctypes.Structure):
     ]
 
 
+class NetworkCall(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.c_int64),
+        ("widths", ctypes.POINTER(ctypes.c_int64)),
+        ("weights", ctypes.POINTER(ctypes.c_void_p)),
+        ("weight_strides", ctypes.POINTER(ctypes.c_int64)),
+        ("biases", ctypes.POINTER(ctypes.c_void_p)),
+    ]
+
+
 class MlpValueAndGradCall(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int),
         ("batch", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
-        ("layers", ctypes.c_int64),
-        ("widths", ctypes.POINTER(ctypes.c_int64)),
+        ("network", NetworkCall),
         ("x", ctypes.c_void_p),
         ("x_stride", ctypes.c_int64),
         ("first_bias", ctypes.c_void_p),
         ("first_bias_stride", ctypes.c_int64),
-        ("weights", ctypes.POINTER(ctypes.c_void_p)),
-        ("weight_strides", ctypes.POINTER(ctypes.c_int64)),
-        ("biases", ctypes.POINTER(ctypes.c_void_p)),
         ("value", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
         ("keep", ctypes.POINTER(ctypes.c_void_p)),
@@ -110,22 +116,22 @@ class MlpValueAndGradCall(ctypes.Structure):
     ]
 
 
-class LongConvolutionKernelCall(ctypes.Structure):
+class LongConvolutionCall(ctypes.Structure):
     _fields_ = [
-        ("dtype", ctypes.c_int),
-        ("result", ctypes.c_int),
         ("batch", ctypes.c_int64),
         ("channels", ctypes.c_int64),
         ("length", ctypes.c_int64),
+        ("dtype", ctypes.c_int),
+        ("y_dtype", ctypes.c_int),
         ("u", ctypes.c_void_p),
         ("u_sample", ctypes.c_int64),
         ("u_channel", ctypes.c_int64),
         ("y", ctypes.c_void_p),
         ("y_sample", ctypes.c_int64),
         ("y_channel", ctypes.c_int64),
-        ("points", ctypes.c_int64),
         ("spectra", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("points", ctypes.c_int64),
         ("gelu", ctypes.c_bool),
         ("saturate", ctypes.c_bool),
     ]
@@ -140,11 +146,7 @@ class LaunchPlan(ctypes.Structure):
 
 class TrajectoryNetworkCall(ctypes.Structure):
     _fields_ = [
-        ("layers", ctypes.c_int64),
-        ("widths", ctypes.POINTER(ctypes.c_int64)),
-        ("weights", ctypes.POINTER(ctypes.c_void_p)),
-        ("weight_strides", ctypes.POINTER(ctypes.c_int64)),
-        ("biases", ctypes.POINTER(ctypes.c_void_p)),
+        ("network", NetworkCall),
         ("evaluation_bias", ctypes.c_void_p),
         ("evaluation_bias_stride", ctypes.c_int64),
         ("sample_bias", ctypes.c_void_p),
@@ -351,11 +353,10 @@ def long_convolution(
     batch, channels, length = u.shape
     result = dtype or u.dtype
     output = Output((batch, channels, length + room), result, shift)
-    call = LongConvolutionKernelCall(
-        DTYPES[u.dtype], DTYPES[result], batch, channels, length, u.data_ptr(), u.stride(0), u.stride(1),
+    call = LongConvolutionCall(
+        batch, channels, length, DTYPES[u.dtype], DTYPES[result], u.data_ptr(), u.stride(0), u.stride(1),
         output.values.data_ptr(), channels * (length + room), length + room,
-        packed.shape[1], packed.data_ptr(), scales.data_ptr() if len(scales) else None, gelu,
-        saturate,
+        packed.data_ptr(), scales.data_ptr() if len(scales) else None, packed.shape[1], gelu, saturate,
     )  # fmt: skip
     check(library().tgdp_cuda_long_convolution(ctypes.byref(call), None))
     values = output.finish()
@@ -373,17 +374,14 @@ def mlp_value_and_grad(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """As the forward's reference; matrices may be slices whose rows are in one piece."""
     batch, inputs = x.shape
-    widths = [weight.shape[0] for weight in weights[:-1]]
     bias = first_bias.unsqueeze(0) if first_bias.ndim == 1 else first_bias
     outputs = [Output(shape, x.dtype) for shape in ((batch,), (batch, inputs))]
-    kept = [Output((batch, width), x.dtype) for width in widths] if save_pre_activations else []
+    kept = [Output((batch, len(weight)), x.dtype) for weight in weights[:-1]] if save_pre_activations else []
     for matrix in (x, bias, *weights):
         assert matrix.stride(1) == 1 or matrix.shape[1] <= 1
     call = MlpValueAndGradCall(
-        DTYPES[x.dtype], batch, inputs, len(widths), (ctypes.c_int64 * len(widths))(*widths),
+        DTYPES[x.dtype], batch, inputs, _layers(weights, biases),
         x.data_ptr(), x.stride(0), bias.data_ptr(), 0 if bias.shape[0] == 1 else bias.stride(0),
-        _pointers(weights), (ctypes.c_int64 * len(weights))(*(weight.stride(0) for weight in weights)),
-        _pointers(biases),
         *(output.values.data_ptr() for output in outputs),
         _pointers([output.values for output in kept]) if kept else None, None,
     )  # fmt: skip
@@ -413,7 +411,7 @@ def trajectory_plan(
     """As plan_of for a trajectory of networks with these hidden layers."""
     call = TrajectoryKernelCall()
     call.dtype, call.batch, call.size, call.slots = DTYPES[dtype], batch, size, slots
-    for network, widths in ((call.score, score_widths), (call.guidance, guidance_widths)):
+    for network, widths in ((call.score.network, score_widths), (call.guidance.network, guidance_widths)):
         network.layers, network.widths = len(widths), (ctypes.c_int64 * len(widths))(*widths)
     return plan_of(call)
 
@@ -452,14 +450,20 @@ def trajectory(
 def _network(network: TrajectoryNetwork | None) -> TrajectoryNetworkCall:
     if network is None:
         return TrajectoryNetworkCall()
-    widths = [weight.shape[0] for weight in network.weights[:-1]]
     rows, labels = network.evaluation_bias, network.sample_bias
     assert rows.stride(1) == 1 or rows.shape[1] == 1
     return TrajectoryNetworkCall(
-        len(widths), (ctypes.c_int64 * len(widths))(*widths), _pointers(network.weights),
-        (ctypes.c_int64 * len(network.weights))(*(weight.stride(0) for weight in network.weights)),
-        _pointers(network.biases), rows.data_ptr(), rows.stride(0),
+        _layers(network.weights, network.biases), rows.data_ptr(), rows.stride(0),
         None if labels is None else labels.data_ptr(), 0 if labels is None else labels.stride(0),
+    )  # fmt: skip
+
+
+def _layers(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> NetworkCall:
+    widths = [weight.shape[0] for weight in weights[:-1]]
+    strides = [weight.stride(0) for weight in weights]
+    return NetworkCall(
+        len(widths), (ctypes.c_int64 * len(widths))(*widths), _pointers(weights),
+        (ctypes.c_int64 * len(strides))(*strides), _pointers(biases),
     )  # fmt: skip
 
 

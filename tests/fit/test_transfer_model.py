@@ -295,6 +295,16 @@ def test_a_sampler_is_kept_for_equal_settings() -> None:
     other = copy.deepcopy(model)
     assert np.array_equal(other.sample(5, steps=3, seed=1), drawn)
     assert other.sampler(steps=3).guidance is other.guidance
+    # A function is called again: its values may have changed.
+    scales = [1.0]
+
+    def scale_of(t: float) -> float:
+        return scales[0]
+
+    model.sample(5, steps=3, seed=1, scale=scale_of)
+    scales[0] = 0.0
+    changed = model.sample(5, steps=3, seed=1, scale=scale_of)
+    assert np.array_equal(changed, model.sample(5, steps=3, seed=1, scale=0.0))
 
 
 def test_samples_are_known_by_the_model_that_drew_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +195,7 @@ def hooked_models() -> tuple[Denoiser, GuidanceNetwork]:
     """Models whose full trajectory is no operator."""
     denoiser, guidance = random_models()
     denoiser.network.register_forward_hook(lambda *_: None)
+    vars(denoiser.network)["options"] = SimpleNamespace(factor=1.0, sizes=[1, 2])
     return denoiser, guidance
 
 
@@ -227,6 +229,14 @@ def change_number(_: Denoiser, guidance: GuidanceNetwork) -> None:
     guidance.alpha_power = 1.0
 
 
+def change_option(denoiser: Denoiser, _: GuidanceNetwork) -> None:
+    vars(denoiser.network)["options"].factor = 2.0
+
+
+def change_nested_list(denoiser: Denoiser, _: GuidanceNetwork) -> None:
+    vars(denoiser.network)["options"].sizes[0] = 3
+
+
 def add_hook(denoiser: Denoiser, _: GuidanceNetwork) -> None:
     denoiser.network.register_forward_hook(lambda module, inputs, output: 0.5 * output)
 
@@ -239,7 +249,8 @@ def test_changes_that_torch_does_not_count_are_followed_by_a_replay(captured):
     assert replays(sampler, captured)
 
 
-CHANGES = [change_in_place, replace_parameter, move_parameter, replace_network, change_number, add_hook]
+CHANGES = [change_in_place, replace_parameter, move_parameter, replace_network, change_number, change_option]
+CHANGES += [change_nested_list, add_hook]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -134,7 +134,8 @@ class TransferModel(Pretrained):
     ) -> Sampler:
         """The sampler of the target domain (of the source with ``guided=False``), in standardized coordinates.
 
-        The last sampler is kept for the next call with equal settings, with everything that it reuses between draws.
+        The last sampler is kept for the next call with equal settings, with everything that it reuses between draws,
+        unless its scale is a function.
 
         Args:
             config: how to sample; default ``SamplingConfig()``.
@@ -145,7 +146,8 @@ class TransferModel(Pretrained):
         config = replace(SamplingConfig() if config is None else config, **settings)
         models = self.denoiser, self.guidance if guided else None
         asked = (*map(id, models), config, device)
-        if self._sampler is None or self._sampler[0] != asked:
+        # A scale that is a function may give other values now than when the sampler read it.
+        if self._sampler is None or self._sampler[0] != asked or callable(config.scale):
             self._sampler = asked, Sampler(*models, config, device=device)
         return self._sampler[1]
 

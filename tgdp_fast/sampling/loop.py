@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -204,9 +205,9 @@ def state_of(model: Any) -> Any:
     """The state of a model: equal at two times if a graph captured at the first one is valid at the second.
 
     It holds the attributes of all submodules: numbers and texts by value, tensors by address and number of in-place
-    changes, any other object by identity, and containers by their items, one level deep. In-place changes count
-    although a replay reads the new weights, because a network may keep values computed from the old ones. Changes of an
-    object that is no module cannot be detected, so its state equals no other.
+    changes, containers and other objects by identity and contents, two levels deep. In-place changes count although a
+    replay reads the new weights, because a network may keep values computed from the old ones. A model that is no
+    module may change undetected, so its state equals no other.
     """
     if model is None:
         return None
@@ -221,7 +222,7 @@ def state_of(model: Any) -> Any:
 _PLAIN = (bool, int, float, str)
 
 
-def _token(value: Any, depth: int = 1) -> Any:
+def _token(value: Any, depth: int = 2) -> Any:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Tensor):
@@ -234,6 +235,8 @@ def _token(value: Any, depth: int = 1) -> Any:
         return [(key, _token(item, depth - 1)) for key, item in value.items()] if value else ()
     if depth > 0 and isinstance(value, (list, tuple, set)):
         return [_token(item, depth - 1) for item in value]
+    if depth > 0 and hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, nn.Module)):
+        return id(value), _token(vars(value), depth)
     return id(value)
 
 
