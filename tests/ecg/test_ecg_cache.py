@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from tgdp_fast.ecg.records import cache as ecg_cache
 from tgdp_fast.ecg.records.cache import ECGCacheError, ECGDataset, build_ecg_cache
-from tgdp_fast.ecg.records.folder import ECGEntry, open_ecg_folder
+from tgdp_fast.ecg.records.entries import ECGEntry
+from tgdp_fast.ecg.records.folder import open_ecg_folder
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS
 from tgdp_fast.ecg.records.signals import rate_ratio, read_entry, resample
 from tgdp_fast.ecg.records.splits import split_by_patient
@@ -337,7 +338,8 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from tgdp_fast.ecg.records import cache as ecg_cache
-from tgdp_fast.ecg.records.folder import ECGEntry, open_ecg_folder
+from tgdp_fast.ecg.records.entries import ECGEntry
+from tgdp_fast.ecg.records.folder import open_ecg_folder
 if __name__ == "__main__":
     real, count = ecg_cache._save_json, 0
     def save(*arguments):

@@ -24,7 +24,8 @@ from ecg_files import (
 )
 
 from tgdp_fast.cli.main import main
-from tgdp_fast.ecg.records.folder import ECGEntry, open_ecg_folder
+from tgdp_fast.ecg.records.entries import ECGEntry
+from tgdp_fast.ecg.records.folder import open_ecg_folder
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS
 from tgdp_fast.ecg.records.signals import read_entry
 from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, STATEMENTS

@@ -76,8 +76,6 @@ def fit_density_ratio(
     source_labels: Tensor | None = None,
     target_labels: Tensor | None = None,
     folds: int = 5,
-    width: int = 64,
-    depth: int = 2,
     build: Callable[[], nn.Module] | None = None,
     settings: TrainingConfig | None = None,
     clip: float = 10.0,
@@ -98,9 +96,8 @@ def fit_density_ratio(
         source, target: [M, ...], [N, ...].
         source_labels, target_labels: rows [., K], for the ratio q(x, y) / p(x, y).
         folds: reduced if there are fewer target samples.
-        width, depth: of each classifier.
         build: returns an untrained classifier of another architecture, (x [B, ...], label rows [B, K] or None) -> logit
-            [B]; default a :class:`DomainClassifier` of ``width`` and ``depth``.
+            [B]; default a :class:`DomainClassifier`.
         settings: of the training; default :data:`DEFAULT_SETTINGS`.
         clip: log r is limited to [-clip, clip].
         seed: of folds, weights and batches.
@@ -118,7 +115,7 @@ def fit_density_ratio(
         data = [(source, source_labels, source_fold != fold), (target, target_labels, target_fold != fold)]
         fold_seed = derived_seed(seed, f"fold {fold}")
         with seeded_initialization(fold_seed):
-            new = DomainClassifier(source[0].numel(), num_classes, width, depth) if build is None else build()
+            new = DomainClassifier(source[0].numel(), num_classes) if build is None else build()
             classifier = new.to(source.device)
         _train_classifier(classifier, data, settings, fold_seed, progress, f"classifier {fold + 1}/{folds}")
         with torch.no_grad():

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, Problem
+from tgdp_fast.ecg.records.entries import ECGFolder
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.registry import Selection, readers
 from tgdp_fast.ecg.records.wfdb import Root
 from tgdp_fast.runtime.checks import check_number
-
-__all__ = ["ECGEntry", "ECGFolder", "Problem", "open_ecg_folder"]
 
 
 def open_ecg_folder(
