@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("interpreted")]
     # What takes long comes first, so that no process is left with it at the end.
-    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.name == "test_in_the_interpreter"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     wanted = config.getoption("--run-slow")
     skip = pytest.mark.skip(reason="slow; run with --run-slow=all")
     for item in items:

@@ -27,6 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EDGES = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0x80000001, MASK - 1, MASK]
 
 
+@pytest.mark.slow(ci=True)
 @compiled
 def test_in_the_interpreter():
     # What follows, and the contract that all backends share.

@@ -37,6 +37,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(small_mlp, "fits", lambda *_: False)
 
 
+@pytest.mark.slow(ci=True)
 @compiled
 def test_in_the_interpreter():
     assert run_interpreted("test_triton_mlp.py") == len(SHAPES) * len(DTYPES) * (2 * 2 + 3 + 2) + 13

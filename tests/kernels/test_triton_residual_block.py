@@ -27,6 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
+@pytest.mark.slow(ci=True)
 @compiled
 def test_in_the_interpreter():
     assert run_interpreted("test_triton_residual_block.py") > 20
