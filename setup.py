@@ -81,7 +81,7 @@ def cpu_extension() -> object | None:
     if SANITIZE:
         flags += ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         link += ["-fsanitize=address,undefined"]
-    sources = ["csrc/bindings.cpp", "csrc/module.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
     return CppExtension(
         "tgdp_fast._cpu", sources, depends=headers(), extra_compile_args={"cxx": flags}, extra_link_args=link
     )

@@ -1,7 +1,5 @@
-// The native CPU operators as PyTorch sees them. Public functions, reference twins and argument checks that a user
-// reads are in tgdp_fast/ops; here a wrong tensor is only kept from reaching a kernel.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+// The native CPU operators as PyTorch sees them. Public functions, reference twins and the argument checks for users
+// are in tgdp_fast/ops; the checks here only keep wrong tensors from reaching a kernel.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -24,7 +22,7 @@ using at::Tensor;
 using tgdp::dtype_of;
 using tgdp::noise_coordinates;
 
-// A 2-D tensor whose rows lie in one piece; anything else is copied into `hold`, which keeps the copy alive.
+// A 2-D tensor with contiguous rows; any other is copied. `hold` keeps it alive.
 tgdp::Rows rows_of(const Tensor& tensor, std::vector<Tensor>& hold) {
   TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.device().is_cpu(), "tgdp_fast: expected a 2-D CPU tensor");
   const bool in_rows = tensor.stride(1) == 1 || tensor.size(1) <= 1;
@@ -49,7 +47,7 @@ tgdp::MlpCall mlp_call(const Tensor& x, const Tensor& first_bias, at::TensorList
   return call;
 }
 
-// What is kept for the derivative, [B, H_l] per layer; `rows` are where kernels write it. Nothing unless asked for.
+// Tensors for pre-activations, [B, H_l] per layer, and in `rows` where kernels write them; none unless wanted.
 std::vector<Tensor> pre_activations_of(const tgdp::MlpCall& call, const Tensor& x, bool wanted,
                                        std::vector<tgdp::Rows>& rows) {
   std::vector<Tensor> kept;
@@ -88,13 +86,13 @@ std::tuple<Tensor, std::vector<Tensor>> perceptron(const Tensor& x, const Tensor
   return {output, kept};
 }
 
-// Gradients of x, first_bias, weights and biases, in this order, of those with needs_grad.
+// Gradients of those of x, first_bias, weights and biases, in this order, with needs_grad.
 std::vector<Tensor> mlp_backward(const std::optional<Tensor>& output_cotangent,
                                  const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
                                  const Tensor& first_bias, at::TensorList weights, at::TensorList pre_activations,
                                  const c10::List<bool>& needs_grad, bool split) {
   std::vector<Tensor> hold;
-  // No gradient depends on the biases but through the pre-activations.
+  // Gradients depend on the biases only through the pre-activations.
   std::vector<Tensor> biases;
   for (size_t l = 1; l < weights.size(); ++l) biases.push_back(at::zeros({weights[l].size(0)}, x.options()));
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
@@ -138,7 +136,8 @@ std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& val
                                                 const Tensor& first_bias, at::TensorList weights,
                                                 at::TensorList pre_activations, const c10::List<bool>& needs_grad,
                                                 bool split) {
-  TORCH_CHECK_VALUE(!weights.empty() && weights.back().size(0) == 1, "tgdp_fast: the last of weights must have one row");
+  TORCH_CHECK_VALUE(!weights.empty() && weights.back().size(0) == 1,
+                    "tgdp_fast: the last of weights must have one row");
   TORCH_CHECK_VALUE(!value_cotangent || value_cotangent->dim() == 1, "tgdp_fast: value_cotangent must be [B]");
   const auto output_cotangent = value_cotangent ? std::optional<Tensor>(value_cotangent->unsqueeze(1)) : std::nullopt;
   return mlp_backward(output_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad, split);
@@ -153,9 +152,10 @@ std::vector<Tensor> perceptron_backward(const Tensor& output_cotangent, const Te
 tgdp::TrajectoryNetwork trajectory_network(const Tensor& x, at::TensorList weights, at::TensorList biases,
                                            const Tensor& evaluation_bias, const std::optional<Tensor>& sample_bias,
                                            std::vector<Tensor>& hold) {
-  // The call's own checks fit, with an input of the weights' dtype.
+  // The checks take an input of the weights' dtype.
   const Tensor like = at::empty({0, x.size(1)}, weights[0].options());
-  const tgdp::MlpCall call = mlp_call(like, at::empty({1, weights[0].size(0)}, weights[0].options()), weights, biases, hold);
+  const Tensor first_bias = at::empty({1, weights[0].size(0)}, weights[0].options());
+  const tgdp::MlpCall call = mlp_call(like, first_bias, weights, biases, hold);
   tgdp::TrajectoryNetwork network;
   network.shape = call.shape;
   network.weights = call.weights;
@@ -199,7 +199,8 @@ std::tuple<Tensor, Tensor> trajectory(
 Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, int64_t count, int64_t key_low,
                     int64_t key_high, int64_t evaluation) {
   Tensor hold;
-  const auto noise = noise_coordinates(at::kCPU, num_elements, samples, samples.numel(), key_low, key_high, evaluation, hold);
+  const auto noise =
+      noise_coordinates(at::kCPU, num_elements, samples, samples.numel(), key_low, key_high, evaluation, hold);
   TORCH_CHECK_VALUE(first >= 0 && count >= 0 && first + count <= samples.numel() * num_elements,
                     "tgdp_fast: elements outside of the samples");
   Tensor out = tgdp::empty_output({count}, samples.options().dtype(at::kFloat));
@@ -219,7 +220,7 @@ std::tuple<Tensor, Tensor> pack_long_convolution(const Tensor& spectra, bool hal
   TORCH_CHECK_VALUE(tgdp::has_long_convolution(points), "tgdp_fast: no transform of ", points, " points");
   const Tensor held = spectra.contiguous();
   const int64_t size = tgdp::packed_filter_size(channels, points), groups = size / (2 * points * tgdp::kChannelGroup);
-  // Large pages, if there are any: each call reads all of it.
+  // In huge pages, where there are any: each call reads all of it.
   Tensor packed = tgdp::empty_output({groups, points, 2, tgdp::kChannelGroup},
                                      spectra.options().dtype(half ? at::kHalf : at::kFloat));
   Tensor scales = at::empty({half ? groups * tgdp::kChannelGroup : 0}, spectra.options().dtype(at::kFloat));
@@ -268,7 +269,7 @@ const float* checked_floats(const Tensor& tensor, at::IntArrayRef sizes) {
   return static_cast<const float*>(checked_data(tensor, sizes, at::kFloat));
 }
 
-// A row for each sample or one for all; `stride` is how far apart they are.
+// One row per sample, `stride` apart, or one for all.
 const float* bias_rows(const Tensor& bias, int64_t batch, at::IntArrayRef row, int64_t& stride) {
   TORCH_CHECK_VALUE(bias.dim() > 0 && (bias.size(0) == 1 || bias.size(0) == batch),
                     "tgdp_fast: a bias must have one row or one for each sample");
@@ -290,7 +291,7 @@ void residual_block(const Tensor& state, const Tensor& step_bias, const std::opt
   call.length = state.size(2);
   const at::ScalarType dtype = output.scalar_type();
   call.dtype = dtype_of(output);
-  TORCH_CHECK_VALUE(dtype == at::kFloat || (dtype == at::kBFloat16 && tgdp::has_bf16_products()),
+  TORCH_CHECK_VALUE(dtype == at::kFloat || (dtype == at::kBFloat16 && tgdp::has_bf16_matmuls()),
                     "tgdp_fast: weights must be float32, or bfloat16 where the processor multiplies it");
   TORCH_CHECK_VALUE(dtype == at::kFloat || call.channels % 2 == 0, "tgdp_fast: C must be even for bfloat16");
   const int64_t rows = 2 * call.channels;
@@ -346,7 +347,7 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
   library.def(
       "residual_block_(Tensor(a!) state, Tensor step_bias, Tensor? label_bias, Tensor convolution, Tensor[] first, "
       "float first_epsilon, Tensor[] second, float second_epsilon, Tensor output, Tensor output_bias) -> ()");
-  library.def("has_bf16_products() -> bool", []() { return tgdp::has_bf16_products(); });
+  library.def("has_bf16_products() -> bool", []() { return tgdp::has_bf16_matmuls(); });
   library.def("cpu_capability() -> str", []() { return std::string(tgdp::capability_name()); });
   library.def(
       "normal_range(Tensor samples, SymInt num_elements, SymInt first, SymInt count, SymInt key_low, SymInt key_high, "
@@ -365,3 +366,5 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("residual_block_", &residual_block);
   library.impl("normal_range", &normal_range);
 }
+
+TGDP_PYTHON_MODULE(_cpu)

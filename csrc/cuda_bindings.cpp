@@ -1,7 +1,5 @@
-// The CUDA kernels as implementations of the operators that bindings.cpp defines. Needs a torch that was built with CUDA.
-#include <Python.h>
-
-#include <ATen/ops/empty.h>
+// The CUDA kernels as implementations of the operators that bindings.cpp defines. Needs a torch that was built with
+// CUDA.
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -27,8 +25,8 @@ void run_step(const tgdp::SolverStep& step, at::Device device) {
   check(tgdp_cuda_guided_step(&step, c10::cuda::getCurrentCUDAStream().stream()));
 }
 
-// Pointers to the weights and biases of an MLP with inputs and first bias like those given, with contiguous rows. Copies stay
-// alive with it; memory that is freed later is not used again before this stream has got there.
+// Pointers to the weights and biases of an MLP with inputs and first bias like those given, with contiguous rows.
+// Copies stay alive with it; memory that is freed later is not used again before this stream has got there.
 class HeldNetwork {
  public:
   HeldNetwork() = default;
@@ -60,7 +58,7 @@ class HeldNetwork {
  private:
   std::vector<int64_t> widths_, strides_;
   std::vector<const void*> weights_, biases_;
-  std::list<Tensor> held_;  // nothing in it may move
+  std::list<Tensor> held_;  // a list: nothing in it may move
 };
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor& x, const Tensor& first_bias,
@@ -104,7 +102,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
 tgdp::TrajectoryNetworkCall trajectory_network(HeldNetwork& network, const Tensor& x, at::TensorList weights,
                                                at::TensorList biases, const Tensor& evaluation_bias,
                                                const std::optional<Tensor>& sample_bias) {
-  // As inputs of the weights' dtype, on their device.
+  // The checks take inputs of the weights' dtype, on their device.
   const auto options = x.options().dtype(weights[0].scalar_type());
   network.hold(at::empty({0, x.size(1)}, options), at::empty({1, weights[0].size(0)}, options), weights, biases);
   tgdp::TrajectoryNetworkCall call;
@@ -141,7 +139,8 @@ std::tuple<Tensor, Tensor> trajectory(
     call.guidance = trajectory_network(guidance, x, guidance_weights, guidance_biases, guidance_evaluation_bias,
                                        guidance_sample_bias);
     TORCH_CHECK_VALUE(guidance_weights.back().size(0) == 1, "tgdp_fast: the guidance network must have one output");
-    TORCH_CHECK_VALUE(tgdp::dtype_of(guidance_weights[0]) == call.dtype, "tgdp_fast: both networks must have one dtype");
+    TORCH_CHECK_VALUE(tgdp::dtype_of(guidance_weights[0]) == call.dtype,
+                      "tgdp_fast: both networks must have one dtype");
   }
   constexpr int kNone = std::numeric_limits<int>::max();
   Tensor first_failure = at::empty({}, x.options().dtype(at::kInt)).fill_(kNone);
@@ -156,7 +155,7 @@ std::tuple<Tensor, Tensor> trajectory(
   return {tensors.out, diverged};
 }
 
-// Why the kernel cannot take networks of these widths on a device, or nothing.
+// Why the kernel cannot serve networks of these widths on a device, or an empty string.
 std::string trajectory_refusal(int64_t device, at::ScalarType dtype, int64_t size, int64_t history,
                                at::IntArrayRef score_widths, at::IntArrayRef guidance_widths) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
@@ -173,20 +172,20 @@ std::string trajectory_refusal(int64_t device, at::ScalarType dtype, int64_t siz
   return reason == nullptr ? "" : reason;
 }
 
-// packed: [H, M, 2], float16 with scales [H], or float32 with none. y: [B, H, L], of any strides but the last.
+// packed: [H, M, 2], float16 with scales [H], or float32 without. y: [B, H, L], with any strides but the last.
 void long_convolution_into(const Tensor& u, const Tensor& packed, const Tensor& scales, bool gelu, bool saturate,
                            const Tensor& y) {
   const c10::cuda::CUDAGuard guard(u.device());
   TORCH_CHECK_VALUE(u.dim() == 3, "tgdp_fast: u must be [B, H, L]");
   const int64_t channels = u.size(1), length = u.size(2);
   const bool half = packed.scalar_type() == at::kHalf;
-  TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(0) == channels && packed.size(1) >= length && packed.size(2) == 2 &&
-                        packed.is_contiguous() && packed.device() == u.device() &&
+  TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(0) == channels && packed.size(1) >= length &&
+                        packed.size(2) == 2 && packed.is_contiguous() && packed.device() == u.device() &&
                         (half || packed.scalar_type() == at::kFloat),
                     "tgdp_fast: packed must be [H, M, 2], float32 or float16, in one piece, with M at least L, on ",
                     u.device());
-  TORCH_CHECK_VALUE(scales.dim() == 1 && scales.size(0) == (half ? channels : 0) && scales.scalar_type() == at::kFloat &&
-                        scales.is_contiguous() && scales.device() == u.device(),
+  TORCH_CHECK_VALUE(scales.dim() == 1 && scales.size(0) == (half ? channels : 0) &&
+                        scales.scalar_type() == at::kFloat && scales.is_contiguous() && scales.device() == u.device(),
                     "tgdp_fast: scales must be float32, one for each channel of float16 spectra, on ", u.device());
   TORCH_CHECK_VALUE(y.sizes() == u.sizes() && y.device() == u.device() && (y.stride(2) == 1 || length <= 1),
                     "tgdp_fast: y must be [B, H, L] on ", u.device(), ", with the positions of a signal in one piece");
@@ -223,9 +222,4 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {
   library.impl("long_convolution", &long_convolution);
 }
 
-// The operators register themselves when the library is loaded; this only makes it a Python module.
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1,      nullptr,
-                                   nullptr,               nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
-}
+TGDP_PYTHON_MODULE(_cuda)

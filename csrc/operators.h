@@ -1,5 +1,7 @@
-// What the bindings of all devices share: checks of tensors, and the arguments of kernels from them.
+// Shared by the bindings of all devices: checks of tensors, and kernel arguments made of them.
 #pragma once
+
+#include <Python.h>
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +13,14 @@
 #include "common/long_convolution_call.h"
 #include "common/solver_step.h"
 #include "common/trajectory.h"
+
+// The operators register themselves when the library is loaded; this only makes it a Python module.
+#define TGDP_PYTHON_MODULE(name)                                                                  \
+  extern "C" __attribute__((visibility("default"))) PyObject* PyInit_##name() {                   \
+    static PyModuleDef definition = {PyModuleDef_HEAD_INIT, #name, nullptr, -1,      nullptr,     \
+                                     nullptr,               nullptr, nullptr, nullptr};           \
+    return PyModule_Create(&definition);                                                          \
+  }
 
 namespace tgdp {
 
@@ -29,7 +39,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// The tensor in one piece and in a dtype that kernels read; kept alive by `hold` where that is a copy.
+// The tensor, contiguous and in a dtype that kernels read; `hold` keeps it alive.
 inline Elements elements_of(const Tensor& tensor, at::Device device, std::vector<Tensor>& hold) {
   TORCH_CHECK_VALUE(tensor.device() == device, "tgdp_fast: expected a tensor on ", device);
   const auto type = tensor.scalar_type();
@@ -43,7 +53,7 @@ inline uint32_t word_of(int64_t value) {
   return static_cast<uint32_t>(value);
 }
 
-// Without samples, those are 0, 1, 2, ..; `hold` keeps them alive.
+// Without samples, they are 0, 1, 2, ..; `hold` keeps them alive.
 inline NoiseCoordinates noise_coordinates(at::Device device, int64_t sample_size, const std::optional<Tensor>& samples,
                                           int64_t batch, int64_t key_low, int64_t key_high, int64_t evaluation,
                                           Tensor& hold) {
@@ -59,7 +69,7 @@ inline NoiseCoordinates noise_coordinates(at::Device device, int64_t sample_size
   return noise;
 }
 
-// Widths of the hidden layers of a perceptron, after checking its tensors: L + 1 weights, the last the head, and L biases.
+// Widths of the hidden layers of an MLP, after checking its tensors: L + 1 weights, the last the head, and L biases.
 inline std::vector<int64_t> checked_widths(const Tensor& x, const Tensor& first_bias, at::TensorList weights,
                                            at::TensorList biases) {
   TORCH_CHECK_VALUE(weights.size() >= 2 && biases.size() + 1 == weights.size(),
@@ -101,7 +111,8 @@ Call checked_trajectory(const Tensor& x, const Tensor& score_evaluation_bias, co
                         bool guided, const Tensor& table, int64_t history,
                         const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
                         int64_t seed, const Tensor& sample_index, TrajectoryTensors& hold) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(1) > 0, "tgdp_fast: x must be float32 [B, D]");
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(1) > 0,
+                    "tgdp_fast: x must be float32 [B, D]");
   TORCH_CHECK_VALUE(sample_index.dim() == 1 && sample_index.size(0) == x.size(0) &&
                         sample_index.scalar_type() == at::kLong && sample_index.device() == x.device(),
                     "tgdp_fast: sample_index must be int64 [B] on the device of x");
@@ -137,9 +148,10 @@ Call checked_trajectory(const Tensor& x, const Tensor& score_evaluation_bias, co
 
 // The first biases of a trajectory's network, [T, H_1] and [B, H_1].
 inline void check_first_bias(const Tensor& x, const Tensor& bias, int64_t rows, int64_t width) {
-  TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(0) == rows && bias.size(1) == width && bias.scalar_type() == at::kFloat &&
-                        bias.device() == x.device(),
-                    "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1] on the device of x");
+  TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(0) == rows && bias.size(1) == width &&
+                        bias.scalar_type() == at::kFloat && bias.device() == x.device(),
+                    "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1] on the device "
+                    "of x");
 }
 
 // Of u and y [B, H, L], whose positions are contiguous; without filters.
@@ -214,8 +226,8 @@ std::tuple<Tensor, Tensor, Tensor> guided_step_operator(
   step.noise_scale = static_cast<float>(noise_scale);
   if (step.noise_scale != 0.0f) {
     const int64_t batch = x.size(0);
-    step.noise = noise_coordinates(x.device(), step.elements / batch, sample_index, batch, key_low, key_high, evaluation,
-                                   samples);
+    step.noise = noise_coordinates(x.device(), step.elements / batch, sample_index, batch, key_low, key_high,
+                                   evaluation, samples);
   }
   step.x_next = x_next.mutable_data_ptr();
   step.history_next = history_next.mutable_data_ptr();

@@ -7,9 +7,9 @@ namespace tgdp {
 
 // y (1 + erf(y / sqrt 2)) / 2, to 4e-7 and, where |y| < 1, to 8e-7 of itself; keeps NaN.
 //
-// y / 2 + s g(s) with s = y^2 and g(s) = erf(|y| / sqrt 2) / (2 |y|), which has no singularity: minimax for the error of
-// s g(s) on |y| <= 5.4, beyond which the value is within 2e-7 of y or 0. In a variable from -1 to 1, where the terms do
-// not cancel.
+// y / 2 + s g(s) with s = y^2 and g(s) = erf(|y| / sqrt 2) / (2 |y|), which has no singularity: minimax for the error
+// of s g(s) on |y| <= 5.4, beyond which the value is within 2e-7 of y or 0. In a variable from -1 to 1, where the terms
+// do not cancel.
 template <typename F>
 TGDP_FUNCTION F gelu(F y) {
   const F lowest = -5.4f - F{}, highest = 5.4f - F{};

@@ -1,4 +1,4 @@
-// The arguments of long_convolution, as CPU and CUDA kernels take them. Reference twin
+// The arguments of a long convolution, as CPU and CUDA kernels take them. Reference twin
 // tgdp_fast.ops.long_convolution.long_convolution_reference.
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace tgdp {
 
-// The spectrum of a filter for every channel, at points M that are at least the length of the signals; how they are packed
-// is up to the kernel.
+// The spectrum of a filter for every channel, at points M that are at least the length of the signals; how they are
+// packed is up to the kernel.
 struct PackedFilters {
   const void* spectra = nullptr;  // float, or float16 of spectra over scales
   const float* scales = nullptr;  // of each channel; null for float
@@ -27,7 +27,7 @@ struct LongConvolutionCall {
   int64_t y_sample = 0, y_channel = 0;
   PackedFilters filters;
   bool gelu = true;
-  bool saturate = false;  // CUDA: what float16 does not hold is its largest number instead of infinity
+  bool saturate = false;  // CUDA: numbers beyond the range of float16 become its largest one instead of infinity
 };
 
 }  // namespace tgdp

@@ -1,5 +1,5 @@
 // Standard normals from random words: steps 4 and 5 of the specification in tgdp_fast/ops/noise.py (reference twin
-// tgdp_fast.ops.noise.normal), in float32 and without branches so that a loop vectorises.
+// tgdp_fast.ops.noise.normal), in float32 and without branches so that a loop vectorizes.
 //
 // About 75 FLOPs for a pair of normals. Polynomials are minimax fits (Remez) in the weight of the function's relative
 // error; every error stated includes rounding.
@@ -13,8 +13,8 @@
 
 namespace tgdp {
 
-// A maximum has a rounded result, whatever the compiler fuses: it may turn a * b - c into one operation with one
-// rounding, but not max(a * b, 0) - c. For values >= 0.
+// For values >= 0, the value itself, but rounded: a compiler may fuse a * b - c into one operation with one rounding,
+// but not max(a * b, 0) - c.
 TGDP_FUNCTION float rounded(float value) { return value > 0.0f ? value : 0.0f; }
 
 // In [2^-33, 1]; the product is exact.
@@ -43,7 +43,7 @@ TGDP_FUNCTION void cos_and_sin(float theta, float& cosine, float& sine) {
   // enough bits for exact products with n <= 4.
   const float shifted = theta * 0.636619772f + 12582912.0f;
   const float n = shifted - 12582912.0f;
-  // r is kept with what its rounding loses, `rest`.
+  // `rest` is what the rounding of r loses.
   const float coarse = theta - n * 1.57079601f;
   const float r = coarse - n * 3.13913915e-7f;
   const float rest = (coarse - r) - n * 3.13913915e-7f - n * 2.56334407e-12f;
@@ -58,7 +58,7 @@ TGDP_FUNCTION void cos_and_sin(float theta, float& cosine, float& sine) {
   const float half = 0.5f * square;
   const float first = 1.0f - half;
   c = first + (((1.0f - first) - half) + (c * (square * square) - r * rest));
-  // The quarter is in the low bits of `shifted`: odd ones exchange the two, and bit 1 gives the sign.
+  // The quadrant is in the low bits of `shifted`: odd ones exchange sine and cosine, and bit 1 gives the sign.
   const uint32_t quarter = bit_cast<uint32_t>(shifted);
   const bool odd = (quarter & 1u) != 0;
   const float cosine_of_quarter = odd ? s : c;

@@ -6,15 +6,15 @@
 
 namespace tgdp {
 
-// A 32-bit word in the low half of 64 bits; the high half is arbitrary. So the 32x32->64 bit product leaves its two
-// words where the next round wants them, and a vector unit needs no shuffles.
+// A 32-bit word in the low half of 64 bits; the high half is arbitrary. The 32x32->64 bit multiplication then leaves
+// its two words where the next round needs them, and a vector unit needs no shuffles.
 struct ScalarWords {
   using Word = uint64_t;
   static TGDP_FUNCTION Word product(Word word, uint32_t factor) { return (word & 0xffffffffu) * factor; }
 };
 
 // Ten rounds on c0..c3, in place; only their low halves count. Words is ScalarWords, or has a vector of 64-bit words:
-// 2 products, 2 shifts and 4 exclusive ors a round.
+// 2 multiplications, 2 shifts and 4 exclusive ors per round.
 template <typename Words>
 TGDP_FUNCTION void philox4x32(typename Words::Word& c0, typename Words::Word& c1, typename Words::Word& c2,
                               typename Words::Word& c3, uint32_t k0, uint32_t k1) {

@@ -11,8 +11,8 @@
 #define TGDP_FUNCTION inline __attribute__((always_inline))
 #endif
 
-// Whether code for the instruction sets of x86-64 is compiled beside that for any CPU. TGDP_PORTABLE leaves it out, as on
-// other CPUs.
+// Whether code for the instruction sets of x86-64 is compiled beside that for any CPU. TGDP_PORTABLE leaves it out, as
+// on other CPUs.
 #if defined(__x86_64__) && !defined(TGDP_PORTABLE)
 #define TGDP_X86 1
 #if defined(__GNUC__) && !defined(__clang__)

@@ -14,7 +14,7 @@ TGDP_FUNCTION float times_power_of_two(float value, float n) {
   return value * bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
 }
 
-// The same for any integer n: beyond that range 0 or infinity, or what the nearest n in it gives.
+// The same for any integer n: beyond that range 0 or infinity, or the value for the nearest n in it.
 TGDP_FUNCTION float times_any_power_of_two(float value, float n) {
   n = n > -126.0f ? n : -126.0f;
   return times_power_of_two(value, n < 127.0f ? n : 127.0f);
@@ -37,7 +37,7 @@ TGDP_FUNCTION float rough_reciprocal(float y) {
 #endif
 }
 
-// exp(y) to 1 unit in the last place for -87 <= y <= 88, limited to that range outside, NaN too.
+// exp(y) to 1 unit in the last place for -87 <= y <= 88; other y, and NaN, are limited to that range.
 template <typename F>
 TGDP_FUNCTION F exp_limited(F y) {
   y = limit(y, -87.0f, 88.0f);

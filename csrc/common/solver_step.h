@@ -1,5 +1,5 @@
-// One guided solver step: its values, as CPU and CUDA kernels take them, and the arithmetic of one element. Reference twin
-// tgdp_fast.ops.guided_step.guided_step_reference.
+// One guided solver step: its values, as CPU and CUDA kernels take them, and the arithmetic of one element. Reference
+// twin tgdp_fast.ops.guided_step.guided_step_reference.
 #pragma once
 
 #include <stdint.h>
@@ -24,7 +24,7 @@ struct Guidance {
   float lowest = 0.0f, highest = 0.0f;  // limits of x0, with a clamp
 };
 
-// Coordinates of noise for samples of one size; see tgdp_fast/noise.py.
+// Coordinates of noise for samples of one size; see tgdp_fast/ops/noise.py.
 struct NoiseCoordinates {
   int64_t sample_size = 1;
   const int64_t* samples = nullptr;  // null: 0, 1, 2, ..
@@ -61,8 +61,9 @@ TGDP_FUNCTION void guide(const Guidance& guidance, float x, float epsilon, float
   x0 = limited;
 }
 
-// A row of the solver's matrix times the values at its columns; 2 kTerms FLOPs. The sum starts from zero, so that there is
-// only one way to fuse multiplications and additions, and a zero term changes nothing, whether it is given or left out.
+// A row of the solver's matrix times the values at its columns; 2 kTerms FLOPs. The sum starts from zero, so that there
+// is only one way to fuse multiplications and additions, and a zero term changes nothing, whether it is given or left
+// out.
 template <int kTerms>
 TGDP_FUNCTION float matrix_row(const float (&coefficients)[kTerms], const float (&values)[kTerms]) {
   float sum = 0.0f;

@@ -10,9 +10,9 @@
 namespace tgdp {
 namespace {
 
-// Blocks that are worth another thread.
+// Blocks that make another thread worthwhile.
 constexpr int64_t kGrain = 64;
-// Bytes of outputs from which they are written around the caches.
+// From this many bytes on, outputs are written around the caches.
 constexpr int64_t kPastCache = int64_t{16} << 20;
 
 const auto& kernels() { return *instruction_set().guided_step; }

@@ -1,5 +1,5 @@
-// Everything that the kernels use, to be included before an instruction set is chosen: what a header defines must not be
-// compiled for a CPU that may not be there. The arithmetic of csrc/common may: it is always inlined.
+// Everything that the kernels use, to be included before an instruction set is chosen: what a header defines must not
+// be compiled for a CPU that may not be there. The arithmetic of csrc/common may: it is always inlined.
 #pragma once
 
 #include "../common/portable.h"

@@ -13,9 +13,9 @@
 namespace tgdp {
 namespace {
 
-// Samples for which a group's spectra are fetched once, and that are one thread's.
+// Samples that one thread computes with the same spectra of a group.
 constexpr int64_t kSampleBlock = 8;
-// Of float16 spectra, so that sums of them cannot overflow and small parts keep their digits.
+// The largest number in float16 spectra, so that their sums cannot overflow and small numbers keep their digits.
 constexpr double kLargestHalf = 16384.0;
 
 const auto& kernels() { return *instruction_set().long_convolution; }
@@ -27,7 +27,7 @@ void put_root(float* to, int64_t numerator, int64_t denominator) {
   to[1] = static_cast<float>(-std::sin(angle));
 }
 
-// Interpolates at the nodes of Chebyshev. The first piece has no constant, for GELU is 0 at 0.
+// Interpolates at Chebyshev nodes. The first piece has no constant term, because GELU is 0 at 0.
 void put_gelu_pieces(int degree, float* to) {
   const double pi = std::acos(-1.0);
   for (int piece = 0; piece < kPieces; ++piece) {
@@ -39,7 +39,7 @@ void put_gelu_pieces(int degree, float* to) {
       const double y = (x[i] + piece) * kPieceWidth;
       d[i] = 0.5 * y * std::erfc(y / std::sqrt(2.0)) / (piece == 0 ? x[i] : 1.0);
     }
-    // Divided differences, and Newton's form multiplied out.
+    // Divided differences, and the Newton form expanded.
     for (int i = 1; i < nodes; ++i) {
       for (int j = nodes - 1; j >= i; --j) d[j] = (d[j] - d[j - 1]) / (x[j] - x[j - i]);
     }
@@ -123,8 +123,10 @@ void pack_filters(const double* spectra, int64_t channels, int64_t points, void*
       double scale = 1.0;
       if (scales != nullptr) {
         double largest = 0.0;
-        for (int64_t i = 0; spectrum != nullptr && i < 2 * points; ++i) largest = std::max(largest, std::abs(spectrum[i]));
-        // A power of two, so that it rounds nothing.
+        for (int64_t i = 0; spectrum != nullptr && i < 2 * points; ++i) {
+          largest = std::max(largest, std::abs(spectrum[i]));
+        }
+        // A power of two, which rounds nothing.
         if (largest > 0.0 && std::isfinite(largest)) scale = std::exp2(std::ceil(std::log2(largest / kLargestHalf)));
         scales[channel] = static_cast<float>(scale);
       }

@@ -1,14 +1,14 @@
 // A two-sided convolution as long as the signal, per channel, and GELU: reference twin
 // tgdp_fast.ops.long_convolution.long_convolution_reference.
 //
-// A real signal of at most M samples and a real filter make one complex transform of M points, not 2 M: modulo X^M - i,
-// the product of the two polynomials has y as its real part, and what wraps around ends in the imaginary part. Forward
-// and inverse are thus transforms of u[n] exp(2 pi i n / (4 M)), with nothing to be taken apart in between. Source:
+// A real signal of at most M samples and a real filter need one complex transform of M points, not 2 M: modulo X^M - i,
+// the product of the two polynomials has y as its real part, and what wraps around goes to the imaginary part. Forward
+// and inverse are thus transforms of u[n] exp(2 pi i n / (4 M)), and the spectra need no separation in between. Source:
 // Crandall & Fagin, "Discrete weighted transforms and large-integer arithmetic", Mathematics of Computation 62, 1994.
 //
 // M = R1 R2 in two steps: R2 transforms of R1 points, and R1 of R2 points that are multiplied by the spectrum of the
-// filter and transformed back while they lie in the first-level cache. Vectors hold the same point of several channels,
-// so that a sample of a channel is computed alike whatever stands beside it, by whatever number of threads.
+// filter and transformed back while they are in the L1 cache. Vectors hold the same point of several channels, so that
+// a sample of a channel does not depend on its neighbors or on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 
 namespace tgdp {
 
-// Channels whose spectra lie side by side.
+// Channels with interleaved spectra.
 constexpr int64_t kChannelGroup = 16;
 
 // Whether there is a kernel for M = points.
@@ -38,8 +38,8 @@ void pack_filters(const double* spectra, int64_t channels, int64_t points, void*
 void long_convolution(const LongConvolutionCall& call);
 
 // max(y, 0) - GELU(y) = |y| erfc(|y| / sqrt 2) / 2 as a polynomial in |y| / kPieceWidth - i for each i < kPieces, its
-// powers in the first dimension. GELU is then exact to 8e-8 and rounding and, where |y| < 1, to 3e-7 of itself, and with
-// the rough ones to 7e-6 and 9e-5; where the pieces end, it is within 7e-8 of y or 0.
+// powers in the first dimension. GELU is then exact to 8e-8 and rounding and, where |y| < 1, to 3e-7 of itself, and
+// with the rough ones to 7e-6 and 9e-5; where the pieces end, it is within 7e-8 of y or 0.
 constexpr int kPieces = 16, kGeluDegree = 5, kRoughGeluDegree = 3;
 constexpr float kPieceWidth = 0.36f;
 struct GeluPieces {
@@ -47,7 +47,7 @@ struct GeluPieces {
   const float* rough = nullptr;  // [kRoughGeluDegree + 1, kPieces]
 };
 
-// What transforms of M points are made of.
+// Constants of the transforms of M points.
 struct TransformPlan {
   int64_t points = 0;
   int64_t rows = 0;     // R1
@@ -64,8 +64,8 @@ struct TransformPlan {
 // Compiled once per instruction set.
 struct LongConvolutionKernels {
   // Channels [first, first + kChannelGroup) of samples [begin, end); scratch: for scratch_bytes.
-  void (*convolve)(const LongConvolutionCall& call, const TransformPlan& plan, int64_t first, int64_t begin, int64_t end,
-                   unsigned char* scratch);
+  void (*convolve)(const LongConvolutionCall& call, const TransformPlan& plan, int64_t first, int64_t begin,
+                   int64_t end, unsigned char* scratch);
 };
 
 // Bytes of scratch memory for transforms of this many points.

@@ -22,8 +22,8 @@ void each_part(const From& from, const To& to, const Body& body) {
   if (from.low != nullptr) body(from.low, const_cast<uint16_t*>(to.low));
 }
 
-// Whether the CPU multiplies bf16 in hardware and this torch makes use of it. A small matmul is tried, because a library
-// that answers "supported" may mean an emulation or another layout.
+// Whether the CPU multiplies bf16 in hardware and this torch makes use of it. A small matmul is tried, because a
+// library that answers "supported" may mean an emulation or another layout.
 bool probe_bf16() {
   if (capability() < Capability::avx512_bf16) return false;
   constexpr int64_t kRows = 3, kDepth = 4, kColumns = 16;
@@ -53,6 +53,17 @@ bool probe_bf16() {
 
 }  // namespace
 
+Operand left_operand(Precision precision, const void* data, int64_t ld) {
+  auto* memory = const_cast<void*>(data);
+  if (precision == Precision::f32) return {static_cast<float*>(memory), nullptr, nullptr, ld};
+  return {nullptr, static_cast<uint16_t*>(memory), nullptr, ld};
+}
+
+PackedMatrix right_operand(Precision precision, const void* data, int64_t ld) {
+  const Operand operand = left_operand(precision, data, ld);
+  return {operand.f32, operand.high, nullptr, ld};
+}
+
 Precision matmul_precision(Dtype dtype, bool bf16x3) {
   static const bool has_bf16 = probe_bf16();
   if (!has_bf16) return Precision::f32;
@@ -65,13 +76,7 @@ int64_t packed_bytes(Precision precision, int64_t depth, int64_t columns) {
 }
 
 PackedMatrix packed_view(Precision precision, int64_t depth, int64_t columns, const unsigned char* memory) {
-  PackedMatrix result;
-  result.ld = padded(columns);
-  if (precision == Precision::f32) {
-    result.f32 = reinterpret_cast<const float*>(memory);
-    return result;
-  }
-  result.high = reinterpret_cast<const uint16_t*>(memory);
+  PackedMatrix result = right_operand(precision, memory, padded(columns));
   if (precision == Precision::bf16x3 && memory != nullptr) result.low = result.high + padded(depth) * result.ld;
   return result;
 }
@@ -92,7 +97,8 @@ void pack_rows(Precision precision, const Rows& weight, int64_t out, int64_t in,
   }
   if (precision == Precision::f32) {
     if (transposed != nullptr) {
-      pointwise().transpose(staged.f32, in_padded, rows, in_padded, reinterpret_cast<float*>(transposed) + row, out_padded);
+      pointwise().transpose(staged.f32, in_padded, rows, in_padded, reinterpret_cast<float*>(transposed) + row,
+                            out_padded);
     }
     if (plain != nullptr) {
       std::memcpy(reinterpret_cast<float*>(plain) + row * in_padded, staged.f32,
@@ -114,7 +120,8 @@ void pack_rows(Precision precision, const Rows& weight, int64_t out, int64_t in,
   }
 }
 
-PackedMatrix transposed(Precision precision, const Operand& operand, int64_t rows, int64_t depth, unsigned char* memory) {
+PackedMatrix transposed(Precision precision, const Operand& operand, int64_t rows, int64_t depth,
+                        unsigned char* memory) {
   const PackedMatrix result = packed_view(precision, depth, rows, memory);
   if (precision == Precision::f32) {
     pointwise().transpose(operand.f32, operand.ld, rows, depth, memory, result.ld);
@@ -127,7 +134,7 @@ PackedMatrix transposed(Precision precision, const Operand& operand, int64_t row
 }
 
 PackedMatrix paired(Precision precision, const Operand& operand, int64_t rows, int64_t columns, unsigned char* memory) {
-  if (precision == Precision::f32) return {operand.f32, nullptr, nullptr, operand.ld};
+  if (precision == Precision::f32) return right_operand(precision, operand.f32, operand.ld);
   // Zeros for the row that an odd number lacks.
   thread_local Scratch zeros;
   const auto* none = reinterpret_cast<const uint16_t*>(zeros.reserve(columns * static_cast<int64_t>(sizeof(uint16_t))));

@@ -8,14 +8,18 @@
 
 namespace tgdp {
 
-// Right operand B [depth, columns] of C = A B: float with row stride ld, or bf16 with pairs of rows interleaved, element
-// (k, n) at (k / 2 * ld + n) * 2 + k % 2.
+// Right operand B [depth, columns] of C = A B: float with row stride ld, or bf16 with pairs of rows interleaved,
+// element (k, n) at (k / 2 * ld + n) * 2 + k % 2.
 struct PackedMatrix {
   const float* f32 = nullptr;
   const uint16_t* high = nullptr;
   const uint16_t* low = nullptr;
   int64_t ld = 0;
 };
+
+// Operands as they lie in memory, in float or bf16.
+Operand left_operand(Precision precision, const void* data, int64_t ld);
+PackedMatrix right_operand(Precision precision, const void* data, int64_t ld);
 
 // How to run matmuls on tensors of a dtype on this CPU: in bf16 where it has the units, in float elsewhere.
 Precision matmul_precision(Dtype dtype, bool bf16x3);
@@ -33,7 +37,8 @@ void pack_rows(Precision precision, const Rows& weight, int64_t out, int64_t in,
                unsigned char* plain);
 
 // The transpose of an operand [rows, depth] as a right operand [depth, rows]; memory as for packed_bytes.
-PackedMatrix transposed(Precision precision, const Operand& operand, int64_t rows, int64_t depth, unsigned char* memory);
+PackedMatrix transposed(Precision precision, const Operand& operand, int64_t rows, int64_t depth,
+                        unsigned char* memory);
 
 // An operand [rows, columns] as a right operand over its rows; memory as for packed_bytes, unused for float.
 PackedMatrix paired(Precision precision, const Operand& operand, int64_t rows, int64_t columns, unsigned char* memory);

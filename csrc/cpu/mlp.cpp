@@ -70,15 +70,13 @@ PackedMlp::Job PackedMlp::place_weight(int64_t layer, bool with_gradient, int64_
   // at a quarter of that per number.
   const bool few_rows = rows / 4 <= in * out / (in + out);
   if (few_rows && as_is && in % 2 == 0) {
-    if (precision_ == Precision::f32) left_[layer].f32 = static_cast<float*>(weight.data);
-    if (precision_ == Precision::bf16) left_[layer].high = static_cast<uint16_t*>(weight.data);
-    left_[layer].ld = weight.stride;
+    left_[layer] = left_operand(precision_, weight.data, weight.stride);
   } else {
     job.transposed = arena.take<unsigned char>(packed_bytes(precision_, in, out));
     forward_[layer] = packed_view(precision_, in, out, job.transposed);
   }
   if (with_gradient && as_is && precision_ == Precision::f32 && in % kPadding == 0 && out % kPadding == 0) {
-    backward_[layer] = {static_cast<const float*>(weight.data), nullptr, nullptr, weight.stride};
+    backward_[layer] = right_operand(precision_, weight.data, weight.stride);
   } else if (with_gradient) {
     job.plain = arena.take<unsigned char>(packed_bytes(precision_, out, in));
     backward_[layer] = packed_view(precision_, out, in, job.plain);
@@ -87,7 +85,7 @@ PackedMlp::Job PackedMlp::place_weight(int64_t layer, bool with_gradient, int64_
 }
 
 void PackedMlp::pack(const std::vector<Job>& jobs) const {
-  // Tasks of kPackedRows rows, numbered through all matrices.
+  // Tasks of kPackedRows rows, numbered consecutively over all matrices.
   std::vector<int64_t> first(1, 0);
   for (const Job& job : jobs) {
     first.push_back(first.back() + (padded(shape_.out(job.layer)) + kPackedRows - 1) / kPackedRows);
@@ -120,7 +118,9 @@ MlpBlock::MlpBlock(const MlpShape& shape, Precision precision, int64_t rows, boo
   b = arena.take_operand(precision, rows, ld);
   transposed = arena.take<unsigned char>(packed_bytes(precision, std::max(ld, padded(shape.inputs)), rows));
   part = arena.take<float>(panels_of(shape.widths.back()) * rows);
-  for (int64_t l = 0; with_gradient && l + 1 < shape.depth(); ++l) slopes.push_back(arena.take_slopes(precision, rows, ld));
+  for (int64_t l = 0; with_gradient && l + 1 < shape.depth(); ++l) {
+    slopes.push_back(arena.take_slopes(precision, rows, ld));
+  }
 }
 
 namespace {
@@ -128,8 +128,8 @@ namespace {
 // Multiplications that take as long (about 10 us) as it costs to wake a thread and wait for it.
 constexpr int64_t kWorthAThread = int64_t{1} << 19;
 
-// Calls body(first column, columns, panel) for all panels of a width, in the threads of the workers; `work`: multiplications
-// per column.
+// Calls body(first column, columns, panel) for all panels of a width, in the threads of the workers; `work`:
+// multiplications per column.
 template <typename Body>
 void for_panels(const PackedMlp& mlp, const std::vector<Panel>& panels, int64_t width, int64_t work, Body body) {
   const auto run = [&](int64_t begin, int64_t end, const Panel& panel) {
@@ -165,7 +165,8 @@ void forward_panels(const PackedMlp& mlp, MlpBlock& block, int64_t rows, const M
     if (few) {
       pointwise().few_inputs(input.few_x, shape.inputs, mlp.first_columns().from(column), rows, columns, z);
     } else if (mlp.tiny()) {
-      pointwise().dot_rows(mlp.weight(layer).from_row(column), present, shape.in(layer), {below.f32, below.ld}, rows, z);
+      pointwise().dot_rows(mlp.weight(layer).from_row(column), present, shape.in(layer), {below.f32, below.ld}, rows,
+                           z);
       for (int64_t r = 0; r < rows; ++r) std::fill_n(z.row(r) + present, columns - present, 0.0f);
     } else if (left.ld != 0) {
       // z^T = W a^T, which reads W as it lies in memory.
@@ -247,7 +248,8 @@ Operand value_and_delta(const PackedMlp& mlp, MlpBlock& block, int64_t rows, con
   for (int64_t i = 0; i < parts; ++i) value[i % rows] += block.part[i];
   for (int64_t l = last; l > 0; --l) {
     backward_panels(mlp, block.panels, delta, rows, l, [&](int64_t column, int64_t columns, const Panel& panel) {
-      pointwise().scale[mlp.precision()](block.slopes[l - 1].from(column), panel.z(), rows, columns, other.from(column));
+      pointwise().scale[mlp.precision()](block.slopes[l - 1].from(column), panel.z(), rows, columns,
+                                         other.from(column));
     });
     std::swap(delta, other);
   }

@@ -26,8 +26,8 @@ constexpr int64_t kFew = 8;
 // Rows for callers that use a packed matrix many times, or in ways that need it.
 constexpr int64_t kAlwaysPack = int64_t{1} << 62;
 
-// Weights of hidden layers and head, packed for matmuls of a precision, and float copies of the biases. The memory belongs
-// to the calling thread and is used again by its next PackedMlp of the same slot.
+// Weights of hidden layers and head, packed for matmuls of a precision, and float copies of the biases. The memory
+// belongs to the calling thread and is used again by its next PackedMlp of the same slot.
 class PackedMlp {
  public:
   // weights: depth + 1 matrices, the last the head [outputs, H_L]; biases: depth vectors, of layers 2.. and the head.

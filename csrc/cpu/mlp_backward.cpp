@@ -21,7 +21,7 @@ int64_t block_rows(const MlpShape& shape, int64_t batch, bool with_tangent) {
 struct Sums {
   Sums(const MlpShape& shape, Arena& arena) : size(arena.used()) {
     for (int64_t l = 0; l <= shape.depth(); ++l) {
-      // Few inputs are kept as columns [inputs, padded H_1].
+      // Few inputs: as columns [inputs, padded H_1].
       const bool few = l == 0 && shape.inputs <= kFew;
       weights.push_back(arena.take<float>(few ? shape.inputs * padded(shape.widths[0])
                                               : shape.out(l) * padded(shape.in(l))));
@@ -32,7 +32,7 @@ struct Sums {
   void clear() const { std::fill_n(reinterpret_cast<unsigned char*>(weights[0]), size, static_cast<unsigned char>(0)); }
 
   std::vector<float*> weights, biases;
-  int64_t size;  // bytes of all, which lie together
+  int64_t size;  // bytes of all, which are contiguous
 };
 
 // Working memory of one thread. Operands hold a block's rows, then, with a tangent, as many rows of the tangent.
@@ -69,7 +69,7 @@ struct Memory {
   Floats few_x;
   Operand input;
   // Of the outputs, then, with a tangent, rows of ones: the head's gradient is their product with activations and
-  // tangents. Few outputs in float.
+  // tangents. Few outputs are in float.
   Floats few_cotangents;
   Operand cotangents;
   Floats line;
@@ -162,12 +162,12 @@ class Backward {
     for (int64_t column = 0; column < width; column += kPanel) {
       const int64_t columns = std::min(kPanel, width - column);
       if (l == 0 && mlp_.few_inputs()) {
-        pointwise().few_inputs({memory.few_x.row(rows), kPadding}, shape_.inputs, mlp_.first_columns().from(column), rows,
-                               columns, panel);
+        pointwise().few_inputs({memory.few_x.row(rows), kPadding}, shape_.inputs, mlp_.first_columns().from(column),
+                               rows, columns, panel);
       } else {
         const Operand& below = l == 0 ? memory.input : memory.activations[l - 1];
-        matmul(precision_, rows, columns, mlp_.matmul_depth(shape_.in(l)), below.from_row(rows), mlp_.forward(l), column,
-               panel.data, panel.ld);
+        matmul(precision_, rows, columns, mlp_.matmul_depth(shape_.in(l)), below.from_row(rows), mlp_.forward(l),
+               column, panel.data, panel.ld);
       }
       pointwise().recall[precision_](z.from(column), shape_.widths[l] - column, panel, rows, columns, to.from(column),
                                      to.from_row(rows).from(column), memory.slopes[l].from(column),

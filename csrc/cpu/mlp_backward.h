@@ -8,7 +8,7 @@
 
 namespace tgdp {
 
-// Where gradients go; null data for those that nobody needs. The dtype of all is that of the call.
+// The gradients to compute; null data for those that are not needed. All have the dtype of the call.
 struct MlpGradients {
   Rows x;                     // [batch, inputs]
   Rows first_bias;            // [batch, H_1]; stride 0: summed over the batch
@@ -19,9 +19,9 @@ struct MlpGradients {
 // output_cotangent [batch, outputs] and, for a single output, gradient_cotangent [batch, inputs] may have null data for
 // zeros; pre_activations as the forward functions kept them.
 //
-// Without gradient_cotangent 4 B P FLOPs in matmuls (6 B P with the gradient of x), with it 10 B P, P weights. A block of
-// rows goes forward and backward through all layers in cache; each thread adds the gradients of its blocks to its own
-// accumulators (4 P bytes), which are summed in the order of the threads.
+// Without gradient_cotangent 4 B P FLOPs in matmuls (6 B P with the gradient of x), with it 10 B P, P weights. A block
+// of rows goes forward and backward through all layers in cache; each thread adds the gradients of its blocks to its
+// own accumulators (4 P bytes), which are summed in the order of the threads.
 void mlp_backward(const MlpCall& call, const Rows& output_cotangent, const Rows& gradient_cotangent,
                   const std::vector<Rows>& pre_activations, const MlpGradients& gradients);
 

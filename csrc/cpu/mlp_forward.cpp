@@ -7,8 +7,8 @@
 namespace tgdp {
 namespace {
 
-// Rows of a block: its activations and slopes stay in an L2 cache of 1 MiB at width 512. Below a vector of rows, matmuls
-// lose more than a thread gains.
+// Rows of a block: its activations and slopes stay in an L2 cache of 1 MiB at width 512. Below a vector of rows,
+// matmuls lose more than a thread gains.
 constexpr int64_t kMostRows = 64, kLeastRows = 16;
 
 struct Memory {
@@ -24,8 +24,8 @@ struct Memory {
   float* values;
 };
 
-// A block of `rows` rows from `row` on, computed as `rounded` ones: those between are what an earlier block left, and are
-// dropped.
+// A block of `rows` rows from `row` on, computed as `rounded` ones: those between are what an earlier block left, and
+// are dropped.
 struct BlockOfRows {
   int64_t row, rows, rounded;
   MlpInput input;
@@ -64,7 +64,9 @@ void for_blocks(const MlpCall& call, bool with_gradient, const std::vector<Rows>
   const auto run = [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
     auto memory = laid_out<Memory>(scratch, call, mlp.precision(), size, with_gradient, blocks == 1 ? threads : 1);
-    if (call.first_bias.stride == 0) pointwise().load_float(call.first_bias, 1, call.shape.widths[0], memory.first_bias);
+    if (call.first_bias.stride == 0) {
+      pointwise().load_float(call.first_bias, 1, call.shape.widths[0], memory.first_bias);
+    }
     for (int64_t index = begin; index < end; ++index) {
       body(mlp, memory, load_block(call, mlp, keep, index * size, size, memory));
     }

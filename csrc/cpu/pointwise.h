@@ -1,7 +1,7 @@
 // The pointwise half of the MLP kernels: everything between two matmuls.
 //
-// All functions work on blocks of rows that lie in cache. Widths named `padded` are multiples of kPadding, and columns from
-// `width` to `padded` hold what comes of zero weights.
+// All functions work on blocks of rows that lie in cache. Widths named `padded` are multiples of kPadding, and columns
+// from `width` to `padded` hold what comes of zero weights.
 #pragma once
 
 #include <cstdint>
@@ -117,7 +117,8 @@ struct PointwiseKernels {
   void (*combine_rows)(const Rows& w, int64_t depth, int64_t columns, ConstFloats delta, int64_t rows, Floats out);
 
   // z + bias -> a = silu, slopes = silu'. keep: the biased z is written back.
-  PerPrecision<void(Floats z, ConstFloats bias, int64_t rows, int64_t columns, const Operand& a, Slopes slopes, bool keep)>
+  PerPrecision<void(Floats z, ConstFloats bias, int64_t rows, int64_t columns, const Operand& a, Slopes slopes,
+                    bool keep)>
       activate;
   // The last hidden layer: value[r] += sum_c head[c] silu(z + bias); delta = silu'(z + bias) head.
   PerPrecision<void(Floats z, ConstFloats bias, const float* head, int64_t rows, int64_t columns, float* value,

@@ -41,7 +41,7 @@ class Pool final : public c10::Allocator {
       memory = std::aligned_alloc(kPage, size);
       TORCH_CHECK_WITH(OutOfMemoryError, memory != nullptr, "tgdp_fast: cannot allocate ", size, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-      // Advice: where it is refused, nothing is lost.
+      // Only advice: nothing is lost where it is refused.
       (void)madvise(memory, size, MADV_HUGEPAGE);
 #endif
     }
@@ -91,7 +91,7 @@ class Pool final : public c10::Allocator {
       pool.sizes_.erase(entry);
       pool.kept_.push_back({memory, size});
       pool.kept_bytes_ += size;
-      // The oldest go first, this one too if it is too large.
+      // The oldest blocks are freed first, this one too if it is too large.
       while (pool.kept_bytes_ > pool.most_) {
         surplus.push_back(pool.kept_.front().memory);
         pool.kept_bytes_ -= pool.kept_.front().size;

@@ -11,13 +11,13 @@
 namespace tgdp {
 namespace {
 
-// Of u and y of the samples that pass a block together, so that they stay in the last cache; each group of channels'
-// spectra are then read once for all of them.
+// Bytes of u and y of the samples that pass a block together, so that they stay in the last-level cache; the spectra of
+// each group of channels are then read once for all of them.
 constexpr int64_t kPartBytes = 16 << 20;
 
 const auto& kernels() { return *instruction_set().residual_block; }
 
-// What the products of a call read and write.
+// The operands and results of a call's matmuls.
 class Block {
  public:
   explicit Block(const ResidualBlockCall& call)
@@ -43,7 +43,7 @@ class Block {
     convolve_long(call_.first, end - begin);
     for_tiles(begin, end, [&](int64_t sample, int64_t first, int64_t columns, const Tile& tile) {
       mix(call_.first, sample - begin, first, columns, tile);
-      kernels().normalise(u_at(sample - begin, first), ld_, rows_, columns, norm(call_.first, sample, tile));
+      kernels().normalize(u_at(sample - begin, first), ld_, rows_, columns, norm(call_.first, sample, tile));
     });
     convolve_long(call_.second, end - begin);
     for_tiles(begin, end, [&](int64_t sample, int64_t first, int64_t columns, const Tile& tile) {
@@ -61,7 +61,7 @@ class Block {
       change = arena.take<float>((channels + block.call_.skip) * kTilePositions);
       shift = arena.take<float>(2 * channels);
     }
-    float* factor;  // a right factor
+    float* factor;  // a right operand
     float* change;  // of the state
     float* shift;   // of a LayerNorm
   };
@@ -82,29 +82,6 @@ class Block {
     });
   }
 
-  // weight, a row of which has `depth` numbers.
-  Operand left_factor(const void* weight, int64_t depth) const {
-    Operand result;
-    result.ld = depth;
-    if (precision_ == Precision::f32) {
-      result.f32 = static_cast<float*>(const_cast<void*>(weight));
-    } else {
-      result.high = static_cast<uint16_t*>(const_cast<void*>(weight));
-    }
-    return result;
-  }
-
-  PackedMatrix right_factor(const void* memory, int64_t ld) const {
-    PackedMatrix result;
-    result.ld = ld;
-    if (precision_ == Precision::f32) {
-      result.f32 = static_cast<const float*>(memory);
-    } else {
-      result.high = static_cast<const uint16_t*>(memory);
-    }
-    return result;
-  }
-
   // u = convolution of three taps + step bias.
   void convolve_taps(int64_t sample, int64_t index, int64_t first, int64_t columns, const Tile& tile) const {
     const int64_t channels = call_.channels, length = call_.length;
@@ -117,8 +94,8 @@ class Block {
     }
     const float* state = call_.state + sample * (channels + call_.skip) * length;
     kernels().gather[precision_](state, channels, length, first, columns, tile.factor);
-    matmul(precision_, rows_, columns, 3 * channels, left_factor(call_.convolution, 3 * channels),
-             right_factor(tile.factor, kTilePositions), 0, u, ld_, true);
+    matmul(precision_, rows_, columns, 3 * channels, left_operand(precision_, call_.convolution, 3 * channels),
+             right_operand(precision_, tile.factor, kTilePositions), 0, u, ld_, true);
   }
 
   // y = gelu(filters * u) of `samples` samples.
@@ -139,20 +116,21 @@ class Block {
   // u += mixture y.
   void mix(const S4Layer& layer, int64_t index, int64_t first, int64_t columns, const Tile& tile) const {
     const unsigned char* y = y_ + (index * rows_ * ld_ + first) * size_of(call_.dtype);
-    PackedMatrix right = right_factor(y, ld_);
+    PackedMatrix right = right_operand(precision_, y, ld_);
     if (precision_ != Precision::f32) {
       const auto* rows = reinterpret_cast<const uint16_t*>(y);
       for (int64_t r = 0; r < rows_; r += 2) {
         pointwise().interleave(rows + r * ld_, rows + (r + 1) * ld_, columns,
                                tile.factor + r / 2 * kTilePositions);
       }
-      right = right_factor(tile.factor, kTilePositions);
+      right = right_operand(precision_, tile.factor, kTilePositions);
     }
-    matmul(precision_, rows_, columns, rows_, left_factor(layer.mixture, rows_), right, 0, u_at(index, first), ld_, true);
+    matmul(precision_, rows_, columns, rows_, left_operand(precision_, layer.mixture, rows_), right, 0,
+           u_at(index, first), ld_, true);
   }
 
-  Normalisation norm(const S4Layer& layer, int64_t sample, const Tile& tile) const {
-    Normalisation result{layer.mixture_bias, layer.norm_weight, layer.norm_bias, layer.epsilon};
+  Normalization norm(const S4Layer& layer, int64_t sample, const Tile& tile) const {
+    Normalization result{layer.mixture_bias, layer.norm_weight, layer.norm_bias, layer.epsilon};
     if (&layer == &call_.first && call_.label_bias != nullptr) {
       const float* labels = call_.label_bias + sample * call_.label_stride;
       for (int64_t r = 0; r < rows_; ++r) tile.shift[r] = layer.norm_bias[r] + labels[r];
@@ -166,13 +144,13 @@ class Block {
     const int64_t channels = call_.channels, length = call_.length, total = channels + call_.skip;
     kernels().gate[precision_](u_at(index, first), ld_, channels, columns,
                                                 norm(call_.second, sample, tile), tile.factor);
-    matmul(precision_, total, columns, channels, left_factor(call_.output, channels),
-             right_factor(tile.factor, kTilePositions), 0, tile.change, kTilePositions);
+    matmul(precision_, total, columns, channels, left_operand(precision_, call_.output, channels),
+             right_operand(precision_, tile.factor, kTilePositions), 0, tile.change, kTilePositions);
     float* state = call_.state + sample * total * length + first;
     const int64_t inside = std::min(kTilePositions, length - first);
     kernels().update(state, length, channels, inside, std::sqrt(0.5f), tile.change, call_.output_bias);
-    kernels().update(state + channels * length, length, call_.skip, inside, 1.0f, tile.change + channels * kTilePositions,
-                     call_.output_bias + channels);
+    kernels().update(state + channels * length, length, call_.skip, inside, 1.0f,
+                     tile.change + channels * kTilePositions, call_.output_bias + channels);
   }
 
   const ResidualBlockCall& call_;
@@ -182,12 +160,12 @@ class Block {
   int64_t tiles_;
   int64_t part_;
   float* u_;          // [part, H, ld]
-  unsigned char* y_;  // [part, H, ld] in the dtype of the products
+  unsigned char* y_;  // [part, H, ld] in the dtype of the matmuls
 };
 
 }  // namespace
 
-bool has_bf16_products() { return matmul_precision(Dtype::bf16, false) == Precision::bf16; }
+bool has_bf16_matmuls() { return matmul_precision(Dtype::bf16, false) == Precision::bf16; }
 
 void residual_block(const ResidualBlockCall& call) {
   if (call.batch == 0) return;

@@ -89,7 +89,7 @@ void limit_norms(float* gradient, int64_t rows, int64_t size, float weight, floa
     double square = 0.0;
     for (int64_t c = 0; c < size; ++c) square += static_cast<double>(row[c]) * row[c];
     const double length = std::abs(weight) * std::sqrt(square);
-    // A gradient that is not finite stays so, and is reported with the state that it leads to.
+    // A gradient that is not finite stays so, and is reported with the resulting state.
     if (!(length > limit)) continue;
     for (int64_t c = 0; c < size; ++c) row[c] *= static_cast<float>(limit / length);
   }
@@ -108,7 +108,8 @@ void step(const TrajectoryCall& call, int64_t k, int64_t row, int64_t rows, bool
   for (int64_t slot = 0; k > 0 && slot < call.slots; ++slot) history[slot].data = memory.history + slot * step.elements;
   step.history = history.data();
   step.matrix = evaluation.matrix;
-  step.guidance = {evaluation.guidance_weight, evaluation.alpha, evaluation.sigma, call.clamp, call.lowest, call.highest};
+  step.guidance = {evaluation.guidance_weight, evaluation.alpha, evaluation.sigma,
+                   call.clamp, call.lowest, call.highest};
   step.noise_scale = evaluation.noise_scale;
   step.noise = {call.size, call.sample_index + row, call.key_low, call.key_high, static_cast<uint32_t>(k + 1)};
   step.x_next = memory.x_next;
@@ -151,12 +152,15 @@ int64_t run_block(const TrajectoryCall& call, int64_t row, int64_t rows, Memory&
 
 int64_t trajectory(const TrajectoryCall& call) {
   if (call.batch == 0) return -1;
-  const PackedMlp score(call.score.shape, matmul_precision(call.score.weights[0].dtype, call.bf16x3), call.score.weights,
-                        call.score.biases, false, kAlwaysPack, 0);
+  const auto precision = [&](const TrajectoryNetwork& network) {
+    return matmul_precision(network.weights[0].dtype, call.bf16x3);
+  };
+  const PackedMlp score(call.score.shape, precision(call.score), call.score.weights, call.score.biases, false,
+                        kAlwaysPack, 0);
   std::optional<PackedMlp> guidance;
   if (call.guidance) {
-    guidance.emplace(call.guidance->shape, matmul_precision(call.guidance->weights[0].dtype, call.bf16x3),
-                     call.guidance->weights, call.guidance->biases, true, kAlwaysPack, 1);
+    guidance.emplace(call.guidance->shape, precision(*call.guidance), call.guidance->weights, call.guidance->biases,
+                     true, kAlwaysPack, 1);
   }
   const int64_t share = (call.batch + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t rows_per_block = std::min(kBlockRows, rounded_rows(share));
@@ -172,7 +176,7 @@ int64_t trajectory(const TrajectoryCall& call) {
       int64_t known = first_failure.load();
       while (failure >= 0 && (known < 0 || failure < known) && !first_failure.compare_exchange_weak(known, failure)) {
       }
-      // The run has failed; which evaluation is first needs only blocks that could fail earlier.
+      // The run has failed, and no block can fail at an earlier evaluation.
       if (failure == 0) break;
     }
     release_matmul(score.precision() == Precision::f32 && guidance ? guidance->precision() : score.precision());

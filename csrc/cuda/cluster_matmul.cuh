@@ -1,9 +1,9 @@
-// Products of the layers of a network by a cluster of blocks: all have the same rows, each makes its own columns of a layer
-// and writes them into the others' shared memory. In place of BlockProducts in mlp_layers.cuh; the sums are in the same
-// order, so that results are the same bit for bit.
+// Matmuls of the layers of a network by a cluster of blocks: all have the same rows; each computes its own columns of a
+// layer and writes them into the others' shared memory. In place of BlockMatmuls in mlp_layers.cuh; the sums are in the
+// same order, so that results are the same bit for bit.
 //
-// Weights do not depend on what the layers compute: their tiles arrive in one stream that goes on over the ends of products,
-// and while blocks wait for each other.
+// Weights do not depend on what the layers compute: their tiles arrive in one stream that goes on across the ends of
+// matmuls, and while blocks wait for each other.
 #pragma once
 
 #include "cluster.cuh"
@@ -11,10 +11,10 @@
 
 namespace tgdp::cuda {
 
-// Stages of weights: with 16 KB each, what arrives from the level-2 cache while blocks exchange a layer.
+// Stages of weights: with 16 KB each, what arrives from the L2 cache while blocks exchange a layer.
 constexpr int kClusterStages = 4;
 
-// A product as far as its weights go: columns `own` of `columns`.
+// The weights of a matmul: columns `own` of `columns`.
 struct WeightPass {
   Matrix weight;
   Columns own;
@@ -22,20 +22,20 @@ struct WeightPass {
   bool transposed;
 };
 
-// Columns of a layer with `padded` ones that a block makes; those of the last blocks may be none.
+// Of the `padded` columns of a layer, those that a block computes; the last blocks may have none.
 TGDP_DEVICE Columns columns_in_cluster(int padded, int rank) {
   const int count = columns_of_block(padded, kClusterBlocks), first = rank * count;
   return {first < padded ? first : padded, first + count < padded ? first + count : padded};
 }
 
-// Passes: the products in the order in which they will be called for; pass() is the current one, `done` whether there is
-// none, next() goes on.
+// Passes: the matmuls in the order in which they will be called; pass() is the current one, `done` whether there is
+// none, next() moves on.
 template <typename Tile, typename Passes>
-class ClusterProducts {
+class ClusterMatmuls {
  public:
   using Storage = typename Tile::Storage;
 
-  TGDP_DEVICE ClusterProducts(const LayersLayout& layout, const Passes& passes)
+  TGDP_DEVICE ClusterMatmuls(const LayersLayout& layout, const Passes& passes)
       : stages_(shared_array<Storage>(layout.stages, static_cast<size_t>(kClusterStages) * kStageElements<Tile>)),
         passes_(passes) {
     for (int stage = 0; stage < kClusterStages - 1; ++stage) load(stage);
@@ -44,20 +44,20 @@ class ClusterProducts {
   TGDP_DEVICE Columns columns(int padded) const { return columns_in_cluster(padded, cluster_rank()); }
 
   template <bool kTransposed, typename LoadLeft, typename Left, typename Finish>
-  TGDP_DEVICE void product(const Matrix&, Columns own, int columns, int depth, const LoadLeft&, const Left& left,
+  TGDP_DEVICE void matmul(const Matrix&, Columns own, int columns, int depth, const LoadLeft&, const Left& left,
                            const Finish& finish) {
     const int parts = parts_of(depth), steps = panels_of(own) * parts, end = own.end < columns ? own.end : columns;
     Tile tile;
     int column = own.first, panel = 0, part = 0;
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<kClusterStages - 2>();
-      // Everybody's copies for this step are there, and nobody reads the stage of the last step any more.
+      // All threads' copies for this step have arrived, and none reads the stage of the last step any more.
       __syncthreads();
       load(stage_ == 0 ? kClusterStages - 1 : stage_ - 1);
-      const auto factor = left(part * Tile::kDepth, stage_);
-      // Not for columns that are not there.
+      const auto operand = left(part * Tile::kDepth, stage_);
+      // Not for columns that do not exist.
       if (column + Tile::first_column() < end) {
-        tile.template multiply<kTransposed>(factor.data, factor.pitch, stages_ + stage_ * kStageElements<Tile>);
+        tile.template multiply<kTransposed>(operand.data, operand.pitch, stages_ + stage_ * kStageElements<Tile>);
       }
       if (++stage_ == kClusterStages) stage_ = 0;
       if (++part == parts) {
@@ -71,10 +71,10 @@ class ClusterProducts {
     __syncthreads();
   }
 
-  // A warp writes to one block, four rows at a time in pieces of 16 bytes, so that the network between blocks carries whole
-  // lines of 128.
+  // A warp writes to one block, four rows at a time in pieces of 16 bytes, so that whole lines of 128 bytes go from
+  // block to block.
   TGDP_DEVICE void exchange(Shared<Storage> layer, int pitch, Columns own) const {
-    static_assert(kProductThreads == 32 * kClusterBlocks && Tile::kRows % 4 == 0);
+    static_assert(kMatmulThreads == 32 * kClusterBlocks && Tile::kRows % 4 == 0);
     constexpr int kPiece = 16 / sizeof(Storage);
     const int lane = static_cast<int>(threadIdx.x) % 32, rank = static_cast<int>(threadIdx.x) / 32;
     if (rank != cluster_rank()) {
@@ -89,7 +89,7 @@ class ClusterProducts {
   }
 
  private:
-  // Without any depth, one part of zeros; without columns, one panel of nothing.
+  // Without any depth, one part of zeros; without columns, one empty panel.
   static TGDP_DEVICE int parts_of(int depth) { return depth > 0 ? (depth + Tile::kDepth - 1) / Tile::kDepth : 1; }
   static TGDP_DEVICE int panels_of(Columns own) {
     return own.first < own.end ? (own.end - own.first + Tile::kPanel - 1) / Tile::kPanel : 1;
@@ -102,13 +102,7 @@ class ClusterProducts {
       const Shared<Storage> to = stages_ + stage * kStageElements<Tile>;
       const int column = pass.own.first + panel_ * Tile::kPanel, k = part_ * Tile::kDepth;
       const int end = pass.own.end < pass.columns ? pass.own.end : pass.columns;
-      if (pass.transposed) {
-        load_tile<Tile, typename Tile::template Layout<Tile::kPanel>, Tile::kDepth, Tile::kPanel>(to, pass.weight, k, column,
-                                                                                            pass.depth, end);
-      } else {
-        load_tile<Tile, typename Tile::template Layout<Tile::kDepth>, Tile::kPanel, Tile::kDepth>(to, pass.weight, column, k,
-                                                                                            end, pass.depth);
-      }
+      load_weights<Tile>(to, pass.weight, pass.transposed, k, column, pass.depth, end);
       if (++part_ == parts_of(pass.depth)) {
         part_ = 0;
         if (++panel_ == panels_of(pass.own)) {

@@ -1,4 +1,4 @@
-// What kernels and launchers need of the compiler and of the device: CUDA, or its emulation on the CPU in tests.
+// What kernels and launchers need of the compiler and the device: CUDA, or in tests its emulation on the CPU.
 #pragma once
 
 #include <stddef.h>
@@ -11,7 +11,7 @@
 
 namespace tgdp::cuda {
 
-// What of the current device decides how a kernel is launched.
+// The properties of the current device that decide how a kernel is launched.
 struct Limits {
   int sms, shared_per_block, shared_per_sm;
 };
@@ -41,7 +41,7 @@ TGDP_DEVICE Shared<To> shared_as(From* from) {
   return reinterpret_cast<To*>(from);
 }
 
-// Reads a constant where it stands in the source: otherwise it would be read once, and kept in registers.
+// Reads a constant where it is used: otherwise it would be read once, and kept in registers.
 TGDP_DEVICE float2 load_here(const float2* from) {
   float2 value;
   asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(__cvta_generic_to_global(from)));
@@ -67,7 +67,7 @@ TGDP_DEVICE float unpack_f16(uint16_t bits) {
 
 inline const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// More shared memory than this must be asked for.
+// Kernels must ask for more shared memory than this.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
@@ -93,8 +93,8 @@ struct ClusterLaunch {
   cudaLaunchConfig_t configuration{};
 };
 
-// Starts a kernel of blocks of `threads` threads, `cluster_size` of them in a cluster. Null, or what went wrong; the text
-// is good until the thread's next launch.
+// Starts a kernel with blocks of `threads` threads, `cluster_size` blocks in a cluster. Null, or an error, which is
+// valid until the thread's next launch.
 template <typename... Parameters, typename... Arguments>
 const char* launch_clusters(void (*kernel)(Parameters...), uint32_t cluster_size, uint32_t blocks, uint32_t threads,
                             size_t shared_bytes, void* stream, const Arguments&... arguments) {
@@ -107,8 +107,8 @@ const char* launch_clusters(void (*kernel)(Parameters...), uint32_t cluster_size
   return text_of(cudaLaunchKernelEx(&launch.configuration, kernel, arguments...));
 }
 
-// How many clusters of such a kernel the current device runs at once; 0 where it cannot, or where the kernel was compiled
-// for devices without clusters.
+// How many clusters of such a kernel the current device runs at once; 0 where it cannot, or where the kernel was
+// compiled for devices without clusters.
 template <typename... Parameters>
 int clusters_at_once(void (*kernel)(Parameters...), uint32_t cluster_size, uint32_t threads, size_t shared_bytes) {
   cudaFuncAttributes attributes{};
@@ -119,7 +119,7 @@ int clusters_at_once(void (*kernel)(Parameters...), uint32_t cluster_size, uint3
   if (error == cudaSuccess) error = allow_shared(kernel, shared_bytes);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.configuration);
   if (error == cudaSuccess) return count;
-  // Nobody else shall find the error.
+  // Clears the error.
   cudaGetLastError();
   return 0;
 }

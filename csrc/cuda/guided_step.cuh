@@ -2,11 +2,11 @@
 // tgdp_fast.ops.guided_step.guided_step_reference.
 //
 // For N elements of b bytes, e and g bytes per element of epsilon and gradient, H slots: N (b (3 + 2 H) + e + g) bytes
-// from and to memory, less what is not given; N (5 + (1 + H) (3 + 2 H)) FLOPs at most, and for noise about 25 integer
-// operations and 40 FLOPs per element. Bound by memory.
+// from and to memory, less inputs that are not given; N (5 + (1 + H) (3 + 2 H)) FLOPs at most, and for noise about 25
+// integer operations and 40 FLOPs per element. Bound by memory.
 //
-// A thread takes a chunk of kCount neighbouring elements of one sample: whole groups of four, which share their random
-// words, whatever the size of the samples. Chunks of whole and aligned vectors move as such, others element by element.
+// A thread takes a chunk of kCount adjacent elements of one sample: whole groups of four, which share their random
+// words, whatever the size of the samples. Whole and aligned chunks move as vectors, others element by element.
 #pragma once
 
 #include "../common/solver_step.h"
@@ -18,7 +18,7 @@ constexpr int kStepThreads = 256;
 // Of the kernel for any table; its arguments are limited to 4 KB.
 constexpr int kMostSlots = 16;
 
-// The step, but for history and matrix, which the host has in memory of its own. kSlots < 0: any number up to kMostSlots.
+// The step, with copies of the history and the matrix that it points to. kSlots < 0: any number up to kMostSlots.
 template <int kSlots>
 struct StepArguments {
   static constexpr int kRoom = kSlots < 0 ? kMostSlots : kSlots;
@@ -154,7 +154,7 @@ TGDP_DEVICE void chunk_noise(const NoiseCoordinates& noise, int64_t sample, int6
   }
 }
 
-// What the rows of the matrix multiply.
+// The values that the rows of the matrix multiply.
 template <int kSlots, int kCount>
 struct ChunkValues {
   static constexpr int kHeld = kSlots > 0 ? kSlots : 1;
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kStepThreads) guided_step_kernel(const __grid_
   for (int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; chunk < chunks; chunk += threads) {
     int64_t sample = 0;
     if (call.samples > 1) {
-      // A quotient of 32 bits takes a fraction of one of 64.
+      // A 32-bit division takes a fraction of the time of a 64-bit one.
       sample = chunks <= 0xffffffffll
                    ? static_cast<int64_t>(static_cast<uint32_t>(chunk) / static_cast<uint32_t>(call.chunks_per_sample))
                    : chunk / call.chunks_per_sample;

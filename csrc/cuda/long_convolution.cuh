@@ -1,19 +1,20 @@
 // A two-sided convolution as long as the signal, per channel, and GELU: reference twin
 // tgdp_fast.ops.long_convolution.long_convolution_reference.
 //
-// As in cpu/long_convolution.h: modulo X^M - i a real signal of L <= M positions takes one complex transform of M points,
-// with the weights exp(2 pi i n / (4 M)) part of its factors, and what wraps around ends in the imaginary part.
+// As in cpu/long_convolution.h: modulo X^M - i a real signal of L <= M positions takes one complex transform of M
+// points, whose factors include the weights exp(2 pi i n / (4 M)), and what wraps around goes to the imaginary part.
 //
-// For B samples, H channels, elements of b bytes and numbers of spectra of s bytes: 2 B H L b + 2 H M s bytes from and to
-// memory; about B H (8 M log2 M + 25 L) FLOPs. Bound by the instructions that can be issued, about 3,400 of a warp for
-// 1024 points in float32, before memory.
+// For B samples, H channels, elements of b bytes and numbers of spectra of s bytes: 2 B H L b + 2 H M s bytes from and
+// to memory; about B H (8 M log2 M + 25 L) FLOPs. Limited by instruction issue, about 3,400 per warp for 1024 points in
+// float32, before memory.
 //
-// M = R1 R2; a signal has R2 lanes of a warp, one or two signals a warp. A lane transforms the R1 positions
-// n1 R2 + lane, which makes every access of a warp to memory whole pieces of 64 bytes or more whatever the alignment;
-// then R1 / R2 rows of R2 points, each forward, times the spectrum of the filter, and back; then its positions again.
-// Between these, numbers pass through shared memory of the warp: no barrier of the block, two of the warp.
+// M = R1 R2; a signal has R2 lanes of a warp, one or two signals per warp. A lane transforms the R1 positions n1 R2 +
+// lane, so that every access of a warp to memory covers pieces of 64 bytes or more, whatever the alignment; then R1 /
+// R2 rows of R2 points, each forward, times the spectrum of the filter, and back; then its positions again. In between,
+// numbers pass through shared memory of the warp: no barrier of the block, two of the warp.
 #pragma once
 
+#include "../common/fourier.h"
 #include "../common/gelu.h"
 #include "../common/long_convolution_call.h"
 #include "device.cuh"
@@ -22,39 +23,10 @@
 namespace tgdp::cuda {
 
 constexpr int kConvolutionThreads = 128, kConvolutionWarps = kConvolutionThreads / 32;
-// Of a multiprocessor: 16 warps with 128 registers.
+// Per SM: 16 warps with 128 registers.
 constexpr int kConvolutionBlocks = 4;
 
-struct Complex {
-  float re, im;
-};
-
-TGDP_DEVICE Complex operator+(Complex x, Complex y) { return {x.re + y.re, x.im + y.im}; }
-TGDP_DEVICE Complex operator-(Complex x, Complex y) { return {x.re - y.re, x.im - y.im}; }
-
-// z w, or z conj(w) for inverse transforms.
-template <bool kInverse>
-TGDP_DEVICE Complex times(Complex z, float re, float im) {
-  if (kInverse) return {z.re * re + z.im * im, z.im * re - z.re * im};
-  return {z.re * re - z.im * im, z.im * re + z.re * im};
-}
-
-// -i z, or i z.
-template <bool kInverse>
-TGDP_DEVICE Complex quarter_turn(Complex z) {
-  if (kInverse) return {-z.im, z.re};
-  return {z.im, -z.re};
-}
-
-// Transforms in registers, in place, in natural order.
-template <bool kInverse>
-TGDP_DEVICE void transform4(Complex& z0, Complex& z1, Complex& z2, Complex& z3) {
-  const Complex s = z0 + z2, d = z0 - z2, t = z1 + z3, e = quarter_turn<kInverse>(z1 - z3);
-  z0 = s + t;
-  z1 = d + e;
-  z2 = s - t;
-  z3 = d - e;
-}
+using Complex = tgdp::Complex<float>;
 
 template <bool kInverse>
 TGDP_DEVICE void transform(Complex (&z)[4]) {
@@ -63,22 +35,7 @@ TGDP_DEVICE void transform(Complex (&z)[4]) {
 
 template <bool kInverse>
 TGDP_DEVICE void transform(Complex (&z)[8]) {
-  constexpr float kRoot = 0.707106781f;
-  transform4<kInverse>(z[0], z[2], z[4], z[6]);
-  transform4<kInverse>(z[1], z[3], z[5], z[7]);
-  const Complex even[4] = {z[0], z[2], z[4], z[6]}, odd[4] = {z[1], z[3], z[5], z[7]};
-  z[0] = even[0] + odd[0];
-  z[4] = even[0] - odd[0];
-  const Complex turned = quarter_turn<kInverse>(odd[2]);
-  z[2] = even[2] + turned;
-  z[6] = even[2] - turned;
-  // Eighths of a turn are sums times a root: in one operation with what follows.
-  const Complex first = odd[1] + quarter_turn<kInverse>(odd[1]);
-  z[1] = {even[1].re + kRoot * first.re, even[1].im + kRoot * first.im};
-  z[5] = {even[1].re - kRoot * first.re, even[1].im - kRoot * first.im};
-  const Complex third = quarter_turn<kInverse>(odd[3]) - odd[3];
-  z[3] = {even[3].re + kRoot * third.re, even[3].im + kRoot * third.im};
-  z[7] = {even[3].re - kRoot * third.re, even[3].im - kRoot * third.im};
+  transform8<kInverse>(z);
 }
 
 // Of 16 or 32 points: index a R / 4 + b, and a + 4 b of the result.
@@ -105,9 +62,6 @@ TGDP_DEVICE void transform(Complex (&z)[kPoints]) {
   }
 }
 
-constexpr float kCosine = 0.923879533f, kSine = 0.382683432f;  // of an eighth of a half turn
-constexpr float kDiagonal = 0.707106781f;
-
 // z[k] = sum_n x[n] exp(-2 pi i n (k - 1/4) / R) of real numbers.
 template <int kPoints>
 TGDP_DEVICE void shifted_transform(const float (&x)[kPoints], Complex (&z)[kPoints]) {
@@ -116,18 +70,13 @@ TGDP_DEVICE void shifted_transform(const float (&x)[kPoints], Complex (&z)[kPoin
   Complex part[4][kQuarter];
 #pragma unroll
   for (int b = 0; b < kQuarter; ++b) {
-    const float x0 = x[b], x1 = x[kQuarter + b], x2 = x[2 * kQuarter + b], x3 = x[3 * kQuarter + b];
-    const Complex e = {x0 + kDiagonal * x2, kDiagonal * x2}, f = {x0 - kDiagonal * x2, -kDiagonal * x2};
-    const Complex g = {kCosine * x1 + kSine * x3, kSine * x1 + kCosine * x3};
-    const Complex h = {kSine * x1 - kCosine * x3, kSine * x3 - kCosine * x1};  // -i times the difference
-    part[0][b] = e + g;
-    part[1][b] = f + h;
-    part[2][b] = e - g;
-    part[3][b] = f - h;
+    const float real[4] = {x[b], x[kQuarter + b], x[2 * kQuarter + b], x[3 * kQuarter + b]};
+    Complex quarter[4];
+    shifted_transform4(real, quarter);
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
       const int i = a * kQuarter + b;
-      if (b > 0) part[a][b] = times<false>(part[a][b], kRoots.re[i], kRoots.im[i]);
+      part[a][b] = b > 0 ? times<false>(quarter[a], kRoots.re[i], kRoots.im[i]) : quarter[a];
     }
   }
 #pragma unroll
@@ -157,12 +106,11 @@ TGDP_DEVICE void shifted_inverse(const Complex (&z)[kPoints], float (&y)[kPoints
   }
 #pragma unroll
   for (int b = 0; b < kQuarter; ++b) {
-    const Complex s = part[0][b] + part[2][b], d = part[0][b] - part[2][b];
-    const Complex t = part[1][b] + part[3][b], e = part[1][b] - part[3][b];
-    y[b] = s.re + t.re;
-    y[kQuarter + b] = kCosine * (d.re - e.im) + kSine * (d.im + e.re);
-    y[2 * kQuarter + b] = kDiagonal * ((s.re - t.re) + (s.im - t.im));
-    y[3 * kQuarter + b] = kSine * (d.re + e.im) + kCosine * (d.im - e.re);
+    const Complex quarter[4] = {part[0][b], part[1][b], part[2][b], part[3][b]};
+    float real[4];
+    shifted_inverse4(quarter, real);
+#pragma unroll
+    for (int a = 0; a < 4; ++a) y[a * kQuarter + b] = real[a];
   }
 }
 
@@ -198,12 +146,12 @@ TGDP_DEVICE typename Element::Storage narrowed(float value, bool saturate) {
   }
 }
 
-// In global memory: all warps read it, from the first-level cache.
+// In global memory: all warps read it, from the L1 cache.
 template <int kRows, int kColumns>
 __device__ const RootsBetween<float2, kRows, kColumns> kBetween = RootsBetween<float2, kRows, kColumns>::make();
 
-// Half a warp accesses its pairs of words at once: rows of R2 pairs and one more keep both rows and columns on banks of
-// their own.
+// Half a warp accesses its pairs of words at once: rows of R2 pairs and one more put both rows and columns on separate
+// banks.
 template <int kRows, int kColumns>
 struct ConvolutionShape {
   static constexpr int kPoints = kRows * kColumns;
@@ -223,8 +171,8 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
   const Shared<float2> shared =
       shared_array<float2>(sizeof(float2) * Shape::kSize * static_cast<size_t>(place), Shape::kSize);
 
-  // Lanes without a signal go along with zeros, for a warp meets as a whole. Samples of a channel are neighbours: their
-  // warps find its spectrum in the first-level cache.
+  // Lanes without a signal compute zeros, because barriers of a warp need all lanes. Samples of a channel are
+  // neighbors: their warps find its spectrum in the L1 cache.
   const uint32_t signal = blockIdx.x * kInBlock + static_cast<uint32_t>(place);
   const bool is_one = signal < signals;
   const auto batch = static_cast<uint32_t>(call.batch);
@@ -233,7 +181,8 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
 
   Complex z[kRows];
   {
-    const auto* u = static_cast<const typename Input::Storage*>(call.u) + sample * call.u_sample + channel * call.u_channel + lane;
+    const auto* sample_u = static_cast<const typename Input::Storage*>(call.u) + sample * call.u_sample;
+    const auto* u = sample_u + channel * call.u_channel + lane;
     float x[kRows];
 #pragma unroll
     for (int n1 = 0; n1 < kRows; ++n1) {
@@ -250,7 +199,7 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
   }
   __syncwarp();
 
-  // The lane's own rows: nobody else reads or writes them until the next barrier.
+  // The lane's own rows: no other reads or writes them until the next barrier.
   const auto* spectrum =
       static_cast<const typename Spectra::Pair*>(call.filters.spectra) + channel * Shape::kPoints + lane;
 #pragma unroll

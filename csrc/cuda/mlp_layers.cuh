@@ -1,10 +1,10 @@
-// The layers of a SiLU perceptron for a block of rows in shared memory, forward and back: what the kernels of
+// The layers of a SiLU MLP for a block of rows in shared memory, forward and backward: what the kernels of
 // mlp_value_and_grad.cuh and trajectory.cuh are made of.
 //
-// Shared memory holds two layers' activations, [kRows, widest] each, and three tiles of weights, which come from the
-// level-2 cache once per product. Slopes, silu' of all layers but the last, are in shared memory too where the plan has room
-// for them, else in global scratch memory, which stays in the level-2 cache; either way a thread reads only what it wrote
-// itself. For 16-bit elements they are float16: at most 1.1, and more exact than bfloat16.
+// Shared memory holds two layers' activations, [kRows, widest] each, and three tiles of weights, which come from the L2
+// cache once per matmul. Slopes, silu' of all layers but the last, are in shared memory too where the plan has room for
+// them, else in global scratch memory, which stays in the L2 cache; either way a thread reads only what it wrote
+// itself. For 16-bit elements they are float16: at most 1.1, and more accurate than bfloat16.
 #pragma once
 
 #include "../common/silu.h"
@@ -27,18 +27,18 @@ TGDP_FUNCTION int pitch_for(int widest) {
   return rounded_up(widest, Tile::kDepth) + Tile::kPadding;
 }
 
-// Columns of a layer that one of `blocks` blocks makes, which share the layer; whole pieces of 16 bytes.
+// Columns of a layer per block, when `blocks` blocks share it; whole pieces of 16 bytes.
 TGDP_FUNCTION int columns_of_block(int padded, int blocks) { return rounded_up((padded + blocks - 1) / blocks, 8); }
 
-// Byte offsets in shared memory, behind what a kernel keeps there itself; panels that a block makes of the widest layer,
-// and words of its slopes.
+// Byte offsets in shared memory, behind what a kernel keeps there itself; panels of the widest layer per block, and
+// words of its slopes.
 struct LayersLayout {
   size_t current, next, stages, slopes, bytes;
   int panels;
   size_t slope_words;
 };
 
-// least_next: bytes that the second layer's place has at least; blocks: that share a layer; stages: of weights.
+// least_next: minimum bytes for the second layer; blocks: that share a layer; stages: of weights.
 template <typename Tile>
 TGDP_FUNCTION LayersLayout layers_layout(size_t own_bytes, size_t least_next, int layers, int pitch, bool with_slopes,
                                          int blocks = 1, int stages = kStages) {
@@ -50,12 +50,12 @@ TGDP_FUNCTION LayersLayout layers_layout(size_t own_bytes, size_t least_next, in
   layout.stages = layout.next + (activations > least_next ? activations : least_next);
   layout.slopes = layout.stages + static_cast<size_t>(stages) * kStageElements<Tile> * kSize;
   layout.panels = (columns_of_block(pitch - Tile::kPadding, blocks) + Tile::kPanel - 1) / Tile::kPanel;
-  layout.slope_words = static_cast<size_t>(layers > 1 ? layers - 1 : 0) * layout.panels * Tile::kHeld * kProductThreads;
+  layout.slope_words = static_cast<size_t>(layers > 1 ? layers - 1 : 0) * layout.panels * Tile::kHeld * kMatmulThreads;
   layout.bytes = layout.slopes + (with_slopes ? layout.slope_words * sizeof(uint32_t) : 0);
   return layout;
 }
 
-// The rough sigmoid is enough for what is rounded to bfloat16.
+// The rough sigmoid is enough for numbers that are rounded to bfloat16.
 template <typename Element>
 TGDP_DEVICE float sigmoid_for(float z) {
   if constexpr (Element::kDtype == Dtype::bf16) {
@@ -73,45 +73,45 @@ TGDP_DEVICE void slopes_of(uint32_t word, float (&slopes)[2]) {
 }
 TGDP_DEVICE void slopes_of(uint32_t word, float (&slopes)[1]) { slopes[0] = bit_cast<float>(word); }
 
-// A vector's entry; zero past its end.
+// An entry of a vector; zero past its end.
 template <typename Element>
 TGDP_DEVICE float entry(const void* vector, int index, int count) {
   return index < count ? Element::to_float(static_cast<const typename Element::Storage*>(vector)[index]) : 0.0f;
 }
 
-// Columns [first, end) of a product.
+// Columns [first, end) of a matmul.
 struct Columns {
   int first, end;
 };
 
-// Products of a block that makes all columns of its layers, one after the other.
+// Matmuls of a block that computes all columns of its layers, one after the other.
 template <typename Tile>
-class BlockProducts {
+class BlockMatmuls {
  public:
   using Storage = typename Tile::Storage;
 
-  TGDP_DEVICE explicit BlockProducts(const LayersLayout& layout)
+  TGDP_DEVICE explicit BlockMatmuls(const LayersLayout& layout)
       : stages_(shared_array<Storage>(layout.stages, static_cast<size_t>(kStages) * kStageElements<Tile>)) {}
 
-  // Of a layer with `padded` columns, those that this block makes.
+  // Of the `padded` columns of a layer, those of this block.
   TGDP_DEVICE Columns columns(int padded) const { return {0, padded}; }
 
-  // As product() for columns `own` of `columns`.
+  // As tile_matmul() for columns `own` of `columns`.
   template <bool kTransposed, typename LoadLeft, typename Left, typename Finish>
-  TGDP_DEVICE void product(const Matrix& weight, Columns, int columns, int depth, const LoadLeft& load_left,
+  TGDP_DEVICE void matmul(const Matrix& weight, Columns, int columns, int depth, const LoadLeft& load_left,
                            const Left& left, const Finish& finish) {
-    cuda::product<Tile, kTransposed>(weight, columns, depth, stages_, load_left, left, finish);
+    cuda::tile_matmul<Tile, kTransposed>(weight, columns, depth, stages_, load_left, left, finish);
   }
 
-  // Whoever makes other columns gets those of this block, and it theirs.
+  // Blocks that share a layer give each other their columns.
   TGDP_DEVICE void exchange(Shared<Storage>, int, Columns) const {}
 
  private:
   Shared<Storage> stages_;
 };
 
-// Products: BlockProducts, or the like for blocks that share their layers.
-template <typename Tile, typename Products = BlockProducts<Tile>>
+// Matmuls: BlockMatmuls, or the counterpart for blocks that share their layers.
+template <typename Tile, typename Matmuls = BlockMatmuls<Tile>>
 class Layers {
  public:
   using Element = typename Tile::Element;
@@ -119,8 +119,8 @@ class Layers {
   static constexpr int kAdjacent = Tile::kAdjacent;
 
   // scratch: slopes of a block after those of another; null: they are in shared memory.
-  TGDP_DEVICE Layers(const LayersLayout& layout, int pitch, uint32_t* scratch, const Products& products)
-      : products_(products), pitch_(pitch), panels_(layout.panels) {
+  TGDP_DEVICE Layers(const LayersLayout& layout, int pitch, uint32_t* scratch, const Matmuls& matmuls)
+      : matmuls_(matmuls), pitch_(pitch), panels_(layout.panels) {
     const size_t activations = static_cast<size_t>(Tile::kRows) * pitch;
     current_ = shared_array<Storage>(layout.current, activations);
     next_ = shared_array<Storage>(layout.next, activations);
@@ -131,18 +131,18 @@ class Layers {
     }
   }
 
-  // A place for the inputs, [kRows, inputs] with zeros up to a multiple of kDepth, and their row stride.
+  // Memory for the inputs, [kRows, inputs] with zeros up to a multiple of kDepth, and their row stride.
   TGDP_DEVICE Shared<Storage> inputs() const { return current_; }
   TGDP_DEVICE int pitch() const { return pitch_; }
 
-  // Layer 0 from a left factor that load_left and left give as to product().
+  // Layer 0 from a left operand, given by load_left and left as to tile_matmul().
   //
-  // For this and all others, activate(row, column, row among those held, place of slopes, z, out) makes activations of
-  // pre-activations, kAdjacent columns from `column` on; columns past the width have z = 0. The first layer's bias is
-  // first_bias(row, column), zero past the width.
+  // For this and all other layers, activate(row, column, row among those held, place of slopes, z, out) computes
+  // activations from pre-activations, kAdjacent columns from `column` on; columns past the width have z = 0. The first
+  // layer's bias is first_bias(row, column), zero past the width.
   template <typename LoadLeft, typename Left, typename FirstBias, typename Activate>
-  TGDP_DEVICE void first(const Network& network, const LoadLeft& load_left, const Left& left, const FirstBias& first_bias,
-                         const Activate& activate) {
+  TGDP_DEVICE void first(const Network& network, const LoadLeft& load_left, const Left& left,
+                         const FirstBias& first_bias, const Activate& activate) {
     forward(network, 0, network.inputs, load_left, left, current_, first_bias, activate);
   }
 
@@ -163,10 +163,10 @@ class Layers {
     swap();
   }
 
-  // The head: finish(row, column, products) for columns up to a multiple of kPanel, without bias.
+  // The head: finish(row, column, values) for columns up to a multiple of kPanel, without bias.
   template <typename Finish>
   TGDP_DEVICE void head(const Network& network, int outputs, const Finish& finish) {
-    products_.template product<false>(
+    matmuls_.template matmul<false>(
         network.weights[network.layers], {0, outputs}, outputs, network.widths[network.layers - 1], Nothing{},
         Activations{current_, pitch_}, [&](int first_column, int, Tile& tile) {
           tile.each([&](int row, int column, int, int, const float(&values)[kAdjacent]) {
@@ -176,10 +176,10 @@ class Layers {
   }
 
   // From delta of a layer > 0, which activate() has left, to that of the layer below.
-  TGDP_DEVICE void down(const Network& network, int layer) {
+  TGDP_DEVICE void backward(const Network& network, int layer) {
     const int width = network.widths[layer - 1];
-    const Columns own = products_.columns(rounded_up(width, Tile::kDepth));
-    products_.template product<true>(
+    const Columns own = matmuls_.columns(rounded_up(width, Tile::kDepth));
+    matmuls_.template matmul<true>(
         network.weights[layer], own, width, network.widths[layer], Nothing{}, Activations{current_, pitch_},
         [&](int first_column, int panel, Tile& tile) {
           tile.each([&](int row, int column, int, int number, const float(&values)[kAdjacent]) {
@@ -192,14 +192,14 @@ class Layers {
             Tile::store(next_ + (row * pitch_ + column), delta);
           });
         });
-    products_.exchange(next_, pitch_, own);
+    matmuls_.exchange(next_, pitch_, own);
     swap();
   }
 
   // From delta of layer 0 to the gradient: finish(row, column, values) for columns up to a multiple of kPanel.
   template <typename Finish>
   TGDP_DEVICE void gradient(const Network& network, const Finish& finish) {
-    products_.template product<true>(
+    matmuls_.template matmul<true>(
         network.weights[0], {0, network.inputs}, network.inputs, network.widths[0], Nothing{},
         Activations{current_, pitch_}, [&](int first_column, int, Tile& tile) {
           tile.each([&](int row, int column, int, int, const float(&values)[kAdjacent]) {
@@ -224,7 +224,7 @@ class Layers {
   struct Activations {
     Shared<Storage> data;
     int pitch;
-    TGDP_DEVICE LeftFactor<Storage> operator()(int k, int) const { return {data + k, pitch}; }
+    TGDP_DEVICE LeftOperand<Storage> operator()(int k, int) const { return {data + k, pitch}; }
   };
 
   TGDP_DEVICE void swap() {
@@ -233,9 +233,9 @@ class Layers {
     next_ = other;
   }
 
-  // A thread's own words lie kProductThreads apart.
+  // A thread's own words lie kMatmulThreads apart.
   TGDP_DEVICE int64_t slope_place(int layer, int panel, int number) const {
-    return (static_cast<int64_t>(layer * panels_ + panel) * Tile::kHeld + number) * kProductThreads + threadIdx.x;
+    return (static_cast<int64_t>(layer * panels_ + panel) * Tile::kHeld + number) * kMatmulThreads + threadIdx.x;
   }
   TGDP_DEVICE uint32_t kept_slopes(int64_t place) {
     return scratch_ == nullptr ? static_cast<uint32_t>(shared_slopes_[place]) : scratch_[place];
@@ -245,23 +245,23 @@ class Layers {
   TGDP_DEVICE void forward(const Network& network, int layer, int depth, const LoadLeft& load_left, const Left& left,
                            Shared<Storage> to, const Bias& bias, const Activate& activate) {
     const int width = network.widths[layer];
-    const Columns own = products_.columns(rounded_up(width, Tile::kDepth));
-    products_.template product<false>(
+    const Columns own = matmuls_.columns(rounded_up(width, Tile::kDepth));
+    matmuls_.template matmul<false>(
         network.weights[layer], own, width, depth, load_left, left, [&](int first_column, int panel, Tile& tile) {
-          tile.each([&](int row, int column, int held, int number, const float(&products)[kAdjacent]) {
+          tile.each([&](int row, int column, int held, int number, const float(&sums)[kAdjacent]) {
             column += first_column;
             if (column >= own.end) return;
             float z[kAdjacent], out[kAdjacent];
 #pragma unroll
-            for (int i = 0; i < kAdjacent; ++i) z[i] = products[i] + bias(row, column + i);
+            for (int i = 0; i < kAdjacent; ++i) z[i] = sums[i] + bias(row, column + i);
             activate(row, column, held, slope_place(layer, panel, number), z, out);
             Tile::store(to + (row * pitch_ + column), out);
           });
         });
-    products_.exchange(to, pitch_, own);
+    matmuls_.exchange(to, pitch_, own);
   }
 
-  Products products_;
+  Matmuls matmuls_;
   int pitch_, panels_;
   Shared<Storage> current_, next_;
   Shared<uint32_t> shared_slopes_{};

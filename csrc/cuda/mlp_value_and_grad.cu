@@ -22,7 +22,7 @@ const char* run(const MlpValueAndGradCall& call, const RowPlan& plan, void* stre
   arguments.value = call.value;
   arguments.gradient = call.gradient;
   arguments.scratch = plan.scratch_bytes > 0 ? static_cast<uint32_t*>(call.scratch) : nullptr;
-  return launch(&mlp_value_and_grad_kernel<Tile>, static_cast<uint32_t>(plan.blocks), kProductThreads,
+  return launch(&mlp_value_and_grad_kernel<Tile>, static_cast<uint32_t>(plan.blocks), kMatmulThreads,
                 static_cast<size_t>(plan.shared_bytes), stream, arguments);
 }
 
@@ -49,8 +49,8 @@ const char* with_tile(const MlpValueAndGradCall& call, const Body& body) {
     result.least_next = kPartsOfXBytes<Tile>;
     return result;
   };
-  return with_cheapest(call.dtype, "mlp_value_and_grad: the layers are too wide for the shared memory of this device", with_own,
-                       body);
+  return with_cheapest(call.dtype, "mlp_value_and_grad: the layers are too wide for the shared memory of this device",
+                       with_own, body);
 }
 
 }  // namespace

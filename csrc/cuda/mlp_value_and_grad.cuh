@@ -1,13 +1,13 @@
-// Value and input gradient of a SiLU perceptron with one output, all layers forward and back for a block of rows: reference
-// twin tgdp_fast.ops.mlp_value_and_grad.mlp_value_and_grad_reference.
+// Value and input gradient of a SiLU MLP with one output, all layers forward and backward for a block of rows:
+// reference twin tgdp_fast.ops.mlp_value_and_grad.mlp_value_and_grad_reference.
 //
-// With P weights of b bytes, D inputs, widths H_l and N rows: 4 N P FLOPs in products, about 30 N sum(H_l) for
-// activations; from and to memory b N (2 D + 1) bytes, the weights once, and what is kept. The weights come from the
-// level-2 cache twice per block of kRows rows, so there are 2 kRows / b FLOPs per byte of that traffic.
+// With P weights of b bytes, D inputs, widths H_l and N rows: 4 N P FLOPs in matmuls, about 30 N sum(H_l) for
+// activations; from and to memory b N (2 D + 1) bytes, the weights once, and what is kept. The weights come from the L2
+// cache twice per block of kRows rows, so there are 2 kRows / b FLOPs per byte of that traffic.
 //
 // At width 512 a block has 158 KB of shared memory for 64 rows of 16-bit or 32 rows of float32 elements (sm_80, sm_90,
-// sm_100), and 92 KB for half as many rows (sm_86). Slopes are in shared memory while two blocks fit on a multiprocessor (up
-// to four layers of width 128 on sm_90).
+// sm_100), and 92 KB for half as many rows (sm_86). Slopes are in shared memory while two blocks fit on an SM (up to
+// four layers of width 128 on sm_90).
 #pragma once
 
 #include "mlp_layers.cuh"
@@ -36,7 +36,8 @@ TGDP_DEVICE void store_one(typename Element::Storage* to, float value) {
 
 // Columns [column, column + kAdjacent) of a row in global memory, those below `columns`.
 template <typename Tile>
-TGDP_DEVICE void store_row(typename Tile::Storage* row, int column, int columns, const float (&values)[Tile::kAdjacent]) {
+TGDP_DEVICE void store_row(typename Tile::Storage* row, int column, int columns,
+                           const float (&values)[Tile::kAdjacent]) {
   if constexpr (Tile::kAdjacent == 2) {
     if (column + 1 < columns && reinterpret_cast<uintptr_t>(row + column) % 4 == 0) {
       *reinterpret_cast<uint32_t*>(row + column) = Tile::pack(values);
@@ -49,11 +50,12 @@ TGDP_DEVICE void store_row(typename Tile::Storage* row, int column, int columns,
   }
 }
 
-// Blocks that a multiprocessor has registers for.
+// Blocks that an SM has registers for.
 template <typename Tile>
 constexpr int kMlpResident = sizeof(typename Tile::Storage) == 2 && Tile::kRows > 64 ? 1 : 2;
 
-// What a block keeps in shared memory: parts of f of its rows. Parts of x are where the second layer's activations will be.
+// What a block keeps in shared memory: parts of f of its rows. Parts of x are where the second layer's activations will
+// be.
 template <typename Tile>
 constexpr size_t kMlpOwnBytes = Tile::kColumnWarps * Tile::kRows * sizeof(float);
 template <typename Tile>
@@ -69,7 +71,7 @@ class MlpBlock {
   static constexpr int kAdjacent = Tile::kAdjacent;
 
   TGDP_DEVICE MlpBlock(const MlpArguments& call, const LayersLayout& layout)
-      : call_(call), layers_(layout, call.pitch, call.scratch, BlockProducts<Tile>(layout)) {
+      : call_(call), layers_(layout, call.pitch, call.scratch, BlockMatmuls<Tile>(layout)) {
     sums_ = shared_array<float>(0, Tile::kColumnWarps * Tile::kRows);
     parts_of_x_ = shared_array<Storage>(layout.next, static_cast<size_t>(kStages) * kPartOfX<Tile>);
   }
@@ -82,7 +84,7 @@ class MlpBlock {
     const Network& network = call_.network;
     for (int layer = 0; layer < network.layers; ++layer) forward(layer, sums);
     write_values(sums);
-    for (int layer = network.layers - 1; layer > 0; --layer) layers_.down(network, layer);
+    for (int layer = network.layers - 1; layer > 0; --layer) layers_.backward(network, layer);
     layers_.gradient(network, [&](int row, int column, const float(&values)[kAdjacent]) {
       if (first_row_ + row >= call_.batch) return;
       auto* to = static_cast<Storage*>(call_.gradient) + (first_row_ + row) * network.inputs;
@@ -126,7 +128,7 @@ class MlpBlock {
               parts_of_x_ + stage * kPartOfX<Tile>, call_.x, first_row_, k, call_.batch, network.inputs);
         },
         [&](int, int stage) {
-          return LeftFactor<Storage>{parts_of_x_ + stage * kPartOfX<Tile>, Tile::kDepth + Tile::kPadding};
+          return LeftOperand<Storage>{parts_of_x_ + stage * kPartOfX<Tile>, Tile::kDepth + Tile::kPadding};
         },
         [&](int row, int column) {
           if (first_row_ + row >= call_.batch) return 0.0f;
@@ -142,7 +144,9 @@ class MlpBlock {
 #pragma unroll
     for (int held = 0; held < Tile::kHeldRows; ++held) {
 #pragma unroll
-      for (int bits = 1; bits < Tile::kLanesOfRow; bits *= 2) sums[held] += __shfl_xor_sync(0xffffffffu, sums[held], bits);
+      for (int bits = 1; bits < Tile::kLanesOfRow; bits *= 2) {
+        sums[held] += __shfl_xor_sync(0xffffffffu, sums[held], bits);
+      }
       if (lane % Tile::kLanesOfRow == 0) sums_[Tile::column_warp() * Tile::kRows + Tile::row_of(held)] = sums[held];
     }
     __syncthreads();
@@ -163,10 +167,10 @@ class MlpBlock {
 };
 
 template <typename Tile>
-__global__ void __launch_bounds__(kProductThreads, kMlpResident<Tile>)
+__global__ void __launch_bounds__(kMatmulThreads, kMlpResident<Tile>)
     mlp_value_and_grad_kernel(const __grid_constant__ MlpArguments call) {
-  const LayersLayout layout = layers_layout<Tile>(kMlpOwnBytes<Tile>, kPartsOfXBytes<Tile>, call.network.layers, call.pitch,
-                                                  call.scratch == nullptr);
+  const LayersLayout layout = layers_layout<Tile>(kMlpOwnBytes<Tile>, kPartsOfXBytes<Tile>, call.network.layers,
+                                                  call.pitch, call.scratch == nullptr);
   MlpBlock<Tile> block(call, layout);
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows; row < call.batch;
        row += static_cast<int64_t>(gridDim.x) * Tile::kRows) {

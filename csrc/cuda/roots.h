@@ -1,4 +1,4 @@
-// Roots of unity for transforms in registers, computed by the compiler in double.
+// Roots of unity for transforms in registers, computed at compile time in double.
 #pragma once
 
 #include "../common/portable.h"
@@ -11,7 +11,7 @@ struct DoubleComplex {
 
 // exp(-2 pi i numerator / denominator).
 TGDP_FUNCTION constexpr DoubleComplex unit_root(int numerator, int denominator) {
-  // The series for at most an eighth of a turn, and three squares.
+  // The Taylor series of an eighth of the angle, squared three times.
   const int rest = (numerator % denominator + denominator) % denominator;
   const double angle = -6.283185307179586476925 * rest / denominator / 8.0;
   double re = 1.0, im = 0.0, term = 1.0;
@@ -32,7 +32,7 @@ TGDP_FUNCTION constexpr DoubleComplex unit_root(int numerator, int denominator) 
   return {re, im};
 }
 
-// For transforms of kPoints = 4 Q points in a thread; compilers make immediate operands of them.
+// For transforms of kPoints = 4 Q points in a thread; they become immediate operands.
 template <int kPoints>
 struct Roots {
   float re[kPoints], im[kPoints];

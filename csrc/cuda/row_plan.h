@@ -1,4 +1,4 @@
-// How kernels of mlp_layers.cuh cut a batch into blocks of rows, and which tile they take.
+// How kernels of mlp_layers.cuh divide a batch into blocks of rows, and which tile they use.
 #pragma once
 
 #include <type_traits>
@@ -27,18 +27,18 @@ struct RowPlan : LaunchPlan {
   int64_t cost = 0;  // time, in a unit of its own
 };
 
-// What of a kernel decides its plan.
+// The properties of a kernel that decide its plan.
 struct RowDemand {
   int64_t batch = 0;
-  int widest = 0;       // of what its activations hold
+  int widest = 0;       // of the rows that its activations hold
   int slope_layers = 0;  // layers of the network that is differentiated
   size_t own_bytes = 0, least_next = 0;
-  int resident = 1;  // blocks that a multiprocessor has registers for
+  int resident = 1;  // blocks that an SM has registers for
 };
 
 template <typename Tile>
 RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
-  // What the system takes of a multiprocessor's memory for every block.
+  // Shared memory of an SM that the system takes for every block.
   constexpr int64_t kReserved = 1024;
   RowPlan plan;
   plan.pitch = pitch_for<Tile>(demand.widest);
@@ -62,8 +62,8 @@ RowPlan plan_rows(const RowDemand& demand, const Limits& limits) {
   if (!slopes_in_shared) {
     plan.scratch_bytes = plan.blocks * static_cast<int64_t>(layout(false).slope_words * sizeof(uint32_t));
   }
-  // A block takes as long as its products, and as the weights to come: about that of kRowsOfWeights more rows. Blocks
-  // share a multiprocessor's time.
+  // A block takes as long as its matmuls and as the arrival of the weights, about that of kRowsOfWeights more rows.
+  // Blocks share the time of an SM.
   constexpr int64_t kRowsOfWeights = 48;
   const int64_t waves = (needed + at_once - 1) / at_once;
   const int64_t sharing = (plan.blocks + limits.sms - 1) / limits.sms;
@@ -87,8 +87,8 @@ bool with_cheapest_of(const Plan& plan, const Body& body) {
   return best >= 0;
 }
 
-// Calls body(tile, plan) with the cheapest tile of the dtype that fits on the current device; demand(tile) is a RowDemand.
-// What body answers, or `too_wide` where none fits.
+// Calls body(tile, plan) with the cheapest tile of the dtype that fits on the current device; demand(tile) is a
+// RowDemand. What body answers, or `too_wide` where none fits.
 template <typename Demand, typename Body>
 const char* with_cheapest(Dtype dtype, const char* too_wide, const Demand& demand, const Body& body) {
   Limits limits{};
@@ -98,18 +98,13 @@ const char* with_cheapest(Dtype dtype, const char* too_wide, const Demand& deman
   };
   const char* error = nullptr;
   const auto keep_error = [&](auto* tile, const RowPlan& plan) { error = body(tile, plan); };
-  bool fits = false;
-  if (dtype == Dtype::bf16) {
-    using Element = Bf16;
-    fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96, 256>>(
-        plan, keep_error);
-  } else if (dtype == Dtype::f16) {
-    using Element = F16;
-    fits = with_cheapest_of<TensorCoreTile<Element, 32>, TensorCoreTile<Element, 64>, TensorCoreTile<Element, 96, 256>>(
-        plan, keep_error);
-  } else {
-    fits = with_cheapest_of<FloatTile<16>, FloatTile<32>>(plan, keep_error);
-  }
+  const auto for_tensor_cores = [&](auto element) {
+    using E = decltype(element);
+    return with_cheapest_of<TensorCoreTile<E, 32>, TensorCoreTile<E, 64>, TensorCoreTile<E, 96, 256>>(plan, keep_error);
+  };
+  const bool fits = dtype == Dtype::bf16  ? for_tensor_cores(Bf16{})
+                    : dtype == Dtype::f16 ? for_tensor_cores(F16{})
+                                          : with_cheapest_of<FloatTile<16>, FloatTile<32>>(plan, keep_error);
   return fits ? error : too_wide;
 }
 

@@ -1,4 +1,5 @@
-// Matmuls of tensor cores, their loads from shared memory, and asynchronous copies to it, for sm_80 and newer: inline PTX.
+// Matmuls of tensor cores, their loads from shared memory, and asynchronous copies to it, for sm_80 and newer: inline
+// PTX.
 #pragma once
 
 #include "device.cuh"
@@ -12,23 +13,21 @@ namespace tgdp::cuda {
 //   a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);  b: (2t, g), (2t + 8, g);  d: (g, 2t), (g + 8, 2t)
 template <typename Element>
 TGDP_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#define TGDP_MMA(type)                                                                                    \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                     \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                     \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (Element::kDtype == Dtype::bf16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    TGDP_MMA("bf16");
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    TGDP_MMA("f16");
   }
+#undef TGDP_MMA
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane 8 m + r names the first element of row r of matrix m. Word m of a lane is
-// elements (lane / 4, 2 (lane % 4)) and the next of matrix m, or of its transpose.
+// Four 8 x 8 matrices of 16-bit elements; lane 8 m + r names the first element of row r of matrix m. Word m of a lane
+// is elements (lane / 4, 2 (lane % 4)) and the next of matrix m, or of its transpose.
 template <bool kTransposed>
 TGDP_DEVICE void load_matrices(uint32_t (&words)[4], Shared<uint16_t> row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));

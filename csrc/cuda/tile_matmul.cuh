@@ -1,7 +1,7 @@
-// Products of a block of rows in shared memory with a matrix that is streamed from global memory tile by tile.
+// Matmuls of a block of rows in shared memory with a matrix that is streamed from global memory tile by tile.
 //
-// A block of 256 threads computes panels of Tile::kPanel columns. Tiles arrive by asynchronous copies two steps ahead, with one
-// barrier a step. What happens to a finished panel is up to the caller.
+// A block of 256 threads computes panels of Tile::kPanel columns. Tiles arrive by asynchronous copies two steps ahead,
+// with one barrier per step. The caller says what happens to a finished panel.
 #pragma once
 
 #include "../common/portable.h"
@@ -10,11 +10,11 @@
 
 namespace tgdp::cuda {
 
-constexpr int kProductThreads = 256;
+constexpr int kMatmulThreads = 256;
 constexpr int kStages = 3;
-constexpr int kLongSum = 512;  // products
+constexpr int kLongSum = 512;  // terms
 
-// A matrix in global memory; its rows are in one piece.
+// A matrix in global memory with contiguous rows.
 struct Matrix {
   const void* data;
   int64_t stride;  // elements between rows; 0 repeats one row
@@ -22,22 +22,21 @@ struct Matrix {
 
 TGDP_FUNCTION int rounded_up(int value, int step) { return (value + step - 1) / step * step; }
 
-// Where the elements of a tile lie whose rows have kColumns: with padding after each row, so that rows start in different
-// banks,
+// The layout of a tile whose rows have kColumns: with padding after each row, so that rows start in different banks,
 template <int kColumns, int kPadding>
 struct PaddedTile {
   static constexpr int kPitch = kColumns + kPadding;
   static TGDP_FUNCTION int at(int row, int column) { return row * kPitch + column; }
 };
 
-// or without, the 16-byte pieces of eight rows in changed places: then pieces of one column, and those of one row, are in
-// different banks.
+// or without padding, the 16-byte pieces of eight rows swizzled, so that both the pieces of one column and those of one
+// row are in different banks.
 template <typename Storage, int kColumns>
 struct SwizzledTile {
   static constexpr int kPitch = kColumns;
   static constexpr int kPiece = 16 / sizeof(Storage);
   static constexpr int kPieces = kColumns / kPiece;
-  // Rows that fill all banks together.
+  // Rows that together fill all banks.
   static constexpr int kRowsOfBanks = kPieces < 8 ? 8 / kPieces : 1;
   static_assert(kPieces >= 2 && (kPieces & (kPieces - 1)) == 0);
   static TGDP_FUNCTION int at(int row, int column) {
@@ -46,10 +45,10 @@ struct SwizzledTile {
   }
 };
 
-// The part of a panel that a thread holds: `kRows` rows, products of 16-bit elements on tensor cores. Eight warps stand two
-// by four; where there are rows for four only, the others just copy. The wider the panel, the fewer bytes of shared memory
-// for a product: of two by four warps, one reads (kRows / 2 + kPanel / 4) kDepth elements for kRows kPanel kDepth / 8
-// products.
+// The part of a panel that a thread holds: `kRows` rows of a matmul of 16-bit elements on tensor cores. Eight warps are
+// arranged two by four; where there are only rows for four, the others just copy. The wider the panel, the fewer bytes
+// of shared memory are read per multiplication: one of two by four warps reads (kRows / 2 + kPanel / 4) kDepth elements
+// for kRows kPanel kDepth / 8 multiplications.
 template <typename Element_, int kRows_, int kPanel_ = 128, int kTileBytes = 8192>
 class TensorCoreTile {
  public:
@@ -58,7 +57,7 @@ class TensorCoreTile {
   static constexpr int kRows = kRows_;
   static constexpr int kPanel = kPanel_;
   static constexpr int kDepth = kTileBytes / 2 / kPanel;  // of a tile
-  static constexpr int kPadding = 8;  // of left factors: 16 bytes, so that eight rows lie in different banks
+  static constexpr int kPadding = 8;  // of left operands: 16 bytes, so that eight rows lie in different banks
   template <int kColumns>
   using Layout = SwizzledTile<uint16_t, kColumns>;  // of tiles
   static constexpr int kAdjacent = 2;  // columns that a thread holds together
@@ -145,7 +144,9 @@ class TensorCoreTile {
   static TGDP_DEVICE int first_column() { return column_warp() * (kPanel / kColumnWarps); }
 
   static TGDP_DEVICE uint32_t pack(const float (&values)[2]) { return Element::pack(values[0], values[1]); }
-  static TGDP_DEVICE void store(Shared<uint16_t> to, const float (&values)[2]) { *shared_as<uint32_t>(to) = pack(values); }
+  static TGDP_DEVICE void store(Shared<uint16_t> to, const float (&values)[2]) {
+    *shared_as<uint32_t>(to) = pack(values);
+  }
 
  private:
   // Whether the warp holds any.
@@ -159,9 +160,9 @@ class TensorCoreTile {
   float sums_[kRowTiles][kColumnTiles][4];
 };
 
-// The same in float32 with plain fused multiply-adds: every warp takes kRows / 8 rows, every lane kPanel / 32 columns of
-// them. In long sums four products are added up before they are added to the rest: the error grows with the square root of
-// the number of additions to one sum.
+// The same in float32 with plain fused multiply-adds: every warp takes kRows / 8 rows, every lane kPanel / 32 columns
+// of them. In long sums four terms are added up before they are added to the rest: the error grows with the square root
+// of the number of additions to one sum.
 template <int kRows_, int kPanel_ = 128, int kDepth_ = 16>
 class FloatTile {
  public:
@@ -259,14 +260,12 @@ class FloatTile {
 };
 
 // Elements of a stage: a tile of either orientation.
-template <typename Tile>
-constexpr int kStageElements =
-    Tile::kPanel * Tile::template Layout<Tile::kDepth>::kPitch > Tile::kDepth * Tile::template Layout<Tile::kPanel>::kPitch
-        ? Tile::kPanel * Tile::template Layout<Tile::kDepth>::kPitch
-        : Tile::kDepth * Tile::template Layout<Tile::kPanel>::kPitch;
+template <typename Tile, int kByDepth = Tile::kPanel * Tile::template Layout<Tile::kDepth>::kPitch,
+          int kByColumn = Tile::kDepth * Tile::template Layout<Tile::kPanel>::kPitch>
+constexpr int kStageElements = kByDepth > kByColumn ? kByDepth : kByColumn;
 
-// Copies rows [row, row + kTileRows) and columns [column, column + kTileColumns) of a matrix [rows, columns] to where
-// Layout has them; zeros outside of the matrix. The caller commits the copies.
+// Copies rows [row, row + kTileRows) and columns [column, column + kTileColumns) of a matrix [rows, columns] into a
+// Layout; zeros outside of the matrix. The caller commits the copies.
 template <typename Tile, typename Layout, int kTileRows, int kTileColumns>
 TGDP_DEVICE void load_tile(Shared<typename Tile::Storage> to, const Matrix& from, int64_t row, int64_t column,
                            int64_t rows, int64_t columns) {
@@ -276,7 +275,7 @@ TGDP_DEVICE void load_tile(Shared<typename Tile::Storage> to, const Matrix& from
   const auto* data = static_cast<const Storage*>(from.data);
   const bool whole = reinterpret_cast<uintptr_t>(data) % 16 == 0 && from.stride % kPart == 0;
 #pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kParts; i += kProductThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kParts; i += kMatmulThreads) {
     const int tile_row = i / kParts, tile_column = i % kParts * kPart;
     const int64_t left = row + tile_row < rows ? columns - (column + tile_column) : 0;
     const int count = left < 0 ? 0 : left < kPart ? static_cast<int>(left) : kPart;
@@ -295,13 +294,26 @@ TGDP_DEVICE void load_tile(Shared<typename Tile::Storage> to, const Matrix& from
   }
 }
 
-// result [kRows, columns] = left [kRows, depth] times the transpose of weight [columns, depth], or with kTransposed times
-// weight [depth, columns]; panel by panel: finish(first column, number of the panel, tile).
+// A tile from depth k and a column on, of a weight [columns, depth], or transposed [depth, columns].
+template <typename Tile>
+TGDP_DEVICE void load_weights(Shared<typename Tile::Storage> to, const Matrix& weight, bool transposed, int k,
+                              int column, int depth, int columns) {
+  using ByDepth = typename Tile::template Layout<Tile::kDepth>;
+  using ByColumn = typename Tile::template Layout<Tile::kPanel>;
+  if (transposed) {
+    load_tile<Tile, ByColumn, Tile::kDepth, Tile::kPanel>(to, weight, k, column, depth, columns);
+  } else {
+    load_tile<Tile, ByDepth, Tile::kPanel, Tile::kDepth>(to, weight, column, k, columns, depth);
+  }
+}
+
+// result [kRows, columns] = left [kRows, depth] times the transpose of weight [columns, depth], or with kTransposed
+// times weight [depth, columns]; panel by panel: finish(first column, number of the panel, tile).
 //
-// left(step) gives what multiply() takes as left factor of a step, load_left(k, stage) loads what it needs for the k-th
-// part of the depth. Afterwards all threads have left the product.
+// left(k, stage) gives the left operand of a step, load_left(k, stage) loads what it needs from depth k on. On return
+// all threads have finished.
 template <typename Tile, bool kTransposed, typename LoadLeft, typename Left, typename Finish>
-TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<typename Tile::Storage> stages,
+TGDP_DEVICE void tile_matmul(const Matrix& weight, int columns, int depth, Shared<typename Tile::Storage> stages,
                          const LoadLeft& load_left, const Left& left, const Finish& finish) {
   // Without any depth, one part of zeros.
   const int parts = depth > 0 ? (depth + Tile::kDepth - 1) / Tile::kDepth : 1;
@@ -311,12 +323,7 @@ TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<ty
     if (load_panel * Tile::kPanel < columns) {
       const Shared<typename Tile::Storage> to = stages + stage * kStageElements<Tile>;
       const int column = load_panel * Tile::kPanel, k = load_part * Tile::kDepth;
-      if constexpr (kTransposed) {
-        load_tile<Tile, typename Tile::template Layout<Tile::kPanel>, Tile::kDepth, Tile::kPanel>(to, weight, k, column, depth, columns);
-      } else {
-        load_tile<Tile, typename Tile::template Layout<Tile::kDepth>, Tile::kPanel, Tile::kDepth>(to, weight, column, k, columns,
-                                                                                            depth);
-      }
+      load_weights<Tile>(to, weight, kTransposed, k, column, depth, columns);
       load_left(k, stage);
       if (++load_part == parts) {
         load_part = 0;
@@ -331,13 +338,13 @@ TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<ty
   int panel = 0, part = 0, stage = 0;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
-    // Everybody's copies for this step are there, and nobody reads the stage of the last step any more.
+    // All threads' copies for this step have arrived, and none reads the stage of the last step any more.
     __syncthreads();
     load(stage == 0 ? kStages - 1 : stage - 1);
-    const auto factor = left(part * Tile::kDepth, stage);
-    // Not for columns that are not there: narrow outputs.
+    const auto operand = left(part * Tile::kDepth, stage);
+    // Not for columns that do not exist, as in narrow outputs.
     if (panel * Tile::kPanel + Tile::first_column() < columns) {
-      tile.template multiply<kTransposed>(factor.data, factor.pitch, stages + stage * kStageElements<Tile>,
+      tile.template multiply<kTransposed>(operand.data, operand.pitch, stages + stage * kStageElements<Tile>,
                                           depth > kLongSum);
     }
     if (++stage == kStages) stage = 0;
@@ -352,9 +359,9 @@ TGDP_DEVICE void product(const Matrix& weight, int columns, int depth, Shared<ty
   __syncthreads();
 }
 
-// A left factor in shared memory.
+// A left operand in shared memory.
 template <typename Storage>
-struct LeftFactor {
+struct LeftOperand {
   Shared<Storage> data;
   int pitch;
 };

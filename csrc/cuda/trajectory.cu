@@ -36,7 +36,7 @@ const char* choose(const TrajectoryKernelCall& call, Choice& choice) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     RowDemand result = demand;
     result.resident = kTrajectoryResident<Tile>;
-    result.own_bytes = trajectory_own_bytes<Tile>(static_cast<int>(size), static_cast<int>(slots));
+    result.own_bytes = trajectory_own_bytes<Tile>(size, slots);
     return result;
   };
   const auto take = [&](auto* tile, const RowPlan& plan) -> const char* {
@@ -61,7 +61,7 @@ const char* run(const TrajectoryKernelCall& call, const Choice& choice, void* st
   arguments.first_failure = call.first_failure;
   arguments.scratch = plan.scratch_bytes > 0 ? static_cast<uint32_t*>(call.scratch) : nullptr;
   return launch_clusters(choice.kernel, static_cast<uint32_t>(plan.cluster), static_cast<uint32_t>(plan.blocks),
-                         kProductThreads, static_cast<size_t>(plan.shared_bytes), stream, arguments);
+                         kMatmulThreads, static_cast<size_t>(plan.shared_bytes), stream, arguments);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // All evaluations of score network, guidance network and solver for a block of samples in one launch: reference twin
 // tgdp_fast.ops.trajectory.trajectory_reference.
 //
-// Per sample and evaluation 2 P FLOPs for the score network and 4 P for the guidance network, P weights; from and to global
-// memory 8 D bytes per sample in all. The weights come from the level-2 cache once (score) and twice (guidance) per block of
-// kRows samples and evaluation. State, history and noise never leave the multiprocessor. A sample does not depend on its
+// Per sample and evaluation 2 P FLOPs for the score network and 4 P for the guidance network, P weights; from and to
+// global memory 8 D bytes per sample in all. The weights come from the L2 cache once (score) and twice (guidance) per
+// block of kRows samples and evaluation. State, history and noise never leave the SM. A sample does not depend on its
 // block.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace tgdp::cuda {
 // Of the history.
 constexpr int kMostTrajectorySlots = 4;
 
-// A perceptron whose first bias is a row per evaluation plus, where there are labels, a row per sample; float32.
+// An MLP whose first bias is a row per evaluation plus, where there are labels, a row per sample; float32.
 struct TrajectoryLayers {
   Network network;  // no layers: none
   Matrix evaluation_bias, sample_bias;
@@ -34,38 +34,40 @@ TGDP_DEVICE bool is_guided(const TrajectoryArguments& call, int k) {
   return call.guidance.network.layers > 0 && evaluation_at(call, k).guidance_weight != 0.0f;
 }
 
-// Blocks that a multiprocessor has registers for.
+// Blocks that an SM has registers for.
 template <typename Tile>
 constexpr int kTrajectoryResident = Tile::kRows > (sizeof(typename Tile::Storage) == 2 ? 64 : 16) ? 1 : 2;
 
 // What a block keeps in shared memory: state, epsilon, gradient and history of its samples.
 template <typename Tile>
-TGDP_FUNCTION size_t trajectory_own_bytes(int size, int slots) {
-  return (static_cast<size_t>(3 + slots) * Tile::kRows * size) * sizeof(float);
+TGDP_FUNCTION size_t trajectory_own_bytes(int64_t size, int64_t slots) {
+  return (static_cast<size_t>(3 + slots) * Tile::kRows * static_cast<size_t>(size)) * sizeof(float);
 }
 
-// Of all blocks that share their layers, one writes the samples.
-template <typename Tile, typename Products>
+// Of the blocks that share their layers, one writes the samples.
+template <typename Tile, typename Matmuls>
 class TrajectoryBlock {
  public:
   using Element = typename Tile::Element;
   using Storage = typename Tile::Storage;
   static constexpr int kAdjacent = Tile::kAdjacent;
 
-  TGDP_DEVICE TrajectoryBlock(const TrajectoryArguments& call, const LayersLayout& layout, const Products& products)
-      : call_(call), layers_(layout, call.pitch, call.scratch, products) {}
+  TGDP_DEVICE TrajectoryBlock(const TrajectoryArguments& call, const LayersLayout& layout, const Matmuls& matmuls)
+      : call_(call), layers_(layout, call.pitch, call.scratch, matmuls) {}
 
-  // All evaluations of rows from first_row on; those past the batch are zero at the start, and nobody's. With `leads` the
-  // results are written.
+  // All evaluations of rows from first_row on; those past the batch start as zeros and are not written. With `leads`
+  // the results are.
   TGDP_DEVICE void run(int64_t first_row, bool leads) {
     first_row_ = first_row;
     const int64_t offset = first_row * size(), given = call_.batch * call_.size;
-    for (int i = thread(); i < elements(); i += kProductThreads) x()[i] = offset + i < given ? call_.x[offset + i] : 0.0f;
-    for (int i = thread(); i < elements() * slots(); i += kProductThreads) history()[i] = 0.0f;
+    for (int i = thread(); i < elements(); i += kMatmulThreads) {
+      x()[i] = offset + i < given ? call_.x[offset + i] : 0.0f;
+    }
+    for (int i = thread(); i < elements() * slots(); i += kMatmulThreads) history()[i] = 0.0f;
     __syncthreads();
     for (int k = 0; k < call_.evaluations; ++k) evaluate(k);
-    // Read by the thread that puts the next rows there.
-    for (int i = thread(); leads && i < elements(); i += kProductThreads) {
+    // The thread that reads an element also puts that of the next rows there.
+    for (int i = thread(); leads && i < elements(); i += kMatmulThreads) {
       if (offset + i < given) call_.out[offset + i] = x()[i];
     }
   }
@@ -75,7 +77,7 @@ class TrajectoryBlock {
   TGDP_DEVICE int size() const { return static_cast<int>(call_.size); }
   TGDP_DEVICE int slots() const { return static_cast<int>(call_.slots); }
 
-  // Where they are is computed each time: as members they would take registers all along.
+  // Addresses are computed each time: as members they would occupy registers throughout.
   TGDP_DEVICE int elements() const { return Tile::kRows * size(); }
   TGDP_DEVICE Shared<float> x() const { return own(0, 1); }
   TGDP_DEVICE Shared<float> epsilon() const { return own(1, 1); }
@@ -103,7 +105,7 @@ class TrajectoryBlock {
   TGDP_DEVICE void enter() {
     const int padded = rounded_up(size(), Tile::kDepth);
     const Shared<Storage> inputs = layers_.inputs();
-    for (int i = thread(); i < Tile::kRows * (padded / kAdjacent); i += kProductThreads) {
+    for (int i = thread(); i < Tile::kRows * (padded / kAdjacent); i += kMatmulThreads) {
       const int row = i / (padded / kAdjacent), column = i % (padded / kAdjacent) * kAdjacent;
       float values[kAdjacent];
 #pragma unroll
@@ -135,11 +137,11 @@ class TrajectoryBlock {
     };
     layers_.first(network, bias, activate);
     for (int layer = 1; layer < network.layers; ++layer) layers_.next(network, layer, activate);
-    layers_.head(network, size(), [&](int row, int column, const float(&products)[kAdjacent]) {
+    layers_.head(network, size(), [&](int row, int column, const float(&sums)[kAdjacent]) {
 #pragma unroll
       for (int i = 0; i < kAdjacent; ++i) {
         if (column + i >= size()) continue;
-        const float output = products[i] + entry<Element>(network.biases[network.layers - 1], column + i, size());
+        const float output = sums[i] + entry<Element>(network.biases[network.layers - 1], column + i, size());
         const int at = row * size() + column + i;
         epsilon()[at] = input_scale * x()[at] + output_scale * output;
       }
@@ -153,14 +155,18 @@ class TrajectoryBlock {
     const auto bias = [&](int row, int column) { return first_bias(call_.guidance, k, row, column); };
     for (int layer = 0; layer < network.layers; ++layer) {
       const bool last = layer + 1 == network.layers;
-      const auto activate = [&](int, int column, int, int64_t place, const float(&z)[kAdjacent], float(&out)[kAdjacent]) {
+      const auto activate = [&](int, int column, int, int64_t place, const float(&z)[kAdjacent],
+                                float(&out)[kAdjacent]) {
         float slopes[kAdjacent];
 #pragma unroll
         for (int i = 0; i < kAdjacent; ++i) {
           const float s = sigmoid_for<Element>(z[i]);
           slopes[i] = silu_slope(z[i], s);
-          out[i] = last ? slopes[i] * entry<Element>(network.weights[network.layers].data, column + i, network.widths[layer])
-                        : z[i] * s;
+          out[i] = z[i] * s;
+          if (last) {
+            out[i] = slopes[i] *
+                     entry<Element>(network.weights[network.layers].data, column + i, network.widths[layer]);
+          }
         }
         if (!last) layers_.keep_slopes(place, slopes);
       };
@@ -170,7 +176,7 @@ class TrajectoryBlock {
         layers_.next(network, layer, activate);
       }
     }
-    for (int layer = network.layers - 1; layer > 0; --layer) layers_.down(network, layer);
+    for (int layer = network.layers - 1; layer > 0; --layer) layers_.backward(network, layer);
     layers_.gradient(network, [&](int row, int column, const float(&values)[kAdjacent]) {
 #pragma unroll
       for (int i = 0; i < kAdjacent; ++i) {
@@ -179,14 +185,14 @@ class TrajectoryBlock {
     });
   }
 
-  // Scales gradients so that |weight| times their length is at most the limit. One that is not finite stays so, and is
-  // reported with the state that it leads to.
+  // Scales gradients so that |weight| times their norm is at most the limit. One that is not finite stays so, and is
+  // reported with the resulting state.
   TGDP_DEVICE void limit_norms(float weight) {
-    for (int row = thread(); row < Tile::kRows; row += kProductThreads) {
+    for (int row = thread(); row < Tile::kRows; row += kMatmulThreads) {
       const Shared<float> of_row = gradient() + row * size();
       float largest = 0.0f, sum = 0.0f;
       for (int c = 0; c < size(); ++c) largest = fmaxf(largest, fabsf(of_row[c]));
-      // Squares of parts of the largest neither overflow nor vanish.
+      // Squares relative to the largest neither overflow nor vanish.
       for (int c = 0; largest > 0.0f && c < size(); ++c) {
         const float part = of_row[c] / largest;
         sum += part * part;
@@ -206,7 +212,7 @@ class TrajectoryBlock {
     // Four elements share their random words.
     const int groups = (size() + 3) / 4;
     bool finite = true;
-    for (int i = thread(); i < Tile::kRows * groups; i += kProductThreads) {
+    for (int i = thread(); i < Tile::kRows * groups; i += kMatmulThreads) {
       const int row = i / groups, group = i % groups;
       if (first_row_ + row >= call_.batch) continue;
       float noise[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -260,16 +266,16 @@ class TrajectoryBlock {
   }
 
   const TrajectoryArguments& call_;
-  Layers<Tile, Products> layers_;
+  Layers<Tile, Matmuls> layers_;
   int64_t first_row_ = 0;
 };
 
 template <typename Tile>
-__global__ void __launch_bounds__(kProductThreads, kTrajectoryResident<Tile>)
+__global__ void __launch_bounds__(kMatmulThreads, kTrajectoryResident<Tile>)
     trajectory_kernel(const __grid_constant__ TrajectoryArguments call) {
-  const LayersLayout layout = layers_layout<Tile>(trajectory_own_bytes<Tile>(static_cast<int>(call.size), static_cast<int>(call.slots)), 0,
+  const LayersLayout layout = layers_layout<Tile>(trajectory_own_bytes<Tile>(call.size, call.slots), 0,
                                                   call.guidance.network.layers, call.pitch, call.scratch == nullptr);
-  TrajectoryBlock<Tile, BlockProducts<Tile>> block(call, layout, BlockProducts<Tile>(layout));
+  TrajectoryBlock<Tile, BlockMatmuls<Tile>> block(call, layout, BlockMatmuls<Tile>(layout));
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows; row < call.batch;
        row += static_cast<int64_t>(gridDim.x) * Tile::kRows) {
     block.run(row, true);
