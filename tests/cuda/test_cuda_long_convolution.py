@@ -258,7 +258,7 @@ def test_what_the_launcher_refuses():
         cuda.long_convolution(u, short)
     with pytest.raises(cuda.EmulationError, match="256, 512 or 1024 points"):
         cuda.long_convolution(u, short._replace(packed=torch.zeros(1, 300, 2)))
-    call = cuda.LongConvolutionKernelCall(batch=2**20, channels=2**11, length=1, points=256)
+    call = cuda.LongConvolutionCall(batch=2**20, channels=2**11, length=1, points=256)
     with pytest.raises(cuda.EmulationError, match="at most 2.31 - 1 signals"):
         cuda.check(cuda.library().tgdp_cuda_long_convolution(ctypes.byref(call), None))
 
