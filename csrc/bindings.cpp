@@ -1,5 +1,6 @@
 // The native CPU operators as PyTorch sees them. Public functions, reference twins and the argument checks for users
 // are in tgdp_fast/ops; the checks here only keep wrong tensors from reaching a kernel.
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -149,52 +150,32 @@ std::vector<Tensor> perceptron_backward(const Tensor& output_cotangent, const Te
   return mlp_backward(output_cotangent, std::nullopt, x, first_bias, weights, pre_activations, needs_grad, false);
 }
 
-tgdp::TrajectoryNetwork trajectory_network(const Tensor& x, at::TensorList weights, at::TensorList biases,
-                                           const Tensor& evaluation_bias, const std::optional<Tensor>& sample_bias,
-                                           std::vector<Tensor>& hold) {
-  // The checks take an input of the weights' dtype.
-  const Tensor like = at::empty({0, x.size(1)}, weights[0].options());
-  const Tensor first_bias = at::empty({1, weights[0].size(0)}, weights[0].options());
-  const tgdp::MlpCall call = mlp_call(like, first_bias, weights, biases, hold);
-  tgdp::TrajectoryNetwork network;
-  network.shape = call.shape;
-  network.weights = call.weights;
-  network.biases = call.biases;
-  const auto check = [&](const Tensor& bias, int64_t rows) {
-    tgdp::check_first_bias(x, bias, rows, call.shape.widths[0]);
-  };
-  check(evaluation_bias, evaluation_bias.size(0));
-  network.evaluation_bias = rows_of(evaluation_bias, hold);
-  if (sample_bias.has_value()) {
-    check(*sample_bias, x.size(0));
-    network.sample_bias = rows_of(*sample_bias, hold);
-  }
-  return network;
-}
+class CpuTrajectory {
+ public:
+  using Call = tgdp::TrajectoryCall;
 
-std::tuple<Tensor, Tensor> trajectory(
-    const Tensor& x, at::TensorList score_weights, at::TensorList score_biases, const Tensor& score_evaluation_bias,
-    const std::optional<Tensor>& score_sample_bias, at::TensorList guidance_weights, at::TensorList guidance_biases,
-    const Tensor& guidance_evaluation_bias, const std::optional<Tensor>& guidance_sample_bias, const Tensor& table,
-    int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
-    int64_t seed, const Tensor& sample_index, bool split) {
-  tgdp::TrajectoryTensors tensors;
-  std::vector<Tensor> hold;
-  auto call = tgdp::checked_trajectory<tgdp::TrajectoryCall>(
-      x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history, clamp,
-      gradient_norm_limit, seed, sample_index, tensors);
-  call.score = trajectory_network(x, score_weights, score_biases, score_evaluation_bias, score_sample_bias, hold);
-  TORCH_CHECK_VALUE(call.score.shape.outputs == call.size, "tgdp_fast: the score network must have D outputs");
-  if (!guidance_weights.empty()) {
-    call.guidance = trajectory_network(x, guidance_weights, guidance_biases, guidance_evaluation_bias,
-                                       guidance_sample_bias, hold);
-    TORCH_CHECK_VALUE(call.guidance->shape.outputs == 1, "tgdp_fast: the guidance network must have one output");
+  explicit CpuTrajectory(at::Device) {}
+
+  tgdp::TrajectoryNetwork network(const Tensor& x, const tgdp::NetworkTensors& tensors) {
+    // The checks take an input of the weights' dtype.
+    const auto& first = tensors.weights[0];
+    const Tensor like = at::empty({0, x.size(1)}, first.options());
+    const Tensor bias = at::empty({1, first.size(0)}, first.options());
+    const tgdp::MlpCall call = mlp_call(like, bias, tensors.weights, tensors.biases, hold_);
+    tgdp::check_first_biases(x, tensors, call.shape.widths[0]);
+    tgdp::TrajectoryNetwork network{call.shape, call.weights, call.biases, rows_of(tensors.evaluation_bias, hold_), {}};
+    if (tensors.sample_bias) network.sample_bias = rows_of(*tensors.sample_bias, hold_);
+    return network;
   }
-  call.bf16x3 = split;
-  Tensor diverged = at::empty({}, x.options().dtype(at::kLong));
-  *diverged.mutable_data_ptr<int64_t>() = tgdp::trajectory(call);
-  return {tensors.out, diverged};
-}
+
+  Tensor run(Call& call, const Tensor& x, bool bf16x3) const {
+    call.bf16x3 = bf16x3;
+    return at::full({}, tgdp::trajectory(call), x.options().dtype(at::kLong));
+  }
+
+ private:
+  std::vector<Tensor> hold_;
+};
 
 Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, int64_t count, int64_t key_low,
                     int64_t key_high, int64_t evaluation) {
@@ -359,7 +340,7 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("mlp_value_and_grad_backward", &mlp_value_and_grad_backward);
   library.impl("perceptron", &perceptron);
   library.impl("perceptron_backward", &perceptron_backward);
-  library.impl("trajectory", &trajectory);
+  library.impl("trajectory", &tgdp::trajectory_operator<CpuTrajectory>);
   library.impl("guided_step", &tgdp::guided_step_operator<&tgdp::empty_output, &run_step>);
   library.impl("pack_long_convolution", &pack_long_convolution);
   library.impl("long_convolution", &long_convolution);
