@@ -8,10 +8,10 @@
 // to memory; about B H (8 M log2 M + 25 L) FLOPs. Limited by instruction issue, about 3,400 per warp for 1024 points in
 // float32, before memory.
 //
-// M = R1 R2; a signal has R2 lanes of a warp, one or two signals per warp. A lane transforms the R1 positions n1 R2 +
-// lane, so that every access of a warp to memory covers pieces of 64 bytes or more, whatever the alignment; then R1 /
-// R2 rows of R2 points, each forward, times the spectrum of the filter, and back; then its positions again. In between,
-// numbers pass through shared memory of the warp: no barrier of the block, two of the warp.
+// M = R1 R2; a signal has R2 lanes of a warp, one or two signals per warp. A lane transforms the R1 positions
+// n1 R2 + lane, so that every access of a warp to memory covers pieces of 64 bytes or more, whatever the alignment; then
+// R1 / R2 rows of R2 points, each forward, times the spectrum of the filter, and back; then its positions again. In
+// between, numbers pass through shared memory of the warp: no barrier of the block, two of the warp.
 #pragma once
 
 #include "../common/fourier.h"
