@@ -62,11 +62,11 @@ std::vector<Tensor> pre_activations_of(const tgdp::MlpCall& call, const Tensor& 
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor& x, const Tensor& first_bias,
                                                                    at::TensorList weights, at::TensorList biases,
-                                                                   bool save_pre_activations, bool split) {
+                                                                   bool save_pre_activations, bool bf16x3) {
   std::vector<Tensor> hold;
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
   TORCH_CHECK_VALUE(call.shape.outputs == 1, "tgdp_fast: the last of weights must have one row");
-  call.bf16x3 = split;
+  call.bf16x3 = bf16x3;
   Tensor value = at::empty({call.batch}, x.options());
   Tensor gradient = tgdp::empty_output({call.batch, call.shape.inputs}, x.options());
   std::vector<tgdp::Rows> keep;
@@ -91,13 +91,13 @@ std::tuple<Tensor, std::vector<Tensor>> perceptron(const Tensor& x, const Tensor
 std::vector<Tensor> mlp_backward(const std::optional<Tensor>& output_cotangent,
                                  const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
                                  const Tensor& first_bias, at::TensorList weights, at::TensorList pre_activations,
-                                 const c10::List<bool>& needs_grad, bool split) {
+                                 const c10::List<bool>& needs_grad, bool bf16x3) {
   std::vector<Tensor> hold;
   // Gradients depend on the biases only through the pre-activations.
   std::vector<Tensor> biases;
   for (size_t l = 1; l < weights.size(); ++l) biases.push_back(at::zeros({weights[l].size(0)}, x.options()));
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
-  call.bf16x3 = split;
+  call.bf16x3 = bf16x3;
   const auto depth = call.shape.widths.size();
   TORCH_CHECK_VALUE(pre_activations.size() == depth && needs_grad.size() == 2 * depth + 3,
                     "tgdp_fast: pre_activations must be L tensors and needs_grad 2 L + 3 flags");
@@ -136,12 +136,13 @@ std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& val
                                                 const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
                                                 const Tensor& first_bias, at::TensorList weights,
                                                 at::TensorList pre_activations, const c10::List<bool>& needs_grad,
-                                                bool split) {
+                                                bool bf16x3) {
   TORCH_CHECK_VALUE(!weights.empty() && weights.back().size(0) == 1,
                     "tgdp_fast: the last of weights must have one row");
   TORCH_CHECK_VALUE(!value_cotangent || value_cotangent->dim() == 1, "tgdp_fast: value_cotangent must be [B]");
   const auto output_cotangent = value_cotangent ? std::optional<Tensor>(value_cotangent->unsqueeze(1)) : std::nullopt;
-  return mlp_backward(output_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad, split);
+  return mlp_backward(output_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad,
+                      bf16x3);
 }
 
 std::vector<Tensor> perceptron_backward(const Tensor& output_cotangent, const Tensor& x, const Tensor& first_bias,

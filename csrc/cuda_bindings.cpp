@@ -63,7 +63,7 @@ class HeldNetwork {
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor& x, const Tensor& first_bias,
                                                                    at::TensorList weights, at::TensorList biases,
-                                                                   bool save_pre_activations, bool /*split*/) {
+                                                                   bool save_pre_activations, bool /*bf16x3*/) {
   const c10::cuda::CUDAGuard guard(x.device());
   HeldNetwork network;
   network.hold(x, first_bias, weights, biases);
