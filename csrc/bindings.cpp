@@ -1,5 +1,6 @@
 // The native CPU operators as PyTorch sees them. Public functions, reference twins and the argument checks for users
 // are in tgdp_fast/ops; the checks here only keep wrong tensors from reaching a kernel.
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -61,11 +62,11 @@ std::vector<Tensor> pre_activations_of(const tgdp::MlpCall& call, const Tensor& 
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor& x, const Tensor& first_bias,
                                                                    at::TensorList weights, at::TensorList biases,
-                                                                   bool save_pre_activations, bool split) {
+                                                                   bool save_pre_activations, bool bf16x3) {
   std::vector<Tensor> hold;
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
   TORCH_CHECK_VALUE(call.shape.outputs == 1, "tgdp_fast: the last of weights must have one row");
-  call.bf16x3 = split;
+  call.bf16x3 = bf16x3;
   Tensor value = at::empty({call.batch}, x.options());
   Tensor gradient = tgdp::empty_output({call.batch, call.shape.inputs}, x.options());
   std::vector<tgdp::Rows> keep;
@@ -90,13 +91,13 @@ std::tuple<Tensor, std::vector<Tensor>> perceptron(const Tensor& x, const Tensor
 std::vector<Tensor> mlp_backward(const std::optional<Tensor>& output_cotangent,
                                  const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
                                  const Tensor& first_bias, at::TensorList weights, at::TensorList pre_activations,
-                                 const c10::List<bool>& needs_grad, bool split) {
+                                 const c10::List<bool>& needs_grad, bool bf16x3) {
   std::vector<Tensor> hold;
   // Gradients depend on the biases only through the pre-activations.
   std::vector<Tensor> biases;
   for (size_t l = 1; l < weights.size(); ++l) biases.push_back(at::zeros({weights[l].size(0)}, x.options()));
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
-  call.bf16x3 = split;
+  call.bf16x3 = bf16x3;
   const auto depth = call.shape.widths.size();
   TORCH_CHECK_VALUE(pre_activations.size() == depth && needs_grad.size() == 2 * depth + 3,
                     "tgdp_fast: pre_activations must be L tensors and needs_grad 2 L + 3 flags");
@@ -135,12 +136,13 @@ std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& val
                                                 const std::optional<Tensor>& gradient_cotangent, const Tensor& x,
                                                 const Tensor& first_bias, at::TensorList weights,
                                                 at::TensorList pre_activations, const c10::List<bool>& needs_grad,
-                                                bool split) {
+                                                bool bf16x3) {
   TORCH_CHECK_VALUE(!weights.empty() && weights.back().size(0) == 1,
                     "tgdp_fast: the last of weights must have one row");
   TORCH_CHECK_VALUE(!value_cotangent || value_cotangent->dim() == 1, "tgdp_fast: value_cotangent must be [B]");
   const auto output_cotangent = value_cotangent ? std::optional<Tensor>(value_cotangent->unsqueeze(1)) : std::nullopt;
-  return mlp_backward(output_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad, split);
+  return mlp_backward(output_cotangent, gradient_cotangent, x, first_bias, weights, pre_activations, needs_grad,
+                      bf16x3);
 }
 
 std::vector<Tensor> perceptron_backward(const Tensor& output_cotangent, const Tensor& x, const Tensor& first_bias,
@@ -149,52 +151,32 @@ std::vector<Tensor> perceptron_backward(const Tensor& output_cotangent, const Te
   return mlp_backward(output_cotangent, std::nullopt, x, first_bias, weights, pre_activations, needs_grad, false);
 }
 
-tgdp::TrajectoryNetwork trajectory_network(const Tensor& x, at::TensorList weights, at::TensorList biases,
-                                           const Tensor& evaluation_bias, const std::optional<Tensor>& sample_bias,
-                                           std::vector<Tensor>& hold) {
-  // The checks take an input of the weights' dtype.
-  const Tensor like = at::empty({0, x.size(1)}, weights[0].options());
-  const Tensor first_bias = at::empty({1, weights[0].size(0)}, weights[0].options());
-  const tgdp::MlpCall call = mlp_call(like, first_bias, weights, biases, hold);
-  tgdp::TrajectoryNetwork network;
-  network.shape = call.shape;
-  network.weights = call.weights;
-  network.biases = call.biases;
-  const auto check = [&](const Tensor& bias, int64_t rows) {
-    tgdp::check_first_bias(x, bias, rows, call.shape.widths[0]);
-  };
-  check(evaluation_bias, evaluation_bias.size(0));
-  network.evaluation_bias = rows_of(evaluation_bias, hold);
-  if (sample_bias.has_value()) {
-    check(*sample_bias, x.size(0));
-    network.sample_bias = rows_of(*sample_bias, hold);
-  }
-  return network;
-}
+class CpuTrajectory {
+ public:
+  using Call = tgdp::TrajectoryCall;
 
-std::tuple<Tensor, Tensor> trajectory(
-    const Tensor& x, at::TensorList score_weights, at::TensorList score_biases, const Tensor& score_evaluation_bias,
-    const std::optional<Tensor>& score_sample_bias, at::TensorList guidance_weights, at::TensorList guidance_biases,
-    const Tensor& guidance_evaluation_bias, const std::optional<Tensor>& guidance_sample_bias, const Tensor& table,
-    int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
-    int64_t seed, const Tensor& sample_index, bool split) {
-  tgdp::TrajectoryTensors tensors;
-  std::vector<Tensor> hold;
-  auto call = tgdp::checked_trajectory<tgdp::TrajectoryCall>(
-      x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history, clamp,
-      gradient_norm_limit, seed, sample_index, tensors);
-  call.score = trajectory_network(x, score_weights, score_biases, score_evaluation_bias, score_sample_bias, hold);
-  TORCH_CHECK_VALUE(call.score.shape.outputs == call.size, "tgdp_fast: the score network must have D outputs");
-  if (!guidance_weights.empty()) {
-    call.guidance = trajectory_network(x, guidance_weights, guidance_biases, guidance_evaluation_bias,
-                                       guidance_sample_bias, hold);
-    TORCH_CHECK_VALUE(call.guidance->shape.outputs == 1, "tgdp_fast: the guidance network must have one output");
+  explicit CpuTrajectory(at::Device) {}
+
+  tgdp::TrajectoryNetwork network(const Tensor& x, const tgdp::NetworkTensors& tensors) {
+    // The checks take an input of the weights' dtype.
+    const auto& first = tensors.weights[0];
+    const Tensor like = at::empty({0, x.size(1)}, first.options());
+    const Tensor bias = at::empty({1, first.size(0)}, first.options());
+    const tgdp::MlpCall call = mlp_call(like, bias, tensors.weights, tensors.biases, hold_);
+    tgdp::check_first_biases(x, tensors, call.shape.widths[0]);
+    tgdp::TrajectoryNetwork network{call.shape, call.weights, call.biases, rows_of(tensors.evaluation_bias, hold_), {}};
+    if (tensors.sample_bias) network.sample_bias = rows_of(*tensors.sample_bias, hold_);
+    return network;
   }
-  call.bf16x3 = split;
-  Tensor diverged = at::empty({}, x.options().dtype(at::kLong));
-  *diverged.mutable_data_ptr<int64_t>() = tgdp::trajectory(call);
-  return {tensors.out, diverged};
-}
+
+  Tensor run(Call& call, const Tensor& x, bool bf16x3) const {
+    call.bf16x3 = bf16x3;
+    return at::full({}, tgdp::trajectory(call), x.options().dtype(at::kLong));
+  }
+
+ private:
+  std::vector<Tensor> hold_;
+};
 
 Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, int64_t count, int64_t key_low,
                     int64_t key_high, int64_t evaluation) {
@@ -359,7 +341,7 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("mlp_value_and_grad_backward", &mlp_value_and_grad_backward);
   library.impl("perceptron", &perceptron);
   library.impl("perceptron_backward", &perceptron_backward);
-  library.impl("trajectory", &trajectory);
+  library.impl("trajectory", &tgdp::trajectory_operator<CpuTrajectory>);
   library.impl("guided_step", &tgdp::guided_step_operator<&tgdp::empty_output, &run_step>);
   library.impl("pack_long_convolution", &pack_long_convolution);
   library.impl("long_convolution", &long_convolution);

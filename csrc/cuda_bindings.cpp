@@ -63,7 +63,7 @@ class HeldNetwork {
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor& x, const Tensor& first_bias,
                                                                    at::TensorList weights, at::TensorList biases,
-                                                                   bool save_pre_activations, bool /*split*/) {
+                                                                   bool save_pre_activations, bool /*bf16x3*/) {
   const c10::cuda::CUDAGuard guard(x.device());
   HeldNetwork network;
   network.hold(x, first_bias, weights, biases);
@@ -99,61 +99,55 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
   return {value, gradient, kept};
 }
 
-tgdp::TrajectoryNetworkCall trajectory_network(HeldNetwork& network, const Tensor& x, at::TensorList weights,
-                                               at::TensorList biases, const Tensor& evaluation_bias,
-                                               const std::optional<Tensor>& sample_bias) {
-  // The checks take inputs of the weights' dtype, on their device.
-  const auto options = x.options().dtype(weights[0].scalar_type());
-  network.hold(at::empty({0, x.size(1)}, options), at::empty({1, weights[0].size(0)}, options), weights, biases);
-  tgdp::TrajectoryNetworkCall call;
-  call.network = network.call();
-  tgdp::check_first_bias(x, evaluation_bias, evaluation_bias.size(0), network.widths()[0]);
-  const Tensor& of_evaluations = network.in_rows(evaluation_bias);
-  call.evaluation_bias = of_evaluations.const_data_ptr<float>();
-  call.evaluation_bias_stride = of_evaluations.stride(0);
-  if (sample_bias) {
-    tgdp::check_first_bias(x, *sample_bias, x.size(0), network.widths()[0]);
-    const Tensor& of_samples = network.in_rows(*sample_bias);
-    call.sample_bias = of_samples.const_data_ptr<float>();
-    call.sample_bias_stride = of_samples.stride(0);
-  }
-  return call;
-}
+class CudaTrajectory {
+ public:
+  using Call = tgdp::TrajectoryKernelCall;
 
-std::tuple<Tensor, Tensor> trajectory(
-    const Tensor& x, at::TensorList score_weights, at::TensorList score_biases, const Tensor& score_evaluation_bias,
-    const std::optional<Tensor>& score_sample_bias, at::TensorList guidance_weights, at::TensorList guidance_biases,
-    const Tensor& guidance_evaluation_bias, const std::optional<Tensor>& guidance_sample_bias, const Tensor& table,
-    int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
-    int64_t seed, const Tensor& sample_index, bool /*split*/) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  tgdp::TrajectoryTensors tensors;
-  HeldNetwork score, guidance;
-  auto call = tgdp::checked_trajectory<tgdp::TrajectoryKernelCall>(
-      x, score_evaluation_bias, guidance_evaluation_bias, !guidance_weights.empty(), table, history, clamp,
-      gradient_norm_limit, seed, sample_index, tensors);
-  call.dtype = tgdp::dtype_of(score_weights[0]);
-  call.score = trajectory_network(score, x, score_weights, score_biases, score_evaluation_bias, score_sample_bias);
-  TORCH_CHECK_VALUE(score_weights.back().size(0) == call.size, "tgdp_fast: the score network must have D outputs");
-  if (!guidance_weights.empty()) {
-    call.guidance = trajectory_network(guidance, x, guidance_weights, guidance_biases, guidance_evaluation_bias,
-                                       guidance_sample_bias);
-    TORCH_CHECK_VALUE(guidance_weights.back().size(0) == 1, "tgdp_fast: the guidance network must have one output");
-    TORCH_CHECK_VALUE(tgdp::dtype_of(guidance_weights[0]) == call.dtype,
-                      "tgdp_fast: both networks must have one dtype");
+  explicit CudaTrajectory(at::Device device) : guard_(device) {}
+
+  tgdp::TrajectoryNetworkCall network(const Tensor& x, const tgdp::NetworkTensors& tensors) {
+    HeldNetwork& network = networks_[count_++];
+    // The checks take inputs of the weights' dtype, on their device.
+    const auto options = x.options().dtype(tensors.weights[0].scalar_type());
+    network.hold(at::empty({0, x.size(1)}, options), at::empty({1, tensors.weights[0].size(0)}, options),
+                 tensors.weights, tensors.biases);
+    tgdp::check_first_biases(x, tensors, network.widths()[0]);
+    const auto dtype = tgdp::dtype_of(tensors.weights[0]);
+    TORCH_CHECK_VALUE(count_ == 1 || dtype == dtype_, "tgdp_fast: both networks must have one dtype");
+    dtype_ = dtype;
+    tgdp::TrajectoryNetworkCall call;
+    call.network = network.call();
+    const Tensor& of_evaluations = network.in_rows(tensors.evaluation_bias);
+    call.evaluation_bias = of_evaluations.const_data_ptr<float>();
+    call.evaluation_bias_stride = of_evaluations.stride(0);
+    if (tensors.sample_bias) {
+      const Tensor& of_samples = network.in_rows(*tensors.sample_bias);
+      call.sample_bias = of_samples.const_data_ptr<float>();
+      call.sample_bias_stride = of_samples.stride(0);
+    }
+    return call;
   }
-  constexpr int kNone = std::numeric_limits<int>::max();
-  Tensor first_failure = at::empty({}, x.options().dtype(at::kInt)).fill_(kNone);
-  call.first_failure = first_failure.mutable_data_ptr<int>();
-  tgdp::LaunchPlan plan;
-  check(tgdp_cuda_trajectory_plan(&call, &plan));
-  const Tensor scratch = at::empty({plan.scratch_bytes}, x.options().dtype(at::kByte));
-  call.scratch = scratch.mutable_data_ptr();
-  check(tgdp_cuda_trajectory(&call, c10::cuda::getCurrentCUDAStream().stream()));
-  Tensor diverged = first_failure.to(at::kLong);
-  diverged.masked_fill_(diverged.eq(kNone), -1);
-  return {tensors.out, diverged};
-}
+
+  Tensor run(Call& call, const Tensor& x, bool /*bf16x3*/) const {
+    constexpr int kNone = std::numeric_limits<int>::max();
+    Tensor first_failure = at::empty({}, x.options().dtype(at::kInt)).fill_(kNone);
+    call.dtype = dtype_;
+    call.first_failure = first_failure.mutable_data_ptr<int>();
+    tgdp::LaunchPlan plan;
+    check(tgdp_cuda_trajectory_plan(&call, &plan));
+    const Tensor scratch = at::empty({plan.scratch_bytes}, x.options().dtype(at::kByte));
+    call.scratch = scratch.mutable_data_ptr();
+    check(tgdp_cuda_trajectory(&call, c10::cuda::getCurrentCUDAStream().stream()));
+    Tensor diverged = first_failure.to(at::kLong);
+    return diverged.masked_fill_(diverged.eq(kNone), -1);
+  }
+
+ private:
+  c10::cuda::CUDAGuard guard_;
+  HeldNetwork networks_[2];
+  int count_ = 0;
+  tgdp::Dtype dtype_ = tgdp::Dtype::f32;
+};
 
 // Why the kernel cannot serve networks of these widths on a device, or an empty string.
 std::string trajectory_refusal(int64_t device, at::ScalarType dtype, int64_t size, int64_t history,
@@ -218,7 +212,7 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
 TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {
   library.impl("guided_step", &tgdp::guided_step_operator<&allocate, &run_step>);
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
-  library.impl("trajectory", &trajectory);
+  library.impl("trajectory", &tgdp::trajectory_operator<CudaTrajectory>);
   library.impl("long_convolution", &long_convolution);
 }
 

@@ -100,17 +100,35 @@ inline std::vector<int64_t> checked_widths(const Tensor& x, const Tensor& first_
   return widths;
 }
 
-// Tensors that keep the memory of a trajectory alive.
-struct TrajectoryTensors {
-  Tensor x, sample_index, table, out;
+// The tensors of one network of a trajectory.
+struct NetworkTensors {
+  at::TensorList weights, biases;
+  const Tensor& evaluation_bias;             // [T, H_1]
+  const std::optional<Tensor>& sample_bias;  // [B, H_1]
 };
 
-// A call without its networks, after checking the rest; Call is derived from Trajectory.
-template <typename Call>
-Call checked_trajectory(const Tensor& x, const Tensor& score_evaluation_bias, const Tensor& guidance_evaluation_bias,
-                        bool guided, const Tensor& table, int64_t history,
-                        const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
-                        int64_t seed, const Tensor& sample_index, TrajectoryTensors& hold) {
+inline void check_first_biases(const Tensor& x, const NetworkTensors& network, int64_t width) {
+  const auto check = [&](const Tensor& bias, int64_t rows) {
+    TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(0) == rows && bias.size(1) == width &&
+                          bias.scalar_type() == at::kFloat && bias.device() == x.device(),
+                      "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1] on the "
+                      "device of x");
+  };
+  check(network.evaluation_bias, network.evaluation_bias.size(0));
+  if (network.sample_bias) check(*network.sample_bias, x.size(0));
+}
+
+// The operator trajectory. Device(x.device()) keeps what it holds of tensors alive; network(x, tensors) gives the
+// networks of a Device::Call, which is derived from Trajectory, and run(call, x, bf16x3) the first evaluation that
+// diverged, or -1.
+template <typename Device>
+std::tuple<Tensor, Tensor> trajectory_operator(
+    const Tensor& x, at::TensorList score_weights, at::TensorList score_biases, const Tensor& score_evaluation_bias,
+    const std::optional<Tensor>& score_sample_bias, at::TensorList guidance_weights, at::TensorList guidance_biases,
+    const Tensor& guidance_evaluation_bias, const std::optional<Tensor>& guidance_sample_bias, const Tensor& table,
+    int64_t history, const std::optional<std::vector<double>>& clamp, std::optional<double> gradient_norm_limit,
+    int64_t seed, const Tensor& sample_index, bool bf16x3) {
+  const bool guided = !guidance_weights.empty();
   TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(1) > 0,
                     "tgdp_fast: x must be float32 [B, D]");
   TORCH_CHECK_VALUE(sample_index.dim() == 1 && sample_index.size(0) == x.size(0) &&
@@ -124,16 +142,18 @@ Call checked_trajectory(const Tensor& x, const Tensor& score_evaluation_bias, co
                         (!guided || guidance_evaluation_bias.size(0) == table.size(0)),
                     "tgdp_fast: biases of evaluations must have as many rows as the table");
   TORCH_CHECK_VALUE(!clamp || clamp->size() == 2, "tgdp_fast: clamp must have two numbers");
-  hold = {x.contiguous(), sample_index.contiguous(), table.to(at::kFloat).contiguous().to(x.device()),
-          at::empty(x.sizes(), x.options())};
-  Call call;
+  Device device(x.device());
+  const Tensor state = x.contiguous(), indices = sample_index.contiguous();
+  const Tensor numbers = table.to(at::kFloat).contiguous().to(x.device());
+  Tensor out = at::empty(x.sizes(), x.options());
+  typename Device::Call call;
   call.batch = x.size(0);
   call.size = x.size(1);
   call.slots = history;
   call.evaluations = table.size(0);
-  call.x = hold.x.const_data_ptr<float>();
-  call.sample_index = hold.sample_index.const_data_ptr<int64_t>();
-  call.table = hold.table.const_data_ptr<float>();
+  call.x = state.const_data_ptr<float>();
+  call.sample_index = indices.const_data_ptr<int64_t>();
+  call.table = numbers.const_data_ptr<float>();
   if (clamp) {
     call.clamp = true;
     call.lowest = static_cast<float>((*clamp)[0]);
@@ -142,16 +162,15 @@ Call checked_trajectory(const Tensor& x, const Tensor& score_evaluation_bias, co
   call.gradient_norm_limit = static_cast<float>(gradient_norm_limit.value_or(0.0));
   call.key_low = static_cast<uint32_t>(static_cast<uint64_t>(seed));
   call.key_high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-  call.out = hold.out.mutable_data_ptr<float>();
-  return call;
-}
-
-// The first biases of a trajectory's network, [T, H_1] and [B, H_1].
-inline void check_first_bias(const Tensor& x, const Tensor& bias, int64_t rows, int64_t width) {
-  TORCH_CHECK_VALUE(bias.dim() == 2 && bias.size(0) == rows && bias.size(1) == width &&
-                        bias.scalar_type() == at::kFloat && bias.device() == x.device(),
-                    "tgdp_fast: biases of evaluations and samples must be float32 [T, H_1] and [B, H_1] on the device "
-                    "of x");
+  call.out = out.mutable_data_ptr<float>();
+  call.score = device.network(x, {score_weights, score_biases, score_evaluation_bias, score_sample_bias});
+  TORCH_CHECK_VALUE(score_weights.back().size(0) == call.size, "tgdp_fast: the score network must have D outputs");
+  if (guided) {
+    call.guidance =
+        device.network(x, {guidance_weights, guidance_biases, guidance_evaluation_bias, guidance_sample_bias});
+    TORCH_CHECK_VALUE(guidance_weights.back().size(0) == 1, "tgdp_fast: the guidance network must have one output");
+  }
+  return {out, device.run(call, x, bf16x3)};
 }
 
 // Of u and y [B, H, L], whose positions are contiguous; without filters.

@@ -1,5 +1,5 @@
-// Parts of discrete Fourier transforms in registers, in place and in natural order. Templates over the number: float, or
-// a vector of floats.
+// Parts of discrete Fourier transforms in registers, in place and in natural order. Templates over the number: float,
+// or a vector of floats.
 #pragma once
 
 #include "portable.h"

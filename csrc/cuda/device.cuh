@@ -148,21 +148,21 @@ const char* launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t thre
 }
 
 // 16-bit elements as bits, so that no arithmetic happens in them by accident.
-struct Bf16 {
+template <Dtype kType>
+struct HalfElement {
   using Storage = uint16_t;
-  static constexpr Dtype kDtype = Dtype::bf16;
-  static TGDP_DEVICE float to_float(uint16_t bits) { return from_bf16(bits); }
-  static TGDP_DEVICE uint16_t from_float(float value) { return static_cast<uint16_t>(pack_bf16(value, 0.0f)); }
-  static TGDP_DEVICE uint32_t pack(float first, float second) { return pack_bf16(first, second); }
+  static constexpr Dtype kDtype = kType;
+  static TGDP_DEVICE float to_float(uint16_t bits) {
+    return kType == Dtype::bf16 ? from_bf16(bits) : unpack_f16(bits);
+  }
+  static TGDP_DEVICE uint16_t from_float(float value) { return static_cast<uint16_t>(pack(value, 0.0f)); }
+  // Two neighbors, the first in the low half.
+  static TGDP_DEVICE uint32_t pack(float first, float second) {
+    return kType == Dtype::bf16 ? pack_bf16(first, second) : pack_f16(first, second);
+  }
 };
-
-struct F16 {
-  using Storage = uint16_t;
-  static constexpr Dtype kDtype = Dtype::f16;
-  static TGDP_DEVICE float to_float(uint16_t bits) { return unpack_f16(bits); }
-  static TGDP_DEVICE uint16_t from_float(float value) { return static_cast<uint16_t>(pack_f16(value, 0.0f)); }
-  static TGDP_DEVICE uint32_t pack(float first, float second) { return pack_f16(first, second); }
-};
+using Bf16 = HalfElement<Dtype::bf16>;
+using F16 = HalfElement<Dtype::f16>;
 
 struct F32 {
   using Storage = float;

@@ -27,7 +27,7 @@ const char* run(const SolverStep& step, void* stream) {
 
 template <typename X, typename Network>
 const char* run(const SolverStep& step, void* stream) {
-  // As many elements as make the narrower type 16 bytes, where that is not too many registers.
+  // As many elements as fill 16 bytes of the narrower type, unless that takes too many registers.
   constexpr int kCount = sizeof(typename X::Storage) == 2 ? 8 : 4;
   switch (step.slots) {
     case 0:

@@ -78,7 +78,7 @@ const char* tgdp_cuda_trajectory(const tgdp::TrajectoryKernelCall* call, void* s
 const char* tgdp_cuda_trajectory_plan(const tgdp::TrajectoryKernelCall* call, tgdp::LaunchPlan* plan);
 
 // Reference twin tgdp_fast.ops.long_convolution.long_convolution_reference. 256, 512 or 1024 points; spectra are
-// [channels, M] pairs, 8 or, for float16, 4 bytes aligned. y has the dtype of u or, with float16 spectra, is bfloat16
+// [channels, M] pairs, aligned to 8 bytes or, in float16, to 4. y has the dtype of u or, with float16 spectra, is bfloat16
 // or float16 of wider or float16 numbers.
 const char* tgdp_cuda_long_convolution(const tgdp::LongConvolutionCall* call, void* stream);
 }

@@ -29,12 +29,12 @@ const char* run(const LongConvolutionCall& call, void* stream) {
 
 template <typename Element>
 const char* run_half(const LongConvolutionCall& call, void* stream) {
-  // Spectra may be more exact than the elements.
+  // Spectra may be more accurate than the elements.
   return call.filters.scales == nullptr ? run<Element, Element, FloatSpectra>(call, stream)
                                 : run<Element, Element, HalfSpectra>(call, stream);
 }
 
-// y of other elements than u.
+// With another dtype of y than of u.
 const char* run_mixed(const LongConvolutionCall& call, void* stream) {
   if (call.filters.scales == nullptr) return "long_convolution: another dtype of the result needs float16 spectra";
   const bool from_float = call.dtype == Dtype::f32;

@@ -8,10 +8,10 @@
 // to memory; about B H (8 M log2 M + 25 L) FLOPs. Limited by instruction issue, about 3,400 per warp for 1024 points in
 // float32, before memory.
 //
-// M = R1 R2; a signal has R2 lanes of a warp, one or two signals per warp. A lane transforms the R1 positions n1 R2 +
-// lane, so that every access of a warp to memory covers pieces of 64 bytes or more, whatever the alignment; then R1 /
-// R2 rows of R2 points, each forward, times the spectrum of the filter, and back; then its positions again. In between,
-// numbers pass through shared memory of the warp: no barrier of the block, two of the warp.
+// M = R1 R2; a signal has R2 lanes of a warp, one or two signals per warp. A lane transforms the R1 positions
+// n1 R2 + lane, so that every access of a warp to memory covers pieces of 64 bytes or more, whatever the alignment; then
+// R1 / R2 rows of R2 points, each forward, times the spectrum of the filter, and back; then its positions again. In
+// between, numbers pass through shared memory of the warp: no barrier of the block, two of the warp.
 #pragma once
 
 #include "../common/fourier.h"
@@ -161,6 +161,31 @@ struct ConvolutionShape {
   static_assert(kSharedBytes <= size_t{48} << 10, "no more than every device has without being asked");
 };
 
+// A lane's rows of z, forward, times the spectrum, and back.
+template <typename Spectra, int kRows, int kColumns>
+TGDP_DEVICE void filter_rows(Shared<float2> shared, const typename Spectra::Pair* spectrum, int lane) {
+  using Shape = ConvolutionShape<kRows, kColumns>;
+#pragma unroll
+  for (int i = 0; i < kRows / kColumns; ++i) {
+    const Shared<float2> row = shared + (lane + i * kColumns) * Shape::kRow;
+    Complex values[kColumns];
+#pragma unroll
+    for (int n2 = 0; n2 < kColumns; ++n2) {
+      const float2 pair = row[n2];
+      values[n2] = Complex{pair.x, pair.y};
+    }
+    transform<false>(values);
+#pragma unroll
+    for (int k2 = 0; k2 < kColumns; ++k2) {
+      const Complex factor = Spectra::load(spectrum + i * kColumns + k2 * kRows);
+      values[k2] = times<false>(values[k2], factor.re, factor.im);
+    }
+    transform<true>(values);
+#pragma unroll
+    for (int n2 = 0; n2 < kColumns; ++n2) row[n2] = float2{values[n2].re, values[n2].im};
+  }
+}
+
 // R1 = kRows, R2 = kColumns; u holds Input, y Output.
 template <typename Input, typename Output, typename Spectra, int kRows, int kColumns>
 __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
@@ -200,27 +225,8 @@ __global__ void __launch_bounds__(kConvolutionThreads, kConvolutionBlocks)
   __syncwarp();
 
   // The lane's own rows: no other reads or writes them until the next barrier.
-  const auto* spectrum =
-      static_cast<const typename Spectra::Pair*>(call.filters.spectra) + channel * Shape::kPoints + lane;
-#pragma unroll
-  for (int i = 0; i < kRows / kColumns; ++i) {
-    const Shared<float2> row = shared + (lane + i * kColumns) * Shape::kRow;
-    Complex values[kColumns];
-#pragma unroll
-    for (int n2 = 0; n2 < kColumns; ++n2) {
-      const float2 pair = row[n2];
-      values[n2] = Complex{pair.x, pair.y};
-    }
-    transform<false>(values);
-#pragma unroll
-    for (int k2 = 0; k2 < kColumns; ++k2) {
-      const Complex factor = Spectra::load(spectrum + i * kColumns + k2 * kRows);
-      values[k2] = times<false>(values[k2], factor.re, factor.im);
-    }
-    transform<true>(values);
-#pragma unroll
-    for (int n2 = 0; n2 < kColumns; ++n2) row[n2] = float2{values[n2].re, values[n2].im};
-  }
+  const auto* spectrum = static_cast<const typename Spectra::Pair*>(call.filters.spectra) + channel * Shape::kPoints;
+  filter_rows<Spectra, kRows, kColumns>(shared, spectrum + lane, lane);
   __syncwarp();
 
 #pragma unroll

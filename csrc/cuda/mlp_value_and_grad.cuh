@@ -54,8 +54,7 @@ TGDP_DEVICE void store_row(typename Tile::Storage* row, int column, int columns,
 template <typename Tile>
 constexpr int kMlpResident = sizeof(typename Tile::Storage) == 2 && Tile::kRows > 64 ? 1 : 2;
 
-// What a block keeps in shared memory: parts of f of its rows. Parts of x are where the second layer's activations will
-// be.
+// What a block keeps in shared memory: parts of f of its rows. Parts of x use the memory of the second layer.
 template <typename Tile>
 constexpr size_t kMlpOwnBytes = Tile::kColumnWarps * Tile::kRows * sizeof(float);
 template <typename Tile>

@@ -66,7 +66,7 @@ class TensorCoreTile {
   static constexpr int kHeldRows = 2 * kRowTiles;
   static constexpr int kColumnTiles = kPanel / (8 * kColumnWarps);  // of eight columns, of a warp
   static constexpr int kHeld = 2 * kColumnTiles * kRowTiles;  // times kAdjacent values
-  static constexpr int kLanesOfRow = 4;  // lanes of a warp that hold parts of the same row: neighbours
+  static constexpr int kLanesOfRow = 4;  // lanes of a warp that hold parts of the same row: neighbors
   static_assert(kRows % (16 * kRowWarps) == 0 && kPanel % 64 == 0 && kDepth % 16 == 0);
 
   TGDP_DEVICE TensorCoreTile() { clear(); }

@@ -239,11 +239,9 @@ def choose(order: int = FORWARD, seed: int = 0, left_out: int = -1, *, forget: b
     library().tgdp_emulation_choose(order, ctypes.c_uint64(seed), left_out, int(forget))
 
 
-def choose_device(
-    multiprocessors: int = 2, shared_per_block: int = 227, shared_per_multiprocessor: int = 228, *, clusters: int = 0
-) -> None:
+def choose_device(sms: int = 2, shared_per_block: int = 227, shared_per_sm: int = 228, *, clusters: int = 0) -> None:
     """What launchers see of the device; shared memory in KiB, clusters that run at once."""
-    library().tgdp_emulation_device(multiprocessors, shared_per_block << 10, shared_per_multiprocessor << 10, clusters)
+    library().tgdp_emulation_device(sms, shared_per_block << 10, shared_per_sm << 10, clusters)
 
 
 def barriers() -> int:

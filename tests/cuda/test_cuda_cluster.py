@@ -22,8 +22,8 @@ def _usual_device() -> Iterator[None]:
     cuda.choose_device()
 
 
-def choose_clusters(multiprocessors: int = MANY) -> None:
-    cuda.choose_device(multiprocessors, clusters=1)
+def choose_clusters(sms: int = MANY) -> None:
+    cuda.choose_device(sms, clusters=1)
 
 
 def widths(call):
@@ -38,11 +38,11 @@ def rows_of(call):
     return chosen.rows
 
 
-def assert_same_bits(call, multiprocessors=MANY):
+def assert_same_bits(call, sms=MANY):
     """As the kernel of single blocks; returns rows of a cluster."""
     cuda.choose_device()
     single, failure = cuda.trajectory(*call, 2**40 + 3)
-    choose_clusters(multiprocessors)
+    choose_clusters(sms)
     rows = rows_of(call)
     result, other_failure = cuda.trajectory(*call, 2**40 + 3)
     assert torch.equal(result, single)
@@ -153,8 +153,8 @@ WIDE = ((512, 512, 512, 512, 256), (512,) * 4)
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32])
 def test_clusters_serve_few_samples_of_devices_that_have_them(dtype) -> None:
-    def chosen(batch, clusters, multiprocessors=132, shared=227, sizes=WIDE):
-        cuda.choose_device(multiprocessors, shared, shared + 1, clusters=clusters)
+    def chosen(batch, clusters, sms=132, shared=227, sizes=WIDE):
+        cuda.choose_device(sms, shared, shared + 1, clusters=clusters)
         return cuda.trajectory_plan(2, *sizes, batch, dtype)
 
     few = chosen(256, 16)
@@ -164,7 +164,7 @@ def test_clusters_serve_few_samples_of_devices_that_have_them(dtype) -> None:
     assert chosen(256, 0).cluster == 1
     assert chosen(10000, 16).cluster == 1
     # Not where clusters would wait for each other, or a layer takes less time than to meet.
-    assert chosen(256, 1, multiprocessors=8).cluster == 1
+    assert chosen(256, 1, sms=8).cluster == 1
     assert chosen(256, 16, sizes=((32, 32), (32,))).cluster == 1
     # A block of 16 rows fits where none of 32 does, if only in clusters.
     wide = ((1700,), (1700,))
