@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
   return {value, gradient, kept};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> perceptron(const Tensor& x, const Tensor& first_bias, at::TensorList weights,
-                                                   at::TensorList biases, bool save_pre_activations) {
+std::tuple<Tensor, std::vector<Tensor>> mlp_forward(const Tensor& x, const Tensor& first_bias, at::TensorList weights,
+                                                    at::TensorList biases, bool save_pre_activations) {
   std::vector<Tensor> hold;
   const tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
   Tensor output = tgdp::empty_output({call.batch, call.shape.outputs}, x.options());
@@ -145,9 +145,9 @@ std::vector<Tensor> mlp_value_and_grad_backward(const std::optional<Tensor>& val
                       bf16x3);
 }
 
-std::vector<Tensor> perceptron_backward(const Tensor& output_cotangent, const Tensor& x, const Tensor& first_bias,
-                                        at::TensorList weights, at::TensorList pre_activations,
-                                        const c10::List<bool>& needs_grad) {
+std::vector<Tensor> mlp_forward_backward(const Tensor& output_cotangent, const Tensor& x, const Tensor& first_bias,
+                                         at::TensorList weights, at::TensorList pre_activations,
+                                         const c10::List<bool>& needs_grad) {
   return mlp_backward(output_cotangent, std::nullopt, x, first_bias, weights, pre_activations, needs_grad, false);
 }
 
@@ -305,21 +305,21 @@ void residual_block(const Tensor& state, const Tensor& step_bias, const std::opt
 TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
   library.def(
       "mlp_value_and_grad(Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] biases, bool save_pre_activations, "
-      "bool split) -> (Tensor, Tensor, Tensor[])");
+      "bool bf16x3) -> (Tensor, Tensor, Tensor[])");
   library.def(
       "mlp_value_and_grad_backward(Tensor? value_cotangent, Tensor? gradient_cotangent, Tensor x, Tensor first_bias, "
-      "Tensor[] weights, Tensor[] pre_activations, bool[] needs_grad, bool split) -> Tensor[]");
+      "Tensor[] weights, Tensor[] pre_activations, bool[] needs_grad, bool bf16x3) -> Tensor[]");
   library.def(
-      "perceptron(Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] biases, bool save_pre_activations) -> "
+      "mlp_forward(Tensor x, Tensor first_bias, Tensor[] weights, Tensor[] biases, bool save_pre_activations) -> "
       "(Tensor, Tensor[])");
   library.def(
-      "perceptron_backward(Tensor output_cotangent, Tensor x, Tensor first_bias, Tensor[] weights, "
+      "mlp_backward(Tensor output_cotangent, Tensor x, Tensor first_bias, Tensor[] weights, "
       "Tensor[] pre_activations, bool[] needs_grad) -> Tensor[]");
   library.def(
       "trajectory(Tensor x, Tensor[] score_weights, Tensor[] score_biases, Tensor score_evaluation_bias, "
       "Tensor? score_sample_bias, Tensor[] guidance_weights, Tensor[] guidance_biases, "
       "Tensor guidance_evaluation_bias, Tensor? guidance_sample_bias, Tensor table, int history, float[]? clamp, "
-      "float? gradient_norm_limit, int seed, Tensor sample_index, bool split) -> (Tensor, Tensor)");
+      "float? gradient_norm_limit, int seed, Tensor sample_index, bool bf16x3) -> (Tensor, Tensor)");
   library.def(
       "guided_step(Tensor x, Tensor epsilon, Tensor? gradient, Tensor? history, float[] matrix, float noise_scale, "
       "float guidance_weight, float alpha, float sigma, float[]? clamp, SymInt key_low, SymInt key_high, "
@@ -329,7 +329,7 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
   library.def(
       "residual_block_(Tensor(a!) state, Tensor step_bias, Tensor? label_bias, Tensor convolution, Tensor[] first, "
       "float first_epsilon, Tensor[] second, float second_epsilon, Tensor output, Tensor output_bias) -> ()");
-  library.def("has_bf16_products() -> bool", []() { return tgdp::has_bf16_matmuls(); });
+  library.def("has_bf16_matmuls() -> bool", []() { return tgdp::has_bf16_matmuls(); });
   library.def("cpu_capability() -> str", []() { return std::string(tgdp::capability_name()); });
   library.def(
       "normal_range(Tensor samples, SymInt num_elements, SymInt first, SymInt count, SymInt key_low, SymInt key_high, "
@@ -339,8 +339,8 @@ TORCH_LIBRARY_FRAGMENT(tgdp_fast, library) {
 TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("mlp_value_and_grad", &mlp_value_and_grad);
   library.impl("mlp_value_and_grad_backward", &mlp_value_and_grad_backward);
-  library.impl("perceptron", &perceptron);
-  library.impl("perceptron_backward", &perceptron_backward);
+  library.impl("mlp_forward", &mlp_forward);
+  library.impl("mlp_backward", &mlp_forward_backward);
   library.impl("trajectory", &tgdp::trajectory_operator<CpuTrajectory>);
   library.impl("guided_step", &tgdp::guided_step_operator<&tgdp::empty_output, &run_step>);
   library.impl("pack_long_convolution", &pack_long_convolution);

@@ -1,5 +1,5 @@
 // Outputs of a SiLU MLP, and value and input gradient of one with a single output: reference twins
-// tgdp_fast.ops.perceptron_reference and mlp_value_and_grad_reference.
+// tgdp_fast.ops.mlp.mlp_forward_reference and mlp_value_and_grad_reference.
 #pragma once
 
 #include <cstdint>

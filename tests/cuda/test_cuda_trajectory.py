@@ -30,7 +30,7 @@ def _usual_order() -> Iterator[None]:
 
 
 def network(size, widths, outputs, evaluations, dtype, *, batch=None, stride=0, scale=1.0):
-    """A random perceptron; its matrices have `stride` columns more, which hold NaN."""
+    """A random MLP; its matrices have `stride` columns more, which hold NaN."""
     generator = torch.Generator().manual_seed(size + sum(widths) + outputs)
 
     def matrix(rows, columns, kind, scale=1.0):

@@ -337,9 +337,9 @@ def test_opcheck(dtype):
         torch.ops.tgdp_fast.mlp_value_and_grad_backward.default,
         (x[:, 0].clone(), x.clone(), x, first_bias, weights, list(kept), [True] * 7, False),
     )
-    torch.library.opcheck(torch.ops.tgdp_fast.perceptron.default, (x, first_bias, weights, biases, True))
+    torch.library.opcheck(torch.ops.tgdp_fast.mlp_forward.default, (x, first_bias, weights, biases, True))
     torch.library.opcheck(
-        torch.ops.tgdp_fast.perceptron_backward.default,
+        torch.ops.tgdp_fast.mlp_backward.default,
         (x[:, :1].clone(), x, first_bias, weights, list(kept), [True] * 7),
     )
 

@@ -576,20 +576,20 @@ _CALL = "Tensor x, Tensor first_bias, Tensor[] weights, "
 _FORWARD = f"({_CALL}Tensor[] biases, bool save_pre_activations) -> "
 _BACKWARD = f"{_CALL}Tensor[] pre_activations, bool[] needs_grad) -> Tensor[]"
 _ONE, _TWO = "(Tensor output_cotangent, ", "(Tensor? value_cotangent, Tensor? gradient_cotangent, "
-# Each operator's name, that of the native one and whether it has the argument bf16x3, Triton's schema, fake, reference.
-for _operator, _native, _schema, _fake, _reference in (
-    ("mlp_forward", ("perceptron", False), _FORWARD + "(Tensor, Tensor[])", _fake_forward, _reference_forward),
-    ("mlp_backward", ("perceptron_backward", False), _ONE + _BACKWARD, _fake_backward, mlp_backward_reference),
+# Each operator's name, whether the native one has the argument bf16x3, Triton's schema, fake and reference.
+for _operator, _bf16x3, _schema, _fake, _reference in (
+    ("mlp_forward", False, _FORWARD + "(Tensor, Tensor[])", _fake_forward, _reference_forward),
+    ("mlp_backward", False, _ONE + _BACKWARD, _fake_backward, mlp_backward_reference),
     (
         "mlp_value_and_grad",
-        ("mlp_value_and_grad", True),
+        True,
         _FORWARD + "(Tensor, Tensor, Tensor[])",
         _fake_value_and_grad,
         _reference_value_and_grad,
     ),
     (
         "mlp_value_and_grad_backward",
-        ("mlp_value_and_grad_backward", True),
+        True,
         _TWO + _BACKWARD,
         _fake_value_and_grad_backward,
         mlp_value_and_grad_backward_reference,
@@ -599,12 +599,12 @@ for _operator, _native, _schema, _fake, _reference in (
     _call = _call_backward if _is_backward else _call_forward
     _preferred = measured.preferred_to_triton_mlp_backward if _is_backward else measured.preferred_to_triton_mlp
     if native.CPU_MISSING is None:
-        torch.library.register_fake(f"tgdp_fast::{_native[0]}", _fake)
+        torch.library.register_fake(f"tgdp_fast::{_operator}", _fake)
     _launch = partial(_launch_triton, _operator.removeprefix("mlp_"))
     _triton.define(f"{_operator}_triton", _schema, _launch, _fake)
     _call_triton = partial(_call, f"{_operator}_triton", False)
     registry.register(
-        _operator, "cpu", partial(_call, *_native), registry.unsupported_float64, missing=native.CPU_MISSING
+        _operator, "cpu", partial(_call, _operator, _bf16x3), registry.unsupported_float64, missing=native.CPU_MISSING
     )
     registry.register(
         _operator, "triton", _call_triton, _unsupported_by_triton, prefer=_preferred, missing=_triton.MISSING

@@ -258,7 +258,7 @@ def _whole_rounds(multiprocessors: int, cache: int, channels: int, length: int) 
 
 def multiplies_bf16() -> bool:
     """Whether the CPU kernel is installed and the CPU multiplies bfloat16."""
-    return native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_products())
+    return native.CPU_MISSING is None and bool(torch.ops.tgdp_fast.has_bf16_matmuls())
 
 
 def _unsupported_by_cpu(
