@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
+import time
 import weakref
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,6 +127,42 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_so_once(monkeypatch, cap
     (message,) = [record.message for record in caplog.records]
     assert message.startswith("the loop cannot be captured in a CUDA graph and runs directly: ")
     assert message.endswith("operation not permitted when stream is capturing")
+
+
+def test_threads_that_share_graphs_wait_for_each_other(captured):
+    """The outputs of a graph are one caller's until it leaves the block: the other one writes into them."""
+    graphs, inside, most = GraphCache("a sum"), 0, 0
+
+    def double(x: Tensor) -> tuple[Tensor, ...]:
+        return (2 * x,)
+
+    def draws(value: float) -> list[bool]:
+        nonlocal inside, most
+        right = []
+        for _ in range(20):
+            with graphs.checked():
+                inside += 1
+                most = max(most, inside)
+                (result,) = graphs.run(double, torch.full((5,), value))
+                time.sleep(1e-4)
+                right.append(torch.equal(result, torch.full((5,), 2 * value)))
+                inside -= 1
+        return right
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(draws, [1.0, 2.0, 3.0]))
+    assert most == 1
+    assert all(all(right) for right in found)
+    assert Counter(captured) == {"capture": 1, "replay": 59}
+
+
+def test_a_copy_of_a_sampler_starts_without_graphs():
+    sampler = Sampler(*random_models(), SamplingConfig(steps=3))
+    drawn = sampler.draw(4, seed=1)
+    other = copy.deepcopy(sampler)
+    assert torch.equal(other.draw(4, seed=1), drawn)
+    assert other._graphs is not sampler._graphs
+    assert not other._graphs._graphs
 
 
 def test_a_call_that_fails_warms_nothing_up(captured):

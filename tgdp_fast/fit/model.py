@@ -147,9 +147,10 @@ class TransferModel(Pretrained):
         models = self.denoiser, self.guidance if guided else None
         asked = (*map(id, models), config, device)
         # A scale that is a function may give other values now than when the sampler read it.
-        if self._sampler is None or self._sampler[0] != asked or callable(config.scale):
-            self._sampler = asked, Sampler(*models, config, device=device)
-        return self._sampler[1]
+        kept = self._sampler
+        if kept is None or kept[0] != asked or callable(config.scale):
+            kept = self._sampler = asked, Sampler(*models, config, device=device)
+        return kept[1]
 
     def sample(
         self, num: int, config: SamplingConfig | None = None, *, guided: bool = True, **arguments: Any

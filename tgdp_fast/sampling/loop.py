@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ class GraphCache:
 
     The first call with new shapes runs the function directly, which does what a capture cannot: compile kernels, grow
     workspaces. The second call captures it; later calls replay it. If a capture fails, this is logged once and the
-    function always runs directly. Not thread-safe.
+    function always runs directly. Threads wait for each other.
 
     Args:
         name: of the function, for the log.
@@ -127,6 +128,11 @@ class GraphCache:
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once, not captured yet
         self._ran = False  # Whether the function ran since the state was taken.
         self._refused = False
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy starts without graphs: they can be neither copied nor sent to another process.
+        return GraphCache, (self.name, self._models, self._capacity)
 
     @contextmanager
     def checked(self, settings: Any = None) -> Iterator[None]:
@@ -135,13 +141,14 @@ class GraphCache:
         A replay runs no Python code, so everything that the function reads there must be in ``settings``, which are
         compared, or in the attributes of the models; see :func:`state_of`.
         """
-        state = settings, [state_of(model) for model in self._models]
-        if state != self._state:
-            self._graphs.clear()
-        self._state, self._ran = None, False
-        yield
-        # A call of a network, unlike a replay, may change the values that it keeps.
-        self._state = (settings, [state_of(model) for model in self._models]) if self._ran else state
+        with self._lock:  # The inputs and outputs of a graph belong to one caller at a time.
+            state = settings, [state_of(model) for model in self._models]
+            if state != self._state:
+                self._graphs.clear()
+            self._state, self._ran = None, False
+            yield
+            # A call of a network, unlike a replay, may change the values that it keeps.
+            self._state = (settings, [state_of(model) for model in self._models]) if self._ran else state
 
     def run(self, function: Callable[..., Tensors], *inputs: Tensor | None) -> Tensors:
         """``function(*inputs)``, within :meth:`checked`.

@@ -135,7 +135,7 @@ class Sampler:
     batch shape: another draw with the same shape is one replay per batch. Models may change between draws: weights,
     hooks and other attributes are checked before a graph is used. The graph of a stochastic solver belongs to one seed.
     Graphs keep the settings of torch, such as TF32, from their capture. The noise schedule, the scale and the shape of
-    a sample are read once, here. Not thread-safe.
+    a sample are read once, here. Threads may share it: draws with graphs wait for each other.
 
     Args:
         denoiser: a :class:`Denoiser`, anything with ``schedule`` and ``epsilon(x, t, labels)``, or a
