@@ -12,13 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tgdp_fast.lab.accuracy import unit_roundoff
+
 #: Error relative to the largest result, of elements that take a few operations in float32 each: four roundings.
 FEW_OPERATIONS = 4 * 2.0**-24
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Largest relative error of rounding a number to ``dtype``: half the distance of 1 to the next number."""
-    return torch.finfo(dtype).eps / 2
 
 
 def of_sums(lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tgdp_fast.diffusion.denoiser import number_on, per_sample
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.models.ecg_stem import ECGStem
-from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, encode_labels
+from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, embed_labels
 from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
 from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
@@ -86,11 +86,7 @@ class GuidanceNetwork(Pretrained, nn.Module):
             ValueError: labels for an unconditional network, or none for a conditional one.
         """
         check_labels_given(labels, self.num_classes, "guidance", "fit it with labels")
-        if labels is None or self.label_embedding is None:
-            return None
-        rows = encode_labels(labels, self.num_classes, self.label_embedding.weight.dtype)
-        result: Tensor = self.label_embedding(rows)
-        return result
+        return embed_labels(self.label_embedding, labels)
 
     def forward(
         self, x: Tensor, t: float | Tensor, labels: Tensor | None = None, *, backend: str = "auto"

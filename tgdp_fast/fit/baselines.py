@@ -13,7 +13,7 @@ from tgdp_fast.fit.config import TrainingConfig
 from tgdp_fast.fit.training import train_denoiser
 
 
-def default_training(num_target: int, *, few: int, learning_rate: float) -> TrainingConfig:
+def baseline_training(num_target: int, *, few: int, learning_rate: float) -> TrainingConfig:
     """Best training of the baselines on the simulation; ``few`` is the number of steps with fewer than 50 samples.
 
     With more steps they repeat the given samples.
@@ -34,9 +34,9 @@ def train_vanilla(
 ) -> Denoiser:
     """A diffusion model trained from scratch on the target samples [N, ...] (TGDP section 4, "vanilla diffusion").
 
-    ``arguments`` are those of :func:`train_denoiser`. See :func:`default_training`.
+    ``arguments`` are those of :func:`train_denoiser`. See :func:`baseline_training`.
     """
-    settings = settings or default_training(len(target), few=300, learning_rate=2e-3)
+    settings = settings or baseline_training(len(target), few=300, learning_rate=2e-3)
     return train_denoiser(target, schedule, settings=settings, **{"description": "vanilla", **arguments})
 
 
@@ -48,5 +48,5 @@ def fine_tune(
     ``denoiser`` is copied, not changed. ``arguments`` are those of :func:`train_denoiser`. The default steps were
     chosen for the baseline on the simulation.
     """
-    settings = settings or default_training(len(target), few=800, learning_rate=5e-4)
+    settings = settings or baseline_training(len(target), few=800, learning_rate=5e-4)
     return train_denoiser(target, initial=denoiser, settings=settings, **{"description": "fine-tune", **arguments})

@@ -69,6 +69,18 @@ def encode_labels(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.f
     return labels.to(dtype)
 
 
+def embed_labels(embedding: nn.Linear | None, labels: Tensor | None) -> Tensor | None:
+    """``embedding`` of labels [B] or [B, K]: [B, width]; None without one of them.
+
+    Raises:
+        ValueError: as :func:`encode_labels`.
+    """
+    if labels is None or embedding is None:
+        return None
+    result: Tensor = embedding(encode_labels(labels, embedding.in_features, embedding.weight.dtype))
+    return result
+
+
 def check_labels_given(labels: Tensor | None, num_classes: int, model: str, remedy: str) -> None:
     """Refuse labels for an unconditional model (``num_classes`` 0) and missing labels for a conditional one.
 
@@ -130,11 +142,7 @@ class ScoreMLP(nn.Module):
             ValueError: labels for an unconditional network, or none for a conditional one.
         """
         check_labels_given(labels, self.num_classes, "network", "build it with num_classes > 0")
-        if labels is None or self.label_embedding is None:
-            return None
-        rows = encode_labels(labels, self.num_classes, self.label_embedding.weight.dtype)
-        result: Tensor = self.label_embedding(rows)
-        return result
+        return embed_labels(self.label_embedding, labels)
 
     def forward(self, x: Tensor, half_log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
         first, *others = [layer for layer in (*self.layers, self.head) if isinstance(layer, nn.Linear)]

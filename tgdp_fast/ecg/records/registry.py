@@ -89,7 +89,8 @@ def read_signals_of(form: str, path: Path, root: Root) -> tuple[np.ndarray, list
     Raises:
         RecordError: it is broken, or nothing reads the form.
     """
-    _discover()
+    if form not in _signal_readers:
+        _discover()
     if form not in _signal_readers:
         raise RecordError(f"no reader is registered for records of the form {form!r}")
     return _signal_readers[form](path, root)
