@@ -131,3 +131,60 @@ def write_converted_icbeb(folder: Path, count: int = 3, rates: Sequence[int] = (
             write_record(folder / f"records{rate}", str(number), twelve(number, rate, rate), PTBXL_LEADS, rate)
     write_table(folder / "icbeb_database.csv", rows)
     return folder
+
+
+# Small enough for a test, with every part of a real run.
+TINY = """
+preset = "smoke"
+[data]
+source = "ptbxl"
+target = "icbeb"
+seconds = 1.2
+least_target = 4
+[backbone]
+num_res_layers = 1
+res_channels = 4
+d_state = 4
+step_features = 8
+step_embedding = 8
+label_dim = 4
+diffusion_steps = 20
+[source]
+steps = 4
+[vanilla]
+steps = 3
+[fine_tune]
+steps = 3
+[guidance]
+width = 8
+depth = 2
+[guidance.training]
+steps = 4
+batch_size = 8
+[sampling]
+num = 6
+steps = 3
+batch_size = 4
+[evaluation]
+bootstrap = 10
+plots = 1
+[evaluation.classifier]
+blocks = [1, 1]
+width = 8
+[evaluation.classifier.training]
+steps = 3
+batch_size = 4
+"""
+
+
+def make_folders(place: Path) -> Path:
+    """Both folders and a configuration; returns the latter."""
+    write_ptbxl(place / "ptbxl", 12, seconds=1.2)
+    write_icbeb(place / "icbeb", [700] * 8)
+    labels = [
+        {"Recording": f"A{n:04d}", "First_label": 1 + n % 2, "Second_label": "", "Third_label": ""} for n in range(1, 9)
+    ]
+    write_table(place / "icbeb" / "REFERENCE.csv", labels)
+    config = place / "tiny.toml"
+    config.write_text(TINY)
+    return config

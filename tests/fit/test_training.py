@@ -458,10 +458,16 @@ def test_labels_that_are_no_classes(labels: Any) -> None:
 
 
 def test_bfloat16_and_read_only_data_are_taken() -> None:
-    data = np.zeros((5, 2), np.float32)
-    data.setflags(write=False)
-    train_denoiser(data, settings=QUICK, width=4)
-    train_denoiser(torch.randn(5, 2, dtype=torch.bfloat16), settings=QUICK, width=4)
+    def weights(data: np.ndarray | torch.Tensor) -> torch.Tensor:
+        denoiser = train_denoiser(data, settings=QUICK, width=4)
+        return torch.cat([parameter.detach().flatten() for parameter in denoiser.parameters()])
+
+    rounded = torch.randn(5, 2, dtype=torch.bfloat16)
+    exact = rounded.float().numpy()
+    expected = weights(exact.copy())
+    assert torch.equal(weights(rounded), expected)
+    exact.setflags(write=False)
+    assert torch.equal(weights(exact), expected)
 
 
 def test_signatures_tell_data_apart() -> None:
