@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.runtime.checks import check_device, check_integer
+from tgdp_fast.runtime.npy import read_array
+from tgdp_fast.runtime.reading import reason_of
 
 Samples = TypeVar("Samples", np.ndarray, Tensor)
 
@@ -46,33 +47,9 @@ def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
             f"{name}: {path} must be a .npy or .npz file, got {file.suffix or 'no suffix'}; convert it with numpy.save"
         )
     try:
-        with open(file, "rb") as handle:
-            start = handle.read(6)
-        if not start:
-            raise ValueError("the file is empty; save the array again with numpy.save")
-        if not start.startswith((b"\x93NUMPY", b"PK", b"\x80")):  # .npy, .npz, a pickle
-            raise ValueError(
-                f"it is not a NumPy file, whatever its name says (it starts with {start!r}); convert a text table "
-                "with numpy.save(path, numpy.loadtxt(table))"
-            )
-        mapped = file.suffix.lower() == ".npy" and file.stat().st_size > _MAPPED_BYTES
-        loaded = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded:
-                if len(loaded.files) != 1:
-                    raise ValueError(
-                        f"it holds {len(loaded.files)} arrays ({', '.join(loaded.files[:5])}), expected one"
-                    )
-                loaded = loaded[loaded.files[0]]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        cause = str(error)
-        if "pickle" in cause or "Object arrays" in cause:
-            cause = (
-                "it holds Python objects, which are never unpickled because that can run arbitrary code; "
-                "save a plain numeric array"
-            )
-        raise ValueError(f"{name}: {path} cannot be read: {cause}") from None
-    array = np.asarray(loaded)
+        array = read_array(file, mapped_bytes=_MAPPED_BYTES)
+    except Exception as error:  # Damaged files raise errors of many types, from several libraries.
+        raise ValueError(f"{name}: {path} cannot be read: {reason_of(error)}") from None
     _check_numeric(name, array)
     return array
 

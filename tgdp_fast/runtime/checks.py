@@ -35,6 +35,8 @@ def check_number(
         if isinstance(value, str | bytes):  # float() would parse a number in a string.
             raise TypeError
         number = float(value)
+    except OverflowError:  # an integer beyond what a float can hold
+        number = math.inf
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, got {value!r}") from None
     inside = minimum < number < maximum if exclusive else minimum <= number <= maximum

@@ -43,7 +43,7 @@ _LOADING = threading.Lock()
 # Tensors of a file may share memory, or repeat it with stride 0, but a small file does not describe a large network.
 _REPEATED = 64
 
-_ELEMENTWISE = (Tensor.exp, Tensor.sqrt, Tensor.square)
+_ELEMENTWISE = (Tensor.exp, Tensor.sqrt, Tensor.square, Tensor.mul)
 
 Module = TypeVar("Module", bound=nn.Module)
 
