@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ UNITS = ("mV", "standardized")
 _OLD_SPELLINGS = {"standardised": "standardized"}
 #: Entries of [sampling] that are written only where they differ from this.
 UNSAID: dict[str, Any] = {"eta": None, "interval": None, "clamp": None, "backend": "auto"}
-_FILE_BYTES = 2**20
+_FILE_BYTES = 2**16  # A hostile name of many parts costs the square of its length.
 _ONE_RECORD = ("a record of 8 leads in float32", "keep less of each record")
 _SMALLER = "choose a smaller network"
 DOMAIN_CLASSIFIERS = ("features", "xresnet1d")
@@ -291,7 +292,7 @@ class Config:
         if "tgdp" not in self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be different ones of {', '.join(METHODS)}, tgdp among them")
         check_seed(self.seed)
-        record = 32 * self.data.rate * self.data.seconds
+        record = math.ceil(32 * self.data.rate * self.data.seconds)
         check_memory("sampling.num", self.sampling.num, self.sampling.num * record, "records of 8 leads", "draw fewer")
 
 

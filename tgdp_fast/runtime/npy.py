@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from pathlib import Path
@@ -13,11 +14,11 @@ from numpy.lib import format as npy
 from tgdp_fast.runtime.memory import in_bytes, machine_memory
 
 _PICKLED = (
-    "it holds Python objects, which are never unpickled because that can run arbitrary code; "
-    "save a plain numeric array"
+    "it holds Python objects, which are never unpickled because that can run arbitrary code; save a plain numeric array"
 )
 #: Archives beyond both are not unpacked: no samples are so uniform that they shrink so far.
 _EXPANSION, _EXPANDED = 200, 2**28
+_HEADER_BYTES = 10_000
 _NUMBERS = "biufc"
 
 
@@ -68,8 +69,8 @@ def _from_archive(handle: IO[bytes], size: int) -> np.ndarray:
         unpacked = members[0].file_size
         if unpacked > max(_EXPANSION * size, _EXPANDED):
             raise ValueError(
-                f"it has {in_bytes(size)} and would unpack to {in_bytes(unpacked)}, as damaged and hostile files do; save "
-                "the array uncompressed with numpy.save"
+                f"it has {in_bytes(size)} and would unpack to {in_bytes(unpacked)}, as damaged and hostile files do; "
+                "save the array uncompressed with numpy.save"
             )
         with archive.open(members[0]) as stream:
             dtype = _header(stream, unpacked)
@@ -82,13 +83,12 @@ def _from_archive(handle: IO[bytes], size: int) -> np.ndarray:
 def _header(stream: IO[bytes], size: int) -> np.dtype:
     """Dtype of the array whose file of ``size`` bytes starts here."""
     version = npy.read_magic(stream)
-    try:
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except ValueError as error:
-        if "max_header_size" in str(error):
-            raise ValueError("its header is longer than that of any array; save the array again") from None
-        raise
+    packed = stream.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(packed, "little")
+    if length > _HEADER_BYTES:
+        raise ValueError(f"its header has {length} characters, and that of an array of numbers at most {_HEADER_BYTES}")
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(io.BytesIO(packed + stream.read(length)))
     if dtype.hasobject:
         raise ValueError(_PICKLED)
     if any(type(length) is not int or length < 0 for length in shape):
@@ -104,7 +104,7 @@ def _header(stream: IO[bytes], size: int) -> np.dtype:
     available = machine_memory()
     if available is not None and 4 * count > available:
         raise ValueError(
-            f"its {count} values take {in_bytes(4 * count)} as float32, and this machine has {in_bytes(available)}; use "
-            "fewer samples"
+            f"its {count} values take {in_bytes(4 * count)} as float32, and this machine has {in_bytes(available)}; "
+            "use fewer samples"
         )
     return dtype
