@@ -184,11 +184,13 @@ def _deflate(folder: Path) -> None:
 @hostile("npz: unpacks to a thousand times its size")
 def _bomb(folder: Path) -> None:
     rows = 100 * 2**20 // 4
-    with zipfile.ZipFile(folder / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        with file.open("a.npy", "w", force_zip64=True) as member:
-            member.write(npy(shaped(f"({4 * rows}, 1)")))
-            for _ in range(4):
-                member.write(bytes(4 * rows))
+    with (
+        zipfile.ZipFile(folder / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        file.open("a.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(npy(shaped(f"({4 * rows}, 1)")))
+        for _ in range(4):
+            member.write(bytes(4 * rows))
     read_samples(folder / "x.npz")
 
 
@@ -241,8 +243,8 @@ EDITS: dict[str, tuple[tuple[Any, ...], ...]] = {
     ),
     "sssd": places_of(
         "config network",
-        "in_channels out_channels res_channels skip_channels num_res_layers step_dims num_classes label_dim l_max d_state "
-        "cauchy",
+        "in_channels out_channels res_channels skip_channels num_res_layers step_dims num_classes label_dim l_max "
+        "d_state cauchy",
     )
     + places_of("config schedule", "alphas_cumprod"),
     "model": places_of("config", "denoiser guidance diagnostics config")
