@@ -335,8 +335,8 @@ class Sampler:
         hidden = None if progress else True  # None: shown on a terminal only
         bar = tqdm(total=len(batches) * table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
         backend = nullcontext() if config.backend == "auto" else use_backend(config.backend)
-        models = evaluation_mode(self.denoiser, self.guidance)
-        with torch.inference_mode(), models as (denoiser, guidance), backend, bar:
+        models, settings = evaluation_mode(self.denoiser, self.guidance), self._settings(request)
+        with torch.inference_mode(), autocast("fp32", device.type), backend, models as (denoiser, guidance), bar:
             full = None
             if request.callback is None:
                 dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == BF16X3
@@ -344,7 +344,7 @@ class Sampler:
             captured = _can_capture(device) and request.callback is None and full is None
             loop = partial(replace(self._loop, denoiser=denoiser, guidance=guidance), seed=request.seed)
             after = self._after(request, bar)
-            with self._graphs.checked(self._settings(request)) if captured else nullcontext():
+            with self._graphs.checked(settings) if captured else nullcontext():
                 for first in batches:
                     last = min(first + request.batch_size, stop)
                     x, indices, labels = self._initial_state(request, first, last)

@@ -121,7 +121,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.order = SOLVERS[solver].evaluations
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
         self._seed: int | None = None
         self._first_index = 0
         self._whole = self._table(times=[self.schedule.t_max])
