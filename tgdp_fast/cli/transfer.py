@@ -108,9 +108,11 @@ def transfer(options: argparse.Namespace) -> None:
     if options.save is not None:
         _check_folder("--save", options.save)
         _named("--save", check_replaceable, options.save)
-    source = CheckedArray.samples("--source", load_array(options.source, "--source"))
+    source = CheckedArray.samples("--source", load_array(options.source, "--source"), keep_exact=True)
     event_shape = source.values.shape[1:]
-    target = CheckedArray.samples("--target", load_array(options.target, "--target"), event_shape=event_shape)
+    target = CheckedArray.samples(
+        "--target", load_array(options.target, "--target"), event_shape=event_shape, keep_exact=True
+    )
     denoiser: Denoiser | TransferModel | None = None
     if options.denoiser is not None:
         kind = _named("--denoiser", checkpoint_kind, options.denoiser)

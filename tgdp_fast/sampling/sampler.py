@@ -295,6 +295,8 @@ class Sampler:
         seed = check_seed(seed)
         if batch_size is None:
             batch_size = _default_batch_size(self.shape)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be callable as callback(step, t, x, x0), got {callback!r}")
         device = device_of(self._requested_device, self._models)
         rows = labels_of(labels, num, self._models)
         check_prior(prior, self.shape)
@@ -367,7 +369,8 @@ class Sampler:
     def _initial_state(self, request: _Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """x_T [B, *shape], sample indices [B] and labels of one batch."""
         device, table = request.device, self.table
-        indices = torch.arange(request.first_index + start, request.first_index + stop, device=device)
+        # The end of a range up to the last index would not be an int64.
+        indices = torch.arange(stop - start, device=device) + (request.first_index + start)
         if request.prior is None:
             x = normal(request.seed, indices, math.prod(self.shape), 0, device=device)
             x = x.reshape(len(indices), *self.shape)
