@@ -39,6 +39,7 @@ from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import XResNet1d
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_integer, check_number
+from tgdp_fast.runtime.optional import optional
 from tgdp_fast.runtime.stages import Stages
 from tgdp_fast.sampling.sampler import sample
 
@@ -237,13 +238,8 @@ _CLASSIFIER = {
 
 
 def _principal_components(count: int) -> Any:
-    try:
-        from sklearn.decomposition import PCA
-    except ImportError:
-        raise ImportError(
-            "principal components need scikit-learn, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    return PCA(count, whiten=True, svd_solver="full")
+    pca = optional("sklearn.decomposition", "principal components need").PCA
+    return pca(count, whiten=True, svd_solver="full")
 
 
 def divide(beats: Beats, generator: np.random.Generator) -> tuple[Beats, Beats, Beats]:

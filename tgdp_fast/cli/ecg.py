@@ -116,8 +116,9 @@ def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_an
     """
     from tgdp_fast.ecg.config import SMOKE, ConfigError, load_config
     from tgdp_fast.ecg.pipeline import Pipeline
-    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_packages, check_same_run
+    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_same_run
     from tgdp_fast.runtime import distributed
+    from tgdp_fast.runtime.optional import require
 
     try:
         config = load_config(
@@ -134,7 +135,7 @@ def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_an
             raise
         text = str(error).removeprefix("the configuration: ").removeprefix("sampling.")
         raise ValueError(with_flags(text, options, {})) from None
-    check_packages(MEASURING if evaluates else ())
+    require(MEASURING if evaluates else (), "this run needs")
     check_same_run(options.out, config, EVALUATED_ANEW if judges_anew else ())
     with distributed.process_group(config.device):
         try:
