@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str] | None] = {
     "__init__": None,
 }
 
-REQUIRED = {"torch", "numpy", "safetensors", "tqdm"}
+REQUIRED = {"torch", "numpy", "safetensors", "tqdm", "filelock"}
 # Modules whose classes extend those of an optional package, so that they can only be imported with it.
 EXTENSIONS = {"integrations.diffusers": "diffusers"}
 OPTIONAL = {
