@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgdp_fast.cli.arguments import add_command, add_quiet, with_flags
+from tgdp_fast.cli.arguments import add_command, add_quiet, warn, with_flags
 
 if TYPE_CHECKING:
     from tgdp_fast.ecg.pipeline import Pipeline
@@ -74,8 +74,7 @@ def _print_inspection(found: dict[str, Any]) -> None:
 def fit(options: argparse.Namespace) -> None:
     """Read both folders, train or load the source model, fit the guidance; the model is kept in OUT/model."""
     with _pipeline(options) as pipeline:
-        for text in pipeline.fit().diagnostics["warnings"]:
-            _say(f"WARNING: {text}")
+        _warn(pipeline.fit().diagnostics["warnings"])
         _say(f"model saved in {pipeline.run.out / 'model'}")
 
 
@@ -94,8 +93,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _print_report(pipeline: Pipeline) -> None:
     report = pipeline.evaluate()
-    for text in report.warnings:
-        _say(f"WARNING: {text}")
+    _warn(report.warnings)
     for method in report.methods:
         found = [
             f"{name} {value.value:.3f} ({value.low:.3f} to {value.high:.3f})" for name, value in method.metrics.items()
@@ -161,9 +159,19 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+def _warn(texts: Sequence[str]) -> None:
+    """Warn in the first process alone."""
+    from tgdp_fast.runtime import distributed
+
+    if distributed.is_first():
+        warn(texts)
+
+
 def sample(options: argparse.Namespace) -> None:
     """Draw 12-lead records from a fitted model, as WFDB records with labels and a manifest."""
+    from tgdp_fast.ecg.config import SMOKE
     from tgdp_fast.ecg.drawing import draw_records
+    from tgdp_fast.ecg.records.output import MANIFEST
     from tgdp_fast.sampling.config import SamplingConfig
 
     check_model_folder(options.model)
@@ -182,6 +190,8 @@ def sample(options: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise ValueError(with_flags(str(error), options, {"folder": "--out"})) from None
+    told = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+    warn([*told["warnings"], *([SMOKE] if told["preset"] == "smoke" else [])])
     print(f"{options.num} records written to {place}")
 
 

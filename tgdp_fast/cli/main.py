@@ -19,8 +19,8 @@ EXPECTED = (OSError, ArithmeticError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 1 failed while running, 2 bad arguments, 130
-    interrupted, 141 nobody read the output any more).
+    """Run the command line; returns the exit status (0 done, 1 failed while running, 2 bad arguments, 3 samples out of
+    reach, 130 interrupted, 141 nobody read the output any more).
     """
     options = argparse.Namespace()
     try:
@@ -97,9 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "tgdp-fast",
         description="Sample a target domain from a source diffusion model and few target samples.",
-        epilog="Exit status: 0 done, 1 failed while running, 2 bad arguments, 130 interrupted, 141 nobody reads "
-        "the output any more. Runs that write to a folder go on where they stopped when the same command is given "
-        "again.",
+        epilog="Exit status: 0 done, 1 failed while running, 2 bad arguments, 3 samples of transfer written but not to "
+        "be used (the source does not reach the target), 130 interrupted, 141 nobody reads the output any more. Runs "
+        "that write to a folder go on where they stopped when the same command is given again.",
     )
     parser.add_argument("--version", action="version", version=f"tgdp-fast {__version__}")
     parser.add_argument(

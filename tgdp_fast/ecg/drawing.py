@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,13 @@ def write_samples(run: Run, cohorts: Cohorts, method: str, drawn: Drawn, model: 
             rate=cohorts.source.rate,
             labels=label_names((drawn.labels > 0.5).astype(np.uint8), cohorts.source.vocabulary),
             leads=cohorts.source.leads,
-            manifest={"method": method, "model": model.signature(), "seed": sampling.seed, **facts},
+            manifest={
+                "method": method,
+                "model": model.signature(),
+                "seed": sampling.seed,
+                **facts,
+                **_caution(model, guided=method == "tgdp"),
+            },
         )
 
     run.once(write)
@@ -197,8 +204,17 @@ def draw_records(
                 "model": model.signature(),
                 "seed": seed,
                 **{name: facts[name] for name in ("solver", "steps", "spacing", "scale", "precision")},
+                **_caution(model, guided=guided),
             },
         )
+
+
+def _caution(model: TransferModel, *, guided: bool) -> dict[str, Any]:
+    """What whoever uses samples of ``model`` must know: the preset, and the warnings of the guidance if it is used."""
+    return {
+        "preset": model.config["ecg"].get("preset"),  # Models of earlier versions do not say.
+        "warnings": list(model.diagnostics.get("warnings", [])) if guided else [],
+    }
 
 
 def _load_model(folder: str | os.PathLike[str]) -> TransferModel:

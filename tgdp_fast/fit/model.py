@@ -18,6 +18,7 @@ from tgdp_fast.diffusion.prior import Prior, prior_from_tensors
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig, check_config
 from tgdp_fast.fit.data import ArrayLike, TransferArrays
+from tgdp_fast.fit.diagnostics import is_within_reach
 from tgdp_fast.fit.guidance import GuidanceFit, common_schedule, fit_guidance
 from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.runtime.arrays import Standardizer
@@ -33,6 +34,12 @@ from tgdp_fast.sampling.config import SamplingConfig
 from tgdp_fast.sampling.sampler import Sampler
 
 KIND = "transfer_model"
+
+
+class OutOfReachWarning(UserWarning):
+    """Samples are drawn from a model whose diagnostics say that the source does not reach the target."""
+
+
 _COMPARED = 256  # samples compared to identify an array as the same draw
 
 
@@ -56,6 +63,7 @@ class TransferModel(Pretrained):
     diagnostics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     prior: Prior | None = field(default=None, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False, compare=False)
     _sampler: tuple[Any, Sampler] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
@@ -159,6 +167,8 @@ class TransferModel(Pretrained):
     ) -> np.ndarray:
         """Samples of the target domain (of the source with ``guided=False``): float32 [num, ...] in data units.
 
+        The first guided call gives an :class:`OutOfReachWarning` if ``diagnostics`` say not to use the samples.
+
         Args:
             num: number of samples.
             config, guided: as in :meth:`sampler`.
@@ -206,6 +216,10 @@ class TransferModel(Pretrained):
 
     def _sampler_of(self, config: SamplingConfig | None, guided: bool, arguments: dict[str, Any]) -> Sampler:
         """Remove the sampler's settings from ``arguments`` and add the model's prior if none was given."""
+        told = self.diagnostics
+        if guided and not self._warned and not is_within_reach(told.get("outside_fraction"), told.get("mean_ratio")):
+            self._warned = True
+            warnings.warn(" ".join(told.get("warnings", [])), OutOfReachWarning, stacklevel=3)
         names = [entry.name for entry in fields(SamplingConfig)] + ["device"]
         settings = {name: arguments.pop(name) for name in names if name in arguments}
         prior = arguments.setdefault("prior", self.prior if guided else None)
