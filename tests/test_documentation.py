@@ -37,9 +37,13 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 #: Whose links are checked too.
 LINKED = [*PAGES, *sorted(DOCS.rglob("results/**/*.md"))]
+#: The other pages of the site.
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", *(path for path in sorted(ROOT.glob("*/README.md")) if path not in LINKED)]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 #: Most blocks of one page, and of all pages, that may be left out.
 MOST_LEFT_OUT = 8
+#: Columns of code that a page of the site shows without scrolling.
+WIDEST = 85
 
 #: Commands of at most a second, which are run; all others are parsed.
 CHEAP = (
@@ -179,6 +183,32 @@ def test_few_blocks_are_left_out_and_each_has_a_reason() -> None:
     assert len(left_out) <= MOST_LEFT_OUT
     written = sum(page.read_text(encoding="utf-8").count("<!-- not run") for page in PAGES)
     assert written == len(left_out), "a comment stands before no block"
+
+
+def too_wide(text: str) -> list[str]:
+    """Lines of code of a page, indented ones included, that a reader would have to scroll for."""
+    code = [block.code for block in blocks(Path(), text)]
+    code += re.findall(
+        r"(?<=\n\n)(?: {4}.*\n+)+", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    )
+    return [line for part in code for line in part.splitlines() if len(line) > WIDEST]
+
+
+@pytest.mark.parametrize("page", [*LINKED, *OTHER_PAGES], ids=name_of)
+def test_code_of_a_page_fits_its_column(page: Path) -> None:
+    assert too_wide(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_code_of_an_example_fits_its_column(example: Path) -> None:
+    lines = example.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > WIDEST and not line.startswith("#")] == []
+
+
+def test_the_check_of_widths_sees() -> None:
+    long = "x" * (WIDEST + 1)
+    assert too_wide(f"{long}\n\n```sh\n{long}\n```\n\n    {long[4:]}\n\n| {long} |\n") == [long, f"    {long[4:]}"]
+    assert too_wide(f"```sh\n{long[1:]}\n```\n") == []
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
