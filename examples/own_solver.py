@@ -9,7 +9,7 @@
 # A new solver therefore needs no new kernel: the fused kernels run any table. The example is the two-step method for
 # the noise prediction. In half log-SNR, lambda, the exact solution is
 #
-# `x(b) = alpha_b / alpha_a x(a) - sigma_b (e^h - 1) eps`, `h = lambda_b - lambda_a`
+# $$ x(b) = \frac{\alpha_b}{\alpha_a} x(a) - \sigma_b (e^h - 1)\, \epsilon, \qquad h = \lambda_b - \lambda_a $$
 #
 # if eps is constant over the step (that is `ddim`). The two-step method instead uses eps in the middle of the step, on
 # the line through the last two values.

@@ -410,6 +410,16 @@ def _not_medians(file: Path, _: str | None, rows: list[dict[str, str]]) -> list[
     return wrong
 
 
+def test_the_chart_of_performance_is_drawn_from_the_result_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    chart = DOCS / "images" / "performance.svg"
+    drawn = tmp_path / "performance.svg"
+    subprocess.run([sys.executable, chart.with_suffix(".py"), drawn], check=True)
+    texts = [re.findall(r"<text [^>]*>(.*?)</text>", path.read_text(encoding="utf-8")) for path in (chart, drawn)]
+    assert any("NVIDIA H200" in text for text in texts[0])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
 def test_quoted_numbers_are_measured(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
