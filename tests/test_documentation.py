@@ -145,11 +145,12 @@ def run_or_parse(words: list[str], where: str) -> None:
     """Run what is cheap, or sized for it and has its files; parse everything else."""
     sized = words[:1] == ["transfer"] and "--train-steps" in words and Path("source.npy").is_file()
     sized |= words[:1] == ["sample"] and Path(words[1]).is_dir()
+    sized |= words[:2] == ["ecg", "inspect"] and Path(words[2]).is_dir()
     if words not in CHEAP and not sized:
         parsed(words, where)
         return
     try:
-        status = cli.main([*words, "--quiet"] if sized else words)
+        status = cli.main([*words, "--quiet"] if sized and words[0] != "ecg" else words)
     except SystemExit as stop:  # --help and --version
         status = int(stop.code or 0)
     assert status == 0, f"{where}: tgdp-fast {shlex.join(words)}"
