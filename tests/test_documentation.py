@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import tgdp_fast
-from tgdp_fast import SOLVERS, SPACINGS, metrics
+from tgdp_fast import SOLVERS, SPACINGS, metrics, ops
 from tgdp_fast.cli import main as cli
 from tgdp_fast.ops import registry
 
@@ -297,6 +297,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert len(entries) == len(set(entries))
     assert set(tgdp_fast.__all__) <= set(entries)
     assert {f"metrics.{name}" for name in metrics.__all__} <= set(entries)
+    operators = (DOCS / "operators.md").read_text(encoding="utf-8")
+    known = re.findall(r"^::: tgdp_fast\.ops\.(\w+)$", operators, re.MULTILINE)
+    assert set(ops.__all__) == {*known, "backend_report", "use_backend", "BackendUnavailableError"}
     for entry in entries:
         pkgutil.resolve_name(f"tgdp_fast.{entry}")
 
