@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode
 from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.solvers import SolverTable
@@ -27,6 +26,7 @@ from tgdp_fast.ops.noise import normal
 from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
+from tgdp_fast.runtime.evaluation import evaluation_mode
 from tgdp_fast.runtime.precision import PRECISIONS, autocast
 from tgdp_fast.runtime.progress import announce
 from tgdp_fast.sampling.arguments import (
@@ -335,13 +335,15 @@ class Sampler:
         hidden = None if progress else True  # None: shown on a terminal only
         bar = tqdm(total=len(batches) * table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
         backend = nullcontext() if config.backend == "auto" else use_backend(config.backend)
-        with torch.inference_mode(), evaluation_mode(self.denoiser, self.guidance), backend, bar:
+        models = evaluation_mode(self.denoiser, self.guidance)
+        with torch.inference_mode(), models as (denoiser, guidance), backend, bar:
             full = None
             if request.callback is None:
                 dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == BF16X3
                 full = FullTrajectory.of(self._loop, dtype, config.backend, bf16x3=bf16x3, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
-            loop, after = partial(self._loop, seed=request.seed), self._after(request, bar)
+            loop = partial(replace(self._loop, denoiser=denoiser, guidance=guidance), seed=request.seed)
+            after = self._after(request, bar)
             with self._graphs.checked(self._settings(request)) if captured else nullcontext():
                 for first in batches:
                     last = min(first + request.batch_size, stop)
