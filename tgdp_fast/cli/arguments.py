@@ -44,9 +44,7 @@ def add_command(
     --out: none. ``together``: several processes under torchrun work on one --out.
     """
     text = function.__doc__ or ""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text.partition("
-
-")[0], description=text)
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text.partition("\n\n")[0], description=text)
     parser.set_defaults(command=function, kept=kept, together=together)
     return parser
 

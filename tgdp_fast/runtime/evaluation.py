@@ -167,7 +167,7 @@ def _holds_module(value: Any, depth: int = _DEPTH) -> bool:
 
 def _is_filled(cell: Any) -> bool:
     try:
-        cell.cell_contents
+        _ = cell.cell_contents
     except ValueError:
         return False
     return True
