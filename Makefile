@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test docs lint format clean
+.PHONY: help demo bench test docs notebooks lint format clean
 .NOTPARALLEL:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo '              --numprocesses=0 all in one process)'
 	@echo 'make bench    time everything here (BENCH_ARGS="--quick --json FILE ..." is passed on)'
 	@echo 'make docs     build the documentation into build/docs'
+	@echo 'make notebooks  make Jupyter notebooks of the examples, in build/notebooks'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff rewrite the sources'
 	@echo 'make clean    remove $(VENV) and all that was built'
@@ -47,6 +48,14 @@ test: $(VENV)/.test-ready
 docs: $(VENV)/.test-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'written: build/docs/index.html'
+
+notebooks: $(VENV)/.test-ready
+	@mkdir -p build/notebooks
+	@for example in examples/*.py; do \
+		$(BIN)/python -m jupytext --quiet --to ipynb --output build/notebooks/$$(basename $$example .py).ipynb $$example \
+			|| exit 1; \
+	done
+	@echo 'written: build/notebooks'
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
