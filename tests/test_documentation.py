@@ -548,6 +548,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         "mkdocstrings", reason="mkdocstrings is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
     )
     pytest.importorskip(
+        "latex2mathml",
+        reason="latex2mathml is not installed; run `pip install --no-build-isolation -e '.[docs]'`",
+    )
+    pytest.importorskip(
         "material", reason="mkdocs-material is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
     )
     done = subprocess.run(
@@ -573,6 +577,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in (tmp_path / "site").rglob("*.html"):
         fetched = re.findall(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
         assert fetched == [], page
+    # Formulas are MathML, and tables of results have their pictures.
+    assert (tmp_path / "site" / "index.html").read_text().count("<math ") >= 3
+    assert not [page for page in (tmp_path / "site").rglob("*.html") if 'class="arithmatex"' in page.read_text()]
+    for picture in (DOCS / "results").rglob("*.png"):
+        shown = (tmp_path / "site" / picture.relative_to(DOCS).parent / "results.html").read_text()
+        assert f'src="{picture.name}"' in shown
     # Every page of docs/ is there as itself.
     for page in PAGES[1:]:
         title = re.search(r"^# (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
