@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test docs wheel lint format clean
+.PHONY: help demo bench test docs notebooks wheel lint format clean
 .NOTPARALLEL:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo 'make bench    time everything here (BENCH_ARGS="--quick --json FILE ..." is passed on)'
 	@echo 'make docs     build the documentation into build/docs'
 	@echo 'make wheel    build a wheel for this torch and any Python from 3.10 on into dist'
+	@echo 'make notebooks  make Jupyter notebooks of the examples, in build/notebooks'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff rewrite the sources'
 	@echo 'make clean    remove $(VENV) and all that was built'
@@ -48,6 +49,14 @@ test: $(VENV)/.test-ready
 docs: $(VENV)/.test-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'written: build/docs/index.html'
+
+notebooks: $(VENV)/.test-ready
+	@mkdir -p build/notebooks
+	@for example in examples/*.py; do \
+		$(BIN)/python -m jupytext --quiet --to ipynb --output build/notebooks/$$(basename $$example .py).ipynb $$example \
+			|| exit 1; \
+	done
+	@echo 'written: build/notebooks'
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
