@@ -14,6 +14,7 @@ from tgdp_fast.ecg.records.wfdb import FileStamp, RecordError, RecordHeader, Roo
 
 #: Form of files that most data sets have: a WFDB header with its files.
 WFDB = "wfdb"
+_LONGEST = 1000  # characters of a reason
 
 
 class LabelError(RecordError):
@@ -98,7 +99,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "record", printable(self.record))
-        object.__setattr__(self, "reason", printable(self.reason))
+        reason = printable(self.reason)
+        # Messages about hostile files quote them.
+        object.__setattr__(self, "reason", reason if len(reason) <= _LONGEST else reason[:_LONGEST] + "...")
 
     def __str__(self) -> str:
         return f"record {self.record}: {self.reason}"

@@ -13,7 +13,7 @@ from tgdp_fast.ecg.records.entries import ECGFolder, Problem, printable
 from tgdp_fast.ecg.records.registry import read_signals_of
 from tgdp_fast.ecg.records.signals import TooShortError, check_crop, fit
 from tgdp_fast.ecg.records.statements import SNOMED_STATEMENTS, STATEMENTS, in_words
-from tgdp_fast.ecg.records.wfdb import RecordError, Root
+from tgdp_fast.ecg.records.wfdb import Root
 
 
 def inspect_ecg_folder(
@@ -44,13 +44,14 @@ def inspect_ecg_folder(
             problems.append(short)
             continue
         try:
+            check_crop(entry.rate, seconds)
             if read:
                 bound = None if entry.length is None else seconds
                 signals, names, rate = read_signals_of(entry.form, entry.path, root, bound)
                 entries[index] = replace(entry, length=entry.length or signals.shape[1])
                 fit(signals, names, rate, rate=rate, seconds=seconds, leads=())
             usable += 1
-        except RecordError as error:
+        except ValueError as error:
             problems.append(Problem(entry.name, str(error), isinstance(error, TooShortError)))
     found = {
         **replace(folder, entries=entries).summary(seconds),

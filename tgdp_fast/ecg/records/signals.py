@@ -51,7 +51,7 @@ def fit(
 ) -> np.ndarray:
     """Check, resample and crop signals [leads, samples] at ``found`` samples per second; see :func:`read_entry`."""
     check_rate(found, rate)
-    needed = round(seconds * found)
+    needed = check_crop(found, seconds)
     if signals.shape[1] < needed:
         raise TooShortError(f"it has {signals.shape[1] / found:g} s, less than {seconds:g} s")
     try:

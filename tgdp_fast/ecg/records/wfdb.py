@@ -423,7 +423,7 @@ def read_signals(
     wanted = math.inf if seconds is None else math.ceil(seconds * header.rate) + AHEAD
     sums, count, parts = np.zeros(len(header.signals), np.int64), 0, []
     for samples, missing in _blocks(path, header):
-        sums += samples.sum(axis=0, dtype=np.int64)
+        sums += _column_sums(samples)
         if count < wanted:
             rows = slice(int(min(wanted - count, len(samples))))
             # Exact: a baseline as large as the samples may hide what differs between them.
@@ -439,6 +439,13 @@ def read_signals(
     return np.ascontiguousarray(np.concatenate(parts, axis=1)), kept
 
 
+def _column_sums(samples: np.ndarray) -> np.ndarray:
+    """Of each signal. By rows of many samples first: ten times faster than numpy's sum of short rows."""
+    wide = len(samples) // 64 * 64
+    sums = samples[:wide].reshape(-1, 64 * samples.shape[1]).sum(axis=0, dtype=np.int64).reshape(64, -1).sum(axis=0)
+    return sums + samples[wide:].sum(axis=0, dtype=np.int64)  # type: ignore[no-any-return]
+
+
 def _check_sums(header: RecordHeader, found: np.ndarray) -> None:
     for signal, value in zip(header.signals, found, strict=True):
         # Additions modulo 2^16, in whatever type.
@@ -452,20 +459,23 @@ def _check_sums(header: RecordHeader, found: np.ndarray) -> None:
 def _blocks(path: Path, header: RecordHeader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Samples [samples, signals] of all signals, and where there is none."""
     length = header.length or header.stored
-    if length == 0:
+    if length is None:
+        raise RecordError(f"its header must say how many samples there are in the format {header.signals[0].format}")
+    if not length:
         raise RecordError(f"{header.signals[0].file} is truncated: it has 0 samples of each lead")
     if not header.plain:
         yield from _read_by_wfdb(path, header, length)
         return
     step = max(1, _BLOCK // len(header.signals))
-    for start in range(0, length or 0, step):
-        samples = _read_plain(path.parent, header, start, min(step, (length or 0) - start))
+    for start in range(0, length, step):
+        samples = _read_plain(path.parent, header, start, min(step, length - start))
         yield samples, samples == _INVALID
 
 
 def _read_plain(folder: Path, header: RecordHeader, start: int, count: int) -> np.ndarray:
+    files = header.files
     samples = np.empty((count, len(header.signals)), "<i2")
-    for name, places in header.files.items():
+    for name, places in files.items():
         offset = header.signals[places[0]].offset + 2 * start * len(places)
         try:
             content = np.fromfile(folder / name, "<i2", count * len(places), offset=offset)
@@ -473,11 +483,13 @@ def _read_plain(folder: Path, header: RecordHeader, start: int, count: int) -> n
             raise RecordError(f"{name} cannot be read: {error.strerror or error}") from None
         if len(content) < count * len(places):
             raise RecordError(f"{name} is truncated: it has {start + len(content) // len(places)} samples of each lead")
+        if len(files) == 1:
+            return content.reshape(count, len(places))
         samples[:, places] = content.reshape(count, len(places))
     return samples
 
 
-def _read_by_wfdb(path: Path, header: RecordHeader, length: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _read_by_wfdb(path: Path, header: RecordHeader, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     try:
         import wfdb
     except ImportError:
@@ -491,18 +503,21 @@ def _read_by_wfdb(path: Path, header: RecordHeader, length: int | None) -> Itera
         names = {name: f"{number}.dat" for number, name in enumerate(header.files)}
         for name, link in names.items():
             _link(path.parent / name, Path(place, link))
-        for start in range(0, length or 1, step):
-            stop = None if length is None else min(start + step, length)
+        for start in range(0, length, step):
+            stop = min(start + step, length)
             _write_bare_header(Path(place, "r.hea"), header, names, initial)
             try:
                 record = wfdb.rdrecord(str(Path(place, "r")), sampfrom=start, sampto=stop, physical=False)
                 samples = np.asarray(record.d_signal)
                 missing = np.isnan(record.dac())
             except Exception as error:  # whatever a damaged file makes of it
-                raise RecordError(f"wfdb cannot read {path.name}: {error}") from None
+                text = str(error)
+                for name, link in names.items():
+                    text = text.replace(str(Path(place, link)), name)
+                raise RecordError(f"wfdb cannot read {path.name}: {text}") from None
             if samples.ndim != 2 or samples.shape[1] != len(header.signals):
                 raise RecordError(f"wfdb reads {path.name} as samples of shape {list(samples.shape)}")
-            if stop is not None and len(samples) < stop - start:
+            if len(samples) < stop - start:
                 raise RecordError(f"{header.signals[0].file} is truncated: it has {len(samples)} samples of each lead")
             yield samples, missing
             initial = samples[-1].tolist()  # format 8 holds differences
@@ -517,7 +532,7 @@ def _link(file: Path, link: Path) -> None:
 
 def _write_bare_header(path: Path, header: RecordHeader, names: Mapping[str, str], initial: Sequence[int]) -> None:
     """What tells about samples alone."""
-    lines = [f"r {len(header.signals)} 1 {header.length or header.stored or ''}".rstrip()]
+    lines = [f"r {len(header.signals)} 1 {header.length or header.stored}"]
     for place, (signal, first) in enumerate(zip(header.signals, initial, strict=True)):
         lines.append(f"{names[signal.file]} {signal.format}+{signal.offset} 200(0)/mV 0 0 {first} 0 0 s{place}")
     path.write_text("\n".join(lines) + "\n", encoding="ascii")
