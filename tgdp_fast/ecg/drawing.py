@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
 from tgdp_fast.ecg.cohorts import Cohorts
 from tgdp_fast.ecg.records.output import MANIFEST, check_new_folder, write_ecg_records
-from tgdp_fast.ecg.records.statements import ALIASES, label_names, multi_hot
+from tgdp_fast.ecg.records.statements import ALIASES, label_names, multi_hot, similar
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.model import TransferModel
 from tgdp_fast.ops.registry import requested_backend, use_backend
@@ -239,7 +238,7 @@ def _check_statements(entries: Sequence[str], vocabulary: Sequence[str]) -> list
         raise ValueError("statements must hold at least one entry, such as NORM")
     for name in (name for row in rows for name in row):
         if name not in vocabulary and ALIASES.get(name) not in vocabulary:
-            near = get_close_matches(name.upper(), vocabulary, n=3)
+            near = similar(name, vocabulary, 3)
             hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             raise ValueError(
                 f"statements must be names that the model knows, got {name!r}{hint}; all {len(vocabulary)} with "
