@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,25 +147,32 @@ def _exchange(partial: Path, target: Path) -> None:
 
 
 def _settled(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
-    """``read()`` of a checkpoint, again where it failed while the folder was being replaced."""
+    """``read()`` of a checkpoint; again if the folder was replaced meanwhile, so that all comes from one save."""
     folder = real_path(path)
     for _ in range(_READS):
         before = _state(folder)
         try:
-            return read()
-        except (CheckpointError, OSError):
+            result = read()
+        except Exception:
             if _state(folder) == before:
                 raise
-    return read()
+        else:
+            if _state(folder) == before:
+                return result
+    raise CheckpointError(f"{path} was saved again during each of {_READS} attempts to read it; read it later")
 
 
-def _state(folder: Path) -> list[int]:
-    """Differs between two saves of one folder, whatever time they take."""
-    found = []
-    for file in (folder, folder / CONFIG_FILE, folder / TENSOR_FILE):
-        with suppress(OSError):
-            status = file.stat()
-            found += [status.st_dev, status.st_ino, status.st_ctime_ns]
+def _state(folder: Path) -> list[tuple[int, ...]]:
+    """Differs between two saves of one folder."""
+    found: list[tuple[int, ...]] = []
+    for place in (folder, _previous(folder)):
+        for file in (place, place / CONFIG_FILE, place / TENSOR_FILE):
+            try:
+                status = file.stat()
+            except OSError:
+                found.append(())
+            else:
+                found.append((status.st_dev, status.st_ino, status.st_mtime_ns))
     return found
 
 
