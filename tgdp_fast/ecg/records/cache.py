@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, Problem
 from tgdp_fast.ecg.records.leads import STORED_LEADS, known_leads
@@ -32,6 +31,7 @@ from tgdp_fast.ecg.records.splits import split_by_patient
 from tgdp_fast.ecg.records.statements import STATEMENTS, multi_hot
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from tgdp_fast.runtime.arrays import Standardizer
@@ -283,14 +283,7 @@ class _Build:
         chunks = {start: self._finished(start, offset) for start in range(0, len(self.entries), self.chunk)}
         waiting = [start for start, found in chunks.items() if found is None]
         done = len(self.entries) - sum(len(self._records(start)) for start in waiting)
-        with tqdm(
-            total=len(self.entries),
-            initial=done,
-            desc="reading records",
-            unit="record",
-            disable=None if progress else True,
-            leave=False,
-        ) as bar:
+        with progress_bar(len(self.entries), "reading", "record", progress, initial=done) as bar:
             for start, result in self._read(waiting, offset, workers):
                 # The samples are on disk already: now the chunk is finished.
                 _save_json(self._file(start), result)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from tgdp_fast.ecg.records.entries import ECGFolder, Problem
 from tgdp_fast.ecg.records.registry import read_signals_of
 from tgdp_fast.ecg.records.signals import TooShortError, check_crop, fit
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
+from tgdp_fast.runtime.progress import tracked
 
 
 def inspect_ecg_folder(
@@ -31,10 +30,7 @@ def inspect_ecg_folder(
     problems, entries = list(folder.problems), list(folder.entries)
     root = Root(folder.path)
     usable = 0
-    hidden = None if read and progress else True
-    for index, entry in enumerate(
-        tqdm(folder.entries, desc="reading records", unit="record", disable=hidden, leave=False)
-    ):
+    for index, entry in enumerate(tracked(folder.entries, "reading", "record", read and progress)):
         check_crop(entry.rate, seconds)
         if short := entry.too_short(seconds):
             problems.append(short)
