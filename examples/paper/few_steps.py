@@ -43,7 +43,7 @@ from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_integer
 from tgdp_fast.runtime.progress import say, tracked
-from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.sampler import sample
 
 #: Real signals in the place of samples: how far from the reference a perfect model is.
@@ -188,7 +188,11 @@ def record_windows(folder: Path, length: int) -> tuple[np.ndarray, int]:
 
 def run(plan: Plan) -> list[Row]:
     """Run the plan, resuming finished rows; writes results.json and results.md into ``plan.out``."""
-    plan.out.mkdir(parents=True, exist_ok=True)
+    with owned(plan.out):
+        return _run(plan)
+
+
+def _run(plan: Plan) -> list[Row]:
     signals = load_signals(plan)
     denoiser = source_model(plan, signals)
     gaussian = GaussianPrior.fit(signals.train)

@@ -344,7 +344,7 @@ def test_packages_that_are_missing_are_named_before_the_first_stage(
         assert cli.main(["ecg", command, "--config", str(config), "--out", str(out), "--quiet"]) == 1
         text = capsys.readouterr().err
         assert "this run needs scikit-learn, neurokit2, not installed here" in text
-        assert "pip install 'tgdp_fast[ecg]' (in a checkout: pip install --no-build-isolation -e '.[ecg]')" in text
+        assert "run: pip install scikit-learn neurokit2\n" in text
         assert not out.exists()
 
 

@@ -53,7 +53,7 @@ def test_a_long_stage_tells_its_time_first_and_then_a_line_a_minute() -> None:
     ]
     times = [time for time, _ in told]
     assert times == pytest.approx([0, 5, 15, 25, 35, 45, 55, 115, 175, 200], abs=0.6)
-    assert told[-2][1] == "source model: 1750 of 2000 steps, loss 0.0005714, 25 s left"
+    assert told[-2][1] == "source model: 1755 of 2000 steps, loss 0.0005698, 24 s left"
     assert told[-1][1] == "source model: 2000 steps in 3 min"
 
 

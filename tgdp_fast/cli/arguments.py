@@ -36,15 +36,16 @@ def add_command(
     function: Callable[[argparse.Namespace], int | None],
     *,
     kept: Callable[[argparse.Namespace], list[Path]] | None = kept_in_folder,
+    together: bool = False,
 ) -> argparse.ArgumentParser:
     """Add a subparser that runs ``function``, whose docstring is its help, and the first paragraph its summary.
 
     ``kept`` gives the folders in which a run that does not finish leaves its work; None, and for commands without
-    --out: none.
+    --out: none. ``together``: several processes under torchrun work on one --out.
     """
     text = function.__doc__ or ""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text.partition("\n\n")[0], description=text)
-    parser.set_defaults(command=function, kept=kept)
+    parser.set_defaults(command=function, kept=kept, together=together)
     return parser
 
 

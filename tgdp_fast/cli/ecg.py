@@ -114,8 +114,10 @@ def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_an
     """
     from tgdp_fast.ecg.config import SMOKE, ConfigError, load_config
     from tgdp_fast.ecg.pipeline import Pipeline
-    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_packages, check_same_run
+    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_same_run
     from tgdp_fast.runtime import distributed
+    from tgdp_fast.runtime.optional import require
+    from tgdp_fast.runtime.stages import owned
 
     try:
         config = load_config(
@@ -132,9 +134,10 @@ def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_an
             raise
         text = str(error).removeprefix("the configuration: ").removeprefix("sampling.")
         raise ValueError(with_flags(text, options, {})) from None
-    check_packages(MEASURING if evaluates else ())
+    require(MEASURING if evaluates else (), "this run needs")
     check_same_run(options.out, config, EVALUATED_ANEW if judges_anew else ())
-    with distributed.process_group(config.device):
+    with distributed.process_group(config.device), owned(options.out):
+        check_same_run(options.out, config, EVALUATED_ANEW if judges_anew else ())  # Another run may have ended now.
         try:
             pipeline = Pipeline(config, options.out, progress=not options.quiet)
         except ValueError as error:
@@ -223,7 +226,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="machine-readable, with every problem")
 
     for name, function in (("fit", fit), ("evaluate", evaluate), ("run", run)):
-        command = add_command(names, name, function)
+        command = add_command(names, name, function, together=True)
         command.add_argument("--config", type=Path, help="TOML file of settings; every entry is optional")
         command.add_argument(
             "--preset", help="paper, small or smoke: settings that the file leaves out (smoke, which takes minutes)"

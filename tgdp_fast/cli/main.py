@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from tgdp_fast._version import __version__
 from tgdp_fast.cli import ecg, lab, transfer
 from tgdp_fast.cli.arguments import Parser, add_command
+from tgdp_fast.runtime.locks import InUseError
 
 #: Exceptions that say what the user can do; shown without a traceback.
 EXPECTED = (OSError, ArithmeticError, ImportError)
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
+        if "out" in options and not options.together:
+            _check_alone()
         command: Callable[[argparse.Namespace], int | None] = options.command
         return command(options) or 0
     except ValueError as error:
@@ -56,9 +59,19 @@ def _run(options: argparse.Namespace) -> int:
         # In the words of the command line.
         text = str(error).replace("backend='auto'", "--backend auto") if "backend" in options else str(error)
         print(f"tgdp-fast: error: {text}", file=sys.stderr)
-        if kept := _kept(options):
+        # Of a run that was refused the work is another's.
+        if not isinstance(error, InUseError) and (kept := _kept(options)):
             print(f"tgdp-fast: {kept}", file=sys.stderr)
         return 1
+
+
+def _check_alone() -> None:
+    """Refuse to let several processes of torchrun write one file each for itself."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"this command works in one process, but torchrun started {processes} (WORLD_SIZE={processes}); start it "
+            "without torchrun; of all commands, ecg run, fit and evaluate share their work among processes"
+        )
 
 
 def _kept(options: argparse.Namespace) -> str:

@@ -101,12 +101,11 @@ def transfer(options: argparse.Namespace) -> int | None:
     they are written all the same.
     """
     from tgdp_fast.diffusion.denoiser import Denoiser
-    from tgdp_fast.fit.config import TrainingConfig
-    from tgdp_fast.fit.diagnostics import TransferDiagnostics
     from tgdp_fast.fit.model import TransferModel
     from tgdp_fast.runtime.arrays import CheckedArray, load_array
     from tgdp_fast.runtime.checkpoint import check_replaceable, checkpoint_kind
-    from tgdp_fast.runtime.stages import Stages
+    from tgdp_fast.runtime.stages import owned
+    from tgdp_fast.sampling.blocks import BlockFile
 
     _check_sampling(options)
     config = _guidance_config(options)
@@ -125,6 +124,18 @@ def transfer(options: argparse.Namespace) -> int | None:
         denoiser = _named("--denoiser", load, options.denoiser)
         _move(denoiser, options.device)
     labels = _transfer_labels(options, source, target, denoiser)
+    with owned(_work(options.out)), BlockFile(options.out).owned():  # Refused now, and not after the training.
+        return _transfer(options, config, source, target, denoiser, labels)
+
+
+def _transfer(
+    options: argparse.Namespace, config: Any, source: Any, target: Any, denoiser: Any, labels: dict[str, Any]
+) -> int | None:
+    from tgdp_fast.fit.config import TrainingConfig
+    from tgdp_fast.fit.diagnostics import TransferDiagnostics
+    from tgdp_fast.fit.model import TransferModel
+    from tgdp_fast.runtime.stages import Stages
+
     work = _work(options.out)
     if not options.quiet:
         print(f"finished stages and, every 30 s, training states go to {work} until the end", file=sys.stderr)

@@ -26,6 +26,8 @@ from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer
+from tgdp_fast.runtime.files import new_partial
+from tgdp_fast.runtime.locks import target_lock
 from tgdp_fast.sampling.config import SamplingConfig
 from tgdp_fast.sampling.sampler import Sampler
 
@@ -118,7 +120,9 @@ def write_samples(run: Run, cohorts: Cohorts, method: str, drawn: Drawn, model: 
 
     def write() -> None:
         if (place / MANIFEST).is_file():  # Anything else in the way is refused by what writes.
-            shutil.rmtree(place)
+            removed = new_partial(place)  # Killed while it removes them, it leaves no half of them in the way.
+            os.replace(place, removed)
+            shutil.rmtree(removed)
         write_ecg_records(
             place,
             drawn.signals,
@@ -169,38 +173,40 @@ def draw_records(
 
     Raises:
         ValueError: a bad argument, an unknown statement, a model of something else than ECGs.
+        InUseError: another process writes this folder.
     """
     check_integer("num", num, 1)
     check_device(device)
-    check_new_folder(out)
+    place = check_new_folder(out)
     config = config or SamplingConfig(steps=20)
     facts = config.to_dict()
     model = _load_model(model_dir)
     described = model.config["ecg"]
     rows = _check_statements(statements, tuple(described["statements"]))
     each = [rows[index % len(rows)] for index in range(num)]
-    drawn = new_sampler(model.denoiser, model.guidance if guided else None, config, device).draw(
-        num,
-        labels=multi_hot(each, tuple(described["statements"])).astype(np.float32),
-        prior=model.prior if guided else None,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return write_ecg_records(
-        out,
-        model.standardizer.invert(drawn.cpu().numpy()),
-        rate=float(described["rate"]),
-        labels=each,
-        leads=described["leads"],
-        manifest={
-            "method": "tgdp" if guided else "source",
-            "model": model.signature(),
-            "seed": seed,
-            **{name: facts[name] for name in ("solver", "steps", "spacing", "scale", "precision")},
-            **_caution(model, guided=guided),
-        },
-    )
+    with target_lock(place):
+        drawn = new_sampler(model.denoiser, model.guidance if guided else None, config, device).draw(
+            num,
+            labels=multi_hot(each, tuple(described["statements"])).astype(np.float32),
+            prior=model.prior if guided else None,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return write_ecg_records(
+            out,
+            model.standardizer.invert(drawn.cpu().numpy()),
+            rate=float(described["rate"]),
+            labels=each,
+            leads=described["leads"],
+            manifest={
+                "method": "tgdp" if guided else "source",
+                "model": model.signature(),
+                "seed": seed,
+                **{name: facts[name] for name in ("solver", "steps", "spacing", "scale", "precision")},
+                **_caution(model, guided=guided),
+            },
+        )
 
 
 def _caution(model: TransferModel, *, guided: bool) -> dict[str, Any]:

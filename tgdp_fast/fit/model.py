@@ -29,7 +29,7 @@ from tgdp_fast.runtime.checkpoint import (
 )
 from tgdp_fast.runtime.checks import check_device, check_seed
 from tgdp_fast.runtime.pretrained import Pretrained
-from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.config import SamplingConfig
 from tgdp_fast.sampling.sampler import Sampler
 
@@ -101,6 +101,7 @@ class TransferModel(Pretrained):
 
         Raises:
             ValueError: bad data or settings, before any work.
+            InUseError: another run works in ``work_dir``.
         """
         config = check_config("config", GuidanceConfig() if config is None else config, GuidanceConfig)
         if denoiser_training is not None:
@@ -126,9 +127,10 @@ class TransferModel(Pretrained):
         arrays = raw.standardized(standardizer)
         config = replace(config, num_classes=arrays.num_classes)
         stages, common = Stages(work_dir), {"seed": seed, "device": device, "progress": progress}
-        if own is None:
-            own = _source_model(stages, arrays, schedule, denoiser_training, common)
-        result = _guidance(stages, arrays, own, config, common)
+        with owned(work_dir):
+            if own is None:
+                own = _source_model(stages, arrays, schedule, denoiser_training, common)
+            result = _guidance(stages, arrays, own, config, common)
         diagnostics = {} if result.diagnostics is None else result.diagnostics.to_dict()
         return cls(own, result.guidance, standardizer, diagnostics, {**result.config, "seed": seed})
 

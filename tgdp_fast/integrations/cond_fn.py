@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for
+from tgdp_fast.diffusion.denoiser import labels_for
 from tgdp_fast.diffusion.guided import check_guidance
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.evaluation import evaluation_mode
 
 
 def as_cond_fn(
@@ -96,6 +97,6 @@ def time_at(schedule: NoiseSchedule, noise_level: Tensor) -> Tensor:
 
 def gradient_at(guidance: Any, x: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
     """grad_x log h [B, ...] in the dtype of ``x``, without a graph."""
-    with torch.no_grad(), evaluation_mode(guidance):
+    with torch.no_grad(), evaluation_mode(guidance) as (guidance,):
         gradient: Tensor = guidance.log_ratio_and_grad(x, times, labels_for(guidance, labels))[1]
     return gradient.to(x.dtype)

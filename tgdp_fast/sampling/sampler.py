@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode
 from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.solvers import SolverTable
@@ -26,6 +25,7 @@ from tgdp_fast.ops.noise import normal
 from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
+from tgdp_fast.runtime.evaluation import evaluation_mode
 from tgdp_fast.runtime.precision import PRECISIONS, autocast
 from tgdp_fast.runtime.progress import progress_bar
 from tgdp_fast.sampling.arguments import (
@@ -276,7 +276,7 @@ class Sampler:
                 values: np.ndarray = self._run(request, start, stop, bar).cpu().numpy()
                 return values
 
-            return file.write(shape, identity, block_size, block, finish=finish, progress=False)
+            return file.write(shape, identity, block_size, block, finish=finish)
 
     def _request(
         self,
@@ -334,13 +334,14 @@ class Sampler:
             result = torch.empty((stop - start, *self.shape), dtype=torch.float32, device=device)
         batches = range(start, stop, request.batch_size)
         backend = nullcontext() if config.backend == "auto" else use_backend(config.backend)
-        with torch.inference_mode(), evaluation_mode(self.denoiser, self.guidance), backend:
+        models = evaluation_mode(self.denoiser, self.guidance)
+        with torch.inference_mode(), models as (denoiser, guidance), backend:
             full = None
             if request.callback is None:
                 dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == BF16X3
                 full = FullTrajectory.of(self._loop, dtype, config.backend, bf16x3=bf16x3, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
-            loop = partial(self._loop, seed=request.seed)
+            loop = partial(replace(self._loop, denoiser=denoiser, guidance=guidance), seed=request.seed)
             with self._graphs.checked(self._settings(request)) if captured else nullcontext():
                 for first in batches:
                     last = min(first + request.batch_size, stop)

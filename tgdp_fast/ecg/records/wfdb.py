@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tgdp_fast.ecg.records.leads import find_leads
+from tgdp_fast.runtime.optional import optional
 
 _HEADER_BYTES = 1 << 20  # a longer header is none
 _INVALID = -32768  # of format 16: no sample
@@ -346,13 +347,7 @@ def _read_plain(file: Path, header: RecordHeader) -> np.ndarray:
 
 
 def _read_by_wfdb(path: Path, header: RecordHeader) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        import wfdb
-    except ImportError:
-        raise ImportError(
-            f"{path.name} has the format {header.signals[0].format}, which needs wfdb; it is not installed, run: "
-            "pip install 'tgdp_fast[ecg]'"
-        ) from None
+    wfdb = optional("wfdb", f"{path.name} has the format {header.signals[0].format}, which needs")
     try:
         record = wfdb.rdrecord(str(path.with_suffix("")), physical=False)
         samples = np.asarray(record.d_signal)

@@ -27,7 +27,7 @@ from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_integer
 from tgdp_fast.runtime.files import save_array
 from tgdp_fast.runtime.progress import say, tracked
-from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.sampler import sample
 
 METHODS = ("real", "source", "vanilla", "finetune", "tgdp")
@@ -85,9 +85,16 @@ def run(plan: Plan) -> list[Row]:
     """Run the plan, resuming finished rows; writes results.json, results.md and samples.png into ``plan.out``.
 
     Without matplotlib it says so and draws no plot.
+
+    Raises:
+        InUseError: another run works in ``plan.out``.
     """
     plots = figures.available()
-    plan.out.mkdir(parents=True, exist_ok=True)
+    with owned(plan.out):
+        return _run(plan, plots)
+
+
+def _run(plan: Plan, plots: bool) -> list[Row]:
     source = source_model(plan)
     judge = digit_judge()
     rows = []

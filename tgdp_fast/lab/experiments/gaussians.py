@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -51,7 +51,8 @@ from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_integer
 from tgdp_fast.runtime.files import save_array
 from tgdp_fast.runtime.progress import say, tracked
-from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.runtime.stages import Stages, owned
+from tgdp_fast.runtime.workers import start_worker
 from tgdp_fast.sampling.sampler import sample
 
 #: Guidance fits by name. "tgdp" is the recommended setting, the defaults.
@@ -146,18 +147,21 @@ def run(plan: Plan) -> list[Row]:
     """Run the plan, resuming finished rows; writes results.json, results.md and plots into ``plan.out``.
 
     Interrupted, it keeps the rows that are finished. Without matplotlib it says so and draws no plots.
+
+    Raises:
+        InUseError: another run works in ``plan.out``.
     """
     plots = figures.available()
-    plan.out.mkdir(parents=True, exist_ok=True)
-    source_model(plan)
     tasks = [(plan, n, seed, method) for n in plan.num_target for seed in range(plan.seeds) for method in plan.methods]
-    if plan.jobs > 1:
-        rows = _in_processes(tasks, min(plan.jobs, len(tasks)))
-    else:
-        rows = [finished_row(*task) for task in tracked(tasks, "experiment", "row", plan.progress)]
-    write_results(plan.out, rows, report(rows, plan))
-    if plots:
-        plot(plan)
+    with owned(plan.out):
+        source_model(plan)
+        if plan.jobs > 1:
+            rows = _in_processes(tasks, min(plan.jobs, len(tasks)))
+        else:
+            rows = [finished_row(*task) for task in tracked(tasks, "experiment", "row", plan.progress)]
+        write_results(plan.out, rows, report(rows, plan))
+        if plots:
+            plot(plan)
     return rows
 
 
@@ -175,14 +179,18 @@ def _in_processes(tasks: Sequence[tuple[Plan, int, int, str]], workers: int) -> 
             for process in set(active_children()) - others:
                 process.terminate()
             raise
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a process that computed rows ended early: it was killed, by the system if memory is short; finished "
+                "rows are kept, and fewer jobs need less memory"
+            ) from None
         except Exception:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _start_worker(threads: int) -> None:
-    # An interrupt reaches the whole process group; the main process ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_worker()
     torch.set_num_threads(threads)
 
 

@@ -17,6 +17,7 @@ from tgdp_fast.ecg.records.registry import Selection, reader, signal_reader
 from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_STATEMENTS
 from tgdp_fast.ecg.records.tables import number, read_table, statements, years
 from tgdp_fast.ecg.records.wfdb import RecordError, RecordHeader, Root
+from tgdp_fast.runtime.optional import optional
 
 REFERENCE = "REFERENCE.csv"
 #: Form of the original files: MATLAB 5 with the struct ``ECG``.
@@ -115,12 +116,7 @@ def read_original(path: Path, root: Root) -> tuple[np.ndarray, list[str], float]
         RecordError: damaged, or of another form.
         ImportError: SciPy is missing.
     """
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ImportError(
-            "MATLAB files need SciPy, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
+    loadmat = optional("scipy.io", "MATLAB files need").loadmat
     root.status(path)
     try:
         # MATLAB 5 files hold arrays and structs of them: nothing in them is run.
