@@ -239,5 +239,3 @@ def test_a_factor_on_the_steps_of_a_discrete_schedule_is_mentioned() -> None:
         Denoiser(Constant(), steps, time_scale=1000, time_input="half_log_snr")
         Denoiser(Constant(), NoiseSchedule.from_betas([0.001] * 4000))
         Denoiser(Constant(), NoiseSchedule.cosine(), time_scale=1000)
-
-

@@ -125,12 +125,12 @@ def transfer(options: argparse.Namespace) -> int | None:
         _move(denoiser, options.device)
     labels = _transfer_labels(options, source, target, denoiser)
     with owned(_work(options.out)), BlockFile(options.out).owned():  # Refused now, and not after the training.
-        _transfer(options, config, source, target, denoiser, labels)
+        return _transfer(options, config, source, target, denoiser, labels)
 
 
 def _transfer(
     options: argparse.Namespace, config: Any, source: Any, target: Any, denoiser: Any, labels: dict[str, Any]
-) -> None:
+) -> int | None:
     from tgdp_fast.fit.config import TrainingConfig
     from tgdp_fast.fit.diagnostics import TransferDiagnostics
     from tgdp_fast.fit.model import TransferModel

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tgdp_fast.diffusion.denoiser import Denoiser, training_target
 from tgdp_fast.diffusion.schedule import NoiseSchedule
@@ -36,7 +35,7 @@ from tgdp_fast.runtime.checkpoint import (
     signature_of,
 )
 from tgdp_fast.runtime.checks import check_choice, check_seed
-from tgdp_fast.runtime.progress import announce
+from tgdp_fast.runtime.progress import progress_bar
 
 #: loss(generator) -> scalar to minimize; every random draw must come from the generator.
 Loss = Callable[[torch.Generator], Tensor]
@@ -65,7 +64,7 @@ def minimize(
         loss: see :data:`Loss`.
         settings: see :class:`TrainingConfig`.
         seed: of the generator passed to ``loss``.
-        progress, description: the progress bar.
+        progress, description: see :mod:`tgdp_fast.runtime.progress`.
         state_dir: folder where the full state is saved every ``save_every`` seconds and at Ctrl-C. A state with the
             same signature and settings is resumed, and the result equals that of an uninterrupted run. It is removed at
             the end. A folder with other content is refused.
@@ -89,9 +88,7 @@ def minimize(
     module.train()
     saved = time.monotonic()
     stride = max(1, settings.steps // 100)
-    announce(f"{description}: {settings.steps} steps" + (f", from step {run.step}" if run.step else ""), progress)
-    shown = None if progress else True  # None: on a terminal only
-    bar = tqdm(total=settings.steps, initial=run.step, desc=description, unit="step", disable=shown, leave=False)
+    bar = progress_bar(settings.steps, description, "step", progress, initial=run.step)
     # Dropout and similar layers use the global generator: seed it, and restore the caller's state.
     with torch.random.fork_rng(devices=[]), _deferred_interrupt(state_dir is not None) as interrupted, bar:
         torch.set_rng_state(run.global_state)
