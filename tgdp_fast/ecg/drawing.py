@@ -23,7 +23,7 @@ from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.model import TransferModel
 from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime import distributed
-from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.checkpoint import CheckpointError, described, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer
 from tgdp_fast.runtime.files import new_partial
 from tgdp_fast.runtime.locks import target_lock
@@ -100,8 +100,10 @@ def draw_samples(
         shutil.rmtree(place.with_name(f"{name}.parts"))
 
     def load(place: Path) -> np.ndarray:
-        signals: np.ndarray = load_checkpoint(place, "samples")[1]["signals"].numpy()
-        return signals
+        tensors = load_checkpoint(place, "samples")[1]
+        with described(place, "set of samples"):
+            signals: np.ndarray = tensors["signals"].numpy()
+            return signals
 
     start = [] if prior is None else prior.to_tensors().values()
     signature = signature_of(denoiser, guidance, labels, sampling.to_dict(), *start)
