@@ -24,6 +24,7 @@ from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import described, load_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_device, check_seed
+from tgdp_fast.runtime.precision import ordinary_autograd
 from tgdp_fast.runtime.pretrained import Pretrained
 from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.config import SamplingConfig
@@ -63,6 +64,7 @@ class TransferModel(Pretrained):
     _sampler: tuple[Any, Sampler] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
+    @ordinary_autograd()
     def fit(
         cls,
         source: ArrayLike,
@@ -220,7 +222,9 @@ class TransferModel(Pretrained):
         settings = {name: arguments.pop(name) for name in names if name in arguments}
         prior = arguments.setdefault("prior", self.prior if guided else None)
         if isinstance(prior, Prior) and prior is not self.prior:
-            size = float(prior.to("cpu").start(0, torch.arange(256), 1.0, 0.0).double().square().mean().sqrt())
+            size = float(
+                prior.to("cpu").start(0, torch.arange(256, device="cpu"), 1.0, 0.0).double().square().mean().sqrt()
+            )
             if size > 10:
                 warnings.warn(
                     "prior should be in standardised coordinates, but its samples have a root mean square of "

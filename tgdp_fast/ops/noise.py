@@ -83,7 +83,7 @@ def philox4x32(
     rounds = check_integer("rounds", rounds, 1)
     words = []
     for position, word in enumerate(counter):
-        tensor = word if isinstance(word, Tensor) else torch.tensor(int(word) & _MASK, dtype=torch.int64)
+        tensor = word if isinstance(word, Tensor) else torch.tensor(int(word) & _MASK, dtype=torch.int64, device="cpu")
         if tensor.dtype != torch.int64:
             raise ValueError(f"counter[{position}] must be int64, got {tensor.dtype}; convert it with .to(torch.int64)")
         words.append(tensor & _MASK)

@@ -46,7 +46,7 @@ def calc_diffusion_hyperparams(
     steps = check_integer("T", T, 2)
     first = check_number("beta_0", beta_0, 0.0, 1.0, exclusive=True)
     last = check_number("beta_T", beta_T, 0.0, 1.0, exclusive=True)
-    beta = torch.linspace(first, last, steps, dtype=torch.float64)
+    beta = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
     alpha = 1.0 - beta
     alpha_bar = alpha.cumprod(0)
     variance = beta.clone()
