@@ -14,9 +14,10 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, embed_labels
 from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
-from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.pretrained import Pretrained
+from tgdp_fast.runtime.state_dict import restored
 
 STEMS = ("none", "ecg")
 
@@ -168,7 +169,14 @@ class GuidanceNetwork(Pretrained, nn.Module):
         Raises:
             CheckpointError: damaged, of another kind or another architecture.
         """
-        config, tensors = load_checkpoint(path, "guidance")
-        network = cls.from_config(config)
-        load_state_dict_checked(network, tensors, str(path))
-        return network.eval()
+        return cls.from_parts(*load_checkpoint(path, "guidance"), where=str(path))
+
+    @classmethod
+    def from_parts(cls, config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> GuidanceNetwork:
+        """The network with a checkpoint's config and tensors, in eval mode; ``where`` names their origin in messages.
+
+        Raises:
+            CheckpointError: as in :meth:`load`.
+        """
+        with described(where, cls.__name__):
+            return restored(lambda: cls.from_config(config), config, tensors, where).eval()

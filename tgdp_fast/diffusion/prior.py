@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tgdp_fast.ops.noise import key_words, normal, philox4x32
 from tgdp_fast.runtime.arrays import as_float64, check_samples
-from tgdp_fast.runtime.checkpoint import load_checkpoint, save_checkpoint
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint
 from tgdp_fast.runtime.checks import check_integer
 
 KIND = "prior"
@@ -72,7 +72,9 @@ class Prior(ABC):
         Raises:
             CheckpointError: damaged, or of another kind.
         """
-        return prior_from_tensors(load_checkpoint(path, KIND)[1])
+        tensors = load_checkpoint(path, KIND)[1]
+        with described(path, "Prior"):
+            return prior_from_tensors(tensors)
 
 
 def prior_from_tensors(tensors: Mapping[str, Tensor]) -> Prior:

@@ -92,6 +92,8 @@ class TransferDiagnostics:
         outside_fraction: see :func:`outside_fraction`.
         mean_h: rows (t, E_p[h], its standard error) for the fitted guidance; E_p[h] = 1 if it is exact.
         warnings: plain sentences; empty if nothing looks wrong.
+        within_reach: a property: False where the source does not cover the target at all, so that samples must not be
+            used.
     """
 
     num_source: int
@@ -105,14 +107,21 @@ class TransferDiagnostics:
     mean_h: list[tuple[float, float, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def within_reach(self) -> bool:
+        """Whether the target lies within the source and the ratio has about the right mean."""
+        return is_within_reach(self.outside_fraction, self.mean_ratio)
+
     def add_mean_h(self, rows: list[tuple[float, float, float]]) -> None:
-        """Set the rows of ``mean_h``, and add a warning if they are far from 1."""
+        """Set the rows of ``mean_h``, and add a warning if they are far from 1, unless the target is out of reach:
+        then h cannot hold, and other warnings say why.
+        """
         self.mean_h = rows
         wrong = [(t, mean) for t, mean, error in rows if mean + 3 * error < 0.2 or mean - 3 * error > 5.0]
-        if wrong:
+        if wrong and self.within_reach:
             t, mean = max(wrong, key=lambda row: abs(math.log(max(row[1], 1e-30))))
             self.warnings.append(
-                f"the guidance does not hold: the mean of the fitted ratio h over the source is {mean:.2g} at "
+                f"the guidance does not hold: the mean of the fitted ratio h over the source is {_plainly(mean)} at "
                 f"t = {t:.4g} and should be 1. It has learned the given target samples by heart; use fewer steps, "
                 "more weight_decay, or a regression loss (poisson)."
             )
@@ -152,12 +161,12 @@ class TransferDiagnostics:
                 if self.auc < 0.55
                 else "(1: no correction; well below 1: it was overconfident)"
             ),
-            f"mean ratio over the source: {self.mean_ratio:.2g} (1 when exact)",
+            f"mean ratio over the source: {_plainly(self.mean_ratio)} (1 when exact)",
             f"effective sample size of the ratio: {size}",
         ]
         if self.mean_h:
             lines.append("mean of the fitted ratio h over the source under noise, E_p[h] (1 at every t when exact):")
-            lines += [f"  t = {t:8.4g}   {_short(mean)} +- {_short(error).strip()}" for t, mean, error in self.mean_h]
+            lines += [f"  t = {t:8.4g}   {_with_error(mean, error)}" for t, mean, error in self.mean_h]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -168,9 +177,19 @@ class TransferDiagnostics:
 _MOST_OUTSIDE = 0.34
 
 
-def _short(value: float) -> str:
-    """Three decimals, or three significant digits for large values."""
-    return f"{value:6.3f}" if abs(value) < 1000 else f"{value:6.3g}"
+def is_within_reach(outside_fraction: float | None, mean_ratio: float | None) -> bool:
+    """Whether the source covers the target at all, as far as these numbers are known."""
+    return (outside_fraction or 0.0) <= _MOST_OUTSIDE and (mean_ratio is None or not _far_from_one(mean_ratio))
+
+
+def _plainly(value: float) -> str:
+    """Two digits of a mean that should be 1; where it is off by 10,000 the digits say nothing."""
+    return "below 0.0001" if value < 1e-4 else "above 10,000" if value > 1e4 else f"{value:.2g}"
+
+
+def _with_error(mean: float, error: float) -> str:
+    """The mean with its standard error, three decimals, where they say something."""
+    return f"{mean:6.3f} +- {error:.3f}" if 1e-4 <= mean <= 1e4 else _plainly(mean)
 
 
 def _far_from_one(mean_ratio: float) -> bool:
@@ -195,8 +214,8 @@ def diagnose(source: Tensor, target: Tensor, ratio: DensityRatio) -> TransferDia
         )
     if wrong:
         warnings.append(
-            f"the density ratio is wrong: its mean over the source is {ratio.mean_ratio:.2g} and should be 1. Do not "
-            "use the samples; the target is out of reach, or there are too few samples to tell."
+            f"the density ratio is wrong: its mean over the source is {_plainly(ratio.mean_ratio)} and should be 1. Do "
+            "not use the samples; the target is out of reach, or there are too few samples to tell."
         )
     elif size < 10:
         warnings.append(

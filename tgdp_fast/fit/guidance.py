@@ -23,7 +23,7 @@ from tgdp_fast.fit.losses import Logistic
 from tgdp_fast.fit.objective import Objective, TransferData
 from tgdp_fast.fit.training import derived_seed, device_of, minimize
 from tgdp_fast.models.mlp import encode_labels
-from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint, signature_of
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_integer, check_seed
 from tgdp_fast.runtime.precision import ordinary_autograd
 from tgdp_fast.runtime.randomness import seeded_initialization
@@ -63,10 +63,10 @@ class GuidanceFit:
             CheckpointError: damaged, of another kind or architecture.
         """
         config, tensors = load_checkpoint(path, "guidance_fit")
-        guidance = GuidanceNetwork.from_config(config["guidance"])
-        load_state_dict_checked(guidance, tensors, str(path))
-        diagnostics = None if config["diagnostics"] is None else TransferDiagnostics(**config["diagnostics"])
-        return cls(guidance.eval(), diagnostics, config["history"], config["config"])
+        with described(path, cls.__name__):
+            guidance = GuidanceNetwork.from_parts(config["guidance"], tensors, str(path))
+            diagnostics = None if config["diagnostics"] is None else TransferDiagnostics(**config["diagnostics"])
+            return cls(guidance, diagnostics, config["history"], config["config"])
 
 
 @ordinary_autograd()

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tgdp_fast.diffusion.denoiser import Denoiser, training_target
 from tgdp_fast.diffusion.schedule import NoiseSchedule
@@ -37,7 +36,7 @@ from tgdp_fast.runtime.checkpoint import (
 )
 from tgdp_fast.runtime.checks import check_choice, check_seed
 from tgdp_fast.runtime.precision import ordinary_autograd
-from tgdp_fast.runtime.progress import announce
+from tgdp_fast.runtime.progress import progress_bar
 from tgdp_fast.runtime.randomness import draws_globally, global_random_state, seeded_initialization
 
 #: loss(generator) -> scalar to minimize; every random draw must come from the generator.
@@ -68,7 +67,7 @@ def minimize(
         loss: see :data:`Loss`.
         settings: see :class:`TrainingConfig`.
         seed: of the generator passed to ``loss``.
-        progress, description: the progress bar.
+        progress, description: see :mod:`tgdp_fast.runtime.progress`.
         state_dir: folder where the full state is saved every ``save_every`` seconds and at Ctrl-C. A state with the
             same signature and settings is resumed, and the result equals that of an uninterrupted run. It is removed at
             the end. A folder with other content is refused.
@@ -92,9 +91,7 @@ def minimize(
     module.train()
     saved = time.monotonic()
     stride = max(1, settings.steps // 100)
-    announce(f"{description}: {settings.steps} steps" + (f", from step {run.step}" if run.step else ""), progress)
-    shown = None if progress else True  # None: on a terminal only
-    bar = tqdm(total=settings.steps, initial=run.step, desc=description, unit="step", disable=shown, leave=False)
+    bar = progress_bar(settings.steps, description, "step", progress, initial=run.step)
     draws = draws_globally(module)
     with _deferred_interrupt(state_dir is not None) as interrupted, bar:
         while run.step < settings.steps:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint
 from tgdp_fast.runtime.checks import check_integer, check_number
+from tgdp_fast.runtime.state_dict import restored
 
 
 class XResNet1d(nn.Module):
@@ -139,9 +140,9 @@ class XResNet1d(nn.Module):
             CheckpointError: damaged, of another kind or another architecture.
         """
         config, tensors = load_checkpoint(path, "classifier")
-        network = cls.from_config({name: value for name, value in config.items() if name != "architecture"})
-        load_state_dict_checked(network, tensors, str(path))
-        return network.eval()
+        settings = {name: value for name, value in config.items() if name != "architecture"}
+        with described(path, cls.__name__):
+            return restored(lambda: cls.from_config(settings), settings, tensors, path).eval()
 
 
 def _convolution(

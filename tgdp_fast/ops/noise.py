@@ -203,21 +203,6 @@ def _(samples: Tensor, num_elements: int, key_low: int, key_high: int, evaluatio
     return samples.new_empty((samples.shape[0], num_elements), dtype=torch.float32)
 
 
-if native.CPU_MISSING is None:
-
-    @torch.library.register_fake("tgdp_fast::normal_range")
-    def _(
-        samples: Tensor,
-        num_elements: int,
-        first: int,
-        count: int,
-        key_low: int,
-        key_high: int,
-        evaluation: int,
-    ) -> Tensor:
-        return samples.new_empty((count,), dtype=torch.float32)
-
-
 def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32-bit words of multiplier * word, for 2^31 <= multiplier < 2^32 and 0 <= word < 2^32.
 

@@ -47,6 +47,7 @@ def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
     if file.suffix.lower() not in (".npy", ".npz"):
         raise ValueError(
             f"{name}: {path} must be a .npy or .npz file, got {file.suffix or 'no suffix'}; convert it with numpy.save"
+            f"{_conversion(file)}"
         )
     try:
         with open(file, "rb") as handle:
@@ -435,8 +436,31 @@ def as_array(name: str, value: Any) -> np.ndarray:
     if array.dtype.kind == "O" and hasattr(value, "to_numpy"):  # A table with nullable columns.
         with suppress(ValueError, TypeError):
             array = value.to_numpy(dtype=np.float64, na_value=np.nan)
+    if array.dtype == object and array.ndim == 0:
+        raise ValueError(
+            f"{name} must be an array or a tensor of samples [N, ...], got an object of type {type(value).__name__}"
+        )
     _check_numeric(name, array)
     return array
+
+
+def _conversion(file: Path) -> str:
+    """A line of Python that converts a table of numbers; nothing for other files."""
+    separator = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
+    if file.suffix.lower() == ".parquet":
+        read = f"pandas.read_parquet({str(file)!r}).to_numpy(float)"
+    elif separator is None:
+        return ""
+    else:
+        with open(file, encoding="utf-8", errors="replace") as handle:
+            first = handle.readline(100_000)
+        try:
+            header = not [float(cell) for cell in first.split(separator) if cell.strip()]
+        except ValueError:
+            header = True
+        skipped = ", skip_header=1" if header else ""
+        read = f"numpy.genfromtxt({str(file)!r}, delimiter={separator!r}{skipped})"
+    return f", as in numpy.save({str(file.with_suffix('.npy'))!r}, {read}); a column of texts becomes NaN: leave it out"
 
 
 def as_float64(name: str, value: Any) -> Tensor:

@@ -15,8 +15,10 @@ from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import check_labels_given, encode_labels
 from tgdp_fast.models.sssd_ecg.network import SSSDECG
 from tgdp_fast.ops import mlp_value_and_grad
-from tgdp_fast.runtime.checkpoint import CheckpointError, load_state_dict_checked, read_state_dict
+from tgdp_fast.runtime.checkpoint import CheckpointError
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.reading import refused
+from tgdp_fast.runtime.state_dict import read_state_dict, restored
 
 CONVENTIONS = ("paper", "released")
 
@@ -247,7 +249,7 @@ class GuidanceQt(ECGStem):
         Raises:
             CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape.
         """
-        tensors = read_state_dict(path)
+        tensors = read_state_dict(path, anchor="conv1.weight")
         needed = {"conv1.weight": 3, "embed.1.weight": 2, "qt.0.weight": 2}
         for name, dimensions in needed.items():
             if name not in tensors or tensors[name].ndim != dimensions:
@@ -255,16 +257,14 @@ class GuidanceQt(ECGStem):
                     f"{path} is no checkpoint of GuidanceQt: {name} must be there with {dimensions} dimensions"
                 )
         layers = {name.split(".")[1] for name in tensors if name.startswith("qt.")}
-        network = cls(
-            state_dim=state_dim,
-            in_channels=tensors["conv1.weight"].shape[1],
-            length=length,
-            width=tensors["qt.0.weight"].shape[0],
-            depth=max(1, len(layers) - 1),
-            time_features=tensors["embed.1.weight"].shape[0],
-        )
-        load_state_dict_checked(network, tensors, path)
-        return network.eval()
+        sizes = {
+            "in_channels": tensors["conv1.weight"].shape[1],
+            "width": tensors["qt.0.weight"].shape[0],
+            "depth": max(1, len(layers) - 1),
+            "time_features": tensors["embed.1.weight"].shape[0],
+        }
+        with refused(CheckpointError, f"{path} is no checkpoint of GuidanceQt"):
+            return restored(lambda: cls(state_dim=state_dim, length=length, **sizes), sizes, tensors, path).eval()
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """f(x, t, condition) [B, 1], differentiable by autograd."""
