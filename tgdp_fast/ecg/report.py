@@ -620,7 +620,8 @@ svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans"
 .notes{color:var(--soft);font-size:.9rem;max-width:85ch;padding-left:1.2rem}
 summary{font-weight:600;cursor:pointer}
 .words th,.words td{text-align:left}
-details .words td{white-space:normal;word-break:break-word}
+.words td{white-space:normal}
+details .words td{word-break:break-word}
 @page{size:A4 landscape;margin:9mm}
 @media print{
 body{max-width:none;padding:0;font-size:10pt}
