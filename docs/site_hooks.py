@@ -26,6 +26,12 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
+def on_config(config: Any) -> None:
+    """The version, at the foot of every page."""
+    version = re.search(r'"(.+)"', (ROOT / "tgdp_fast" / "_version.py").read_text(encoding="utf-8").split("=")[1])
+    config.copyright = f"tgdp_fast {version[1]}" if version else None
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add what pages link to, and what the navigation names, outside docs/; added pages link to more."""
     pages = [(f"docs/{file.src_uri}", file.content_string) for file in files.documentation_pages()]

@@ -173,7 +173,7 @@ def test_there_are_pages_with_code() -> None:
     assert sum(block.language == "python" and not block.reason for block in found) > 10
     assert sum(len(commands(block.code)) for block in found if block.language == "sh") > 30
     # "```" alone would hide a block from every check; diagrams are indented instead.
-    assert {block.language for block in found} <= {"python", "sh", "console", "toml"}
+    assert {block.language for block in found} <= {"python", "sh", "console", "toml", "bibtex"}
 
 
 def test_few_blocks_are_left_out_and_each_has_a_reason() -> None:
@@ -228,6 +228,22 @@ def test_example_is_made_of_cells(example: Path) -> None:
     for part in re.split(r"^# %% \[markdown\]\n", text, flags=re.MULTILINE)[1:]:
         prose = part.split("\n# %%", 1)[0].rstrip().splitlines()
         assert all(line.startswith("#") for line in prose), f"a text cell holds code: {prose}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_the_notebook_of_an_example_has_its_code(example: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jupytext", reason="jupytext is not installed")
+    convert = "-m jupytext --quiet --to ipynb --output"
+    assert convert in (ROOT / "Makefile").read_text(encoding="utf-8")
+    notebook = tmp_path / "example.ipynb"
+    subprocess.run([sys.executable, *convert.split(), notebook, example], check=True)
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    assert content["nbformat"] == 4
+    parts = re.split(r"^# %%(.*)\n", example.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    cells = [("".join(cell["source"]), cell["cell_type"]) for cell in content["cells"]]
+    assert [kind for _, kind in cells] == ["markdown" if "[markdown]" in kind else "code" for kind in parts[::2]]
+    code = [text.strip() for kind, text in zip(parts[::2], parts[1::2], strict=True) if "[markdown]" not in kind]
+    assert [text for text, kind in cells if kind == "code"] == code
 
 
 def test_examples_are_in_the_navigation() -> None:
@@ -298,7 +314,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(tgdp_fast.__all__) <= set(entries)
     assert {f"metrics.{name}" for name in metrics.__all__} <= set(entries)
     operators = (DOCS / "operators.md").read_text(encoding="utf-8")
-    known = re.findall(r"^::: tgdp_fast\.ops\.(\w+)$", operators, re.MULTILINE)
+    known = re.findall(r"^::: tgdp_fast\.ops\.(?:\w+\.)?(\w+)$", operators, re.MULTILINE)
     assert set(ops.__all__) == {*known, "backend_report", "use_backend", "BackendUnavailableError"}
     for entry in entries:
         pkgutil.resolve_name(f"tgdp_fast.{entry}")
@@ -532,6 +548,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         "mkdocstrings", reason="mkdocstrings is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
     )
     pytest.importorskip(
+        "latex2mathml",
+        reason="latex2mathml is not installed; run `pip install --no-build-isolation -e '.[docs]'`",
+    )
+    pytest.importorskip(
         "material", reason="mkdocs-material is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
     )
     done = subprocess.run(
@@ -557,6 +577,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in (tmp_path / "site").rglob("*.html"):
         fetched = re.findall(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
         assert fetched == [], page
+    # Formulas are MathML, and tables of results have their pictures.
+    assert (tmp_path / "site" / "index.html").read_text().count("<math ") >= 3
+    assert not [page for page in (tmp_path / "site").rglob("*.html") if 'class="arithmatex"' in page.read_text()]
+    for picture in (DOCS / "results").rglob("*.png"):
+        shown = (tmp_path / "site" / picture.relative_to(DOCS).parent / "results.html").read_text()
+        assert f'src="{picture.name}"' in shown
     # Every page of docs/ is there as itself.
     for page in PAGES[1:]:
         title = re.search(r"^# (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)

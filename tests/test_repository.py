@@ -400,6 +400,55 @@ def test_the_tests_that_ci_names_exist():
     assert not [name for name in named if not (ROOT / name).is_file()]
 
 
+# project files ----------------------------------------------------------------------------------------------
+
+
+def project_file(name: str) -> str:
+    if not (ROOT / name).exists():
+        pytest.skip("a source distribution does not have it")
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_citation_names_this_version():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; it comes with mkdocs")
+    citation = yaml.safe_load(project_file("CITATION.cff"))
+    assert citation["version"] == importlib.import_module("tgdp_fast").__version__
+    assert citation["cff-version"] == "1.2.0"
+    (paper,) = citation["references"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    readme = project_file("README.md")
+    for part in (f"author = {{{authors}}}", f"title = {{{paper['title']}}}", f"year = {{{paper['year']}}}"):
+        assert part in readme
+
+
+def test_commits_are_checked_with_the_ruff_of_the_tests():
+    wanted = re.search(r"^ruff==(\S+)$", project_file(".ci/constraints.txt"), re.MULTILINE)
+    assert wanted
+    assert set(re.findall(r"ruff==([\d.]+)", project_file(".pre-commit-config.yaml"))) == {wanted[1]}
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_images_are_made_of_what_there_is(name: str):
+    text = re.sub(r"\\\n\s*", "", project_file(name))
+    copied = [path for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for path in line.split()]
+    assert {"pyproject.toml", "setup.py", "tgdp_fast", "kernels", "csrc"} <= set(copied)
+    assert not [path for path in copied if not (ROOT / path).exists()]
+    # What the build reads of pyproject.toml is there.
+    project = project_file("pyproject.toml")
+    named = re.findall(r'^(?:readme = |license-files = \[)"(.*?)"', project, re.MULTILINE)
+    assert len(named) == 2
+    assert set(named) <= set(copied)
+    (extras,) = re.findall(r"'\.\[(.*?)\]'", text)
+    assert not [extra for extra in extras.split(",") if f"\n{extra} = [" not in project]
+    (command,) = re.findall(r'^ENTRYPOINT \["(.*)"\]$', text, re.MULTILINE)
+    assert f"\n{command} = " in project
+    setup = project_file("setup.py")
+    for kind in re.findall(r"TGDP_REQUIRE_(\w+)=1", text):
+        assert f"TGDP_REQUIRE_{kind}" in setup
+    (torch_needed,) = re.findall(r'ARG TORCH_SPEC="(.*)"', text)
+    assert f'"{torch_needed}"' in project
+
+
 # loading ----------------------------------------------------------------------------------------------------
 
 

@@ -63,9 +63,10 @@ def main(picture: Path) -> None:
         rows = json.loads((RESULTS / file).read_text())["rows"]
         medians = {(row["case"], row["provider"], row["dtype"]): row["median_s"] for row in rows}
         width = 0.84 / len(providers)
+        first = next(iter(providers))
         for k, ((provider, dtype), name) in enumerate(providers.items()):
             times = [medians[case, provider, dtype] for case in cases]
-            ratios = [medians[case, *next(iter(providers))] / time for case, time in zip(cases, times, strict=True)]
+            ratios = [medians[(case, *first)] / time for case, time in zip(cases, times, strict=True)]
             places = [i + (k - (len(providers) - 1) / 2) * width for i in range(len(cases))]
             color = "tab:green" if provider == "cpu" and dtype == "bf16" else COLORS[provider.removesuffix("+graph")]
             bars = axis.bar(places, ratios, 0.94 * width, color=color, label=name)

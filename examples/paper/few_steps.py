@@ -27,7 +27,7 @@ from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 from tgdp_fast.ecg.records.wfdb import read_leads
 from tgdp_fast.fit.config import TrainingConfig
-from tgdp_fast.fit.training import seeded_initialization, train_denoiser
+from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.lab.experiments.digits import nearest_distance
 from tgdp_fast.lab.tables import (
     Row,
@@ -43,6 +43,7 @@ from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_integer
 from tgdp_fast.runtime.progress import say, tracked
+from tgdp_fast.runtime.randomness import seeded_initialization
 from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.sampler import sample
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ def inspect(options: argparse.Namespace) -> int | None:
     """Summarize a folder of electrocardiograms, and list the records that would be dropped and why."""
     from tgdp_fast.ecg.records.folder import open_ecg_folder
     from tgdp_fast.ecg.records.inspection import inspect_ecg_folder
+    from tgdp_fast.ecg.records.registry import SeveralDataSetsError
 
     try:
         folder = open_ecg_folder(
@@ -31,19 +33,28 @@ def inspect(options: argparse.Namespace) -> int | None:
         )
         found = inspect_ecg_folder(folder, options.seconds, read=options.read, progress=not options.json)
     except ValueError as error:
-        text = str(error).replace("rate * seconds must", "--rate times --seconds must")
-        raise ValueError(with_flags(text, options, {"path": "DIR"})) from None
+        text = with_flags(
+            str(error).replace("rate * seconds must", "--rate times --seconds must"), options, {"path": "DIR"}
+        )
+        if not isinstance(error, SeveralDataSetsError):
+            raise ValueError(text) from None
+        print(f"tgdp-fast: {text}", file=sys.stderr)
+        return 1
     broken = [problem for problem in found["problems"] if not problem["short"]]
     if options.json:
         print(json.dumps(found, indent=2))
     else:
         _print_inspection(found)
-    return 1 if broken and options.strict else None
+    if not found["usable"]:
+        print("tgdp-fast: no record of DIR can be used", file=sys.stderr)
+    return 1 if not found["usable"] or (broken and options.strict) else None
 
 
 def _print_inspection(found: dict[str, Any]) -> None:
     short = [problem for problem in found["problems"] if problem["short"]]
-    broken = [problem for problem in found["problems"] if not problem["short"]]
+    other = found.get("other_labels", {"records": [], "counts": {}})
+    foreign = [problem for problem in found["problems"] if problem["record"] in other["records"]]
+    broken = [problem for problem in found["problems"] if not problem["short"] and problem not in foreign]
     print(f"{found['path']}: {found['kind']}")
     line = f"usable records    {found['usable']}"
     print(line + (" (headers and tables; --read looks at the signals)" if not found["read"] else ""))
@@ -55,20 +66,27 @@ def _print_inspection(found: dict[str, Any]) -> None:
     print(f"patients          {found['patients'] or 'not known'}")
     if found["folds"]:
         print(f"folds             {', '.join(f'{fold}: {count}' for fold, count in found['folds'].items())}")
-    labels = list(found["labels"].items())
-    more = f", and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
-    print(f"labels            {', '.join(f'{name} {count}' for name, count in labels[:_SHOWN]) or 'none'}{more}")
+    print(f"labels            {_counts(found['labels'])}")
     if found["unlabelled"]:
         print(f"without labels    {found['unlabelled']}")
+    if foreign:
+        print(f"other labels      {_counts(other['counts'])}")
+        print(f"expected          {other['expected']}")
     for note in found["notes"]:
         print(f"note: {note}")
-    print(f"dropped: too short {len(short)}, broken {len(broken)}")
-    # Broken ones first: short ones are as expected.
-    for problem in (broken + short)[:_SHOWN]:
+    more = f", with other labels {len(foreign)}" if foreign else ""
+    print(f"dropped: too short {len(short)}, broken {len(broken)}{more}")
+    # Broken ones first: short ones are as expected, and other labels are told above.
+    listed = [("broken", each) for each in broken] + [("too short", each) for each in short]
+    for _, problem in listed[:_SHOWN]:
         print(f"  record {problem['record']}: {problem['reason']}")
-    rest = Counter("too short" if problem["short"] else "broken" for problem in (broken + short)[_SHOWN:])
-    for kind, count in rest.items():
+    for kind, count in Counter(kind for kind, _ in listed[_SHOWN:]).items():
         print(f"  and {count} more {kind}; --json lists all")
+
+
+def _counts(labels: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{name} {count}" for name, count in list(labels.items())[:_SHOWN])
+    return (shown or "none") + (f", and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else "")
 
 
 def fit(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -23,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reach, 130 interrupted, 141 nobody read the output any more).
     """
     options = argparse.Namespace()
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files and records hold what an encoding may lack: shown escaped, never an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _parser().parse_args(arguments, options)
         logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")

@@ -32,15 +32,11 @@ def area_under_curve(negative: Tensor, positive: Tensor) -> float:
 def calibration_error(source_log_ratio: Tensor, target_log_ratio: Tensor, bins: int = 10) -> float:
     """Expected calibration error of P(target | x) with both domains weighted one half, over equal-width bins."""
     probability = torch.sigmoid(torch.cat([source_log_ratio, target_log_ratio]).double())
-    weight = torch.cat(
-        [
-            torch.full((len(source_log_ratio),), 0.5 / len(source_log_ratio), dtype=torch.float64),
-            torch.full((len(target_log_ratio),), 0.5 / len(target_log_ratio), dtype=torch.float64),
-        ]
-    )
-    is_target = torch.cat([torch.zeros(len(source_log_ratio)), torch.ones(len(target_log_ratio))]).double()
+    pairs = ((source_log_ratio, 0.0), (target_log_ratio, 1.0))
+    is_target = torch.cat([torch.full_like(one, value, dtype=torch.float64) for one, value in pairs])
+    weight = torch.cat([torch.full_like(one, 0.5 / len(one), dtype=torch.float64) for one, _ in pairs])
     index = (probability * bins).long().clamp_max(bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weight * (probability - is_target))
+    gap = weight.new_zeros(bins).index_add_(0, index, weight * (probability - is_target))
     return float(gap.abs().sum())
 
 
@@ -56,14 +52,14 @@ def outside_fraction(
     """
     if len(source) > limit:
         # A random subset: the first samples of a source sorted by cluster would lack whole clusters.
-        source = source[torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit]]
+        source = source[_permutation(len(source), seed)[:limit]]
     source, target = source.flatten(1).float(), target.flatten(1).float()
     spread = source.std(0).clamp_min(1e-6)
     source, target = source / spread, target / spread
-    own = torch.empty(len(source))
-    for rows in torch.arange(len(source)).split(1000):
+    own = torch.empty(len(source), dtype=torch.float32, device="cpu")
+    for rows in torch.arange(len(source), device="cpu").split(1000):
         distance = torch.cdist(source[rows], source)
-        distance[torch.arange(len(rows)), rows] = math.inf
+        distance[torch.arange(len(rows), device="cpu"), rows] = math.inf
         own[rows] = distance.min(1).values.cpu()
     threshold = torch.quantile(own, quantile)
     nearest = torch.cat([torch.cdist(part, source).min(1).values.cpu() for part in target.split(1000)])

@@ -22,12 +22,9 @@ from tgdp_fast.fit.diagnostics import is_within_reach
 from tgdp_fast.fit.guidance import GuidanceFit, common_schedule, fit_guidance
 from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.runtime.arrays import Standardizer
-from tgdp_fast.runtime.checkpoint import (
-    load_checkpoint,
-    load_state_dict_checked,
-    signature_of,
-)
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_device, check_seed
+from tgdp_fast.runtime.precision import ordinary_autograd
 from tgdp_fast.runtime.pretrained import Pretrained
 from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.config import SamplingConfig
@@ -67,6 +64,7 @@ class TransferModel(Pretrained):
     _sampler: tuple[Any, Sampler] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
+    @ordinary_autograd()
     def fit(
         cls,
         source: ArrayLike,
@@ -224,7 +222,9 @@ class TransferModel(Pretrained):
         settings = {name: arguments.pop(name) for name in names if name in arguments}
         prior = arguments.setdefault("prior", self.prior if guided else None)
         if isinstance(prior, Prior) and prior is not self.prior:
-            size = float(prior.to("cpu").start(0, torch.arange(256), 1.0, 0.0).double().square().mean().sqrt())
+            size = float(
+                prior.to("cpu").start(0, torch.arange(256, device="cpu"), 1.0, 0.0).double().square().mean().sqrt()
+            )
             if size > 10:
                 warnings.warn(
                     "prior should be in standardised coordinates, but its samples have a root mean square of "
@@ -272,17 +272,13 @@ class TransferModel(Pretrained):
             prefix = name + "."
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        guidance = GuidanceNetwork.from_config(config["guidance"])
-        load_state_dict_checked(guidance, part("guidance"), f"{path} (guidance)")
-        prior = part("prior")
-        return cls(
-            denoiser=Denoiser.from_parts(config["denoiser"], part("denoiser"), network, f"{path} (denoiser)"),
-            guidance=guidance.eval(),
-            standardizer=Standardizer.from_tensors(part("standardizer")),
-            diagnostics=config["diagnostics"],
-            config=config["config"],
-            prior=prior_from_tensors(prior) if prior else None,
-        )
+        with described(path, cls.__name__):
+            prior, parts = part("prior"), [dict(config[name]) for name in ("denoiser", "diagnostics", "config")]
+            guidance = GuidanceNetwork.from_parts(config["guidance"], part("guidance"), f"{path} (guidance)")
+            standardizer = Standardizer.from_tensors(part("standardizer"))
+            start = prior_from_tensors(prior) if prior else None
+        denoiser = Denoiser.from_parts(parts[0], part("denoiser"), network, f"{path} (denoiser)")
+        return cls(denoiser, guidance, standardizer, diagnostics=parts[1], config=parts[2], prior=start)
 
 
 def _source_model(

@@ -272,7 +272,7 @@ class Standardizer:
     def identity(cls, event_shape: tuple[int, ...]) -> Standardizer:
         """The map that changes nothing, for samples of ``event_shape``."""
         shape = (check_integer("event_shape[0]", event_shape[0], 1), *[1] * (len(event_shape) - 1))
-        return cls(torch.zeros(shape), torch.ones(shape))
+        return cls(torch.zeros(shape, device="cpu"), torch.ones(shape, device="cpu"))
 
     def apply(self, samples: Samples) -> Samples:
         """(samples - mean) / std for an array or tensor [N, ...], in its own dtype."""

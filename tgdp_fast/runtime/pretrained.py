@@ -126,16 +126,7 @@ class Pretrained:
                     f"{folder_or_repo_id} does not exist; expected a folder with {CONFIG_FILE} and {TENSOR_FILE}. If "
                     "it is a repository of the Hugging Face Hub, pass hub=True"
                 )
-        try:
-            return cls.load(folder, **arguments)  # type: ignore[attr-defined]
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            # The file is intact, but its settings do not build the class.
-            raise CheckpointError(
-                f"{CONFIG_FILE} in {folder} does not describe a {cls.__name__} that this version can build: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        return cls.load(folder, **arguments)  # type: ignore[attr-defined,no-any-return]
 
 
 def model_card(

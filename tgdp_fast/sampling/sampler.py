@@ -334,15 +334,15 @@ class Sampler:
             result = torch.empty((stop - start, *self.shape), dtype=torch.float32, device=device)
         batches = range(start, stop, request.batch_size)
         backend = nullcontext() if config.backend == "auto" else use_backend(config.backend)
-        models = evaluation_mode(self.denoiser, self.guidance)
-        with torch.inference_mode(), models as (denoiser, guidance), backend:
+        models, settings = evaluation_mode(self.denoiser, self.guidance), self._settings(request)
+        with torch.inference_mode(), autocast("fp32", device.type), backend, models as (denoiser, guidance):
             full = None
             if request.callback is None:
                 dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == BF16X3
                 full = FullTrajectory.of(self._loop, dtype, config.backend, bf16x3=bf16x3, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
             loop = partial(replace(self._loop, denoiser=denoiser, guidance=guidance), seed=request.seed)
-            with self._graphs.checked(self._settings(request)) if captured else nullcontext():
+            with self._graphs.checked(settings) if captured else nullcontext():
                 for first in batches:
                     last = min(first + request.batch_size, stop)
                     x, indices, labels = self._initial_state(request, first, last)
