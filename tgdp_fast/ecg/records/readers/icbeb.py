@@ -14,7 +14,7 @@ from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, LabelError, check
 from tgdp_fast.ecg.records.leads import TWELVE_LEADS
 from tgdp_fast.ecg.records.readers import icbeb_converted
 from tgdp_fast.ecg.records.registry import Recording, Selection, check_one_data_set, reader, signal_reader
-from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_STATEMENTS, in_words
+from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_NAMES, SNOMED_STATEMENTS
 from tgdp_fast.ecg.records.tables import known, number, read_table, statements, years
 from tgdp_fast.ecg.records.wfdb import RecordError, RecordHeader, Root
 
@@ -114,9 +114,9 @@ def _diagnoses(header: RecordHeader) -> tuple[str, ...]:
         raise RecordError(f"no label: its header names no Dx, and there is no {REFERENCE}")
     wrong = [code for code in codes if code not in SNOMED_STATEMENTS]
     if wrong:
-        words = f", which is {in_words(wrong[0])}" if in_words(wrong[0]) != wrong[0] else ""
+        words = f": {SNOMED_NAMES[wrong[0]]}" if wrong[0] in SNOMED_NAMES else ""
         raise LabelError(
-            f"unknown label {wrong[0]!r} in its header (Dx){words}; expected SNOMED codes of the nine classes", wrong
+            f"unknown label {wrong[0]!r} in its header (Dx{words}); expected SNOMED codes of the nine classes", wrong
         )
     return statements([SNOMED_STATEMENTS[code] for code in codes])
 
