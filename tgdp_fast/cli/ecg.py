@@ -54,9 +54,9 @@ def _print_inspection(found: dict[str, Any]) -> None:
     from tgdp_fast.ecg.records.statements import in_words
 
     short = [problem for problem in found["problems"] if problem["short"]]
-    other = found.get("other_labels", {"records": [], "counts": {}})
-    foreign = [problem for problem in found["problems"] if problem["record"] in other["records"]]
-    broken = [problem for problem in found["problems"] if not problem["short"] and problem not in foreign]
+    other = found.get("other_labels", {})
+    foreign = set(other.get("records", ()))
+    broken = [each for each in found["problems"] if not each["short"] and each["record"] not in foreign]
     print(f"{found['path']}: {found['kind']}")
     line = f"usable records    {found['usable']}"
     print(line + (" (headers and tables; --read looks at the signals)" if not found["read"] else ""))
