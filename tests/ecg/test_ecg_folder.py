@@ -315,6 +315,23 @@ def test_original_files_that_are_broken(tmp_path: Path) -> None:
     assert found["usable"] == 4
 
 
+def test_compressed_files_that_grow_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scipy.io import savemat
+
+    from tgdp_fast.ecg.records.readers import icbeb
+
+    write_icbeb(tmp_path, [500, 500])
+    for length, reason in ((100_000, "A0002.mat is no record: it holds more than 1000000 bytes"), (500, "")):
+        monkeypatch.setattr(icbeb, "_LARGEST", 1_000_000)
+        savemat(tmp_path / "A0002.mat", {"ECG": {"data": np.zeros((12, length))}}, do_compression=True)
+        assert (tmp_path / "A0002.mat").stat().st_size < 20_000
+        if reason:
+            with pytest.raises(RecordError, match=reason):
+                icbeb.read_original(tmp_path / "A0002.mat", Root(tmp_path))
+        else:
+            assert icbeb.read_original(tmp_path / "A0002.mat", Root(tmp_path))[0].shape == (12, 500)
+
+
 def test_converted_icbeb(tmp_path: Path) -> None:
     root = write_converted_icbeb(tmp_path)
     folder = open_ecg_folder(root)

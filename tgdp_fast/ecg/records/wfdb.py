@@ -342,7 +342,11 @@ def _gain(text: str) -> tuple[int | None, float, str]:
     found = _GAIN.fullmatch(text)
     if found is None or not np.isfinite(float(found[1])):
         raise ValueError(text)
-    return None if found[2] is None else _integer(found[2]), float(found[1]) or _DEFAULT_GAIN, (found[3] or "").strip() or "mV"
+    return (
+        None if found[2] is None else _integer(found[2]),
+        float(found[1]) or _DEFAULT_GAIN,
+        (found[3] or "").strip() or "mV",
+    )
 
 
 def _integer(text: str, most: int = 1 << 32) -> int:

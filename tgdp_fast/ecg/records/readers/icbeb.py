@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +25,8 @@ REFERENCE = "REFERENCE.csv"
 MATLAB = "matlab"
 #: Of the original files, which do not state it.
 RATE = 500.0
+_LARGEST = 1 << 28  # bytes that a file holds: three quarters of an hour
+_COMPRESSED = 15  # type of such an element of MATLAB 5
 _SEXES = {"m": "male", "male": "male", "f": "female", "female": "female"}
 
 
@@ -121,6 +125,27 @@ def _diagnoses(header: RecordHeader) -> tuple[str, ...]:
     return statements([SNOMED_STATEMENTS[code] for code in codes])
 
 
+def _inflates_beyond(path: Path, most: int) -> bool:
+    """Whether compressed elements of a MATLAB 5 file hold more than ``most`` bytes: a few of zlib make thousands."""
+    total = 0
+    try:
+        with open(path, "rb") as file:
+            order = "<" if file.read(128)[126:] == b"IM" else ">"
+            while total <= most and len(tag := file.read(8)) == 8:
+                kind, size = struct.unpack(f"{order}II", tag)
+                end = file.tell() + size
+                inflate = zlib.decompressobj()
+                while kind == _COMPRESSED and total <= most and not inflate.eof:
+                    block = inflate.unconsumed_tail or file.read(1 << 16)
+                    if not block:
+                        break
+                    total += len(inflate.decompress(block, 1 << 20))
+                file.seek(end)
+    except (OSError, zlib.error):  # whoever reads it says so
+        pass
+    return total > most
+
+
 @signal_reader(MATLAB)
 def read_original(path: Path, root: Root) -> Recording:
     """Signals of an original ``.mat`` file: float32 [12, samples] in mV, names of the leads, 500 Hz.
@@ -135,7 +160,9 @@ def read_original(path: Path, root: Root) -> Recording:
         raise ImportError(
             "MATLAB files need SciPy, which is not installed; run: pip install 'tgdp_fast[ecg]'"
         ) from None
-    root.status(path)
+    size = root.status(path).st_size
+    if size > _LARGEST or _inflates_beyond(path, _LARGEST):
+        raise RecordError(f"{path.name} is no record: it holds more than {_LARGEST} bytes")
     try:
         # MATLAB 5 files hold arrays and structs of them: nothing in them is run.
         content = loadmat(path, variable_names=["ECG"])
