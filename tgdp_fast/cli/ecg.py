@@ -6,12 +6,12 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgdp_fast.cli.arguments import add_command, add_quiet, with_flags
+from tgdp_fast.cli.arguments import add_command, add_quiet, warn, with_flags
 
 if TYPE_CHECKING:
     from tgdp_fast.ecg.pipeline import Pipeline
@@ -95,8 +95,7 @@ def _counts(labels: Mapping[str, int]) -> str:
 def fit(options: argparse.Namespace) -> None:
     """Read both folders, train or load the source model, fit the guidance; the model is kept in OUT/model."""
     with _pipeline(options) as pipeline:
-        for text in pipeline.fit().diagnostics["warnings"]:
-            _say(f"WARNING: {text}")
+        _warn(pipeline.fit().diagnostics["warnings"])
         _say(f"model saved in {pipeline.run.out / 'model'}")
 
 
@@ -115,8 +114,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _print_report(pipeline: Pipeline) -> None:
     report = pipeline.evaluate()
-    for text in report.warnings:
-        _say(f"WARNING: {text}")
+    _warn(report.warnings)
     for method in report.methods:
         found = [
             f"{name} {value.value:.3f} ({value.low:.3f} to {value.high:.3f})" for name, value in method.metrics.items()
@@ -137,8 +135,10 @@ def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_an
     """
     from tgdp_fast.ecg.config import SMOKE, ConfigError, load_config
     from tgdp_fast.ecg.pipeline import Pipeline
-    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_packages, check_same_run
+    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_same_run
     from tgdp_fast.runtime import distributed
+    from tgdp_fast.runtime.optional import require
+    from tgdp_fast.runtime.stages import owned
 
     try:
         config = load_config(
@@ -155,9 +155,10 @@ def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_an
             raise
         text = str(error).removeprefix("the configuration: ").removeprefix("sampling.")
         raise ValueError(with_flags(text, options, {})) from None
-    check_packages(MEASURING if evaluates else ())
+    require(MEASURING if evaluates else (), "this run needs")
     check_same_run(options.out, config, EVALUATED_ANEW if judges_anew else ())
-    with distributed.process_group(config.device):
+    with distributed.process_group(config.device), owned(options.out):
+        check_same_run(options.out, config, EVALUATED_ANEW if judges_anew else ())  # Another run may have ended now.
         try:
             pipeline = Pipeline(config, options.out, progress=not options.quiet)
         except ValueError as error:
@@ -179,9 +180,19 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+def _warn(texts: Sequence[str]) -> None:
+    """Warn in the first process alone."""
+    from tgdp_fast.runtime import distributed
+
+    if distributed.is_first():
+        warn(texts)
+
+
 def sample(options: argparse.Namespace) -> None:
     """Draw 12-lead records from a fitted model, as WFDB records with labels and a manifest."""
+    from tgdp_fast.ecg.config import SMOKE
     from tgdp_fast.ecg.drawing import draw_records
+    from tgdp_fast.ecg.records.output import MANIFEST
     from tgdp_fast.sampling.config import SamplingConfig
 
     check_model_folder(options.model)
@@ -200,6 +211,8 @@ def sample(options: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise ValueError(with_flags(str(error), options, {"folder": "--out"})) from None
+    told = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+    warn([*told["warnings"], *([SMOKE] if told["preset"] == "smoke" else [])])
     print(f"{options.num} records written to {place}")
 
 
@@ -234,7 +247,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="machine-readable, with every problem")
 
     for name, function in (("fit", fit), ("evaluate", evaluate), ("run", run)):
-        command = add_command(names, name, function)
+        command = add_command(names, name, function, together=True)
         command.add_argument("--config", type=Path, help="TOML file of settings; every entry is optional")
         command.add_argument(
             "--preset", help="paper, small or smoke: settings that the file leaves out (smoke, which takes minutes)"

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from tgdp_fast.ecg.records.entries import ECGFolder, Problem, printable
 from tgdp_fast.ecg.records.registry import read_signals_of
 from tgdp_fast.ecg.records.signals import TooShortError, check_crop, fit
 from tgdp_fast.ecg.records.statements import SNOMED_STATEMENTS, STATEMENTS, in_words
 from tgdp_fast.ecg.records.wfdb import Root
+from tgdp_fast.runtime.progress import tracked
 
 
 def inspect_ecg_folder(
@@ -36,10 +35,7 @@ def inspect_ecg_folder(
     root = Root(folder.path)
     usable = 0
     check_crop(max((entry.rate for entry in folder.entries), default=1.0), seconds)
-    hidden = None if read and progress else True
-    for index, entry in enumerate(
-        tqdm(folder.entries, desc="reading records", unit="record", disable=hidden, leave=False)
-    ):
+    for index, entry in enumerate(tracked(folder.entries, "reading", "record", read and progress)):
         if short := entry.too_short(seconds):
             problems.append(short)
             continue

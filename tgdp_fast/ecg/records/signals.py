@@ -13,6 +13,7 @@ from tgdp_fast.ecg.records.leads import find_leads, lead_name
 from tgdp_fast.ecg.records.registry import read_signals_of
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.optional import optional
 
 _LARGEST_FACTOR = 1000  # of a ratio of rates: for larger ones the filter is longer than records
 
@@ -109,10 +110,7 @@ def resample(signals: np.ndarray, up: int, down: int) -> np.ndarray:
     """
     if up == down:
         return signals
-    try:
-        from scipy.signal import resample_poly
-    except ImportError:
-        raise ImportError("resampling needs SciPy, which is not installed; run: pip install 'tgdp_fast[ecg]'") from None
+    resample_poly = optional("scipy.signal", "resampling needs").resample_poly
     length = -(-signals.shape[-1] * up // down)
     margin = _reach(up, down)
     ends = [(0, 0)] * (signals.ndim - 1) + [(margin, margin)]

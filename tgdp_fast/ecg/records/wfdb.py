@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tgdp_fast.ecg.records.leads import find_leads, negated_leads
+from tgdp_fast.runtime.optional import optional
 
 _HEADER_BYTES = 1 << 20  # a longer header is none
 _INVALID = -32768  # of format 16: no sample
@@ -497,13 +498,7 @@ def _read_plain(folder: Path, header: RecordHeader, start: int, count: int) -> n
 
 
 def _read_by_wfdb(path: Path, header: RecordHeader, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    try:
-        import wfdb
-    except ImportError:
-        raise ImportError(
-            f"{path.name} has the format {header.signals[0].format}, which needs wfdb; it is not installed, run: "
-            "pip install 'tgdp_fast[ecg]'"
-        ) from None
+    wfdb = optional("wfdb", f"{path.name} has the format {header.signals[0].format}, which needs")
     step = max(1, _BLOCK // len(header.signals))
     initial = [signal.initial for signal in header.signals]
     with TemporaryDirectory() as place:

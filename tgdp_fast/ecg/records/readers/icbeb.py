@@ -19,6 +19,7 @@ from tgdp_fast.ecg.records.registry import Recording, Selection, check_one_data_
 from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_NAMES, SNOMED_STATEMENTS
 from tgdp_fast.ecg.records.tables import known, number, read_table, statements, years
 from tgdp_fast.ecg.records.wfdb import RecordError, RecordHeader, Root
+from tgdp_fast.runtime.optional import optional
 
 REFERENCE = "REFERENCE.csv"
 #: Form of the original files: MATLAB 5 with the struct ``ECG``.
@@ -154,12 +155,7 @@ def read_original(path: Path, root: Root) -> Recording:
         RecordError: damaged, or of another form.
         ImportError: SciPy is missing.
     """
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ImportError(
-            "MATLAB files need SciPy, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
+    loadmat = optional("scipy.io", "MATLAB files need").loadmat
     size = root.status(path).st_size
     if size > _LARGEST or _inflates_beyond(path, _LARGEST):
         raise RecordError(f"{path.name} is no record: it holds more than {_LARGEST} bytes")
