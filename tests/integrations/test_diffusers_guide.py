@@ -264,6 +264,25 @@ def test_a_fractional_timestep() -> None:
         torch.testing.assert_close(predict(model, noise(), t), predict(target, noise(), t), rtol=1e-9, atol=1e-9)
 
 
+def test_a_timestep_in_half_precision() -> None:
+    """As some pipelines hand it to their model; 999 is 1000 in bfloat16, which the schedule does not have."""
+
+    class Model(GaussianModel):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+            return super().forward(sample, timestep.float().clamp(max=999.0))
+
+    scheduler = make_scheduler("DDPMScheduler")
+    model, target = Model(scheduler, SOURCE, "epsilon"), GaussianModel(scheduler, TARGET, "epsilon")
+    with guide(model, ExactRatio(model.schedule), scheduler=scheduler):
+        for t, same in ((999, 999), (500, 500), (3, 3)):
+            result = predict(model, noise(), torch.tensor([t] * 5, dtype=torch.bfloat16))
+            torch.testing.assert_close(result, predict(target, noise(), same), rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match=r"timestep must be in \[0, 999\], got 1000.0"):
+            predict(model, noise(), torch.tensor(1000.0))
+        with pytest.raises(ValueError, match=r"timestep must be in \[0, 999\], got 1024.0"):
+            predict(model, noise(), torch.tensor(1024.0, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_zero_terminal_signal(name: str) -> None:
     scheduler = make_scheduler(name, rescale_betas_zero_snr=True, prediction_type="v_prediction")
