@@ -125,7 +125,8 @@ std::vector<Tensor> mlp_backward(const std::optional<Tensor>& output_cotangent,
   tgdp::MlpGradients gradients;
   gradients.x = result(x);
   gradients.first_bias = result(first_bias);
-  if (call.first_bias.stride == 0) gradients.first_bias.stride = 0;
+  // By its shape: the stride is also 0 of an expanded bias, which has a gradient for each sample.
+  if (first_bias.dim() == 1 || first_bias.size(0) == 1) gradients.first_bias.stride = 0;
   for (const Tensor& weight : weights) gradients.weights.push_back(result(weight));
   for (const Tensor& bias : biases) gradients.biases.push_back(result(bias));
   tgdp::mlp_backward(call, output_rows, gradient_rows, kept, gradients);
@@ -183,7 +184,9 @@ Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, 
   Tensor hold;
   const auto noise =
       noise_coordinates(at::kCPU, num_elements, samples, samples.numel(), key_low, key_high, evaluation, hold);
-  TORCH_CHECK_VALUE(first >= 0 && count >= 0 && first + count <= samples.numel() * num_elements,
+  int64_t elements = 0;
+  const bool counted = !__builtin_mul_overflow(samples.numel(), num_elements, &elements);
+  TORCH_CHECK_VALUE(counted && first >= 0 && count >= 0 && first <= elements && count <= elements - first,
                     "tgdp_fast: elements outside of the samples");
   Tensor out = tgdp::empty_output({count}, samples.options().dtype(at::kFloat));
   if (count > 0) tgdp::normals(noise, first, count, out.mutable_data_ptr<float>());
@@ -349,4 +352,5 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("normal_range", &normal_range);
 }
 
+TGDP_STAMP("");
 TGDP_PYTHON_MODULE(_cpu)

@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str] | None] = {
     "__init__": None,
 }
 
-REQUIRED = {"torch", "numpy", "safetensors", "tqdm"}
+REQUIRED = {"torch", "numpy", "safetensors", "tqdm", "filelock"}
 # Modules whose classes extend those of an optional package, so that they can only be imported with it.
 EXTENSIONS = {"integrations.diffusers": "diffusers"}
 OPTIONAL = {
@@ -241,7 +241,7 @@ for module in pkgutil.walk_packages(tgdp_fast.__path__, "tgdp_fast."):
         try:
             importlib.import_module(module.name)
         except ImportError as error:
-            assert f"pip install 'tgdp_fast[{{package}}]'" in str(error), error
+            assert f"pip install {{package}}" in str(error), error
         else:
             raise AssertionError(module.name)
     # Running __main__ starts the command line.
@@ -502,6 +502,8 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.~}])/(?:work|tmp|home|root|opt|mnt|Users|pr
 ADDRESS = re.compile(r"https?:/(?:/)([\w.-]+)")
 # Where publications, data sets and source code are found. Packages are named without saying where they come
 # from.
+# The package is on no index: whoever took its name there would be installed.
+INSTALLED_BY_NAME = re.compile(r"install\b[^\n`;]*[ '\"]tgdp[_-]fast(?:\[|[ '\"`]|$)", re.MULTILINE)
 HOSTS = {"arxiv.org", "doi.org", "github.com", "openreview.net", "physionet.org", "proceedings.neurips.cc"}
 
 
@@ -520,7 +522,7 @@ def text_problems(text: str) -> list[str]:
     found = [match[0] for match in UNFINISHED.finditer(text)]
     found += [match[0] for match in ABSOLUTE_PATH.finditer(text)]
     found += [match[0] for match in ADDRESS.finditer(text) if match[1] not in HOSTS]
-    return found
+    return found + [match[0] for match in INSTALLED_BY_NAME.finditer(text)]
 
 
 def test_texts_have_no_unfinished_parts_local_paths_or_unknown_addresses():
@@ -535,4 +537,8 @@ def test_the_text_check_sees():
     assert text_problems("# TO" + "DO: later, FIX" + "ME") == ["TO" + "DO", "FIX" + "ME"]
     assert text_problems(f"open('{slash}tmp/x') {slash}home/me") == ["/tmp" + slash, "/home" + slash]
     assert text_problems(f"https:{slash}/index.example.org/x") == [f"https:{slash}/index.example.org"]
+    by_name = "pip install --upgrade 'tgdp_" + "fast[ecg]'"
+    assert text_problems(f"run {by_name}")
+    assert text_problems("run `pip install tgdp-" + "fast`")
+    assert not text_problems("pip install ./tgdp_fast-0.1-cp310-abi3-linux_x86_64.whl; pip install wfdb")
     assert not text_problems("#!/usr/bin/env bash, /proc/cpuinfo, build/tmp/x, $HOME/work/x, https://arxiv.org/abs/x")

@@ -332,7 +332,7 @@ def test_inspect_prints_what_a_user_wants_to_know(tmp_path: Path, capsys: pytest
     ):
         assert line in text
     assert main(["ecg", "inspect", str(root), "--seconds", "1", "--strict"]) == 1
-    assert main(["ecg", "inspect", str(root), "--seconds", "2", "--json"]) == 0
+    assert main(["ecg", "inspect", str(root), "--seconds", "2", "--json"]) == 1  # nothing is usable
     text = capsys.readouterr().out
     found = json.loads(text[text.index("\n{\n") :])
     assert (found["records"], found["usable"], found["short"]) == (3, 0, 3)

@@ -38,7 +38,7 @@ from tgdp_fast.metrics import (
     spectral_difference,
 )
 from tgdp_fast.models.xresnet1d import XResNet1d
-from tgdp_fast.runtime.checkpoint import load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.files import save_json
 from tgdp_fast.runtime.info import environment
 
@@ -296,4 +296,6 @@ def _save_utility(utility: Utility, path: Path) -> None:
 
 
 def _load_utility(path: Path) -> Utility:
-    return Utility(load_checkpoint(path, "judge")[1]["scores"].numpy())
+    tensors = load_checkpoint(path, "judge")[1]
+    with described(path, "Utility"):
+        return Utility(tensors["scores"].numpy())

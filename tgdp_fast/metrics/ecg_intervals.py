@@ -15,6 +15,7 @@ import numpy as np
 
 from tgdp_fast.metrics.two_sample import _points
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.optional import optional
 
 #: Name -> unit, in the order of tables.
 STATISTICS = {"heart_rate": "beats/min", "rr_deviation": "ms", "pr": "ms", "qrs": "ms", "qt": "ms"}
@@ -96,7 +97,7 @@ def ecg_statistics(signals: np.ndarray, rate: float, leads: Sequence[str]) -> EC
     if len(leads) != x.shape[1]:
         raise ValueError(f"leads must name the {x.shape[1]} leads of signals, got {len(leads)}")
     lead, rows = _rhythm_lead(x, [name.lower() for name in leads], leads)
-    neurokit, resample = _neurokit2(), _scipy("signal").resample_poly
+    neurokit, resample = optional("neurokit2", "intervals of an ECG need"), _scipy("signal").resample_poly
     factor = max(1, math.ceil(_DELINEATION_RATE / rate))
     found = np.full((len(rows), len(STATISTICS)), np.nan)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -225,22 +226,5 @@ def _signals(name: str, signals: np.ndarray) -> np.ndarray:
     return result
 
 
-def _neurokit2() -> Any:
-    try:
-        import neurokit2
-    except ImportError:
-        raise ImportError(
-            "intervals of an ECG need neurokit2, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    return neurokit2
-
-
 def _scipy(module: str) -> Any:
-    try:
-        import scipy.signal
-        import scipy.stats
-    except ImportError:
-        raise ImportError(
-            "statistics of an ECG need scipy, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    return getattr(scipy, module)
+    return optional(f"scipy.{module}", "statistics of an ECG need")

@@ -44,6 +44,7 @@ def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
     if file.suffix.lower() not in (".npy", ".npz"):
         raise ValueError(
             f"{name}: {path} must be a .npy or .npz file, got {file.suffix or 'no suffix'}; convert it with numpy.save"
+            f"{_conversion(file)}"
         )
     try:
         with open(file, "rb") as handle:
@@ -271,7 +272,7 @@ class Standardizer:
     def identity(cls, event_shape: tuple[int, ...]) -> Standardizer:
         """The map that changes nothing, for samples of ``event_shape``."""
         shape = (check_integer("event_shape[0]", event_shape[0], 1), *[1] * (len(event_shape) - 1))
-        return cls(torch.zeros(shape), torch.ones(shape))
+        return cls(torch.zeros(shape, device="cpu"), torch.ones(shape, device="cpu"))
 
     def apply(self, samples: Samples) -> Samples:
         """(samples - mean) / std for an array or tensor [N, ...], in its own dtype."""
@@ -314,9 +315,33 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
     if value is None:
         raise ValueError(f"{name} must be an array, got None; numpy.load reads one from a file")
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
     except ValueError:
         raise ValueError(f"{name} must be an array, got a {type(value).__name__} of rows of unequal shapes") from None
+    if array.dtype == object and array.ndim == 0:
+        raise ValueError(
+            f"{name} must be an array or a tensor of samples [N, ...], got an object of type {type(value).__name__}"
+        )
+    return array
+
+
+def _conversion(file: Path) -> str:
+    """A line of Python that converts a table of numbers; nothing for other files."""
+    separator = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
+    if file.suffix.lower() == ".parquet":
+        read = f"pandas.read_parquet({str(file)!r}).to_numpy(float)"
+    elif separator is None:
+        return ""
+    else:
+        with open(file, encoding="utf-8", errors="replace") as handle:
+            first = handle.readline(100_000)
+        try:
+            header = not [float(cell) for cell in first.split(separator) if cell.strip()]
+        except ValueError:
+            header = True
+        skipped = ", skip_header=1" if header else ""
+        read = f"numpy.genfromtxt({str(file)!r}, delimiter={separator!r}{skipped})"
+    return f", as in numpy.save({str(file.with_suffix('.npy'))!r}, {read}); a column of texts becomes NaN: leave it out"
 
 
 _NUMERIC_ADVICE = {
