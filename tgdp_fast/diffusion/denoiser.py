@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -325,18 +323,3 @@ class Denoiser(Pretrained, nn.Module):
 def labels_for(model: Any, labels: Tensor | None) -> Tensor | None:
     """``labels``, or None for an unconditional model (``num_classes`` 0)."""
     return None if getattr(model, "num_classes", None) == 0 else labels
-
-
-@contextmanager
-def evaluation_mode(*modules: Any) -> Iterator[None]:
-    """Put modules in eval mode (dropout and batch statistics off) and restore each one on exit."""
-    trained = [
-        child for module in modules if isinstance(module, nn.Module) for child in module.modules() if child.training
-    ]
-    for child in trained:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child in trained:
-            child.training = True

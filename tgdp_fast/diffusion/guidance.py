@@ -38,6 +38,8 @@ class GuidanceNetwork(Pretrained, nn.Module):
             target samples.
         stem: "none", or "ecg" for the two linear convolutions of the paper's ECG network.
 
+    Its parameters are float32, whatever torch's default dtype.
+
     Raises:
         ValueError: bad sizes, an unknown stem.
     """
@@ -66,9 +68,11 @@ class GuidanceNetwork(Pretrained, nn.Module):
         values, what = (features + depth * width + num_classes) * width, "weights of a network of this width and depth"
         check_memory("width and depth", (width, depth), 4 * values, what, "choose a smaller network")
         sizes = [features] + [width] * depth + [1]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b, dtype=torch.float32) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
         self.time_embedding = TimeEmbedding(width)
-        self.label_embedding = nn.Linear(num_classes, width, bias=False) if num_classes else None
+        self.label_embedding = nn.Linear(num_classes, width, bias=False, dtype=torch.float32) if num_classes else None
 
     def linear_layers(self) -> list[nn.Linear]:
         """The layers of the MLP, the head last."""

@@ -18,7 +18,6 @@ A file names a preset and what differs from it::
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import os
 import sys
@@ -35,6 +34,7 @@ from tgdp_fast.fit.regularizers import Consistency, Cycle
 from tgdp_fast.models.s4 import CAUCHY
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
 from tgdp_fast.runtime.memory import check_memory
+from tgdp_fast.runtime.optional import optional
 from tgdp_fast.runtime.precision import PRECISIONS
 from tgdp_fast.runtime.reading import read_bytes, refused
 from tgdp_fast.sampling.config import SamplingConfig
@@ -389,13 +389,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        # In the standard library from Python 3.11 on; tomli is the same as a package.
-        toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError:
-        raise ImportError(
-            "a configuration file needs tomli on this Python, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
+    # In the standard library from Python 3.11 on; tomli is the same as a package.
+    toml = optional("tomllib" if sys.version_info >= (3, 11) else "tomli", "on Python 3.10 a configuration file needs")
     try:
         content = read_bytes(path, _FILE_BYTES, ConfigError, "a configuration")
     except OSError as error:

@@ -111,7 +111,7 @@ def _initial_state(features: int, d_state: int, l_max: int, dtype: torch.dtype) 
     """The tensors of an :class:`NPLRKernel`, by name."""
     w, p, b = (torch.as_tensor(array).expand(features, -1) for array in hippo_legs(d_state))
     low, high = (math.log(bound) for bound in DT_RANGE)
-    log_dt = low + (high - low) * torch.rand(features)
+    log_dt = low + (high - low) * torch.rand(features, dtype=torch.float32)
     c = torch.randn(2, features, d_state // 2, dtype=torch.complex64)
     c = length_corrected(c, log_dt.exp(), d_state, l_max)
     state = {"C": c, "B": b[None], "P": p[None], "w": w, "Q": p[None].conj()}
@@ -162,7 +162,7 @@ class NPLRKernel(nn.Module):
             raise ValueError(f"d_state must be even (the state consists of conjugate pairs), got {d_state}")
         self.l_max = check_integer("l_max", l_max, 1)
         self.cauchy = check_choice("cauchy", cauchy, CAUCHY)
-        dtype = torch.get_default_dtype()
+        dtype = torch.float32
         if torch.get_default_device().type == "meta":
             # Shapes alone: the values would cost d_state^3 operations, and memory.
             poles, nodes = (features, self.d_state // 2, 2), (self.l_max // 2 + 1, 2)
@@ -313,8 +313,8 @@ class TransposedLinear(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(features)
-        self.weight = nn.Parameter(torch.empty(features, features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(features, 1).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(features, features, dtype=torch.float32).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(features, 1, dtype=torch.float32).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight @ x + self.bias
@@ -334,7 +334,7 @@ class S4Layer(nn.Module):
 
     def __init__(self, features: int, d_state: int = 64, l_max: int = 1000, cauchy: str = "pair") -> None:
         super().__init__()
-        self.D = nn.Parameter(torch.randn(1, features))
+        self.D = nn.Parameter(torch.randn(1, features, dtype=torch.float32))
         self.kernel = S4Kernel(features, d_state, l_max, cauchy)
         self.output_linear = TransposedLinear(features)
 
@@ -374,7 +374,7 @@ class S4Block(nn.Module):
     def __init__(self, features: int, d_state: int = 64, l_max: int = 1000, cauchy: str = "pair") -> None:
         super().__init__()
         self.s4_layer = S4Layer(features, d_state, l_max, cauchy)
-        self.norm_layer = nn.LayerNorm(features)
+        self.norm_layer = nn.LayerNorm(features, dtype=torch.float32)
 
     def forward(self, u: Tensor) -> Tensor:
         result: Tensor = self.norm_layer((u + self.s4_layer(u)).transpose(1, 2)).transpose(1, 2)

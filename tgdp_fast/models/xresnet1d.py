@@ -149,10 +149,12 @@ def _convolution(
     inputs: int, outputs: int, kernel_size: int, *, stride: int = 1, activation: bool = False, zero: bool = False
 ) -> nn.Sequential:
     """Convolution, batch normalization, and ReLU if requested; ``zero`` starts the scale at 0."""
-    norm = nn.BatchNorm1d(outputs)
+    norm = nn.BatchNorm1d(outputs, dtype=torch.float32)
     nn.init.constant_(norm.weight, 0.0 if zero else 1.0)
     nn.init.constant_(norm.bias, 1e-3)
-    convolution = nn.Conv1d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    convolution = nn.Conv1d(
+        inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False, dtype=torch.float32
+    )
     return nn.Sequential(convolution, norm, *([nn.ReLU(inplace=True)] if activation else []))
 
 
@@ -187,10 +189,15 @@ def _head(features: int, hidden: int, num_classes: int, dropout: float) -> list[
     layers: list[nn.Module] = []
     if hidden:
         layers = [
-            nn.BatchNorm1d(features),
+            nn.BatchNorm1d(features, dtype=torch.float32),
             nn.Dropout(dropout / 2),
-            nn.Linear(features, hidden),
+            nn.Linear(features, hidden, dtype=torch.float32),
             nn.ReLU(inplace=True),
         ]
     last = hidden or features
-    return [*layers, nn.BatchNorm1d(last), nn.Dropout(dropout), nn.Linear(last, num_classes)]
+    return [
+        *layers,
+        nn.BatchNorm1d(last, dtype=torch.float32),
+        nn.Dropout(dropout),
+        nn.Linear(last, num_classes, dtype=torch.float32),
+    ]

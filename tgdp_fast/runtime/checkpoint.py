@@ -2,7 +2,9 @@
 
 A checkpoint is one folder and is replaced as a whole. An interrupted save leaves the old state or the new
 one: the new folder is completed and flushed beside the old one, then two renames exchange them. If the process
-dies between the renames, the old folder remains as ``.NAME.previous`` and loading finds it there.
+dies between the renames, the old folder remains as ``.NAME.previous`` and loading finds it there. Processes that save
+the same folder wait for each other; what a killed one has left goes at the next save or removal. Readers take no lock
+and need no right to write: they read again if the folder was replaced meanwhile.
 """
 
 from __future__ import annotations
@@ -10,12 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 
 from tgdp_fast._version import __version__
 from tgdp_fast.runtime.arrays import CheckedArray
-from tgdp_fast.runtime.files import flush, real_path, write_atomic
+from tgdp_fast.runtime.files import atomic_folder, flush, real_path, remove_partial_folders, write_atomic, writing
+from tgdp_fast.runtime.locks import target_lock
 from tgdp_fast.runtime.reading import parse_json, read_bytes, refused
 
 FORMAT = "tgdp_fast"
@@ -40,6 +42,7 @@ _PICKLE_ADVICE = (
 )
 _EXPECTED = f"expected a checkpoint folder with {CONFIG_FILE} and {TENSOR_FILE}"
 _AGAIN = "save or copy the checkpoint again"
+_READS = 100  # of a folder that others save at the same time
 _LISTED = 4  # names shown of several
 _CONFIG_BYTES = 64 * 1024**2  # far more than the settings and the history of any fit
 # What safetensors has a name for.
@@ -56,6 +59,8 @@ _KEPT = (CARD_FILE, ".gitattributes")
 
 #: What torch.compile puts in front of the names of a module's tensors.
 COMPILED = "_orig_mod"
+
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -90,7 +95,7 @@ def save_checkpoint(
         CheckpointError: ``path`` is a file or a folder with anything other than a checkpoint,
             ``config`` is not JSON-able, or a value of ``tensors`` is not a dense tensor. Nothing has been
             written then.
-        OSError: the disk fails; the previous state is intact.
+        OSError: the disk fails; the previous state is intact. The error names the file.
     """
     target = real_path(path)
     if not isinstance(kind, str) or not kind:
@@ -103,46 +108,87 @@ def save_checkpoint(
             f"and dicts: {error}"
         ) from None
     stored = _detached(tensors)
-    check_replaceable(target)
+    check_replaceable(target)  # Before the lock, which is a file too.
+    with atomic_folder(target, wait=True) as partial:
+        _write_tensors(partial / TENSOR_FILE, stored)
+        _write_texts(partial, target, kind, config, card)
+        _exchange(partial, target)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+
+def _write_tensors(file: Path, stored: dict[str, Tensor]) -> None:
+    file.touch()
+    mode = file.stat().st_mode  # As the user's umask has it; safetensors makes a file that the user alone can read.
+    with writing(file):
+        save_file(stored, file)
+        file.chmod(mode)
+        flush(file)
+
+
+def _write_texts(partial: Path, target: Path, kind: str, config: dict[str, Any], card: str | None) -> None:
+    """The files beside the tensors; those that are kept come from ``target``."""
+    tensor_file = partial / TENSOR_FILE
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "library_version": __version__,
+        "tensors": {"bytes": tensor_file.stat().st_size, "sha256": _sha256(tensor_file)},
+        "config": config,
+    }
+    write_atomic(partial / CONFIG_FILE, json.dumps(header, indent=2) + "\n")
+    for name in _KEPT:
+        if name == CARD_FILE and card is not None:
+            write_atomic(partial / name, card)
+        elif (target / name).is_file():
+            write_atomic(partial / name, (target / name).read_bytes())
+    flush(partial)
+
+
+def _exchange(partial: Path, target: Path) -> None:
+    """Put ``partial`` in the place of ``target``, which becomes the previous one."""
     previous = _previous(target)
-    partial.mkdir()
+    if target.exists():
+        # With a complete target an older leftover is obsolete, and the rename needs its place.
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(target, previous)
     try:
-        tensor_file = partial / TENSOR_FILE
-        save_file(stored, tensor_file)
-        flush(tensor_file)
-        header = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "kind": kind,
-            "library_version": __version__,
-            "tensors": {"bytes": tensor_file.stat().st_size, "sha256": _sha256(tensor_file)},
-            "config": config,
-        }
-        write_atomic(partial / CONFIG_FILE, json.dumps(header, indent=2) + "\n")
-        for name in _KEPT:
-            if name == CARD_FILE and card is not None:
-                write_atomic(partial / name, card)
-            elif (target / name).is_file():
-                write_atomic(partial / name, (target / name).read_bytes())
-        flush(partial)
-        if target.exists():
-            # With a complete target an older leftover is obsolete, and the rename needs its place.
-            shutil.rmtree(previous, ignore_errors=True)
-            os.replace(target, previous)
-        try:
-            os.replace(partial, target)
-        except BaseException:
-            if previous.exists() and not target.exists():
-                os.replace(previous, target)
-            raise
-        flush(target.parent)
+        os.replace(partial, target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if previous.exists() and not target.exists():
+            os.replace(previous, target)
         raise
+    flush(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _settled(read: Callable[[], T], path: str | os.PathLike[str]) -> T:
+    """``read()`` of a checkpoint; again if the folder was replaced meanwhile, so that all comes from one save."""
+    folder = real_path(path)
+    for _ in range(_READS):
+        before = _state(folder)
+        try:
+            result = read()
+        except Exception:
+            if _state(folder) == before:
+                raise
+        else:
+            if _state(folder) == before:
+                return result
+    raise CheckpointError(f"{path} was saved again during each of {_READS} attempts to read it; read it later")
+
+
+def _state(folder: Path) -> list[tuple[int, ...]]:
+    """Differs between two saves of one folder."""
+    found: list[tuple[int, ...]] = []
+    for place in (folder, _previous(folder)):
+        for file in (place, place / CONFIG_FILE, place / TENSOR_FILE):
+            try:
+                status = file.stat()
+            except OSError:
+                found.append(())
+            else:
+                found.append((status.st_dev, status.st_ino, status.st_mtime_ns))
+    return found
 
 
 def load_checkpoint(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -156,6 +202,10 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str | None = None) -> tu
         CheckpointError: ``path`` is missing, a file, not a checkpoint of this library, damaged, truncated, a
             pickle in disguise, of another kind, or of a newer format. No code from the checkpoint is run.
     """
+    return _settled(lambda: _load_checkpoint(path, kind), path)
+
+
+def _load_checkpoint(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder, header = _read_header(path)
     if kind is not None and header["kind"] != kind:
         raise CheckpointError(
@@ -194,16 +244,21 @@ def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
 
 def checkpoint_kind(path: str | os.PathLike[str]) -> str:
     """The kind of the checkpoint at ``path``, from its JSON alone; raises as :func:`load_checkpoint` does."""
-    return str(_read_header(path)[1]["kind"])
+    return str(_settled(lambda: _read_header(path), path)[1]["kind"])
 
 
 def remove_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Remove a checkpoint's own files, and the folder if nothing else lies in it."""
+    """Remove a checkpoint's own files, what killed saves of it have left, and the folder if nothing else lies in it."""
     folder = Path(path)
-    for name in (TENSOR_FILE, CONFIG_FILE):
-        (folder / name).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    if not folder.parent.is_dir():
+        return
+    with target_lock(folder, wait=True):
+        remove_partial_folders(folder)
+        shutil.rmtree(_previous(folder), ignore_errors=True)
+        for name in (TENSOR_FILE, CONFIG_FILE):
+            (folder / name).unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 # ----------------------------------------------------------------------------------------- signatures
@@ -253,6 +308,10 @@ def check_replaceable(target: Path) -> None:
     Raises:
         CheckpointError: ``target`` is a file, or a folder with anything but a checkpoint of this package.
     """
+    _settled(lambda: _check_replaceable(target), target)
+
+
+def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():

@@ -171,7 +171,7 @@ class _FourierFeatures(nn.Module):
 
     def __init__(self, frequencies: int, scale: float) -> None:
         super().__init__()
-        self.W = nn.Parameter(scale * torch.randn(frequencies), requires_grad=False)
+        self.W = nn.Parameter(scale * torch.randn(frequencies, dtype=torch.float32), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:
         # Up to 1e5 radians: in float32 the order of multiplication affects the third digit of a sine.
@@ -231,12 +231,12 @@ class GuidanceQt(ECGStem):
             raise ValueError(f"time_features must be even (a sine and a cosine each), got {time_features}")
         self.embed = nn.Sequential(
             _FourierFeatures(time_features // 2, check_number("time_scale", time_scale)),
-            nn.Linear(time_features, time_features),
+            nn.Linear(time_features, time_features, dtype=torch.float32),
         )
         sizes = [self.num_features + time_features + self.num_classes] + [width] * depth + [1]
         layers: list[nn.Module] = []
         for before, after in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(before, after), nn.SiLU()]
+            layers += [nn.Linear(before, after, dtype=torch.float32), nn.SiLU()]
         self.qt = nn.Sequential(*layers[:-1])
 
     @classmethod

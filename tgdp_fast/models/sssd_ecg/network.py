@@ -102,7 +102,7 @@ class SSSDECG(SSSDECGModules):
                 that lacks whole blocks at its end would be read as a smaller network.
 
         Returns:
-            The network in float32 (the default dtype), on the CPU, in eval mode.
+            The network in float32, on the CPU, in eval mode.
 
         Raises:
             CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape; the message
