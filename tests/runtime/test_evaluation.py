@@ -111,14 +111,18 @@ def test_a_network_without_a_view_is_put_in_eval_mode_until_its_last_user_leaves
     network = WITHOUT_VIEW[name]()
     modes = [module.training for module in network.modules()]
     assert all(modes)
-    first, second = evaluation_mode(network), evaluation_mode(network)
-    with pytest.raises(ZeroDivisionError), first as (one,):
-        with second as (two,):
-            assert one is network is two
-            x = torch.ones(3, 2)
-            assert torch.equal(network(x, x), network(x, x))
+    x = torch.ones(3, 2)
+    with evaluation_mode(network) as (one,):
+
+        def fail() -> None:
+            with evaluation_mode(network) as (two,):
+                assert one is network is two
+                assert torch.equal(network(x, x), network(x, x))
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
         assert not any(module.training for module in network.modules())
-        raise ZeroDivisionError
     assert [module.training for module in network.modules()] == modes
 
 
@@ -135,6 +139,17 @@ def small_fit(seed: int, denoiser: tgdp.Denoiser) -> tgdp.GuidanceNetwork:
 
 def flattened(module: nn.Module) -> Tensor:
     return torch.cat([tensor.detach().double().flatten() for tensor in module.state_dict().values()])
+
+
+def test_a_slice_of_a_view_is_in_eval_mode() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9), nn.Linear(2, 2), nn.Dropout(0.9))
+    parts = nn.ModuleList(network)
+    x = torch.ones(3, 2)
+    with evaluation_mode(network, parts) as (view, listed):
+        assert torch.equal(view[1:3](x), network[2](x))  # As the middle block of a U-Net of diffusers does.
+        assert torch.equal(type(view)(*view[1:3])(x), network[2](x))
+        assert [layer.training for layer in listed[1:]] == [False] * 3
+    assert all(module.training for module in network.modules())
 
 
 def test_threads_that_sample_and_train_at_once_give_what_each_gives_alone() -> None:
@@ -188,4 +203,3 @@ def test_threads_that_sample_and_train_at_once_give_what_each_gives_alone() -> N
         helper.join()
     assert not wrong
     assert trained.network.core[2].p == 0.5
-    assert not denoiser.network.calls == 0

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.ops.noise import key_words, normal, philox4x32
-from tgdp_fast.runtime.arrays import check_samples
+from tgdp_fast.runtime.arrays import as_float64, check_samples
 from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint
 from tgdp_fast.runtime.checks import check_integer
 
@@ -208,7 +208,7 @@ class GaussianPrior(Prior):
         Its mean over held-out noised samples minus that of N(0, I) is the gain over N(0, I) as a start, in
         Kullback-Leibler divergence to the distribution of x_T.
         """
-        centred = torch.as_tensor(x, device=self.mean.device).flatten(1).double() - alpha * self.mean.flatten()
+        centred = as_float64("x", x).to(self.mean.device).flatten(1) - alpha * self.mean.flatten()
         own, rest = self._deviations(alpha, sigma)
         along = centred @ self.directions
         others = len(self.directions) - len(own)
@@ -289,7 +289,7 @@ def _shares(weights: np.ndarray | Tensor | None, count: int) -> Tensor:
     """Weights [count] that sum to one, float64."""
     if weights is None:
         return torch.full((count,), 1.0 / count, dtype=torch.float64, device="cpu")
-    share = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    share = as_float64("weights", weights).cpu()
     if share.shape != (count,):
         raise ValueError(f"weights must have shape [{count}], one per sample, got {list(share.shape)}")
     largest = float(share.max())

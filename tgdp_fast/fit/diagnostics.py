@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tgdp_fast.fit.density_ratio import DensityRatio
 from tgdp_fast.models.mlp import encode_labels
+from tgdp_fast.runtime.arrays import distinct_rows
 
 
 def effective_sample_size(log_weight: Tensor) -> float:
@@ -40,6 +41,10 @@ def calibration_error(source_log_ratio: Tensor, target_log_ratio: Tensor, bins: 
     return float(gap.abs().sum())
 
 
+#: Share of copies among the source samples that does not matter for a quantile of their distances.
+_FEW_COPIES = 0.1
+
+
 def outside_fraction(
     source: Tensor, target: Tensor, *, quantile: float = 0.999, limit: int = 10_000, seed: int = 0
 ) -> float:
@@ -47,13 +52,20 @@ def outside_fraction(
     other.
 
     Distances are Euclidean to the nearest source sample, features scaled by the source's standard deviation. Uses at
-    most ``limit`` source samples, a random subset chosen by ``seed``. The value is small if the source covers the
-    target, even thinly.
+    most ``limit`` source samples, a random subset chosen by ``seed``; of these only distinct ones if more than a tenth
+    are copies, whose distance to each other says nothing. The value is small if the source covers the target, even
+    thinly.
     """
     if len(source) > limit:
         # A random subset: the first samples of a source sorted by cluster would lack whole clusters.
-        source = source[_permutation(len(source), seed)[:limit]]
+        generator = torch.Generator("cpu").manual_seed(seed)
+        source = source[torch.randperm(len(source), generator=generator, device="cpu")[:limit]]
     source, target = source.flatten(1).float(), target.flatten(1).float()
+    distinct = distinct_rows(source)
+    if len(distinct) < (1.0 - _FEW_COPIES) * len(source):
+        source = source[distinct]
+    if len(source) == 1:
+        return float((target != source).any(1).double().mean())
     spread = source.std(0).clamp_min(1e-6)
     source, target = source / spread, target / spread
     own = torch.empty(len(source), dtype=torch.float32, device="cpu")

@@ -110,7 +110,13 @@ class TransferModel(Pretrained):
         own = denoiser.denoiser if isinstance(denoiser, TransferModel) else denoiser
         schedule = common_schedule(schedule, own)
         raw = TransferArrays.check(
-            source, target, source_labels, target_labels, num_classes=config.num_classes, denoiser=own
+            source,
+            target,
+            source_labels,
+            target_labels,
+            num_classes=config.num_classes,
+            denoiser=own,
+            keep_exact=own is None or own is not denoiser,
         )
         event_shape = raw.source.values.shape[1:]
         if own is not None and own.event_shape not in (None, event_shape):
@@ -121,7 +127,9 @@ class TransferModel(Pretrained):
         if isinstance(denoiser, TransferModel):
             standardizer = denoiser.standardizer
         else:
-            standardizer = Standardizer.fit(raw.source.values) if own is None else Standardizer.identity(event_shape)
+            standardizer = (
+                Standardizer.fit(raw.source.with_spread) if own is None else Standardizer.identity(event_shape)
+            )
         arrays = raw.standardized(standardizer)
         config = replace(config, num_classes=arrays.num_classes)
         stages, common = Stages(work_dir), {"seed": seed, "device": device, "progress": progress}

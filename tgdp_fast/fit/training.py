@@ -22,7 +22,7 @@ from tgdp_fast.diffusion.denoiser import Denoiser, training_target
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.batches import Batches, draw_noised
 from tgdp_fast.fit.config import TIME_DISTRIBUTIONS, TrainingConfig, check_config
-from tgdp_fast.fit.data import ArrayLike, checked_labels, count_classes, warn_of_scale
+from tgdp_fast.fit.data import ArrayLike, checked_labels, count_classes, warn_of_empty_classes, warn_of_scale
 from tgdp_fast.models.mlp import ScoreMLP
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.arrays import CheckedArray
@@ -288,6 +288,8 @@ def train_denoiser(
         classes = count_classes("labels", labels, len(x), num_classes)
         denoiser = new_denoiser(tuple(x.shape[1:]), schedule, num_classes=classes, seed=seed, **network).to(x.device)
     rows = checked_labels("labels", labels, len(x), denoiser.num_classes)
+    if num_classes is None and initial is None and denoiser.num_classes:
+        warn_of_empty_classes("labels", denoiser.num_classes, rows)
     y = None if rows is None else rows.tensor(x.device)
     batches = Batches(len(x), settings.batch_size)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tgdp_fast.runtime.arrays import as_array
 from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
 from tgdp_fast.runtime.optional import optional
 
@@ -248,7 +249,7 @@ def bootstrap_interval(
 
 def _pair(y: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Booleans [N, K] and float64 [N, K]."""
-    truth, found = np.asarray(y), np.asarray(score)
+    truth, found = as_array("y", y), as_array("score", score)
     if truth.ndim != 2 or truth.shape != found.shape or truth.size == 0:
         raise ValueError(
             f"y and score must be of one shape [N, K] with N, K >= 1, got {list(truth.shape)} and {list(found.shape)}"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tgdp_fast.runtime.arrays import as_float64
 from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
 
 _MEDIAN_POINTS = 2_000  # rows of y used by the median heuristic
@@ -143,11 +144,10 @@ def _pair(x: Tensor | np.ndarray, y: Tensor | np.ndarray, minimum: int) -> tuple
 
 
 def _points(name: str, value: Tensor | np.ndarray, minimum: int) -> Tensor:
-    # Torch does not accept arrays with negative strides.
-    tensor = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value).detach()
+    tensor = as_float64(name, value)
     if tensor.ndim < 2 or len(tensor) < minimum or tensor.numel() == 0:
         raise ValueError(f"{name} must have shape [N, ...] with N >= {minimum}, got {list(tensor.shape)}")
-    tensor = tensor.flatten(1).to(torch.float64)
+    tensor = tensor.flatten(1)
     finite = tensor.isfinite().all(dim=1)
     if not finite.all():
         raise ValueError(f"{name} must be finite, but {int((~finite).sum())} of {len(tensor)} rows are not; drop them")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -97,11 +97,11 @@ def view_of(module: nn.Module) -> nn.Module:
     """
     try:
         return _view(module, {})
-    except _NoView:
+    except NoViewError:
         return module
 
 
-class _NoView(Exception):
+class NoViewError(Exception):
     """A module reaches others, or itself, not through its submodules."""
 
 
@@ -111,7 +111,7 @@ def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
         return found
     kind = type(module)
     if _needs_original(module, kind.__module__):
-        raise _NoView
+        raise NoViewError
     result: nn.Module = object.__new__(_view_class(kind))
     known[id(module)] = result
     children = {name: None if child is None else _view(child, known) for name, child in module._modules.items()}
@@ -130,6 +130,8 @@ def _view_class(kind: type[nn.Module]) -> Any:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        # A slice of nn.ModuleList makes another object of its class.
+        "__new__": lambda _, *args, **named: kind(*args, **named),
     }
     return type(kind)(kind.__name__, (_View, kind), entries)
 
@@ -159,15 +161,13 @@ def _holds_module(value: Any, depth: int = _DEPTH) -> bool:
     elif isinstance(value, functools.partial):
         held = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        held = _captured(value)
     elif type(value).__module__.partition(".")[0] not in ("torch", "numpy", "tgdp_fast") and hasattr(value, "__dict__"):
         held = vars(value).values()
     return any(_holds_module(item, depth - 1) for item in held)
 
 
-def _is_filled(cell: Any) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
+def _captured(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # An empty cell.
+            yield cell.cell_contents

@@ -76,7 +76,7 @@ def _is_initializer(func: Any) -> bool:
 
 
 def draws_globally(module: nn.Module) -> bool:
-    """Whether the module may draw random numbers in training mode: dropout, or code from outside torch and this package."""
+    """Whether the module may draw in training mode: it has dropout, or code from outside torch and this package."""
     drawing = nn.modules.dropout._DropoutNd | nn.RReLU | nn.RNNBase | nn.MultiheadAttention
     return any(
         isinstance(child, drawing) or not type(child).__module__.startswith(("torch.nn.modules.", "tgdp_fast."))
