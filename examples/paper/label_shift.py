@@ -39,7 +39,9 @@ from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import XResNet1d
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_integer, check_number
-from tgdp_fast.runtime.stages import Stages
+from tgdp_fast.runtime.optional import optional
+from tgdp_fast.runtime.progress import say, tracked
+from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.sampler import sample
 
 #: Real beats in the place of samples: the source set, the given target set, and more beats of the target's records.
@@ -237,13 +239,8 @@ _CLASSIFIER = {
 
 
 def _principal_components(count: int) -> Any:
-    try:
-        from sklearn.decomposition import PCA
-    except ImportError:
-        raise ImportError(
-            "principal components need scikit-learn, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    return PCA(count, whiten=True, svd_solver="full")
+    pca = optional("sklearn.decomposition", "principal components need").PCA
+    return pca(count, whiten=True, svd_solver="full")
 
 
 def divide(beats: Beats, generator: np.random.Generator) -> tuple[Beats, Beats, Beats]:
@@ -385,15 +382,19 @@ def draw_samples(plan: Plan, draw: Draw, model: Denoiser, method: str) -> np.nda
 
 def run(plan: Plan) -> list[Row]:
     """Run the plan, resuming finished rows; writes results.json and results.md into ``plan.out``."""
-    plan.out.mkdir(parents=True, exist_ok=True)
+    with owned(plan.out):
+        return _run(plan)
+
+
+def _run(plan: Plan) -> list[Row]:
     beats = load_beats(plan)
     rows = []
-    for seed in range(plan.seeds):
+    for seed in tracked(range(plan.seeds), "experiment", "draw", plan.progress):
         draw = Draw(plan, beats, seed)
         for method in METHODS:
             row = finished_row(plan, draw, method)
             if plan.progress:
-                print(f"seed {seed}  {method:10s}  AF {row['share']:.1%} ± {row['share_error']:.1%}", flush=True)
+                say(f"seed {seed}  {method:10s}  AF {row['share']:.1%} ± {row['share_error']:.1%}")
             rows.append(row)
     write_results(plan.out, rows, report(rows, plan, beats))
     return rows

@@ -76,7 +76,6 @@ def test_a_cache_holds_the_records_in_order(tmp_path: Path, small_chunks: None) 
     assert np.array_equal(loaded.signals, dataset.signals)
     assert loaded.sha256 == dataset.sha256
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()) == [
-        ".lock",
         "cache.json",
         "signals",
     ]

@@ -287,7 +287,7 @@ def test_numbers_that_say_nothing_say_so() -> None:
     outside = diagnose(x, x[:40] + 50.0, zero)
     assert "500 of 500 (100.0%), which says nothing: the target lies outside the source" in outside.summary()
     outside.add_mean_h([(0.1, 2.781e21, 4.72e19), (1.0, 1.0, 0.01)])
-    assert "2.78e+21 +- 4.72e+19" in outside.summary()
+    assert "t =      0.1   above 10,000\n" in outside.summary()
     assert "1.000 +- 0.010" in outside.summary()
 
 
@@ -324,6 +324,17 @@ def test_a_fitted_ratio_whose_mean_is_far_from_one_is_warned_of() -> None:
     low, high = diagnostics(), diagnostics()
     low.add_mean_h([(0.0, 1e-12, 1e-12), (1.0, 1.0, 0.1)])
     high.add_mean_h([(0.0, 1.0, 0.1), (0.5, 9.0, 1.0)])
-    assert "mean of the fitted ratio h over the source is 1e-12 at t = 0 and should be 1" in low.warnings[0]
+    assert "mean of the fitted ratio h over the source is below 0.0001 at t = 0 and should be 1" in low.warnings[0]
     assert "is 9 at t = 0.5" in high.warnings[0]
     assert low.mean_h[0] == (0.0, 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize(("outside", "mean_ratio"), [(0.35, 1.0), (0.0, 1.3e-22), (0.0, 1e9)])
+def test_an_unreachable_target_is_no_memorization(outside: float, mean_ratio: float) -> None:
+    report = TransferDiagnostics(100, 20, 0.7, 0.05, 1.0, 50.0, mean_ratio, outside, warnings=["do not use"])
+    assert not report.within_reach
+    report.add_mean_h([(0.0, 1e-12, 1e-13)])
+    assert report.warnings == ["do not use"]
+    assert "e-" not in report.summary()
+    assert TransferDiagnostics(**report.to_dict()).mean_h == [[0.0, 1e-12, 1e-13]]
+    assert TransferDiagnostics(100, 20, 0.7, 0.05, 1.0, 50.0, 0.3, 0.34).within_reach

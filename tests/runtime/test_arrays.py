@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,28 @@ def test_damaged_files(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(content[:length])
             with pytest.raises(ValueError, match=rf"source: .*{name} cannot be read"):
                 load_array(tmp_path / name, "source")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.csv", "x,y\n1,2\n3,4\n"), ("b.csv", "1,2\n3,4\n"), ("c.TSV", "1\t2\n3\t4\n")],
+)
+def test_the_line_that_converts_a_table_converts_it(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"convert it with numpy\.save, as in numpy") as refused:
+        load_array(tmp_path / name, "source")
+    line = re.search(r"as in (numpy.*\));", str(refused.value))
+    assert line
+    exec(line[1], {"numpy": np})
+    made = load_array((tmp_path / name).with_suffix(".npy"), "source")
+    assert np.array_equal(made, [[1.0, 2.0], [3.0, 4.0]])
+
+
+@pytest.mark.parametrize("value", [object(), {"x": 1}, torch.nn.Linear(2, 2), (i for i in range(3))])
+def test_what_is_no_array_is_called_by_its_name(value: object) -> None:
+    text = f"source must be an array or a tensor of samples .*, got an object of type {type(value).__name__}"
+    with pytest.raises(ValueError, match=text):
+        CheckedArray.samples("source", value)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +383,7 @@ def test_missing_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     call: Callable[[], object] = digits.load_digits_arrays
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'tgdp_fast\[data\]'"):
+    with pytest.raises(ImportError, match="the digits need scikit-learn, .* run: pip install scikit-learn$"):
         call()
 
 

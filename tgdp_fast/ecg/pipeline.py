@@ -6,8 +6,10 @@ Several processes under torchrun run the same stages together: trainings share b
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.ecg import denoisers
@@ -22,6 +24,9 @@ from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.model import TransferModel
 from tgdp_fast.models.xresnet1d import XResNet1d
 from tgdp_fast.runtime.checks import check_choice
+from tgdp_fast.runtime.stages import owned
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 class NotComputedError(AttributeError):
@@ -36,6 +41,19 @@ _COMPUTED_BY = {
     "model": "fit",
     "report": "evaluate",
 }
+
+
+def _owning(
+    method: Callable[Concatenate[Pipeline, P], R],
+) -> Callable[Concatenate[Pipeline, P], R]:
+    """The method, with the folder of the run owned meanwhile."""
+
+    @wraps(method)
+    def owning(self: Pipeline, *arguments: P.args, **options: P.kwargs) -> R:
+        with owned(self.run.out):
+            return method(self, *arguments, **options)
+
+    return owning
 
 
 class Pipeline:
@@ -62,6 +80,7 @@ class Pipeline:
 
     Raises:
         ValueError: a device that torch does not have.
+        InUseError: from a method, if another run works in the folder.
         NotComputedError: from an attribute that has not been computed.
     """
 
@@ -84,6 +103,7 @@ class Pipeline:
                 raise NotComputedError(f"{name} has not been computed; call pipeline.{_COMPUTED_BY[name]}() first")
             raise AttributeError(f"Pipeline has no attribute {name!r}")
 
+    @_owning
     def read(self) -> Cohorts:
         """Read both folders of records, through caches, and divide them.
 
@@ -99,6 +119,7 @@ class Pipeline:
             self.cohorts = denoisers.in_units_of(self._given, config.backbone, cohorts)
         return self.cohorts
 
+    @_owning
     def train(self, name: str) -> Denoiser:
         """Train one denoiser, or take the given one.
 
@@ -119,6 +140,7 @@ class Pipeline:
             self.denoisers[name] = denoiser
         return self.denoisers[name]
 
+    @_owning
     def estimate_ratio(self) -> Ratio:
         """Train the statement classifier on the source, and estimate the density ratio by its features or signals."""
         if not hasattr(self, "ratio"):
@@ -127,6 +149,7 @@ class Pipeline:
             self.ratio = estimate_ratio(self.run, cohorts, self.classifier)
         return self.ratio
 
+    @_owning
     def fit(self) -> TransferModel:
         """Train the source model, estimate the ratio, fit the guidance; the model is saved in ``<out>/model``."""
         if not hasattr(self, "model"):
@@ -134,6 +157,7 @@ class Pipeline:
             self.model = fit_model(self.run, self.read(), denoiser, self.estimate_ratio())
         return self.model
 
+    @_owning
     def draw(self, *methods: str) -> dict[str, Drawn]:
         """Draw samples of some methods, by default all of the configuration; trains what they need."""
         methods = methods or self.run.config.methods
@@ -149,6 +173,7 @@ class Pipeline:
             self.samples[method] = draw_samples(self.run, self.read(), method, denoiser, guidance, prior)
         return {method: self.samples[method] for method in methods}
 
+    @_owning
     def evaluate(self) -> Report:
         """Draw samples of every method and compare them with real records; writes ``results.json`` and
         ``report.html``.
@@ -157,6 +182,7 @@ class Pipeline:
         self.report = evaluate(self.run, self.cohorts, self.draw(), self.classifier, self.ratio[0], self.model)
         return self.report
 
+    @_owning
     def write_records(self, method: str = "tgdp") -> Path:
         """Write the samples of a method as WFDB records with labels and a manifest, in ``<out>/records``.
 

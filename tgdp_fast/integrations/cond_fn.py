@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for
+from tgdp_fast.diffusion.denoiser import labels_for
 from tgdp_fast.diffusion.guided import check_guidance
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.evaluation import evaluation_mode
 
 
 def as_cond_fn(
@@ -108,7 +109,7 @@ def time_at(schedule: NoiseSchedule, noise_level: Tensor) -> Tensor:
 def gradient_at(guidance: Any, x: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
     """grad_x log h [B, ...] without a graph, in the dtype of ``x`` or float32 for half precision."""
     state = x.detach().to(dtype_of(guidance, x))
-    with torch.no_grad(), evaluation_mode(guidance), no_autocast(x):
+    with torch.no_grad(), evaluation_mode(guidance) as (guidance,), no_autocast(x):
         gradient: Tensor = guidance.log_ratio_and_grad(state, times, labels_for(guidance, labels))[1]
     return gradient.to(torch.promote_types(x.dtype, torch.float32))
 

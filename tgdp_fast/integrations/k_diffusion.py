@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for, per_sample
+from tgdp_fast.diffusion.denoiser import labels_for, per_sample
 from tgdp_fast.diffusion.guided import Guidance, check_guidance
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.integrations.cond_fn import gradient_at, time_at
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.evaluation import evaluation_mode
 
 
 class KDiffusionDenoiser:
@@ -89,7 +90,7 @@ class KDiffusionDenoiser:
         model, guidance = self.model, self.guidance
         if hasattr(model, "epsilon"):
             time = time_at(model.schedule, noise_level)
-            with torch.no_grad(), evaluation_mode(model):
+            with torch.no_grad(), evaluation_mode(model) as (model,):
                 epsilon = model.epsilon(state.to(x.dtype), time, labels_for(model, labels))
             denoised: Tensor = x - per_sample(noise_level.to(x.dtype), x) * epsilon
         else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tgdp_fast.runtime.files import write_atomic
+from tgdp_fast.runtime.optional import optional
 
 Key = tuple[int, str]
 
@@ -18,14 +21,8 @@ def pyplot() -> Any:
     Raises:
         ImportError: matplotlib is missing; says how to install it.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'tgdp_fast[plots]'") from error
-    matplotlib.use("agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+    optional("matplotlib", "plots need").use("agg")
+    return optional("matplotlib.pyplot", "plots need")
 
 
 def available() -> bool:
@@ -124,8 +121,8 @@ def image_grid(path: Path, groups: Mapping[str, np.ndarray], shape: tuple[int, i
 
 def save_figure(figure: Any, path: Path) -> Path:
     """Write a PNG, atomically, and close the figure."""
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, dpi=150, format="png")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
     pyplot().close(figure)
-    os.replace(temporary, path)
+    write_atomic(path, content.getvalue())
     return path

@@ -34,8 +34,8 @@ class RowStore:
             return None
         if not isinstance(content, dict) or content.get("signature") != self.signature:
             return None
-        row: Row = content["row"]
-        return row
+        row = content.get("row")
+        return row if isinstance(row, dict) else None
 
     def put(self, name: str, row: Row) -> None:
         """Write a row, atomically."""

@@ -148,7 +148,7 @@ def _by_correlation(
     distances, nearest = [], []
     for part in middle.split(rows):
         own = torch.fft.rfft(_unit(part), size).permute(2, 0, 1).conj()  # [frequencies, rows, leads]
-        best = torch.full((len(part),), -math.inf, device=x.device)
+        best = torch.full((len(part),), -math.inf, dtype=torch.float32, device=x.device)
         where = torch.zeros(len(part), 2, dtype=torch.int64, device=x.device)
         for start in range(0, len(records), columns):
             cross = (own @ spectra[:, :, start : start + columns]).permute(1, 2, 0)

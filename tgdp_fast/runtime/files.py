@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
-from torch import Tensor
+from safetensors import SafetensorError
+
+from tgdp_fast.runtime.locks import lock_open_file, remove_unless_locked, target_lock
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file so that readers see the old content or the new, never a part; text is UTF-8."""
+    """Write a file so that readers see the old content or the new, never a part; text is UTF-8, and names of files that
+    are not become escapes.
+    """
     with _atomic_file(path) as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
@@ -33,7 +40,8 @@ def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
     if array.dtype.hasobject:
         raise ValueError(f"array must hold numbers, got dtype {array.dtype}; objects would need pickling")
     with _atomic_file(path) as file:
-        np.save(file, array, allow_pickle=False)
+        # To a file of Python NumPy writes by C, and then cannot say why it fails.
+        np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)  # type: ignore[call-overload]
 
 
 def to_json(value: Any) -> str:
@@ -56,17 +64,100 @@ def _atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if target.is_dir():
         raise IsADirectoryError(f"path must name a file, but {path} is a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    for left in partials(target):
+        if left.is_file():
+            remove_unless_locked(left)
+    partial = new_partial(target)
+    with writing(target, partial):
+        try:
+            with _open_locked(partial) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if os.name != "nt":  # There only after it is closed.
+                    os.replace(partial, target)
+            if os.name == "nt":
+                os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        flush(target.parent)
+
+
+def _open_locked(partial: Path) -> BinaryIO:
+    """A new file, locked for as long as it is open: unlocked, it is what a killed process has left."""
+    while True:
+        file = open(partial, "xb")  # noqa: SIM115
+        with suppress(OSError):  # Without locks nobody removes it.
+            if not lock_open_file(file.fileno(), partial):
+                # Somebody has looked at it before it was locked, and removes it.
+                file.close()
+                partial.unlink(missing_ok=True)
+                continue
+        return file
+
+
+@contextmanager
+def atomic_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
+    """A new folder beside ``target``, which the block fills and renames; removed if it does not.
+
+    Args:
+        target: folder to make or replace; parent folders are created. Nobody else does so inside the block.
+        wait: for another process that does, instead of raising.
+
+    Raises:
+        InUseError: another process does so, and ``wait`` is False.
+        OSError: the disk fails; the error names the file by its place in ``target``.
+    """
+    with target_lock(target, wait=wait):
+        remove_partial_folders(target)
+        partial = new_partial(target)
+        with writing(target, partial):
+            try:
+                partial.mkdir()
+                yield partial
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+
+def remove_partial_folders(target: Path) -> None:
+    """Remove what killed processes have left of :func:`atomic_folder`; only the owner of the target's lock may."""
+    for left in partials(target):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def new_partial(target: Path) -> Path:
+    """A new name beside ``target``, for what will be renamed to it, or is to be removed."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+
+
+def partials(target: Path) -> list[Path]:
+    """What is there under such names: written now, or left by a process that was killed."""
+    name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.partial")
+    with os.scandir(target.parent) as entries:
+        return [Path(entry.path) for entry in entries if name.fullmatch(entry.name)]
+
+
+@contextmanager
+def writing(target: Path, partial: Path | None = None) -> Iterator[None]:
+    """Errors of the disk in the block are OSErrors that name ``target``, also where ``partial`` was written for it."""
     try:
-        with open(partial, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    flush(target.parent)
+        yield
+    except SafetensorError as error:
+        found = re.search(r"([^:]+) \(os error (\d+)\)", str(error))
+        if found is None:
+            raise OSError(f"{target} could not be written: {error}") from None
+        raise OSError(int(found[2]), found[1].strip(), str(target)) from None
+    except OSError as error:
+        known = error.filename is not None
+        name = str(error.filename or target)
+        if partial is not None:
+            name = name.replace(str(partial), str(target))
+        if error.errno is None or (known and name == error.filename):
+            raise
+        raise OSError(error.errno, error.strerror, name) from error
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
@@ -87,7 +178,7 @@ def flush(path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
+    if callable(getattr(value, "detach", None)):  # A tensor; processes that read records have no torch.
         value = value.detach().cpu().tolist()
     elif isinstance(value, np.ndarray | np.generic):
         value = value.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +16,19 @@ from tgdp_fast.runtime.checkpoint import (
     remove_checkpoint,
 )
 from tgdp_fast.runtime.files import write_atomic
+from tgdp_fast.runtime.locks import folder_lock
+from tgdp_fast.runtime.reading import parse_json, read_bytes
 
 T = TypeVar("T")
+
+
+def owned(folder: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+    """Keep other runs from a folder, inside the block; of several processes the first owns it for all. None: nothing.
+
+    Raises:
+        InUseError: another run works in it.
+    """
+    return nullcontext() if folder is None or not distributed.is_first() else folder_lock(Path(folder))
 
 
 class Stages:
@@ -80,15 +91,16 @@ class Stages:
         if self.folder is None or not self.folder.is_dir():
             return
         for name in names:
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
             remove_checkpoint(self.folder / name)
             remove_checkpoint(self.folder / f"{name}.state")
-            (self.folder / f"{name}.json").unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
 
 def _read(stamp: Path) -> str:
     try:
-        return str(json.loads(stamp.read_text()).get("signature"))
+        content = parse_json(read_bytes(stamp, 2**20, ValueError, "a signature"), ValueError, f"{stamp} is damaged")
+        return str(content.get("signature"))
     except (ValueError, AttributeError):
         return ""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from tgdp_fast.runtime.files import save_array, write_atomic
+from tgdp_fast.runtime.locks import folder_lock
 
 # Possible files in the folder: finished blocks, the identity of their run, and a save that was killed.
 _OWN_FILE = re.compile(
     r"(block-\d{12}\.npy|arguments\.json)|\.(block-\d{12}\.npy|arguments\.json)\.[0-9a-f]{8}\.partial"
 )
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_HEADER_BYTES = 4096  # more than the header of any block
 
 
 class BlockFile:
@@ -50,7 +55,6 @@ class BlockFile:
         block: Callable[[int, int], np.ndarray],
         *,
         finish: Callable[[np.ndarray], np.ndarray] | None,
-        progress: bool,
     ) -> np.ndarray:
         """Write the file atomically, from blocks that an earlier call finished and new ones.
 
@@ -61,44 +65,81 @@ class BlockFile:
             block_size: rows of a new block.
             block: block(start, stop) -> rows start to stop.
             finish: applied to the whole array before it is written.
-            progress: whether to show a bar, if there is more than one block.
 
         Returns:
             The array written.
+
+        Raises:
+            InUseError: another run writes this file.
         """
-        stamp = self.folder / "arguments.json"
-        resumes = stamp.is_file() and stamp.read_text(encoding="utf-8") == identity
-        result = np.empty(shape, dtype=np.float32)
-        hidden = None if progress and shape[0] > block_size else True  # None: shown on a terminal only
-        stop = 0
-        with tqdm(total=shape[0], desc="samples", disable=hidden, leave=False) as bar:
-            while (start := stop) < shape[0]:
-                file = self.folder / f"block-{start:012d}.npy"
-                if resumes and file.is_file():
-                    values = np.load(file, allow_pickle=False)  # The block size of the earlier run.
-                else:
-                    values = block(start, min(start + block_size, shape[0]))
-                    if not resumes:  # Only now, so that a run that fails at once discards no finished blocks.
-                        self._discard_blocks()
-                        self.folder.mkdir(exist_ok=True)
-                        write_atomic(stamp, identity)
-                        resumes = True
-                    save_array(file, values)
-                stop = start + len(values)
-                result[start:stop] = values
-                bar.update(len(values))
-        if finish is not None:
-            result = finish(result)
-        save_array(self.target, result)
-        self._discard_blocks()
+        with self.owned():
+            result = np.empty(shape, dtype=np.float32)
+            self._fill(result, identity, block_size, block)
+            if finish is not None:
+                result = finish(result)
+            save_array(self.target, result)
+            self._discard_blocks()
         return result
 
+    def owned(self) -> AbstractContextManager[None]:
+        """Keep other runs from the folder and the file, inside the block.
+
+        Raises:
+            InUseError: another run writes them.
+        """
+        return folder_lock(self.folder, self.target)
+
+    def _fill(
+        self,
+        result: np.ndarray,
+        identity: str,
+        block_size: int,
+        block: Callable[[int, int], np.ndarray],
+    ) -> None:
+        stamp, num = self.folder / "arguments.json", len(result)
+        resumes = stamp.is_file() and stamp.read_bytes() == identity.encode()
+        stop = 0
+        while (start := stop) < num:
+            file = self.folder / f"block-{start:012d}.npy"
+            # The block size is that of the earlier run.
+            values = _load_block(file, identity, (num - start, *result.shape[1:])) if resumes else None
+            if values is None:
+                values = block(start, min(start + block_size, num))
+                if not resumes:  # Only now, so that a run that fails at once discards no finished blocks.
+                    self._discard_blocks()
+                    write_atomic(stamp, identity)
+                    resumes = True
+                _save_block(file, identity, values)
+            stop = start + len(values)
+            result[start:stop] = values
+
     def _discard_blocks(self) -> None:
-        """Remove the files that this class wrote, and the folder if nothing else is in it."""
-        if not self.folder.is_dir():
-            return
+        """Remove the files that this class wrote."""
         for file in list(self.folder.iterdir()):
             if _OWN_FILE.fullmatch(file.name) and file.is_file():
                 file.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+
+
+def _save_block(file: Path, identity: str, values: np.ndarray) -> None:
+    """Write a block: an .npy file with a digest after its end, which readers of .npy ignore."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    content = buffer.getvalue()
+    write_atomic(file, content + _digest(file, identity, content))
+
+
+def _load_block(file: Path, identity: str, most: tuple[int, ...]) -> np.ndarray | None:
+    """A block of at most the shape ``most``, or None: missing, damaged, of another run, or of another place in it."""
+    limit = np.prod(most, dtype=object) * 4 + _HEADER_BYTES + _DIGEST_BYTES
+    if not file.is_file() or file.stat().st_size > limit:
+        return None
+    content = file.read_bytes()
+    content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if digest != _digest(file, identity, content):
+        return None
+    values: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    return values
+
+
+def _digest(file: Path, identity: str, content: bytes) -> bytes:
+    return hashlib.sha256(b"\0".join((identity.encode(), file.name.encode(), content))).digest()

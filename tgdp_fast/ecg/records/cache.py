@@ -6,15 +6,11 @@ then finished chunks lie in ``building-...``, so that the next call continues a 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, Problem
 from tgdp_fast.ecg.records.leads import STORED_LEADS, known_leads
@@ -32,6 +27,10 @@ from tgdp_fast.ecg.records.splits import split_by_patient
 from tgdp_fast.ecg.records.statements import STATEMENTS, multi_hot
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.files import write_atomic, writing
+from tgdp_fast.runtime.locks import folder_lock
+from tgdp_fast.runtime.progress import progress_bar
+from tgdp_fast.runtime.workers import start_worker
 
 if TYPE_CHECKING:
     from tgdp_fast.runtime.arrays import Standardizer
@@ -186,16 +185,14 @@ def build_ecg_cache(
     settings = {"rate": float(rate), "seconds": float(seconds), "leads": list(names)}
     fingerprint = _fingerprint(folder, entries, problems, settings)
     place = Path(cache_dir)
-    place.mkdir(parents=True, exist_ok=True)
-    with _locked(place):
-        try:
-            dataset = _load(place, verify=True)
-        except ECGCacheError:
-            dataset = None
-        if dataset is None or dataset.fingerprint != fingerprint:
-            build = _Build(place, fingerprint, folder, entries, problems, settings, length, on_problem == "raise")
-            build.run(_workers(workers, len(entries)), progress)
-            dataset = _load(place, verify=False)
+    dataset = _loaded(place, fingerprint)  # A finished cache may lie where nobody may write.
+    if dataset is None:
+        with folder_lock(place, wait=True):
+            dataset = _loaded(place, fingerprint)  # Another process may have built it.
+            if dataset is None:
+                build = _Build(place, fingerprint, folder, entries, problems, settings, length, on_problem == "raise")
+                build.run(_workers(workers, len(entries)), progress)
+                dataset = _load(place, verify=False)
     if on_problem == "raise":
         _raise_first(dataset.problems)
     return dataset
@@ -236,12 +233,13 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """One process at a time; the system releases the lock if that process dies."""
-    with open(place / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _loaded(place: Path, fingerprint: str) -> ECGDataset | None:
+    """The cache if it is finished, undamaged and the one that is asked for."""
+    try:
+        dataset = _load(place, verify=True)
+    except (ECGCacheError, FileNotFoundError):  # Another process may be replacing it.
+        return None
+    return dataset if dataset.fingerprint == fingerprint else None
 
 
 # -------------------------------------------------------------------------------------------------------- building
@@ -283,14 +281,7 @@ class _Build:
         chunks = {start: self._finished(start, offset) for start in range(0, len(self.entries), self.chunk)}
         waiting = [start for start, found in chunks.items() if found is None]
         done = len(self.entries) - sum(len(self._records(start)) for start in waiting)
-        with tqdm(
-            total=len(self.entries),
-            initial=done,
-            desc="reading records",
-            unit="record",
-            disable=None if progress else True,
-            leave=False,
-        ) as bar:
+        with progress_bar(len(self.entries), "reading", "record", progress, initial=done) as bar:
             for start, result in self._read(waiting, offset, workers):
                 # The samples are on disk already: now the chunk is finished.
                 _save_json(self._file(start), result)
@@ -318,7 +309,7 @@ class _Build:
             free = shutil.disk_usage(self.place).free
             if free < size:
                 raise OSError(f"cache_dir needs {size / 1e9:.2f} GB, but {self.place} has {free / 1e9:.2f} GB left")
-            with open(self.partial, "wb") as file:
+            with writing(self.partial), open(self.partial, "wb") as file:
                 file.write(header)
                 file.truncate(size)
         return len(header)
@@ -345,7 +336,7 @@ class _Build:
             return
         # A fork of a process with threads can hang.
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, max(1, len(waiting))), context, _start_worker)
+        pool = ProcessPoolExecutor(min(workers, max(1, len(waiting))), context, start_worker)
         try:
             futures = {pool.submit(_read_chunk, *task(start)): start for start in waiting}
             for future in as_completed(futures):
@@ -395,7 +386,7 @@ class _Build:
     def _compact(self, chunks: list[dict[str, Any]], offset: int, count: int) -> None:
         """Copy the rows of good records into one file without gaps."""
         copy = self.building / "compact.npy"
-        with open(self.partial, "rb") as source, open(copy, "wb") as target:
+        with writing(copy), open(self.partial, "rb") as source, open(copy, "wb") as target:
             target.write(_npy_header((count, *self.event)))
             for index, chunk in enumerate(chunks):
                 source.seek(offset + index * self.chunk * self.row_bytes)
@@ -437,26 +428,12 @@ def _read_chunk(
                 _raise_first([problem])
             problems.append((problem.record, problem.reason, problem.short))
     content = block[: len(rows)].tobytes()
-    with open(file, "r+b") as target:
+    with writing(file), open(file, "r+b") as target:
         target.seek(position)
         target.write(content)
         target.flush()
         os.fsync(target.fileno())
     return {"rows": rows, "problems": problems, "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; the main process ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        # Workers of a killed process would wait for work forever.
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 # -------------------------------------------------------------------------------------------------------- loading
@@ -530,7 +507,4 @@ def _json_sha256(value: Any) -> str:
 
 
 def _save_json(path: Path, value: Any) -> None:
-    # Here, so that processes which read records need no torch.
-    from tgdp_fast.runtime.files import write_atomic
-
     write_atomic(path, json.dumps(value))

@@ -7,8 +7,6 @@ import hashlib
 import io
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS, find_leads, 
 from tgdp_fast.ecg.records.statements import check_statements, multi_hot
 from tgdp_fast.ecg.records.wfdb import write_record
 from tgdp_fast.runtime.checks import check_number
-from tgdp_fast.runtime.files import save_json, write_atomic
+from tgdp_fast.runtime.files import atomic_folder, save_json, write_atomic
 
 #: Of the records: int16 in microvolts, as in PTB-XL.
 UNITS_PER_MILLIVOLT = 1000
@@ -78,6 +76,7 @@ def write_ecg_records(
     Raises:
         ValueError: bad arguments, an unknown label, a sample that int16 cannot hold, limb leads that contradict each
             other, or a folder that is not empty.
+        InUseError: another process writes this folder.
     """
     rate = check_number("rate", rate, 0.0, exclusive=True)
     signals = _check_shape(signals_mV)
@@ -86,10 +85,8 @@ def write_ecg_records(
     record_names = _record_names(names, count)
     statements = _statements(labels, count)
     target = check_new_folder(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        (partial / RECORDS).mkdir(parents=True)
+    with atomic_folder(target) as partial:
+        (partial / RECORDS).mkdir()
         places = find_leads(given, STORED_LEADS)
         for index, name in enumerate(record_names):
             signal = np.asarray(signals[index])
@@ -117,9 +114,6 @@ def write_ecg_records(
         save_json(partial / MANIFEST, facts)
         # Replaces an empty folder; fails if something was put into it meanwhile.
         os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Path(folder)
 
 

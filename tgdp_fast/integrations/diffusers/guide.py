@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.diffusion.denoiser import TIME_INPUTS, evaluation_mode
+from tgdp_fast.diffusion.denoiser import TIME_INPUTS
 from tgdp_fast.diffusion.guided import Guidance, hint_of_guidance, scale_at
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.integrations.cond_fn import dtype_of, first_parameter, no_autocast
 from tgdp_fast.ops import limit_gradient
 from tgdp_fast.runtime.checks import check_choice
+from tgdp_fast.runtime.evaluation import evaluation_mode
 from tgdp_fast.sampling.config import SamplingConfig
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -202,8 +203,6 @@ class GuidedModel:
             )
         self._undo: Callable[[], None] | None = self._install()
         _active.add(self)
-        self._evaluation = evaluation_mode(guidance)
-        self._evaluation.__enter__()
 
     def __enter__(self) -> GuidedModel:
         return self
@@ -221,7 +220,6 @@ class GuidedModel:
             self._undo()
             self._undo = None
             _active.discard(self)
-            self._evaluation.__exit__(None, None, None)
 
     def _install(self) -> Callable[[], None]:
         model: Any = self.model
@@ -310,7 +308,12 @@ class GuidedModel:
 
     def _gradient(self, x: Tensor, timestep: float, schedule: NoiseSchedule, labels: Tensor | None) -> Tensor:
         """grad_x log h: shape of x, float32 or float64."""
-        guidance = self.guidance
+        with evaluation_mode(self.guidance) as (guidance,):
+            return self._gradient_of(guidance, x, timestep, schedule, labels)
+
+    def _gradient_of(
+        self, guidance: Any, x: Tensor, timestep: float, schedule: NoiseSchedule, labels: Tensor | None
+    ) -> Tensor:
         self._check_fit(x)
         state = x.detach().to(dtype_of(guidance, x))
         time = self._guidance_time(timestep, schedule)

@@ -146,7 +146,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self.schedule = NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
         self._seed: int | None = None
         self._first_index = 0
         self._whole = self._table(times=[self.schedule.t_max])

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode
 from tgdp_fast.integrations.cond_fn import dtype_of, no_autocast
 from tgdp_fast.integrations.released.networks import CONVENTIONS
 from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG
 from tgdp_fast.models.sssd_ecg.network import SSSDECG
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.evaluation import evaluation_mode
 
 _ENTRIES = ("T", "Alpha", "Alpha_bar", "Sigma")
 
@@ -46,7 +46,7 @@ def calc_diffusion_hyperparams(
     steps = check_integer("T", T, 2)
     first = check_number("beta_0", beta_0, 0.0, 1.0, exclusive=True)
     last = check_number("beta_T", beta_T, 0.0, 1.0, exclusive=True)
-    beta = torch.linspace(first, last, steps, dtype=torch.float64)
+    beta = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
     alpha = 1.0 - beta
     alpha_bar = alpha.cumprod(0)
     variance = beta.clone()
@@ -137,8 +137,7 @@ def sampling_label_guided(
             raise ValueError(f"{name} must have one row for each of the {size[0]} samples of size, got {len(labels)}")
     parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
     draws = _noise(noise, generator, steps, size, parameter)
-    modules = [model for model in (net, guidance_net) if isinstance(model, nn.Module)]
-    with torch.no_grad(), evaluation_mode(*modules):
+    with torch.no_grad(), evaluation_mode(net, guidance_net) as (net, guidance_net):
         x = next(draws)
         cond, guidance_cond = (None if each is None else each.to(x.device) for each in (cond, guidance_cond))
         for t in reversed(range(steps)):

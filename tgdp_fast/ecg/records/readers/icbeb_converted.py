@@ -7,7 +7,7 @@ import os
 from tgdp_fast.ecg.records.entries import ECGFolder, wfdb_entry
 from tgdp_fast.ecg.records.leads import TWELVE_LEADS
 from tgdp_fast.ecg.records.registry import Selection, reader
-from tgdp_fast.ecg.records.tables import described, identifier, read_table
+from tgdp_fast.ecg.records.tables import described, identifier, known, read_table
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 
 TABLE = "icbeb_database.csv"
@@ -15,7 +15,7 @@ TABLE = "icbeb_database.csv"
 _SEXES = {"1": "male", "0": "female"}
 
 
-@reader("icbeb2018-converted", lambda root: (root.path / TABLE).exists(), rank=2)
+@reader("icbeb2018-converted", lambda root: (root.path / TABLE).exists(), table=TABLE, rank=2)
 def read_converted_icbeb(folder: ECGFolder, root: Root, selection: Selection) -> None:
     """Records of ``icbeb_database.csv``: ``records500/ID.hea`` where it is there, else ``records100/ID.hea``.
 
@@ -25,8 +25,10 @@ def read_converted_icbeb(folder: ECGFolder, root: Root, selection: Selection) ->
     seen, unfiltered = set(), 0
     for row in read_table(root.path / TABLE, ["ecg_id", "scp_codes"], root):
         number = identifier(row["ecg_id"]) or ""
-        name = row.get("filename", "").strip() or number
+        name = known(row.get("filename")) or number
         with folder.record(name):
+            if not number:
+                raise RecordError(f"{TABLE} has no ecg_id for it")
             if name in seen:
                 raise RecordError(f"{TABLE} has its row twice")
             seen.add(name)
