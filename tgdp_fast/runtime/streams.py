@@ -36,7 +36,7 @@ _of_thread = threading.local()
 
 def _other_stream(device: torch.device) -> torch.cuda.Stream:
     """This thread's own: the launches of another thread must not join a capture in which this one takes part."""
-    streams: dict[torch.device, torch.cuda.Stream] = vars(_of_thread)
+    streams: dict[torch.device, torch.cuda.Stream] = vars(_of_thread).setdefault("streams", {})
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)
     return streams[device]
