@@ -1,5 +1,6 @@
 // The CUDA kernels as implementations of the operators that bindings.cpp defines. Needs a torch that was built with
 // CUDA.
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>

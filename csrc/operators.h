@@ -4,7 +4,6 @@
 #include <Python.h>
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/version.h>
 
 #include <optional>
@@ -160,7 +159,7 @@ std::tuple<Tensor, Tensor> trajectory_operator(
   Device device(x.device());
   const Tensor state = x.contiguous(), indices = sample_index.contiguous();
   const Tensor numbers = table.to(at::kFloat).contiguous().to(x.device());
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = x.new_empty(x.sizes());
   typename Device::Call call;
   call.batch = x.size(0);
   call.size = x.size(1);

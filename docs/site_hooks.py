@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     where = page.file.src_uri
     if where.endswith("/results.md"):
         pictures = sorted((ROOT / "docs" / where).parent.glob("*.png"), reverse=True)
-        shown = "".join(f"![{path.stem.replace('_', ' ')}]({path.name})\n\n" for path in pictures)
+        shown = "".join(f"[![{path.stem.replace('_', ' ')}]({path.name})]({path.name})\n\n" for path in pictures)
         markdown = re.sub(r"(?m)^(?=## |\| )", lambda _: shown, markdown, count=1)
     home = _source(where) if page.file.generated_by else f"docs/{where}"
 

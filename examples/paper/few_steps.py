@@ -25,7 +25,7 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import solver_table
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
-from tgdp_fast.ecg.records.wfdb import read_leads
+from tgdp_fast.ecg.records.wfdb import Root, read_leads
 from tgdp_fast.fit.config import TrainingConfig
 from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.lab.experiments.digits import nearest_distance
@@ -174,7 +174,8 @@ def record_windows(folder: Path, length: int) -> tuple[np.ndarray, int]:
     Raises:
         ValueError: no such record there.
     """
-    records = [read_leads(path, STORED_LEADS) for path in sorted(folder.rglob("*.hea"))]
+    headers = sorted(path for path in Root(folder).record_files if path.suffix == ".hea")
+    records = [read_leads(path, STORED_LEADS) for path in headers]
     windows = [
         np.lib.stride_tricks.sliding_window_view(signals, length, axis=1)[:, :: max(1, length // 8)]
         for signals, rate in records

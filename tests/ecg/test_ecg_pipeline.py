@@ -54,6 +54,7 @@ def test_a_run_leaves_what_it_says(finished: Path, config: Path) -> None:
         assert {entry["name"] for entry in row["per_class"]} == {"AFIB", "NORM"}
         assert (row["memorisation"] is None) == (name == "real")
         assert row["quality"]["Fréchet distance"] >= 0
+        assert row["beats"] == {"measured": 0, "failed": 6 if name != "real" else 4, "noise": 0}  # 1.2 s: no beats.
     assert {"source", "vanilla", "fine_tune", "tgdp", "density_ratio", "samples-tgdp"} <= set(found["costs"])
     assert found["costs"]["tgdp"]["parameters"] < found["costs"]["source"]["parameters"] * 100
     page = (finished / "report.html").read_text()

@@ -545,6 +545,7 @@ REFUSED = {
     "shift": ({**LATENT, "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "Flow.* with shift=3.0"),
     "old prediction type": ({**FAMOUS["DiT"], "predict_epsilon": False}, "predict_epsilon=False"),
     "unknown": ({**FAMOUS["DiT"], "noise_warp": 0.3}, "noise_warp=0.3"),
+    "unknown array": ({**FAMOUS["DiT"], "all_sigmas": np.ones(3)}, "all_sigmas="),
     "exp": ({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "exp"}, "beta_schedule must be"),
     "betas of another number": ({**FAMOUS["DiT"], "trained_betas": [0.1, 0.2, 0.3]}, "trained_betas must have"),
 }  # fmt: skip
@@ -574,6 +575,11 @@ def test_an_entry_may_be_replaced(tmp_path: Path) -> None:
     assert (scheduler.config.spacing, scheduler.config.prediction_type) == ("karras", "epsilon")
     scheduler.save_pretrained(tmp_path)
     assert TableScheduler.from_pretrained(tmp_path).config.spacing == "karras"
+    assert TableScheduler.from_config(str(tmp_path)).config.spacing == "karras"
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path)
+    for load in (TableScheduler.from_pretrained, TableScheduler.from_config):
+        with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler with shift=1\.0"):
+            load(str(tmp_path))
     with pytest.raises(ValueError, match="use_karras_sigmas=True"):
         TableScheduler.from_config({**config, "_class_name": "DPMSolverMultistepScheduler"}, spacing="karras")
     cog = {"_class_name": "CogVideoXDDIMScheduler"}

@@ -141,6 +141,17 @@ def flattened(module: nn.Module) -> Tensor:
     return torch.cat([tensor.detach().double().flatten() for tensor in module.state_dict().values()])
 
 
+def test_a_slice_of_a_view_is_in_eval_mode() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9), nn.Linear(2, 2), nn.Dropout(0.9))
+    parts = nn.ModuleList(network)
+    x = torch.ones(3, 2)
+    with evaluation_mode(network, parts) as (view, listed):
+        assert torch.equal(view[1:3](x), network[2](x))  # As the middle block of a U-Net of diffusers does.
+        assert torch.equal(type(view)(*view[1:3])(x), network[2](x))
+        assert [layer.training for layer in listed[1:]] == [False] * 3
+    assert all(module.training for module in network.modules())
+
+
 def test_threads_that_sample_and_train_at_once_give_what_each_gives_alone() -> None:
     """16 threads and 1,000 draws of a network in training mode, beside fits and training loops that share it."""
     torch.manual_seed(0)

@@ -46,15 +46,17 @@ def inspect(options: argparse.Namespace) -> int | None:
     else:
         _print_inspection(found)
     if not found["usable"]:
-        print("tgdp-fast: no record of DIR can be used", file=sys.stderr)
+        print(f"tgdp-fast: no record of {options.folder} can be used", file=sys.stderr)
     return 1 if not found["usable"] or (broken and options.strict) else None
 
 
 def _print_inspection(found: dict[str, Any]) -> None:
+    from tgdp_fast.ecg.records.statements import in_words
+
     short = [problem for problem in found["problems"] if problem["short"]]
-    other = found.get("other_labels", {"records": [], "counts": {}})
-    foreign = [problem for problem in found["problems"] if problem["record"] in other["records"]]
-    broken = [problem for problem in found["problems"] if not problem["short"] and problem not in foreign]
+    other = found.get("other_labels", {})
+    foreign = set(other.get("records", ()))
+    broken = [each for each in found["problems"] if not each["short"] and each["record"] not in foreign]
     print(f"{found['path']}: {found['kind']}")
     line = f"usable records    {found['usable']}"
     print(line + (" (headers and tables; --read looks at the signals)" if not found["read"] else ""))
@@ -70,7 +72,8 @@ def _print_inspection(found: dict[str, Any]) -> None:
     if found["unlabelled"]:
         print(f"without labels    {found['unlabelled']}")
     if foreign:
-        print(f"other labels      {_counts(other['counts'])}")
+        counts = {in_words(label): count for label, count in other["counts"].items()}
+        print(f"other labels      {_counts(counts)}")
         print(f"expected          {other['expected']}")
     for note in found["notes"]:
         print(f"note: {note}")

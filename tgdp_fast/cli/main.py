@@ -90,12 +90,14 @@ def _kept(options: argparse.Namespace) -> str:
 
 def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
+    from tgdp_fast.ops.measured import CARD
     from tgdp_fast.ops.registry import backend_report
     from tgdp_fast.runtime.info import describe, environment
     from tgdp_fast.runtime.native import cpu_capability
 
-    facts = {"environment": environment() | {"cpu_kernels": cpu_capability()}, "backends": backend_report()}
-    print(json.dumps(facts, indent=2) if options.json else describe(facts))
+    further = {"cpu_kernels": cpu_capability(), "measured_on": CARD}
+    facts = {"environment": environment() | further, "backends": backend_report()}
+    print(json.dumps(facts, indent=2) if options.json else describe(facts, everything=options.all))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = add_command(commands, "info", info)
-    command.add_argument("--json", action="store_true", help="machine-readable")
+    command.add_argument("--all", action="store_true", help="every fact, and every backend of each operator")
+    command.add_argument("--json", action="store_true", help="the same, machine-readable")
     lab.add_parsers(commands)
     transfer.add_parsers(commands)
     ecg.add_parser(commands)

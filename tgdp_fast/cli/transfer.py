@@ -17,6 +17,7 @@ from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
 from tgdp_fast.fit.losses import LOSSES
 from tgdp_fast.fit.regularizers import REGULARIZERS
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
+from tgdp_fast.runtime.memory import check_memory
 
 #: Exit status of ``transfer`` if its diagnostics say that the source does not reach the target.
 OUT_OF_REACH = 3
@@ -329,6 +330,7 @@ def _named(argument: str, function: Callable[..., Any], *values: Any) -> Any:
 def _check_sampling(options: argparse.Namespace) -> None:
     """Refuse bad sampling options before anything is read or trained."""
     check_integer("--num", options.num, 1)
+    check_memory("--num", options.num, 4 * options.num, "samples of one number", "draw fewer")
     check_seed(options.seed, "--seed")
     if options.batch_size is not None:
         check_integer("--batch-size", options.batch_size, 1)
@@ -349,19 +351,21 @@ def _check_folder(argument: str, path: Path) -> None:
 
 def _check_overwriting(options: argparse.Namespace) -> None:
     """Refuse to write over what is read."""
-    out = options.out.resolve()
+    from tgdp_fast.runtime.files import real_path
+
+    out = real_path(options.out)
     for name in ("source", "target", "source_labels", "target_labels", "labels"):
         path = getattr(options, name, None)
-        if path is not None and path.resolve() == out:
+        if path is not None and real_path(path) == out:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--out must be another file than {flag}, which it would overwrite; got {options.out}")
     folders = {"--denoiser": "denoiser", "--save": "save", "MODEL_DIR": "model"}
     given = {flag: getattr(options, name, None) for flag, name in folders.items()}
     for flag, folder in given.items():
-        if folder is not None and folder.resolve() in (out, *out.parents):
+        if folder is not None and real_path(folder) in (out, *out.parents):
             raise ValueError(f"--out must lie outside the model folder {flag} {folder}, got {options.out}")
     save, denoiser = given["--save"], given["--denoiser"]
-    if save is not None and denoiser is not None and save.resolve() == denoiser.resolve():
+    if save is not None and denoiser is not None and real_path(save) == real_path(denoiser):
         raise ValueError(f"--save must be another folder than --denoiser, which it would replace; got {save}")
 
 

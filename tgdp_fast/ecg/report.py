@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from tgdp_fast.ecg import plots
+from tgdp_fast.fit.diagnostics import TransferDiagnostics
 from tgdp_fast.metrics.classification import ClassScore, Interval
 from tgdp_fast.metrics.copies import Memorization
-from tgdp_fast.metrics.ecg_intervals import Spectra, StatisticComparison
+from tgdp_fast.metrics.ecg_intervals import ECGStatistics, Spectra, StatisticComparison
 from tgdp_fast.runtime.files import write_atomic
 
 #: Leads whose spectra are shown, where they are there.
@@ -45,13 +46,14 @@ class Method:
         name: as in tables and legends.
         description: one sentence.
         samples: records to plot [k, leads, L] in mV, with the leads of the report.
-        labels: a caption for each of them, such as its statements.
+        labels: a caption for each of them, such as its statements; equal ones stand side by side.
         metrics: by name, with bootstrap intervals; of a classifier trained on this method's samples.
         augmented: likewise, trained on these samples and the few real records.
         per_class: scores of that classifier.
         quality: numbers by name, such as the Fréchet distance.
         memorization: see :func:`tgdp_fast.metrics.memorization`.
         statistics: see :func:`tgdp_fast.metrics.compare_statistics`.
+        beats: the measurements that were compared, which tell in how many records there was something to measure.
         spectra: with the leads of the report.
         cost: see :class:`Cost`.
     """
@@ -66,6 +68,7 @@ class Method:
     quality: Mapping[str, float] = field(default_factory=dict)
     memorization: Memorization | None = None
     statistics: Sequence[StatisticComparison] = ()
+    beats: ECGStatistics | None = None
     spectra: Spectra | None = None
     cost: Cost | None = None
 
@@ -81,6 +84,9 @@ class Report:
         leads: names of the leads of all signals; the twelve of a standard ECG.
         summary: a few sentences on what was done.
         warnings: of the diagnostics; shown first.
+        diagnostics: as of :meth:`tgdp_fast.TransferDiagnostics.to_dict`.
+        reference: measurements of the real test records.
+        sizes: parameters of networks by name, the source model's first.
         log_ratios: log density ratios at the records of "source" and "target".
         counts: numbers of records by name.
         provenance: versions, seeds, machine.
@@ -93,6 +99,9 @@ class Report:
     leads: Sequence[str]
     summary: str = ""
     warnings: Sequence[str] = ()
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    reference: ECGStatistics | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
     log_ratios: Mapping[str, np.ndarray] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -124,7 +133,7 @@ def render(report: Report) -> str:
             f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body>{plots.GRID}",
             f"<header><h1>{escape(report.title)}</h1>",
             "".join(f"<p>{escape(part)}</p>" for part in report.summary.split("\n") if part.strip()),
-            f"</header>{_warnings(report)}",
+            f"</header>{_warnings(report)}{_verdict(report)}",
             f'<nav aria-label="Contents"><ol>{contents}</ol></nav><main>',
             *(
                 f'<section id="{identifier}" aria-labelledby="{identifier}-title">'
@@ -137,6 +146,41 @@ def render(report: Report) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ sections
+
+
+def _verdict(report: Report) -> str:
+    """What the numbers say, in a sentence each. The first method is the real records."""
+    texts = []
+    if report.diagnostics and not TransferDiagnostics(**report.diagnostics).within_reach:
+        texts.append("The target is out of reach of the source: do not use samples of TGDP.")
+    if noisy := [m.name for m in report.methods[1:] if m.beats is not None and 2 * m.beats.measured < _count(m.beats)]:
+        texts.append(f"Most samples of {_listed(noisy)} do not look like an ECG: no beats of one shape were found.")
+    if copying := [m.name for m in report.methods[1:] if m.memorization is not None and m.memorization.copies]:
+        texts.append(f"Samples of {_listed(copying)} copy training records.")
+    drawn = [m for m in report.methods[1:] if m.metrics]
+    if len(drawn) > 1:
+        name = next(iter(drawn[0].metrics))
+        ranked = sorted((m for m in drawn if name in m.metrics), key=lambda m: -_value(m.metrics[name]))
+        best, second = (m.metrics[name] for m in ranked[:2])
+        found = (
+            f"{ranked[0].name} has the best {name}, {_interval(best)}; next is {ranked[1].name}, {_interval(second)}"
+        )
+        if not best.low > second.high:
+            found += ". The intervals overlap: no method is shown to be better"
+        texts.append(f"{found}.")
+    return f'<div class="verdict">{"".join(f"<p>{escape(text)}</p>" for text in texts)}</div>' if texts else ""
+
+
+def _value(value: Interval) -> float:
+    return -math.inf if math.isnan(value.value) else value.value
+
+
+def _count(beats: ECGStatistics) -> int:
+    return len(beats.heart_rate)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _warnings(report: Report) -> str:
@@ -170,25 +214,43 @@ def _classification(report: Report) -> str:
 
 
 def _ecgs(report: Report) -> str:
-    parts = []
-    for method in report.methods:
-        if method.samples is None or not len(method.samples):
-            continue
+    shown = [method for method in report.methods if method.samples is not None and len(method.samples)]
+    rows: dict[str, dict[str, np.ndarray]] = {}  # caption -> name of the method -> its record
+    for method in shown:
+        assert method.samples is not None
         if method.labels and len(method.labels) != len(method.samples):
             raise ValueError(
                 f"labels of {method.name} must be one for each of {len(method.samples)} samples, got "
                 f"{len(method.labels)}"
             )
-        figures = []
         for i, signals in enumerate(method.samples):
-            caption = f"{method.name}, record {i + 1}" + (f": {method.labels[i]}" if method.labels else "")
-            title = f"Twelve-lead electrocardiogram. {caption}"
-            plot = plots.ecg_plot(signals, report.rate, report.leads, title)
-            figures.append(f"<figure>{plot}<figcaption>{escape(caption)}</figcaption></figure>")
-        about = f"<p>{escape(method.description)}</p>" if method.description else ""
-        parts.append(f"<h3>{escape(method.name)}</h3>{about}{''.join(figures)}")
-    note = "<p>Printed on A4 in landscape, the paper is to scale: 25 mm are a second, 10 mm a millivolt.</p>"
-    return note + "".join(parts) if parts else ""
+            label = method.labels[i] if method.labels else f"record {i + 1}"
+            rows.setdefault(label, {}).setdefault(method.name, signals)
+    about = "".join(
+        f"<li><strong>{escape(m.name)}</strong>: {escape(m.description)}</li>" for m in shown if m.description
+    )
+    parts = [_side_by_side(report, label, records, [m.name for m in shown]) for label, records in rows.items()]
+    return (f'<ul class="notes">{about}</ul>' if about else "") + "".join(parts)
+
+
+def _side_by_side(report: Report, label: str, records: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
+    """Records of one statement, a column for each method at one scale, and below, folded, with all their leads."""
+    scale = plots.gain(*records.values())
+    small, large = "", ""
+    for name in names:
+        if name not in records:
+            small += f"<figure><figcaption>{escape(name)}</figcaption><p>none of this statement</p></figure>"
+            continue
+        signals, caption = records[name], f"{name}: {label}"
+        strip = plots.strip_plot(signals, report.rate, report.leads, f"Three leads. {caption}", scale)
+        small += f"<figure><figcaption>{escape(name)}</figcaption>{strip}</figure>"
+        whole = plots.ecg_plot(signals, report.rate, report.leads, f"Twelve-lead electrocardiogram. {caption}")
+        large += f"<figure><figcaption>{escape(caption)}</figcaption>{whole}</figure>"
+    note = "<p>Printed on A4 in landscape, the paper is to scale: 25 mm are a second.</p>"
+    return (
+        f'<h3>{escape(label)}</h3><div class="scroll"><div class="strips" style="--columns:{len(names)}">{small}</div>'
+        f"</div><details><summary>All twelve leads: {escape(label)}</summary>{note}{large}</details>"
+    )
 
 
 def _quality(report: Report) -> str:
@@ -240,18 +302,48 @@ def _per_class(report: Report) -> str:
             found = [next((s for s in method.per_class if s.name == name), None) for method in shown]
             positives = next(score.positives for score in found if score is not None)
             values = [math.nan if score is None else float(getattr(score, attribute)) for score in found]
-            best = max((v for v in values if not math.isnan(v)), default=math.nan)
-            cells = [f"<strong>{_number(v)}</strong>" if v == best else _number(v) for v in values]
-            rows.append([name, str(positives), *cells])
+            rows.append([name, str(positives), *_with_best(values)])
         parts.append(
             _table(
-                f"{title} of each statement, on real records; the best of a row is bold.",
+                f"{title} of each statement, on real records. Bold: better than all others.",
                 ["Statement", "records", *(method.name for method in shown)],
                 rows,
                 raw=True,
             )
         )
     return "".join(parts)
+
+
+def _with_best(values: Sequence[float]) -> list[str]:
+    """Cells; the largest is bold where it is above 0 and no other shows the same number."""
+    cells = [_number(value) for value in values]
+    best = max((v for v in values if not math.isnan(v)), default=0.0)
+    alone = best > 0 and cells.count(_number(best)) == 1
+    return [f"<strong>{cell}</strong>" if alone and cell == _number(best) else cell for cell in cells]
+
+
+def _reach(report: Report) -> str:
+    """The diagnostics, and the ratio that they are of."""
+    if not report.diagnostics:
+        return _ratios(report)
+    found = TransferDiagnostics(**report.diagnostics)
+    share = found.effective_sample_size / max(1, found.num_source)
+    rows = [
+        ["Target outside the source", f"{found.outside_fraction:.0%}", "near 0; above 34 %: out of reach"],
+        ["Mean ratio over the source", f"{found.mean_ratio:.3g}", "near 1; outside 0.1 to 10: out of reach"],
+        [
+            "Effective sample size",
+            f"{found.effective_sample_size:.0f} of {found.num_source} ({share:.0%})",
+            "the larger the better, if the target is within reach",
+        ],
+        ["AUC of the domains, held out", _number(found.auc), "0.5: the same domain; 1: separable"],
+        ["Calibration slope", _number(found.calibration_slope, 2), "near 1; well below: overconfident"],
+    ]
+    if found.mean_h:
+        low, high = min(row[1] for row in found.mean_h), max(row[1] for row in found.mean_h)
+        rows.append(["Mean of the fitted h, E_p[h]", f"{low:.3g} to {high:.3g} over t", "near 1 at every t"])
+    caption = f"Diagnostics of {found.num_source} source and {found.num_target} target records, before sampling."
+    return _table(caption, ["Number", "value", "good"], rows, left=True) + _ratios(report)
 
 
 def _ratios(report: Report) -> str:
@@ -311,24 +403,36 @@ def _statistics(report: Report) -> str:
         "qrs": "QRS duration",
         "qt": "QT interval",
     }
-    rows = []
+    rows = [["Records measured", _measured(report.reference), *(_measured(method.beats) for method in shown)]]
+    if set(rows[0][1:]) == {"–"}:
+        rows = []
     for name in _keys({s.name: s for s in method.statistics} for method in shown):
         found = [next((s for s in method.statistics if s.name == name), None) for method in shown]
         first = next(s for s in found if s is not None)
         cells = [
             "–"
-            if s is None
+            if s is None or not s.num_generated
             else f"{_quartiles(s.generated)}<br><small>W₁ {_number(s.wasserstein, 1)}, n = {s.num_generated}</small>"
             for s in found
         ]
         heading = f"{titles.get(name, name)} ({first.unit})"
         rows.append([heading, f"{_quartiles(first.real)}<br><small>n = {first.num_real}</small>", *cells])
     return _table(
-        "Median (quartiles) over the records; W₁ is the Wasserstein-1 distance to the real records.",
+        "Median (quartiles) over the records; W₁ is the Wasserstein-1 distance to the real records. A record is "
+        "measured if its beats are alike; peaks that a detector finds in noise are not.",
         ["Measure", "Reference", *(method.name for method in shown)],
         rows,
         raw=True,
     )
+
+
+def _measured(beats: ECGStatistics | None) -> str:
+    """How many of how many records were measured, and why the others were not."""
+    if beats is None:
+        return "–"
+    reasons = [(beats.noise, "noise"), (beats.failed - beats.noise, "no beats")]
+    lost = ", ".join(f"{count} {reason}" for count, reason in reasons if count)
+    return f"{beats.measured} of {_count(beats)}" + (f"<br><small>{lost}</small>" if lost else "")
 
 
 def _costs(report: Report) -> str:
@@ -346,8 +450,12 @@ def _costs(report: Report) -> str:
     if not rows:
         return ""
     header = ["Method", "trainable parameters", "training", "sampling", "peak memory"]
-    note = "The source model's training is in its own row alone: methods that start from it share it."
-    return _table("What each method takes; wall-clock time.", header, rows) + _notes([note])
+    notes = ["The source model's training is in its own row alone: methods that start from it share it."]
+    (first, own), *others = report.sizes.items() or [("", 0)]
+    notes += [
+        f"{name}: {size:,} parameters, {size / own:.3g} times the {own:,} of the {first}." for name, size in others
+    ]
+    return _table("What each method takes; wall-clock time.", header, rows) + _notes(notes)
 
 
 def _counts(report: Report) -> str:
@@ -360,18 +468,21 @@ def _provenance(report: Report) -> str:
     for title, values in (("Versions and machine", report.provenance), ("Settings", report.settings)):
         rows = [[name, _plain(value)] for name, value in _flattened(values)]
         if rows:
-            parts.append(f"<details open><summary>{title}</summary>{_table(title, ['Entry', 'value'], rows)}</details>")
+            table = _table(title, ["Entry", "value"], rows, left=True)
+            parts.append(
+                f"<details{' open' * (values is report.provenance)}><summary>{title}</summary>{table}</details>"
+            )
     return "".join(parts)
 
 
 _SECTIONS: Sequence[tuple[str, str, Callable[[Report], str]]] = (
+    ("ratios", "Is the target within reach?", _reach),
     ("classification", "Train on samples, test on real records", _classification),
-    ("electrocardiograms", "Electrocardiograms", _ecgs),
-    ("quality", "Quality, diversity, memorization", _quality),
     ("classes", "Per statement", _per_class),
+    ("quality", "Quality, diversity, memorization", _quality),
+    ("electrocardiograms", "Electrocardiograms", _ecgs),
     ("intervals", "Heart rate and intervals", _statistics),
     ("spectra", "Spectra", _spectra),
-    ("ratios", "Learned density ratio", _ratios),
     ("cost", "Cost", _costs),
     ("data", "Data", _counts),
     ("provenance", "Provenance", _provenance),
@@ -381,8 +492,13 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[Report], str]]] = (
 # -------------------------------------------------------------------------------------------------- pieces
 
 
-def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, raw: bool = False) -> str:
-    """An HTML table. All cells are escaped; with ``raw`` only the header and the first column are."""
+def _table(
+    caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, raw: bool = False, left: bool = False
+) -> str:
+    """An HTML table. All cells are escaped; with ``raw`` only the header and the first column are. Cells of numbers
+    stand at the right, with ``left`` those of words at the left.
+    """
+    kind = "words" if left else "numbers"
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -391,7 +507,7 @@ def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *
         for row in rows
     )
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table class="{kind}"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -474,6 +590,8 @@ header p{max-width:75ch;margin:.4rem 0}
 a{color:#0b57a4}
 nav ol{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.6rem 0;margin:1rem 0 0;list-style:none;
 border-block:1px solid var(--line);font-size:.95rem}
+.verdict{margin:1rem 0;padding:.6rem 1.2rem;border-left:8px solid #0b57a4;background:#f0f5fb;border-radius:4px}
+.verdict p{margin:.3rem 0}
 .warnings{margin:1.2rem 0;padding:.8rem 1.2rem;border:1px solid #d39b00;border-left:8px solid #d39b00;
 background:#fff7dd;border-radius:4px}
 .warnings h2{margin:0 0 .3rem;border:0;font-size:1.1rem}
@@ -494,12 +612,16 @@ svg.ecg,svg.chart{display:block;width:100%;height:auto}
 svg.ecg{border:1px solid #e9a3a3}
 svg.chart{max-width:760px}
 svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
+.strips{display:grid;grid-template-columns:repeat(var(--columns),minmax(190px,1fr));gap:.6rem;align-items:start}
+.strips figure{margin:0}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:.8rem}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.4rem;list-style:none;margin:.2rem 0 .6rem;padding:0;font-size:.95rem}
 .legend svg{vertical-align:middle}
 .notes{color:var(--soft);font-size:.9rem;max-width:85ch;padding-left:1.2rem}
 summary{font-weight:600;cursor:pointer}
-details td{white-space:normal;text-align:left;word-break:break-word}
+.words th,.words td{text-align:left}
+.words td{white-space:normal}
+details .words td{word-break:break-word}
 @page{size:A4 landscape;margin:9mm}
 @media print{
 body{max-width:none;padding:0;font-size:10pt}

@@ -63,7 +63,8 @@ def as_cond_fn(
 
     Raises:
         ValueError: no discrete schedule; a bad scale; the guidance has no ``log_ratio_and_grad``. When the function is
-            called: ``t`` on the host beyond the schedule, as with ``rescale_timesteps=True`` and no ``time_scale``.
+            called: ``t`` beyond the schedule, as with ``rescale_timesteps=True`` without ``time_scale`` (told on the
+            CPU; elsewhere the result is NaN).
     """
     check_guidance(guidance)
     own, given = getattr(guidance, "schedule", None), schedule is not None
@@ -79,12 +80,14 @@ def as_cond_fn(
     time_scale = check_number("time_scale", time_scale, 0.0, exclusive=True)
 
     def cond_fn(x: Tensor, t: Tensor, **model_kwargs: Any) -> Tensor:
-        times = t.to(torch.float64) / time_scale
-        if t.device.type == "cpu" and not bool(((times >= 0.0) & (times <= sampler_schedule.t_max)).all()):
-            # On a device the check would wait; times beyond the schedule are NaN there.
+        times = torch.as_tensor(t, device=x.device).to(torch.float64) / time_scale
+        last = sampler_schedule.t_max
+        # Only on the host: elsewhere the check would wait for the device.
+        if times.device.type == "cpu" and bool(((times < 0.0) | (times > last)).any()):
+            low, high = (time_scale * float(each) for each in (times.min(), times.max()))
             raise ValueError(
-                f"t must be in [0, {sampler_schedule.t_max * time_scale:g}], got values from {float(t.min()):g} to "
-                f"{float(t.max()):g}; with rescale_timesteps=True pass time_scale=1000 / N to as_cond_fn"
+                f"t must be in [0, {time_scale * last:g}], got values from {low:g} to {high:g}; for a sampler with "
+                "rescale_timesteps=True call as_cond_fn with time_scale=1000 / N"
             )
         if own is not None and own != sampler_schedule:
             times = time_at(own, torch.exp(-sampler_schedule.half_log_snr(times)))

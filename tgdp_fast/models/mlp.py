@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tgdp_fast.ops.mlp import mlp_forward
 from tgdp_fast.runtime.checks import check_integer
+from tgdp_fast.runtime.memory import check_memory
 
 
 class TimeEmbedding(nn.Module):
@@ -119,6 +120,9 @@ class ScoreMLP(nn.Module):
         self.depth = check_integer("depth", depth, 1)
         self.num_classes = check_integer("num_classes", num_classes, 0)
         elements = math.prod(self.event_shape)
+        values = (2 * elements + depth * width + num_classes) * width
+        what = "weights of a network of this width and depth"
+        check_memory("width and depth", (width, depth), 4 * values, what, "choose a smaller network")
         sizes = [elements] + [width] * depth
         self.layers = nn.ModuleList(
             nn.Linear(a, b, dtype=torch.float32) for a, b in zip(sizes, sizes[1:], strict=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.runtime.checks import check_device, check_integer
+from tgdp_fast.runtime.npy import read_array
+from tgdp_fast.runtime.reading import reason_of
 
 Samples = TypeVar("Samples", np.ndarray, Tensor)
 
@@ -50,33 +51,9 @@ def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
             f"{_conversion(file)}"
         )
     try:
-        with open(file, "rb") as handle:
-            start = handle.read(6)
-        if not start:
-            raise ValueError("the file is empty; save the array again with numpy.save")
-        if not start.startswith((b"\x93NUMPY", b"PK", b"\x80")):  # .npy, .npz, a pickle
-            raise ValueError(
-                f"it is not a NumPy file, whatever its name says (it starts with {start!r}); convert a text table "
-                "with numpy.save(path, numpy.loadtxt(table))"
-            )
-        mapped = file.suffix.lower() == ".npy" and file.stat().st_size > _MAPPED_BYTES
-        loaded = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded:
-                if len(loaded.files) != 1:
-                    raise ValueError(
-                        f"it holds {len(loaded.files)} arrays ({', '.join(loaded.files[:5])}), expected one"
-                    )
-                loaded = loaded[loaded.files[0]]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        cause = str(error)
-        if "pickle" in cause or "Object arrays" in cause:
-            cause = (
-                "it holds Python objects, which are never unpickled because that can run arbitrary code; "
-                "save a plain numeric array"
-            )
-        raise ValueError(f"{name}: {path} cannot be read: {cause}") from None
-    array = np.asarray(loaded)
+        array = read_array(file, mapped_bytes=_MAPPED_BYTES)
+    except Exception as error:  # Damaged files raise errors of many types, from several libraries.
+        raise ValueError(f"{name}: {path} cannot be read: {reason_of(error)}") from None
     _check_numeric(name, array)
     return array
 

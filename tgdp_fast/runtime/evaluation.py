@@ -130,6 +130,8 @@ def _view_class(kind: type[nn.Module]) -> Any:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        # A slice of nn.ModuleList makes another object of its class.
+        "__new__": lambda _, *args, **named: kind(*args, **named),
     }
     return type(kind)(kind.__name__, (_View, kind), entries)
 

@@ -151,14 +151,13 @@ def writing(target: Path, partial: Path | None = None) -> Iterator[None]:
             raise OSError(f"{target} could not be written: {error}") from None
         raise OSError(int(found[2]), found[1].strip(), str(target)) from None
     except OSError as error:
-        if error.errno is None:
+        known = error.filename is not None
+        name = str(error.filename or target)
+        if partial is not None:
+            name = name.replace(str(partial), str(target))
+        if error.errno is None or (known and name == error.filename):
             raise
-        if error.filename is None:
-            error.filename = str(target)
-        elif partial is not None and isinstance(error.filename, str) and error.filename.startswith(str(partial)):
-            error.filename = str(target) + error.filename.removeprefix(str(partial))
-            error.filename2 = None
-        raise
+        raise OSError(error.errno, error.strerror, name) from error
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:

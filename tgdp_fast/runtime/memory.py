@@ -40,7 +40,14 @@ def machine_memory(device: torch.device | None = None) -> int | None:
 
 
 def check_memory(
-    name: str, value: Any, needed: float, what: str, advice: str, device: torch.device | None = None
+    name: str,
+    value: Any,
+    needed: float,
+    what: str,
+    advice: str,
+    *,
+    device: torch.device | None = None,
+    share: float = 1.0,
 ) -> None:
     """Refuse a setting whose least need exceeds the memory of the machine.
 
@@ -50,16 +57,18 @@ def check_memory(
         what: these bytes, for the message: "samples of shape (2,)".
         advice: what to do instead.
         device: where they must fit; None: the CPU.
+        share: of the memory, for what is only a means.
 
     Raises:
         ValueError: with the estimate, and the memory that is there.
     """
     available = machine_memory(device)
-    if available is not None and needed > available:
+    if available is not None and needed > available * share:
         where = "this machine" if device is None or device.type == "cpu" else str(device)
+        part = "" if share == 1.0 else f", of which at most {in_bytes(available * share)} go there"
         raise ValueError(
             f"{name} must fit into memory, got {value!r}: {what} need {in_bytes(needed)}, and {where} has "
-            f"{in_bytes(available)}; {advice}"
+            f"{in_bytes(available)}{part}; {advice}"
         )
 
 

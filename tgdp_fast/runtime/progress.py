@@ -116,12 +116,19 @@ def progress_bar(
         file: default: standard error as it is now.
         clock: seconds.
     """
-    from tgdp_fast.runtime import distributed  # Here, so that processes that show nothing need no torch.
-
-    shown = progress and distributed.is_first()
+    shown = progress and _is_first()
     if shown and not (file or sys.stderr).isatty():
         return _Lines(total, name, unit, initial, file, clock)
     return _Bar(total=total, desc=name, unit=unit, initial=initial, file=file, disable=not shown, leave=False)
+
+
+def _is_first() -> bool:
+    """Whether this process is the first; without torch there is one alone, and no need to load it."""
+    if "torch" not in sys.modules:
+        return True
+    from tgdp_fast.runtime import distributed
+
+    return distributed.is_first()
 
 
 def tracked(items: Sequence[T], name: str, unit: str, progress: bool) -> Iterator[T]:

@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def refused(kind: type[ValueError], text: str, advice: str = "") -> Iterator[None]:
-    """Every fault inside becomes ``kind(f"{text}: {reason}{advice}")``, for code that only takes a file's content apart.
+    """Every fault inside becomes ``kind(f"{text}: {reason}{advice}")``, for code that only parses a file's content.
 
     Parsers raise many types on bytes that nobody wrote on purpose: KeyError, TypeError, RecursionError, MemoryError,
     ``zlib.error``, ``SafetensorError``, ... OSError (the disk) and errors that are of ``kind`` already pass unchanged.

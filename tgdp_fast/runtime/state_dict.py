@@ -43,7 +43,7 @@ _LOADING = threading.Lock()
 # Tensors of a file may share memory, or repeat it with stride 0, but a small file does not describe a large network.
 _REPEATED = 64
 
-_ELEMENTWISE = (Tensor.exp, Tensor.sqrt, Tensor.square)
+_ELEMENTWISE = (Tensor.exp, Tensor.sqrt, Tensor.square, Tensor.mul)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -101,8 +101,8 @@ def read_state_dict(
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             kind = "quantized" if tensor.is_quantized else "without values (meta)" if tensor.is_meta else tensor.layout
             raise CheckpointError(
-                f"{path} must hold dense tensors, but {name!r} is {kind}; save it as a dense one, such as one.to_dense() "
-                "or one.dequantize()"
+                f"{path} must hold dense tensors, but {name!r} is {kind}; save it as a dense one, such as "
+                "one.to_dense() or one.dequantize()"
             )
     described, stored = sum(one.numel() * one.element_size() for one in tensors.values()), file.stat().st_size
     if described > _REPEATED * stored + 2**20:
@@ -136,8 +136,9 @@ def _entry(content: Any, entry: str, path: str | os.PathLike[str]) -> dict[str, 
         ]
         if len(found) > 1:
             raise CheckpointError(
-                f"{path} holds several state dicts ({first_names([repr(name) for name in found])}), and {entry!r} is none of them; save the one "
-                f"to use alone: torch.save(torch.load(FILE, weights_only=True)[{found[0]!r}], NEW_FILE)"
+                f"{path} holds several state dicts ({first_names([repr(name) for name in found])}), and {entry!r} is "
+                f"none of them; save the one to use alone: content = torch.load(FILE, weights_only=True); "
+                f"torch.save(content[{found[0]!r}], NEW_FILE)"
             )
         content = content[found[0]] if found else content
     if not isinstance(content, dict):

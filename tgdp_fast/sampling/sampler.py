@@ -26,6 +26,7 @@ from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
 from tgdp_fast.runtime.evaluation import evaluation_mode
+from tgdp_fast.runtime.memory import check_memory
 from tgdp_fast.runtime.precision import PRECISIONS, autocast
 from tgdp_fast.runtime.progress import progress_bar
 from tgdp_fast.sampling.arguments import (
@@ -218,6 +219,7 @@ class Sampler:
             SamplingDivergedError: as :func:`sample`.
         """
         request = self._request(num, labels, prior, seed, first_index, batch_size, callback)
+        self._check_size(num, request.device)
         with progress_bar(request.num, "sampling", "sample", progress) as bar:
             return self._run(request, 0, request.num, bar)
 
@@ -258,6 +260,7 @@ class Sampler:
             SamplingDivergedError: the state is not finite.
         """
         request = self._request(num, **options)
+        self._check_size(num, None)
         if block_size is None:
             block_size = max(request.batch_size, _default_batch_size(self.shape))
         block_size = check_integer("block_size", block_size, 1)
@@ -311,6 +314,12 @@ class Sampler:
             device,
             callback,
         )
+
+    def _check_size(self, num: int, device: torch.device | None) -> None:
+        """Refuse more samples than fit into the memory of ``device``, or of the host (None)."""
+        needed, what = 4 * num * math.prod(self.shape), f"samples of shape {self.shape} in float32"
+        advice = "draw them in parts: first_index says where each begins"
+        check_memory("num", num, needed, what, advice, device=device)
 
     def _identity(self, request: _Request) -> dict[str, Any]:
         """Everything the samples depend on besides the models, JSON-able; the scales include the interval."""
@@ -366,7 +375,7 @@ class Sampler:
     def _initial_state(self, request: _Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """x_T [B, *shape], sample indices [B] and labels of one batch."""
         device, table = request.device, self.table
-        # The end of a range up to the last index would not be an int64.
+        # The last index may be 2^63 - 1, whose successor no int64 holds.
         indices = torch.arange(stop - start, device=device) + (request.first_index + start)
         if request.prior is None:
             x = normal(request.seed, indices, math.prod(self.shape), 0, device=device)

@@ -29,7 +29,7 @@ def inspect_ecg_folder(
     Returns:
         entries of :meth:`tgdp_fast.ecg.records.entries.ECGFolder.summary`, and ``usable``,
         ``problems`` (``record``, ``reason``, ``short``) and ``read``; and ``other_labels`` where records are not used
-        for their labels: ``records``, ``counts`` of labels that are not known, in words, and ``expected``.
+        for their labels: ``records``, ``counts`` of labels that are not known, and ``expected``.
     """
     problems, entries = list(folder.problems), list(folder.entries)
     root = Root(folder.path)
@@ -69,8 +69,4 @@ def _other_labels(records: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         shown = ", ".join(map(in_words, ("NORM", "AFIB", "CRBBB")))
         expected = f"the {len(STATEMENTS)} statements of PTB-XL, such as {shown}"
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return {
-        "records": sorted(records),
-        "counts": {in_words(label): count for label, count in ordered},
-        "expected": expected,
-    }
+    return {"records": sorted(records), "counts": dict(ordered), "expected": expected}

@@ -111,8 +111,8 @@ def check_one_data_set(root: Root) -> None:
         if not any(place.split("/")[0] == top for place in found):
             found[top if file.parent != root.path else "."] = "records without a table"
     shown = ", ".join(f"{place} ({kind})" for place, kind in list(found.items())[:10])
-    count = "one data set" if len(found) == 1 else f"{len(found)} data sets"
-    raise SeveralDataSetsError(f"path must be one data set, but {root.path} holds {count}: {shown}; name one of them")
+    count, advice = ("one", "name that") if len(found) == 1 else (f"{len(found)} data sets", "name one of them")
+    raise SeveralDataSetsError(f"path must be a data set itself, but {root.path} holds {count}: {shown}; {advice}")
 
 
 def read_signals_of(form: str, path: Path, root: Root, seconds: float | None = None) -> Recording:

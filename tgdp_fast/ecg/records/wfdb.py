@@ -27,7 +27,7 @@ from tgdp_fast.runtime.optional import optional
 _HEADER_BYTES = 1 << 20  # a longer header is none
 _INVALID = -32768  # of format 16: no sample
 _FORMAT = re.compile(r"(\d+)(?:x(\d+))?(?::(\d+))?(?:\+(\d+))?")
-_GAIN = re.compile(r"([-+]?[\d.]+(?:[eE][-+]?\d+)?)(?:\(([-+\d.eE]+)\))?(?:/(\S*))?")
+_GAIN = re.compile(r"([-+]?[\d.]+(?:[eE][-+]?\d+)?)(?:\(([-+\d.eE]+)\))?(?:/(.*))?")
 # Symbols and names of prefixes, and one unit in mV. The micro sign has two code points, and is a byte in Latin-1. "MV"
 # is mV: no lead is in megavolts, and some devices write capitals alone.
 _PREFIXES = (
@@ -298,8 +298,8 @@ def parse_header(text: str, name: str = "") -> RecordHeader:
 def _signal(line: str, place: int) -> SignalHeader:
     fields = line.split(None, 8)
     try:
-        if len(fields) > 2 and not _FORMAT.fullmatch(fields[1]):
-            fields = _fields_after_blanks(line)
+        if len(fields) > 3 and not (_FORMAT.fullmatch(fields[1]) and fields[3].isdecimal()):
+            fields = _fields_with_blanks(line)
         count = len(fields)
         baseline, gain, units = _gain(fields[2] if count > 2 else "0")
         zero = fields[4] if count > 4 else "0"
@@ -314,16 +314,19 @@ def _signal(line: str, place: int) -> SignalHeader:
             int(fields[6]) if count > 6 else None,
             fields[8].strip() if count > 8 else f"signal {place}",
         )
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, StopIteration):
         raise RecordError(f"the header's line of signal {place} is damaged: {line[:60]!r}") from None
 
 
-def _fields_after_blanks(line: str) -> list[str]:
-    """Fields of a line whose file has blanks in its name: it ends before the first word that is a format."""
-    for word in re.finditer(r"\S+", line):
-        if word.start() and _FORMAT.fullmatch(word[0]):
-            return [line[: word.start()].rstrip(), *line[word.start() :].split(None, 7)]
-    raise ValueError(line)
+def _fields_with_blanks(line: str) -> list[str]:
+    """Fields of a line with blanks in the file's name, which ends before the first word that is a format, or in the
+    units, which end before the next number.
+    """
+    start = next(word.start() for word in re.finditer(r"\S+", line) if word.start() and _FORMAT.fullmatch(word[0]))
+    words = line[start:].split()
+    end = next((at for at, word in enumerate(words[2:], 2) if word.lstrip("-+").isdecimal()), len(words))
+    rest = line[start:].split(None, end + 5)[end:]
+    return [line[:start].rstrip(), words[0], " ".join(words[1:end]), *rest]
 
 
 # The same few texts stand in every header of a data set.
@@ -340,7 +343,11 @@ def _gain(text: str) -> tuple[int | None, float, str]:
     found = _GAIN.fullmatch(text)
     if found is None or not np.isfinite(float(found[1])):
         raise ValueError(text)
-    return None if found[2] is None else _integer(found[2]), float(found[1]) or _DEFAULT_GAIN, found[3] or "mV"
+    return (
+        None if found[2] is None else _integer(found[2]),
+        float(found[1]) or _DEFAULT_GAIN,
+        (found[3] or "").strip() or "mV",
+    )
 
 
 def _integer(text: str, most: int = 1 << 32) -> int:

@@ -270,7 +270,16 @@ class GuidedModel:
         timestep = given.get("timestep", args[1] if len(args) > 1 else None)
         if x is None or timestep is None:
             raise ValueError(f"model must be called as model(sample, timestep, ...), got the arguments {sorted(given)}")
-        return self._guided(output, x, _one_timestep(timestep), given.get("class_labels"))
+        return self._guided(output, x, self._one_timestep(timestep), given.get("class_labels"))
+
+    def _one_timestep(self, timestep: Any) -> float:
+        values = set(timestep.flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist())
+        if len(values) != 1:
+            raise ValueError(f"timestep must be the same for the whole batch, got {sorted(values)}")
+        value, last = float(values.pop()), self._conventions().last
+        # A pipeline may hand its timesteps over in the model's dtype: 999 is 1000 in bfloat16.
+        rounded = isinstance(timestep, Tensor) and timestep.dtype in (torch.float16, torch.bfloat16)
+        return last if rounded and last < value <= last * (1.0 + torch.finfo(timestep.dtype).eps) else value
 
     def _guided(self, prediction: Tensor, x: Tensor, timestep: float, class_labels: Any) -> Tensor:
         conventions = self._conventions()
@@ -388,13 +397,6 @@ def _parameter_names(model: nn.Module) -> list[str]:
     """Argument names of a model's forward; if it is compiled, of the model inside."""
     inner = getattr(model, "_orig_mod", model)
     return list(inspect.signature(inner.forward).parameters)
-
-
-def _one_timestep(timestep: Any) -> float:
-    values = set(timestep.flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist())
-    if len(values) != 1:
-        raise ValueError(f"timestep must be the same for the whole batch, got {sorted(values)}")
-    return float(values.pop())
 
 
 def _classes_of(labels: Any, num_classes: int, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """The scheduler for the model of another one, ``from_config(pipeline.scheduler.config, solver="unipc_2")``.
 
@@ -167,7 +171,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         of its class are not. Its solver and ``timestep_spacing`` are replaced by ``solver`` and ``spacing``.
 
         Args:
-            config: of a scheduler, or its JSON file's dictionary.
+            config: of a scheduler, or its JSON file's dictionary; as in diffusers also a folder or repository with it.
             return_unused_kwargs: as in diffusers.
             kwargs: arguments of the class, and entries of ``config`` to be replaced.
 
@@ -176,6 +180,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 SNR, continuous timesteps), of noise levels that no ``spacing`` gives (Karras, exponential or beta
                 sigmas), or with a key that is unknown.
         """
+        if isinstance(config, str | os.PathLike):
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         if isinstance(config, Mapping):
             of_scheduler = isinstance(config, FrozenDict) or "_class_name" in config or "_use_default_values" in config
             stated = _stated(cls, config)
@@ -414,7 +420,8 @@ def _check_config(cls: type, stated: Mapping[str, Any], required: Sequence[str])
     wrong = {
         name: value
         for name, value in stated.items()
-        if not (name.startswith("_") or name in known or value is None or value == _HARMLESS.get(name, False))
+        if not (name.startswith("_") or name in known or value is None)
+        and not (np.ndim(value) == 0 and value == _HARMLESS.get(name, False))
     }
     scheduler = stated.get("_class_name", "a scheduler")
     if wrong:

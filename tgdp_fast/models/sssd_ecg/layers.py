@@ -13,6 +13,7 @@ from tgdp_fast.models.mlp import check_labels_given, encode_labels
 from tgdp_fast.models.s4 import CAUCHY, S4Block
 from tgdp_fast.ops import gated_activation
 from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.memory import check_memory
 
 
 class WeightNormConv1d(nn.Module):
@@ -177,6 +178,10 @@ class SSSDECGModules(nn.Module):
         self.l_max = check_integer("l_max", l_max, 1)
         self.d_state = check_integer("d_state", d_state, 2)
         self.cauchy = check_choice("cauchy", cauchy, CAUCHY)
+        values = num_res_layers * (14 * res_channels**2 + 12 * res_channels * d_state + 8 * l_max)
+        sizes, what = (num_res_layers, res_channels, d_state, l_max), "tensors of a network of these sizes"
+        names = "num_res_layers, res_channels, d_state and l_max"
+        check_memory(names, sizes, 4 * values + 48 * d_state**2, what, "choose a smaller network")
 
         self.init_conv = nn.Sequential(_named_conv(WeightNormConv1d(in_channels, res_channels)), nn.ReLU())
         self.embedding = nn.Embedding(num_classes, label_dim, dtype=torch.float32) if num_classes else None

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, LabelError, check
 from tgdp_fast.ecg.records.leads import TWELVE_LEADS
 from tgdp_fast.ecg.records.readers import icbeb_converted
 from tgdp_fast.ecg.records.registry import Recording, Selection, check_one_data_set, reader, signal_reader
-from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_STATEMENTS, in_words
+from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_NAMES, SNOMED_STATEMENTS
 from tgdp_fast.ecg.records.tables import known, number, read_table, statements, years
 from tgdp_fast.ecg.records.wfdb import RecordError, RecordHeader, Root
 from tgdp_fast.runtime.optional import optional
@@ -24,6 +26,8 @@ REFERENCE = "REFERENCE.csv"
 MATLAB = "matlab"
 #: Of the original files, which do not state it.
 RATE = 500.0
+_LARGEST = 1 << 28  # bytes that a file holds: three quarters of an hour
+_COMPRESSED = 15  # type of such an element of MATLAB 5
 _SEXES = {"m": "male", "male": "male", "f": "female", "female": "female"}
 
 
@@ -115,11 +119,32 @@ def _diagnoses(header: RecordHeader) -> tuple[str, ...]:
         raise RecordError(f"no label: its header names no Dx, and there is no {REFERENCE}")
     wrong = [code for code in codes if code not in SNOMED_STATEMENTS]
     if wrong:
-        words = f", which is {in_words(wrong[0])}" if in_words(wrong[0]) != wrong[0] else ""
+        words = f": {SNOMED_NAMES[wrong[0]]}" if wrong[0] in SNOMED_NAMES else ""
         raise LabelError(
-            f"unknown label {wrong[0]!r} in its header (Dx){words}; expected SNOMED codes of the nine classes", wrong
+            f"unknown label {wrong[0]!r} in its header (Dx{words}); expected SNOMED codes of the nine classes", wrong
         )
     return statements([SNOMED_STATEMENTS[code] for code in codes])
+
+
+def _inflates_beyond(path: Path, most: int) -> bool:
+    """Whether compressed elements of a MATLAB 5 file hold more than ``most`` bytes: a few of zlib make thousands."""
+    total = 0
+    try:
+        with open(path, "rb") as file:
+            order = "<" if file.read(128)[126:] == b"IM" else ">"
+            while total <= most and len(tag := file.read(8)) == 8:
+                kind, size = struct.unpack(f"{order}II", tag)
+                end = file.tell() + size
+                inflate = zlib.decompressobj()
+                while kind == _COMPRESSED and total <= most and not inflate.eof:
+                    block = inflate.unconsumed_tail or file.read(1 << 16)
+                    if not block:
+                        break
+                    total += len(inflate.decompress(block, 1 << 20))
+                file.seek(end)
+    except (OSError, zlib.error):  # whoever reads it says so
+        pass
+    return total > most
 
 
 @signal_reader(MATLAB)
@@ -131,7 +156,9 @@ def read_original(path: Path, root: Root) -> Recording:
         ImportError: SciPy is missing.
     """
     loadmat = optional("scipy.io", "MATLAB files need").loadmat
-    root.status(path)
+    size = root.status(path).st_size
+    if size > _LARGEST or _inflates_beyond(path, _LARGEST):
+        raise RecordError(f"{path.name} is no record: it holds more than {_LARGEST} bytes")
     try:
         # MATLAB 5 files hold arrays and structs of them: nothing in them is run.
         content = loadmat(path, variable_names=["ECG"])
