@@ -15,7 +15,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ def _unpickled(file: Path) -> Any:
         _LOADING,
         torch.serialization.safe_globals(_PLAIN),
     ):
-        return torch.load(content, map_location="cpu", weights_only=True)
+        return torch.load(cast("IO[bytes]", content), map_location="cpu", weights_only=True)
 
 
 def _entry(content: Any, entry: str, path: str | os.PathLike[str]) -> dict[str, Any]:
