@@ -59,6 +59,7 @@ def test_a_long_stage_tells_its_time_first_and_then_a_line_a_minute() -> None:
 
 def test_a_short_stage_says_that_it_began() -> None:
     assert lines(2000, 0.004) == [(0.0, "source model: 2000 steps")]
+    assert lines(1, 2.0) == [(0.0, "source model: 1 step")]
     assert [text for _, text in lines(100, 0.1)] == ["source model: 100 steps"]  # Ten seconds: no estimate.
 
 
