@@ -86,7 +86,7 @@ class _Lines:
         print(f"{self.name}: {text}", file=self._file or sys.stderr, flush=True)
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):
     """tqdm, with what :class:`_Lines` has."""
 
     def reset_to(self, n: int) -> None:
