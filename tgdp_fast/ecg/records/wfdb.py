@@ -27,6 +27,7 @@ from tgdp_fast.runtime.optional import optional
 _HEADER_BYTES = 1 << 20  # a longer header is none
 _INVALID = -32768  # of format 16: no sample
 _FORMAT = re.compile(r"(\d+)(?:x(\d+))?(?::(\d+))?(?:\+(\d+))?")
+_NUMBER = re.compile(r"[-+]?[\d.]")  # how one begins
 _GAIN = re.compile(r"([-+]?[\d.]+(?:[eE][-+]?\d+)?)(?:\(([-+\d.eE]+)\))?(?:/(.*))?")
 # Symbols and names of prefixes, and one unit in mV. The micro sign has two code points, and is a byte in Latin-1. "MV"
 # is mV: no lead is in megavolts, and some devices write capitals alone.
@@ -298,7 +299,7 @@ def parse_header(text: str, name: str = "") -> RecordHeader:
 def _signal(line: str, place: int) -> SignalHeader:
     fields = line.split(None, 8)
     try:
-        if len(fields) > 3 and not (_FORMAT.fullmatch(fields[1]) and fields[3].isdecimal()):
+        if len(fields) > 3 and not (_FORMAT.fullmatch(fields[1]) and _NUMBER.match(fields[3])):
             fields = _fields_with_blanks(line)
         count = len(fields)
         baseline, gain, units = _gain(fields[2] if count > 2 else "0")
@@ -324,7 +325,7 @@ def _fields_with_blanks(line: str) -> list[str]:
     """
     start = next(word.start() for word in re.finditer(r"\S+", line) if word.start() and _FORMAT.fullmatch(word[0]))
     words = line[start:].split()
-    end = next((at for at, word in enumerate(words[2:], 2) if word.lstrip("-+").isdecimal()), len(words))
+    end = next((at for at, word in enumerate(words[2:], 2) if _NUMBER.match(word)), len(words))
     rest = line[start:].split(None, end + 5)[end:]
     return [line[:start].rstrip(), words[0], " ".join(words[1:end]), *rest]
 
@@ -401,7 +402,10 @@ def _stored(header: RecordHeader, name: str, places: Sequence[int], size: int) -
     expected = first.offset + math.ceil((header.length or 0) * len(places) * bits / 8)
     if size < expected:
         raise RecordError(f"{name} is truncated: it has {size} bytes, the header asks for {expected}")
-    return int((size - first.offset) * 8 / bits) // len(places)
+    stored = int((size - first.offset) * 8 / bits) // len(places)
+    if not stored:
+        raise RecordError(f"{name} is truncated: it has 0 samples of each lead")
+    return stored
 
 
 def read_signals(
@@ -451,7 +455,7 @@ def _column_sums(samples: np.ndarray) -> np.ndarray:
     """Of each signal. By rows of many samples first: ten times faster than numpy's sum of short rows."""
     wide = len(samples) // 64 * 64
     sums = samples[:wide].reshape(-1, 64 * samples.shape[1]).sum(axis=0, dtype=np.int64).reshape(64, -1).sum(axis=0)
-    return sums + samples[wide:].sum(axis=0, dtype=np.int64)  # type: ignore[no-any-return]
+    return sums + samples[wide:].sum(axis=0, dtype=np.int64)
 
 
 def _check_sums(header: RecordHeader, found: np.ndarray) -> None:
@@ -469,8 +473,6 @@ def _blocks(path: Path, header: RecordHeader) -> Iterator[tuple[np.ndarray, np.n
     length = header.length or header.stored
     if length is None:
         raise RecordError(f"its header must say how many samples there are in the format {header.signals[0].format}")
-    if not length:
-        raise RecordError(f"{header.signals[0].file} is truncated: it has 0 samples of each lead")
     if not header.plain:
         yield from _read_by_wfdb(path, header, length)
         return

@@ -32,13 +32,14 @@ def read_converted_icbeb(folder: ECGFolder, root: Root, selection: Selection) ->
             if name in seen:
                 raise RecordError(f"{TABLE} has its row twice")
             seen.add(name)
-            paths = [root.join(f"{rate}/{number}.hea") for rate in ("records500", "records100")]
+            written = dict.fromkeys((number, row["ecg_id"].strip()))  # "0012" too
+            paths = [root.join(f"{rate}/{each}.hea") for rate in ("records500", "records100") for each in written]
             there = [path for path in paths if os.path.lexists(path)]
             if not there:
                 raise RecordError(f"missing: {' and '.join(root.relative(path) for path in paths)}")
             entry, _ = wfdb_entry(name, there[0], root, TWELVE_LEADS, selection.rate)
             folder.entries.append(described(entry, row, _SEXES, selection.minimum_likelihood))
-            unfiltered += there[0] == paths[1]
+            unfiltered += there[0].parent.name == "records100"
     if unfiltered:
         folder.notes.append(
             f"{unfiltered} records have no 500 Hz file; their 100 Hz file, which was made without a filter against "
