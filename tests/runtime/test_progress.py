@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from tgdp_fast.runtime.progress import duration, progress_bar
+from tgdp_fast.runtime.progress import duration, progress_bar, say, tracked
 
 
 class Clock:
@@ -103,6 +103,13 @@ def test_a_terminal_has_a_bar_and_silence_is_silent(capsys: pytest.CaptureFixtur
             bar.update(2)
         assert shown.getvalue() == ""
     assert capsys.readouterr().err == ""
+
+
+def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    monkeypatch.setattr("sys.stdout", None)
+    assert list(tracked([1, 2], "rows", "row", True)) == [1, 2]
+    say("text")
 
 
 def test_only_the_first_process_tells(monkeypatch: pytest.MonkeyPatch) -> None:

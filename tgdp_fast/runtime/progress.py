@@ -118,7 +118,9 @@ def progress_bar(
         clock: seconds.
     """
     shown = progress and _is_first()
-    if shown and not (file or sys.stderr).isatty():
+    place = file or sys.stderr
+    shown = shown and place is not None  # Closed by the caller.
+    if shown and not place.isatty():
         return _Lines(total, name, unit, initial, file, clock)
     return _Bar(total=total, desc=name, unit=unit, initial=initial, file=file, disable=not shown, leave=False)
 
@@ -142,8 +144,10 @@ def tracked(items: Sequence[T], name: str, unit: str, progress: bool) -> Iterato
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line, on standard output unless ``file`` is given, without breaking a bar on the terminal."""
-    tqdm.write(text, file=file or sys.stdout)
-    (file or sys.stdout).flush()
+    place = file or sys.stdout
+    if place is not None:  # Closed by the caller.
+        tqdm.write(text, file=place)
+        place.flush()
 
 
 def duration(seconds: float) -> str:
