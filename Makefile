@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test docs lint format clean
+.PHONY: help demo bench test docs notebooks wheel lint format clean
 .NOTPARALLEL:
 
 help:
@@ -26,6 +26,8 @@ help:
 	@echo '              --numprocesses=0 all in one process)'
 	@echo 'make bench    time everything here (BENCH_ARGS="--quick --json FILE ..." is passed on)'
 	@echo 'make docs     build the documentation into build/docs'
+	@echo 'make wheel    build a wheel for this torch and any Python from 3.10 on into dist'
+	@echo 'make notebooks  make Jupyter notebooks of the examples, in build/notebooks'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff rewrite the sources'
 	@echo 'make clean    remove $(VENV) and all that was built'
@@ -48,6 +50,14 @@ docs: $(VENV)/.test-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo 'written: build/docs/index.html'
 
+notebooks: $(VENV)/.test-ready
+	@mkdir -p build/notebooks
+	@for example in examples/*.py; do \
+		$(BIN)/python -m jupytext --quiet --to ipynb --output build/notebooks/$$(basename $$example .py).ipynb $$example \
+			|| exit 1; \
+	done
+	@echo 'written: build/notebooks'
+
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,21 +67,35 @@ format: $(VENV)/.test-ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# For other environments with this minor version of torch, and any Python from 3.10 on.
+wheel: $(VENV)/.torch-ready
+	@rm -rf build/lib*
+	TGDP_TAG=1 $(PIP) wheel --verbose --no-deps --no-build-isolation --wheel-dir dist .
+	@echo "written: $$(ls -t dist/*.whl | head -n 1)"
+
 clean:
-	rm -rf $(VENV) build dist tgdp_fast.egg-info tgdp_fast/_cpu*.so
+	rm -rf $(VENV) build dist tgdp_fast.egg-info tgdp_fast/_cpu*.so tgdp_fast/_cuda*.so tgdp_fast/_not_built.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # Without build isolation, a build uses the torch in the environment and never downloads another.
-INSTALL = $(PIP) install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable
+INSTALL = $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt --editable
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
 
-$(VENV)/.demo-ready: $(VENV)/.torch-ready pyproject.toml setup.py $(NATIVE)
-	$(INSTALL) '.[plots,data]'
+# Before pip, which would show nothing of it: it finds them built.
+$(VENV)/.kernels-ready: $(VENV)/.torch-ready setup.py $(NATIVE)
+	@echo '[3/4] compiling the kernels: a minute or two on two cores, several with CUDA'
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(VENV)/.test-ready: $(VENV)/.torch-ready pyproject.toml setup.py $(NATIVE)
-	$(INSTALL) '.[plots,data,dev]'
+$(VENV)/.demo-ready: $(VENV)/.kernels-ready pyproject.toml
+	@echo '[4/4] installing the package and what it needs'
+	@$(INSTALL) '.[plots,data]'
+	@touch $@
+
+$(VENV)/.test-ready: $(VENV)/.kernels-ready pyproject.toml
+	@echo '[4/4] installing the package and what its tests need'
+	@$(INSTALL) '.[plots,data,dev]'
 	@# Commands that the environment of a reused torch also has count as installed: put them into this one too.
 	@for tool in pytest ruff mypy; do \
 		[ -x $(BIN)/$$tool ] || $(PIP) install --quiet --ignore-installed --no-deps \
@@ -103,18 +127,19 @@ export REUSE_TORCH
 $(VENV)/.torch-ready: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("tgdp_fast needs Python 3.10 or newer; choose one with make PYTHON=..." \
 		if sys.version_info < (3, 10) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	@echo '[1/4] an environment in $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
 	@set -e; \
 	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	if [ '$(TORCH)' = auto ] && $(PYTHON) -c "$$REUSE_TORCH" > $(VENV)/reuse_torch 2> $(VENV)/no_torch; then \
 		mv $(VENV)/reuse_torch "$$packages/reuse_torch.pth"; \
-		echo 'using the torch of $(PYTHON)'; \
+		echo '[2/4] using the torch of $(PYTHON)'; \
 	else \
 		rm -f "$$packages/reuse_torch.pth"; \
-		echo 'installing $(TORCH_SPEC)'; \
+		echo '[2/4] installing $(TORCH_SPEC)'; \
 		$(PIP) install $(TORCH_PIP_ARGS) '$(TORCH_SPEC)'; \
 	fi
-	$(PIP) install --quiet 'setuptools>=77' wheel ninja
+	@$(PIP) install --quiet 'setuptools>=77' wheel ninja
 	@grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
 		>> $(VENV)/constraints.txt

@@ -1,7 +1,5 @@
 // The native CPU operators as PyTorch sees them. Public functions, reference twins and the argument checks for users
 // are in tgdp_fast/ops; the checks here only keep wrong tensors from reaching a kernel.
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <string>
@@ -67,7 +65,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_value_and_grad(const Tensor&
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
   TORCH_CHECK_VALUE(call.shape.outputs == 1, "tgdp_fast: the last of weights must have one row");
   call.bf16x3 = bf16x3;
-  Tensor value = at::empty({call.batch}, x.options());
+  Tensor value = x.new_empty({call.batch});
   Tensor gradient = tgdp::empty_output({call.batch, call.shape.inputs}, x.options());
   std::vector<tgdp::Rows> keep;
   std::vector<Tensor> kept = pre_activations_of(call, x, save_pre_activations, keep);
@@ -95,7 +93,7 @@ std::vector<Tensor> mlp_backward(const std::optional<Tensor>& output_cotangent,
   std::vector<Tensor> hold;
   // Gradients depend on the biases only through the pre-activations.
   std::vector<Tensor> biases;
-  for (size_t l = 1; l < weights.size(); ++l) biases.push_back(at::zeros({weights[l].size(0)}, x.options()));
+  for (size_t l = 1; l < weights.size(); ++l) biases.push_back(x.new_zeros({weights[l].size(0)}));
   tgdp::MlpCall call = mlp_call(x, first_bias, weights, biases, hold);
   call.bf16x3 = bf16x3;
   const auto depth = call.shape.widths.size();
@@ -125,7 +123,8 @@ std::vector<Tensor> mlp_backward(const std::optional<Tensor>& output_cotangent,
   tgdp::MlpGradients gradients;
   gradients.x = result(x);
   gradients.first_bias = result(first_bias);
-  if (call.first_bias.stride == 0) gradients.first_bias.stride = 0;
+  // By its shape: the stride is also 0 of an expanded bias, which has a gradient for each sample.
+  if (first_bias.dim() == 1 || first_bias.size(0) == 1) gradients.first_bias.stride = 0;
   for (const Tensor& weight : weights) gradients.weights.push_back(result(weight));
   for (const Tensor& bias : biases) gradients.biases.push_back(result(bias));
   tgdp::mlp_backward(call, output_rows, gradient_rows, kept, gradients);
@@ -160,8 +159,8 @@ class CpuTrajectory {
   tgdp::TrajectoryNetwork network(const Tensor& x, const tgdp::NetworkTensors& tensors) {
     // The checks take an input of the weights' dtype.
     const auto& first = tensors.weights[0];
-    const Tensor like = at::empty({0, x.size(1)}, first.options());
-    const Tensor bias = at::empty({1, first.size(0)}, first.options());
+    const Tensor like = first.new_empty({0, x.size(1)});
+    const Tensor bias = first.new_empty({1, first.size(0)});
     const tgdp::MlpCall call = mlp_call(like, bias, tensors.weights, tensors.biases, hold_);
     tgdp::check_first_biases(x, tensors, call.shape.widths[0]);
     tgdp::TrajectoryNetwork network{call.shape, call.weights, call.biases, rows_of(tensors.evaluation_bias, hold_), {}};
@@ -171,7 +170,7 @@ class CpuTrajectory {
 
   Tensor run(Call& call, const Tensor& x, bool bf16x3) const {
     call.bf16x3 = bf16x3;
-    return at::full({}, tgdp::trajectory(call), x.options().dtype(at::kLong));
+    return x.new_full({}, tgdp::trajectory(call), x.options().dtype(at::kLong));
   }
 
  private:
@@ -183,7 +182,9 @@ Tensor normal_range(const Tensor& samples, int64_t num_elements, int64_t first, 
   Tensor hold;
   const auto noise =
       noise_coordinates(at::kCPU, num_elements, samples, samples.numel(), key_low, key_high, evaluation, hold);
-  TORCH_CHECK_VALUE(first >= 0 && count >= 0 && first + count <= samples.numel() * num_elements,
+  int64_t elements = 0;
+  const bool counted = !__builtin_mul_overflow(samples.numel(), num_elements, &elements);
+  TORCH_CHECK_VALUE(counted && first >= 0 && count >= 0 && first <= elements && count <= elements - first,
                     "tgdp_fast: elements outside of the samples");
   Tensor out = tgdp::empty_output({count}, samples.options().dtype(at::kFloat));
   if (count > 0) tgdp::normals(noise, first, count, out.mutable_data_ptr<float>());
@@ -205,7 +206,7 @@ std::tuple<Tensor, Tensor> pack_long_convolution(const Tensor& spectra, bool hal
   // In huge pages, where there are any: each call reads all of it.
   Tensor packed = tgdp::empty_output({groups, points, 2, tgdp::kChannelGroup},
                                      spectra.options().dtype(half ? at::kHalf : at::kFloat));
-  Tensor scales = at::empty({half ? groups * tgdp::kChannelGroup : 0}, spectra.options().dtype(at::kFloat));
+  Tensor scales = spectra.new_empty({half ? groups * tgdp::kChannelGroup : 0}, spectra.options().dtype(at::kFloat));
   tgdp::pack_filters(held.const_data_ptr<double>(), channels, points, packed.mutable_data_ptr(),
                      half ? scales.mutable_data_ptr<float>() : nullptr);
   return {packed, scales};
@@ -349,4 +350,5 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CPU, library) {
   library.impl("normal_range", &normal_range);
 }
 
+TGDP_STAMP("");
 TGDP_PYTHON_MODULE(_cpu)

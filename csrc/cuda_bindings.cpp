@@ -1,5 +1,6 @@
 // The CUDA kernels as implementations of the operators that bindings.cpp defines. Needs a torch that was built with
 // CUDA.
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -216,4 +217,5 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {
   library.impl("long_convolution", &long_convolution);
 }
 
+TGDP_STAMP(" and GPU architectures " TGDP_TEXT(TGDP_GPU_ARCHITECTURES));
 TGDP_PYTHON_MODULE(_cuda)

@@ -4,7 +4,7 @@
 #include <Python.h>
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <torch/version.h>
 
 #include <optional>
 #include <tuple>
@@ -13,6 +13,15 @@
 #include "common/long_convolution_call.h"
 #include "common/solver_step.h"
 #include "common/trajectory.h"
+
+#define TGDP_TEXT_OF(value) #value
+#define TGDP_TEXT(value) TGDP_TEXT_OF(value)
+
+// What tgdp_fast/runtime/native.py looks for in the file before it loads it: ABIs of torch differ between minor
+// versions.
+#define TGDP_STAMP(further)                                                                                   \
+  extern "C" __attribute__((visibility("default"), used)) const char tgdp_stamp[] =                           \
+      "tgdp_fast was built for torch " TGDP_TEXT(TORCH_VERSION_MAJOR) "." TGDP_TEXT(TORCH_VERSION_MINOR) further
 
 // The operators register themselves when the library is loaded; this only makes it a Python module.
 #define TGDP_PYTHON_MODULE(name)                                                                  \
@@ -134,18 +143,23 @@ std::tuple<Tensor, Tensor> trajectory_operator(
   TORCH_CHECK_VALUE(sample_index.dim() == 1 && sample_index.size(0) == x.size(0) &&
                         sample_index.scalar_type() == at::kLong && sample_index.device() == x.device(),
                     "tgdp_fast: sample_index must be int64 [B] on the device of x");
-  TORCH_CHECK_VALUE(history >= 0 && table.dim() == 2 &&
+  // Before anything is computed from its square.
+  TORCH_CHECK_VALUE(history >= 0 && table.dim() == 2 && history < table.size(1) &&
                         table.size(1) == kEvaluationNumbers + (1 + history) * (2 + history) &&
                         table.scalar_type() == at::kDouble && table.device().is_cpu(),
                     "tgdp_fast: table must be float64 [T, 6 + (1 + H) (2 + H)] on the CPU");
-  TORCH_CHECK_VALUE(score_evaluation_bias.size(0) == table.size(0) &&
-                        (!guided || guidance_evaluation_bias.size(0) == table.size(0)),
+  TORCH_CHECK_VALUE(!score_weights.empty() && score_weights[0].dim() == 2 &&
+                        (!guided || guidance_weights[0].dim() == 2),
+                    "tgdp_fast: weights must be L + 1 matrices and biases L vectors, L >= 1");
+  TORCH_CHECK_VALUE(score_evaluation_bias.dim() == 2 && score_evaluation_bias.size(0) == table.size(0) &&
+                        (!guided || (guidance_evaluation_bias.dim() == 2 &&
+                                     guidance_evaluation_bias.size(0) == table.size(0))),
                     "tgdp_fast: biases of evaluations must have as many rows as the table");
   TORCH_CHECK_VALUE(!clamp || clamp->size() == 2, "tgdp_fast: clamp must have two numbers");
   Device device(x.device());
   const Tensor state = x.contiguous(), indices = sample_index.contiguous();
   const Tensor numbers = table.to(at::kFloat).contiguous().to(x.device());
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = x.new_empty(x.sizes());
   typename Device::Call call;
   call.batch = x.size(0);
   call.size = x.size(1);

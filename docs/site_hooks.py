@@ -2,16 +2,19 @@
 
 A page may link to ``../examples/x.py`` or ``../bench/README.md`` as the repository has them. In the site a Markdown
 file and an example become pages, of the same path from the root of the repository, and any other file is copied.
+Tables of results show the pictures beside them. Formulas become MathML, which browsers render without a script.
 """
 
 from __future__ import annotations
 
+import html
 import os
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Target of a Markdown link: its path, and its anchor or nothing.
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+#: A formula as pymdownx.arithmatex leaves it: inline, or a block of its own.
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_config(config: Any) -> None:
+    """The version, at the foot of every page."""
+    version = re.search(r'"(.+)"', (ROOT / "tgdp_fast" / "_version.py").read_text(encoding="utf-8").split("=")[1])
+    config.copyright = f"tgdp_fast {version[1]}" if version else None
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -42,8 +53,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links as they are in the site."""
+    """Links as they are in the site, and the pictures beside a table of results."""
     where = page.file.src_uri
+    if where.endswith("/results.md"):
+        pictures = sorted((ROOT / "docs" / where).parent.glob("*.png"), reverse=True)
+        shown = "".join(f"[![{path.stem.replace('_', ' ')}]({path.name})]({path.name})\n\n" for path in pictures)
+        markdown = re.sub(r"(?m)^(?=## |\| )", lambda _: shown, markdown, count=1)
     home = _source(where) if page.file.generated_by else f"docs/{where}"
 
     def linked(match: re.Match[str]) -> str:
@@ -59,6 +74,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     text = _LINK.sub(linked, _FENCE.sub(keep, markdown))
     return re.sub(r"\0(\d+)\0", lambda match: kept[int(match[1])], text)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas as MathML."""
+
+    def rendered(match: re.Match[str]) -> str:
+        formula = convert(html.unescape(match[2]).strip(), display="block" if match[1] == "div" else "inline")
+        # The space after a function's name, which the converter leaves out.
+        return re.sub(r"(<mi>log</mi>)(?=<m)(?!<mo)", r'\1<mspace width="0.17em" />', formula)
+
+    return _FORMULA.sub(rendered, content)
 
 
 def example_page(source: str, path: str) -> str:

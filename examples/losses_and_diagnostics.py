@@ -7,7 +7,13 @@
 
 # %%
 import tgdp_fast as tgdp
-from tgdp_fast.data.gaussians import GaussianMixture, exact_denoiser, exact_guidance, paper_source, paper_target
+from tgdp_fast.data.gaussians import (
+    GaussianMixture,
+    exact_denoiser,
+    exact_guidance,
+    paper_source,
+    paper_target,
+)
 from tgdp_fast.fit.diagnostics import diagnose
 from tgdp_fast.metrics import sliced_wasserstein
 
@@ -16,16 +22,24 @@ denoiser = exact_denoiser(paper_source(), schedule)
 source = paper_source().sample(2000, seed=0)
 target = paper_target().sample(100, seed=1)
 truth = paper_target().sample(2000, seed=2)
-settings = tgdp.TrainingConfig(steps=200, batch_size=128, learning_rate=2e-3, weight_decay=0.3, ema_decay=0.99)
+settings = tgdp.TrainingConfig(
+    steps=200,
+    batch_size=128,
+    learning_rate=2e-3,
+    weight_decay=0.3,
+    ema_decay=0.99,
+)
 
 
 def distance(guidance: object) -> float:
     """SW2 of 1000 samples to fresh target samples."""
-    return sliced_wasserstein(tgdp.sample(denoiser, guidance, num=1000, solver="dpmpp_3m", seed=0), truth)
+    drawn = tgdp.sample(denoiser, guidance, num=1000, solver="dpmpp_3m", seed=0)
+    return sliced_wasserstein(drawn, truth)
 
 
 print(f"{'no guidance':28s} {distance(None):.3f}")
-print(f"{'exact guidance':28s} {distance(exact_guidance(paper_target(), paper_source(), schedule)):.3f}")
+exact = exact_guidance(paper_target(), paper_source(), schedule)
+print(f"{'exact guidance':28s} {distance(exact):.3f}")
 
 # %% [markdown]
 # `logistic` tells source from target at every noise level; the others regress on a density ratio that is estimated
@@ -33,15 +47,29 @@ print(f"{'exact guidance':28s} {distance(exact_guidance(paper_target(), paper_so
 # `Consistency(0.0)` leaves it out.
 
 # %%
-quick = tgdp.TrainingConfig(steps=150, batch_size=128, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10)
+quick = tgdp.TrainingConfig(
+    steps=150,
+    batch_size=128,
+    learning_rate=2e-3,
+    weight_decay=1.0,
+    ema_decay=0.95,
+    warmup=10,
+)
 ratio = tgdp.fit_density_ratio(source.float(), target.float(), settings=quick)
-pairs = [("logistic", 1.0), ("logistic", 0.0), ("poisson", 0.0), ("ratio_mse", 0.0), ("log_mse", 0.0)]
+given = {"denoiser": denoiser, "ratio": ratio}
+pairs = [
+    ("logistic", 1.0),
+    ("logistic", 0.0),
+    ("poisson", 0.0),
+    ("ratio_mse", 0.0),
+    ("log_mse", 0.0),
+]
 found = {}
-for loss, consistency in pairs:
-    config = tgdp.GuidanceConfig(loss, [tgdp.Consistency(consistency)], training=settings)
-    fit = tgdp.fit_guidance(source, target, config=config, denoiser=denoiser, ratio=ratio)
-    found[loss, consistency] = distance(fit.guidance)
-    print(f"{f'{loss}, consistency {consistency:g}':28s} {found[loss, consistency]:.3f}")
+for loss, weight in pairs:
+    config = tgdp.GuidanceConfig(loss, [tgdp.Consistency(weight)], training=settings)
+    fit = tgdp.fit_guidance(source, target, config=config, **given)
+    found[loss, weight] = distance(fit.guidance)
+    print(f"{f'{loss}, consistency {weight:g}':28s} {found[loss, weight]:.3f}")
 assert found["logistic", 1.0] < distance(None)
 
 # %% [markdown]
@@ -53,9 +81,9 @@ assert found["logistic", 1.0] < distance(None)
 
 # %%
 far = GaussianMixture([[3.0, 3.0]], 0.1).sample(100, seed=3)
-ratio = tgdp.fit_density_ratio(source.float(), far.float(), settings=quick)
+given["ratio"] = tgdp.fit_density_ratio(source.float(), far.float(), settings=quick)
 fits = {
-    config.loss.name: tgdp.fit_guidance(source, far, config=config, denoiser=denoiser, ratio=ratio)
+    config.loss.name: tgdp.fit_guidance(source, far, config=config, **given)
     for config in (
         tgdp.GuidanceConfig("poisson", regularizers=[], training=settings),
         tgdp.GuidanceConfig("logistic", [tgdp.Consistency(1.0)], training=settings),
@@ -72,10 +100,11 @@ assert any("do not use the samples" in text for text in diagnostics.warnings)
 # source samples are from each other. What do the samples look like?
 
 # %%
+print("median distance from the target's centre; target samples have 0.37")
 for loss, fit in fits.items():
     drawn = tgdp.sample(denoiser, fit.guidance, num=500, seed=0)
     away = float((drawn.double() - 3.0).norm(dim=1).median())
-    print(f"{loss:9s} median distance from the target's centre {away:.2f}; target samples have 0.37")
+    print(f"{loss:9s} {away:.2f}")
     if loss == "poisson":
         assert away > 2.0
 

@@ -9,7 +9,7 @@
 # A new solver therefore needs no new kernel: the fused kernels run any table. The example is the two-step method for
 # the noise prediction. In half log-SNR, lambda, the exact solution is
 #
-# `x(b) = alpha_b / alpha_a x(a) - sigma_b (e^h - 1) eps`, `h = lambda_b - lambda_a`
+# $$ x(b) = \frac{\alpha_b}{\alpha_a} x(a) - \sigma_b (e^h - 1)\, \epsilon, \qquad h = \lambda_b - \lambda_a $$
 #
 # if eps is constant over the step (that is `ddim`). The two-step method instead uses eps in the middle of the step, on
 # the line through the last two values.
@@ -27,7 +27,8 @@ from tgdp_fast.ops.noise import normal
 
 def two_step(schedule: tgdp.NoiseSchedule, steps: int) -> tgdp.SolverTable:
     """The two-step method on times uniform in log-SNR, from t_max to t_min."""
-    half_log_snr = np.linspace(schedule.half_log_snr(schedule.t_max), schedule.half_log_snr(schedule.t_min), steps + 1)
+    ends = (schedule.half_log_snr(t) for t in (schedule.t_max, schedule.t_min))
+    half_log_snr = np.linspace(*ends, steps + 1)
     times = schedule.time_from_half_log_snr(half_log_snr)
     times[0], times[-1] = schedule.t_max, schedule.t_min
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
@@ -35,8 +36,10 @@ def two_step(schedule: tgdp.NoiseSchedule, steps: int) -> tgdp.SolverTable:
     for k in range(steps):
         h = half_log_snr[k + 1] - half_log_snr[k]
         change = -sigma[k + 1] * math.expm1(h)
-        extrapolated = 0.5 if k else 0.0  # h / (2 h of the step before); the first step has none
-        matrix[k, 0] = alpha[k + 1] / alpha[k], -change * extrapolated, change * (1.0 + extrapolated)
+        # h / (2 h of the step before); the first step has none.
+        extrapolated = 0.5 if k else 0.0
+        matrix[k, 0, 0] = alpha[k + 1] / alpha[k]
+        matrix[k, 0, 1:] = -change * extrapolated, change * (1.0 + extrapolated)
         matrix[k, 1] = 0.0, 0.0, 1.0  # remember eps
     return tgdp.SolverTable(
         solver="two_step",
@@ -67,11 +70,10 @@ denoiser = exact_denoiser(GaussianMixture([mean.tolist()], variance), schedule)
 
 def exact_end(start: torch.Tensor) -> torch.Tensor:
     """Where the probability flow takes x at t_max by the time t_min."""
-    deviations = []
-    for t in (schedule.t_max, schedule.t_min):
-        deviations.append(math.sqrt(schedule.alpha(t) ** 2 * variance + schedule.sigma(t) ** 2))
-    away = start - schedule.alpha(schedule.t_max) * mean
-    return schedule.alpha(schedule.t_min) * mean + away * deviations[1] / deviations[0]
+    times = np.array([schedule.t_max, schedule.t_min])
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    deviation = np.sqrt(alpha**2 * variance + sigma**2)
+    return alpha[1] * mean + (start - alpha[0] * mean) * deviation[1] / deviation[0]
 
 
 start = normal(0, torch.arange(200), 2, 0).double()
@@ -86,14 +88,15 @@ def error(table: tgdp.SolverTable) -> float:
 errors = {}
 for steps in (10, 20, 40):
     ddim = tgdp.solver_table("ddim", schedule, steps, denoise_final=False)
-    errors[steps] = error(ddim), error(two_step(schedule, steps))
-    print(f"{steps:3d} evaluations: ddim {errors[steps][0]:.1e}, two-step {errors[steps][1]:.1e}")
+    first, second = errors[steps] = error(ddim), error(two_step(schedule, steps))
+    print(f"{steps:3d} evaluations: ddim {first:.1e}, two-step {second:.1e}")
 
 # %% [markdown]
 # Doubling the steps halves the error of a first-order method and quarters that of a second-order method.
 
 # %%
-order = [math.log2(before / after) for before, after in zip(errors[20], errors[40], strict=True)]
+halved = zip(errors[20], errors[40], strict=True)
+order = [math.log2(before / after) for before, after in halved]
 print(f"orders: ddim {order[0]:.2f}, two-step {order[1]:.2f}")
 assert 0.7 < order[0] < 1.3
 assert 1.7 < order[1] < 2.3
@@ -106,10 +109,13 @@ assert 1.7 < order[1] < 2.3
 # to clean data (`denoise_final`).
 
 # %%
-network = tgdp.Denoiser(tgdp.ScoreMLP((2,), width=64), schedule, "v_prediction", time_input="half_log_snr")
+score = tgdp.ScoreMLP((2,), width=64)
+network = tgdp.Denoiser(score, schedule, "v_prediction", time_input="half_log_snr")
 guidance = tgdp.GuidanceNetwork((2,), schedule, width=64)
-samples = tgdp.sample(network, guidance, num=500, solver=two_step(schedule, 20), seed=0)
+table = two_step(schedule, 20)
+samples = tgdp.sample(network, guidance, num=500, solver=table, seed=0)
 with tgdp.use_backend("reference"):
-    plain = tgdp.sample(network, guidance, num=500, solver=two_step(schedule, 20), seed=0)
-print(f"fused kernels against plain PyTorch: largest difference {float((samples - plain).abs().max()):.1e}")
+    plain = tgdp.sample(network, guidance, num=500, solver=table, seed=0)
+largest = float((samples - plain).abs().max())
+print(f"fused kernels against plain PyTorch: largest difference {largest:.1e}")
 assert torch.allclose(samples, plain, rtol=1e-3, atol=1e-3)

@@ -61,8 +61,13 @@ def second_share(x: np.ndarray) -> float:
     return float((scaled.sum(2).argmin(1) == 1).mean())
 
 
-print(f"second group: source model {second_share(plain):.0%}, guided {second_share(samples):.0%}, truth 80%")
-print(f"second group with the guidance at scale 1.5: {second_share(stronger):.0%}")
+print("share of the second group; the truth is 80%")
+for name, x in (
+    ("source model", plain),
+    ("guided", samples),
+    ("guided, scale 1.5", stronger),
+):
+    print(f"{name:22s} {second_share(x):.0%}")
 
 # %% [markdown]
 # More samples of the target are available here, so the distance to them can be measured, in units of the spread.
@@ -71,14 +76,15 @@ print(f"second group with the guidance at scale 1.5: {second_share(stronger):.0%
 # %%
 held_out = draw(2000, 0.8, seed=2)
 floor = sliced_wasserstein(draw(2000, 0.8, seed=3) / SPREAD, held_out / SPREAD)
+print("SW2 to held-out target samples")
 for name, x in (
     ("source model", plain),
     ("guided", samples),
     ("guided, scale 1.5", stronger),
     ("the 40 given samples", target),
 ):
-    print(f"SW2 to held-out target samples: {name:22s} {sliced_wasserstein(x / SPREAD, held_out / SPREAD):.3f}")
-print(f"SW2 to held-out target samples: {'floor':22s} {floor:.3f}")
+    print(f"{name:22s} {sliced_wasserstein(x / SPREAD, held_out / SPREAD):.3f}")
+print(f"{'floor':22s} {floor:.3f}")
 assert abs(second_share(samples) - 0.8) < 0.5 * abs(second_share(plain) - 0.8)
 
 # %% [markdown]

@@ -27,5 +27,5 @@ def run_with(code: str, **environment: str) -> str:
         text=True,
         env={**os.environ, "PYTHONPATH": paths, **environment},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-8000:]
     return done.stdout

@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import tgdp_fast
-from tgdp_fast import SOLVERS, SPACINGS, metrics
+from tgdp_fast import SOLVERS, SPACINGS, metrics, ops
 from tgdp_fast.cli import main as cli
 from tgdp_fast.ops import registry
 
@@ -37,9 +37,13 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 #: Whose links are checked too.
 LINKED = [*PAGES, *sorted(DOCS.rglob("results/**/*.md"))]
+#: The other pages of the site.
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", *(path for path in sorted(ROOT.glob("*/README.md")) if path not in LINKED)]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 #: Most blocks of one page, and of all pages, that may be left out.
 MOST_LEFT_OUT = 8
+#: Columns of code that a page of the site shows without scrolling.
+WIDEST = 85
 
 #: Commands of at most a second, which are run; all others are parsed.
 CHEAP = (
@@ -141,11 +145,12 @@ def run_or_parse(words: list[str], where: str) -> None:
     """Run what is cheap, or sized for it and has its files; parse everything else."""
     sized = words[:1] == ["transfer"] and "--train-steps" in words and Path("source.npy").is_file()
     sized |= words[:1] == ["sample"] and Path(words[1]).is_dir()
+    sized |= words[:2] == ["ecg", "inspect"] and Path(words[2]).is_dir()
     if words not in CHEAP and not sized:
         parsed(words, where)
         return
     try:
-        status = cli.main([*words, "--quiet"] if sized else words)
+        status = cli.main([*words, "--quiet"] if sized and words[0] != "ecg" else words)
     except SystemExit as stop:  # --help and --version
         status = int(stop.code or 0)
     assert status == 0, f"{where}: tgdp-fast {shlex.join(words)}"
@@ -168,7 +173,7 @@ def test_there_are_pages_with_code() -> None:
     assert sum(block.language == "python" and not block.reason for block in found) > 10
     assert sum(len(commands(block.code)) for block in found if block.language == "sh") > 30
     # "```" alone would hide a block from every check; diagrams are indented instead.
-    assert {block.language for block in found} <= {"python", "sh", "console", "toml"}
+    assert {block.language for block in found} <= {"python", "sh", "console", "toml", "bibtex"}
 
 
 def test_few_blocks_are_left_out_and_each_has_a_reason() -> None:
@@ -179,6 +184,32 @@ def test_few_blocks_are_left_out_and_each_has_a_reason() -> None:
     assert len(left_out) <= MOST_LEFT_OUT
     written = sum(page.read_text(encoding="utf-8").count("<!-- not run") for page in PAGES)
     assert written == len(left_out), "a comment stands before no block"
+
+
+def too_wide(text: str) -> list[str]:
+    """Lines of code of a page, indented ones included, that a reader would have to scroll for."""
+    code = [block.code for block in blocks(Path(), text)]
+    code += re.findall(
+        r"(?<=\n\n)(?: {4}.*\n+)+", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    )
+    return [line for part in code for line in part.splitlines() if len(line) > WIDEST]
+
+
+@pytest.mark.parametrize("page", [*LINKED, *OTHER_PAGES], ids=name_of)
+def test_code_of_a_page_fits_its_column(page: Path) -> None:
+    assert too_wide(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_code_of_an_example_fits_its_column(example: Path) -> None:
+    lines = example.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > WIDEST and not line.startswith("#")] == []
+
+
+def test_the_check_of_widths_sees() -> None:
+    long = "x" * (WIDEST + 1)
+    assert too_wide(f"{long}\n\n```sh\n{long}\n```\n\n    {long[4:]}\n\n| {long} |\n") == [long, f"    {long[4:]}"]
+    assert too_wide(f"```sh\n{long[1:]}\n```\n") == []
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
@@ -197,6 +228,22 @@ def test_example_is_made_of_cells(example: Path) -> None:
     for part in re.split(r"^# %% \[markdown\]\n", text, flags=re.MULTILINE)[1:]:
         prose = part.split("\n# %%", 1)[0].rstrip().splitlines()
         assert all(line.startswith("#") for line in prose), f"a text cell holds code: {prose}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
+def test_the_notebook_of_an_example_has_its_code(example: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jupytext", reason="jupytext is not installed")
+    convert = "-m jupytext --quiet --to ipynb --output"
+    assert convert in (ROOT / "Makefile").read_text(encoding="utf-8")
+    notebook = tmp_path / "example.ipynb"
+    subprocess.run([sys.executable, *convert.split(), notebook, example], check=True)
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    assert content["nbformat"] == 4
+    parts = re.split(r"^# %%(.*)\n", example.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    cells = [("".join(cell["source"]), cell["cell_type"]) for cell in content["cells"]]
+    assert [kind for _, kind in cells] == ["markdown" if "[markdown]" in kind else "code" for kind in parts[::2]]
+    code = [text.strip() for kind, text in zip(parts[::2], parts[1::2], strict=True) if "[markdown]" not in kind]
+    assert [text for text, kind in cells if kind == "code"] == code
 
 
 def test_examples_are_in_the_navigation() -> None:
@@ -266,6 +313,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert len(entries) == len(set(entries))
     assert set(tgdp_fast.__all__) <= set(entries)
     assert {f"metrics.{name}" for name in metrics.__all__} <= set(entries)
+    operators = (DOCS / "operators.md").read_text(encoding="utf-8")
+    known = re.findall(r"^::: tgdp_fast\.ops\.(?:\w+\.)?(\w+)$", operators, re.MULTILINE)
+    assert set(ops.__all__) == {*known, "backend_report", "use_backend", "BackendUnavailableError"}
     for entry in entries:
         pkgutil.resolve_name(f"tgdp_fast.{entry}")
 
@@ -380,6 +430,16 @@ def _not_medians(file: Path, _: str | None, rows: list[dict[str, str]]) -> list[
     return wrong
 
 
+def test_the_chart_of_performance_is_drawn_from_the_result_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    chart = DOCS / "images" / "performance.svg"
+    drawn = tmp_path / "performance.svg"
+    subprocess.run([sys.executable, chart.with_suffix(".py"), drawn], check=True)
+    texts = [re.findall(r"<text [^>]*>(.*?)</text>", path.read_text(encoding="utf-8")) for path in (chart, drawn)]
+    assert any("NVIDIA H200" in text for text in texts[0])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
 def test_quoted_numbers_are_measured(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -488,6 +548,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         "mkdocstrings", reason="mkdocstrings is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
     )
     pytest.importorskip(
+        "latex2mathml",
+        reason="latex2mathml is not installed; run `pip install --no-build-isolation -e '.[docs]'`",
+    )
+    pytest.importorskip(
         "material", reason="mkdocs-material is not installed; run `pip install --no-build-isolation -e '.[docs]'`"
     )
     done = subprocess.run(
@@ -513,6 +577,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in (tmp_path / "site").rglob("*.html"):
         fetched = re.findall(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]+)", page.read_text())
         assert fetched == [], page
+    # Formulas are MathML, and tables of results have their pictures.
+    assert (tmp_path / "site" / "index.html").read_text().count("<math ") >= 3
+    assert not [page for page in (tmp_path / "site").rglob("*.html") if 'class="arithmatex"' in page.read_text()]
+    for picture in (DOCS / "results").rglob("*.png"):
+        shown = (tmp_path / "site" / picture.relative_to(DOCS).parent / "results.html").read_text()
+        assert f'src="{picture.name}"' in shown
     # Every page of docs/ is there as itself.
     for page in PAGES[1:]:
         title = re.search(r"^# (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)

@@ -241,7 +241,7 @@ for module in pkgutil.walk_packages(tgdp_fast.__path__, "tgdp_fast."):
         try:
             importlib.import_module(module.name)
         except ImportError as error:
-            assert f"pip install 'tgdp_fast[{{package}}]'" in str(error), error
+            assert f"pip install {{package}}" in str(error), error
         else:
             raise AssertionError(module.name)
     # Running __main__ starts the command line.
@@ -400,6 +400,55 @@ def test_the_tests_that_ci_names_exist():
     assert not [name for name in named if not (ROOT / name).is_file()]
 
 
+# project files ----------------------------------------------------------------------------------------------
+
+
+def project_file(name: str) -> str:
+    if not (ROOT / name).exists():
+        pytest.skip("a source distribution does not have it")
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_citation_names_this_version():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed; it comes with mkdocs")
+    citation = yaml.safe_load(project_file("CITATION.cff"))
+    assert citation["version"] == importlib.import_module("tgdp_fast").__version__
+    assert citation["cff-version"] == "1.2.0"
+    (paper,) = citation["references"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    readme = project_file("README.md")
+    for part in (f"author = {{{authors}}}", f"title = {{{paper['title']}}}", f"year = {{{paper['year']}}}"):
+        assert part in readme
+
+
+def test_commits_are_checked_with_the_ruff_of_the_tests():
+    wanted = re.search(r"^ruff==(\S+)$", project_file(".ci/constraints.txt"), re.MULTILINE)
+    assert wanted
+    assert set(re.findall(r"ruff==([\d.]+)", project_file(".pre-commit-config.yaml"))) == {wanted[1]}
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_images_are_made_of_what_there_is(name: str):
+    text = re.sub(r"\\\n\s*", "", project_file(name))
+    copied = [path for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for path in line.split()]
+    assert {"pyproject.toml", "setup.py", "tgdp_fast", "kernels", "csrc"} <= set(copied)
+    assert not [path for path in copied if not (ROOT / path).exists()]
+    # What the build reads of pyproject.toml is there.
+    project = project_file("pyproject.toml")
+    named = re.findall(r'^(?:readme = |license-files = \[)"(.*?)"', project, re.MULTILINE)
+    assert len(named) == 2
+    assert set(named) <= set(copied)
+    (extras,) = re.findall(r"'\.\[(.*?)\]'", text)
+    assert not [extra for extra in extras.split(",") if f"\n{extra} = [" not in project]
+    (command,) = re.findall(r'^ENTRYPOINT \["(.*)"\]$', text, re.MULTILINE)
+    assert f"\n{command} = " in project
+    setup = project_file("setup.py")
+    for kind in re.findall(r"TGDP_REQUIRE_(\w+)=1", text):
+        assert f"TGDP_REQUIRE_{kind}" in setup
+    (torch_needed,) = re.findall(r'ARG TORCH_SPEC="(.*)"', text)
+    assert f'"{torch_needed}"' in project
+
+
 # loading ----------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +502,8 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.~}])/(?:work|tmp|home|root|opt|mnt|Users|pr
 ADDRESS = re.compile(r"https?:/(?:/)([\w.-]+)")
 # Where publications, data sets and source code are found. Packages are named without saying where they come
 # from.
+# The package is on no index: whoever took its name there would be installed.
+INSTALLED_BY_NAME = re.compile(r"install\b[^\n`;]*[ '\"]tgdp[_-]fast(?:\[|[ '\"`]|$)", re.MULTILINE)
 HOSTS = {"arxiv.org", "doi.org", "github.com", "openreview.net", "physionet.org", "proceedings.neurips.cc"}
 
 
@@ -471,7 +522,7 @@ def text_problems(text: str) -> list[str]:
     found = [match[0] for match in UNFINISHED.finditer(text)]
     found += [match[0] for match in ABSOLUTE_PATH.finditer(text)]
     found += [match[0] for match in ADDRESS.finditer(text) if match[1] not in HOSTS]
-    return found
+    return found + [match[0] for match in INSTALLED_BY_NAME.finditer(text)]
 
 
 def test_texts_have_no_unfinished_parts_local_paths_or_unknown_addresses():
@@ -486,4 +537,8 @@ def test_the_text_check_sees():
     assert text_problems("# TO" + "DO: later, FIX" + "ME") == ["TO" + "DO", "FIX" + "ME"]
     assert text_problems(f"open('{slash}tmp/x') {slash}home/me") == ["/tmp" + slash, "/home" + slash]
     assert text_problems(f"https:{slash}/index.example.org/x") == [f"https:{slash}/index.example.org"]
+    by_name = "pip install --upgrade 'tgdp_" + "fast[ecg]'"
+    assert text_problems(f"run {by_name}")
+    assert text_problems("run `pip install tgdp-" + "fast`")
+    assert not text_problems("pip install ./tgdp_fast-0.1-cp310-abi3-linux_x86_64.whl; pip install wfdb")
     assert not text_problems("#!/usr/bin/env bash, /proc/cpuinfo, build/tmp/x, $HOME/work/x, https://arxiv.org/abs/x")

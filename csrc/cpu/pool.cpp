@@ -1,7 +1,6 @@
 #include "pool.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 
 #if defined(__linux__)
@@ -115,7 +114,7 @@ at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options)
   for (int64_t size : sizes) elements *= size;
   const auto type = c10::typeMetaToScalarType(options.dtype());
   if (static_cast<size_t>(elements) * c10::elementSize(type) < kSmallest) {
-    return at::empty(sizes, options.memory_format(at::MemoryFormat::Contiguous));
+    return at::detail::empty_cpu(sizes, type, false, at::MemoryFormat::Contiguous);
   }
   return at::detail::empty_generic(sizes, &Pool::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU), type,
                                    at::MemoryFormat::Contiguous);

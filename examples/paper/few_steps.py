@@ -25,9 +25,9 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import solver_table
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
-from tgdp_fast.ecg.records.wfdb import read_leads
+from tgdp_fast.ecg.records.wfdb import Root, read_leads
 from tgdp_fast.fit.config import TrainingConfig
-from tgdp_fast.fit.training import seeded_initialization, train_denoiser
+from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.lab.experiments.digits import nearest_distance
 from tgdp_fast.lab.tables import (
     Row,
@@ -42,6 +42,8 @@ from tgdp_fast.models import SSSDECG
 from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.progress import say, tracked
+from tgdp_fast.runtime.randomness import seeded_initialization
 from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.sampler import sample
 
@@ -172,7 +174,8 @@ def record_windows(folder: Path, length: int) -> tuple[np.ndarray, int]:
     Raises:
         ValueError: no such record there.
     """
-    records = [read_leads(path, STORED_LEADS) for path in sorted(folder.rglob("*.hea"))]
+    headers = sorted(path for path in Root(folder).record_files if path.suffix == ".hea")
+    records = [read_leads(path, STORED_LEADS) for path in headers]
     windows = [
         np.lib.stride_tricks.sliding_window_view(signals, length, axis=1)[:, :: max(1, length // 8)]
         for signals, rate in records
@@ -199,12 +202,12 @@ def _run(plan: Plan) -> list[Row]:
     compiled = {precision: denoiser.compile_for_sampling(precision=precision) for precision in ("fp32", "bf16")}
     store = RowStore(plan.out, signature_of(plan.signature(), signals.train, denoiser))
     rows = []
-    for seed in range(plan.seeds):
+    for seed in tracked(range(plan.seeds), "experiment", "draw", plan.progress):
         for method in plan.methods:
             compute = partial(run_method, plan, signals, compiled, priors, method, seed)
             row = store.once(f"seed{seed}-{method}", compute)
             if plan.progress:
-                print(f"seed {seed}  {method:28s}  SW2 {row['sw2']:.3f}  {row['cpu_seconds']:.0f} s", flush=True)
+                say(f"seed {seed}  {method:28s}  SW2 {row['sw2']:.3f}  {row['cpu_seconds']:.0f} s")
             rows.append(row)
     write_results(plan.out, rows, report(rows, plan, signals, start_gain(signals, gaussian)))
     return rows

@@ -39,6 +39,8 @@ from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.models import XResNet1d
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_integer, check_number
+from tgdp_fast.runtime.optional import optional
+from tgdp_fast.runtime.progress import say, tracked
 from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.sampler import sample
 
@@ -237,13 +239,8 @@ _CLASSIFIER = {
 
 
 def _principal_components(count: int) -> Any:
-    try:
-        from sklearn.decomposition import PCA
-    except ImportError:
-        raise ImportError(
-            "principal components need scikit-learn, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    return PCA(count, whiten=True, svd_solver="full")
+    pca = optional("sklearn.decomposition", "principal components need").PCA
+    return pca(count, whiten=True, svd_solver="full")
 
 
 def divide(beats: Beats, generator: np.random.Generator) -> tuple[Beats, Beats, Beats]:
@@ -392,12 +389,12 @@ def run(plan: Plan) -> list[Row]:
 def _run(plan: Plan) -> list[Row]:
     beats = load_beats(plan)
     rows = []
-    for seed in range(plan.seeds):
+    for seed in tracked(range(plan.seeds), "experiment", "draw", plan.progress):
         draw = Draw(plan, beats, seed)
         for method in METHODS:
             row = finished_row(plan, draw, method)
             if plan.progress:
-                print(f"seed {seed}  {method:10s}  AF {row['share']:.1%} ± {row['share_error']:.1%}", flush=True)
+                say(f"seed {seed}  {method:10s}  AF {row['share']:.1%} ± {row['share_error']:.1%}")
             rows.append(row)
     write_results(plan.out, rows, report(rows, plan, beats))
     return rows

@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.signals import resample
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 from tgdp_fast.runtime.checks import check_integer
+from tgdp_fast.runtime.optional import optional
 
 #: Labels of ``records.csv``: the common rhythm, and the one whose share shifts.
 SINUS, FIBRILLATION = "SNR", "AF"
@@ -114,7 +114,7 @@ def cut_beats(records: Sequence[tuple[np.ndarray, bool]]) -> Beats:
 
 def _beats_of(signal: np.ndarray) -> np.ndarray:
     """Beats [N, 128] of one record; none where no peaks are found."""
-    neurokit = _neurokit2()
+    neurokit = optional("neurokit2", "R peaks need")
     signal = np.asarray(signal[: SECONDS * RECORDED_RATE], dtype=np.float64)
     none = np.zeros((0, LENGTH), np.float32)
     if len(signal) < 2 * RECORDED_RATE or np.ptp(signal) == 0:
@@ -186,11 +186,3 @@ def _signals(path: Path, data: np.ndarray, *columns: np.ndarray) -> Iterator[tup
         if not math.isfinite(signal.sum()):
             raise ValueError(f"{path}: record {name} has values that are not finite")
         yield str(name), signal
-
-
-def _neurokit2() -> Any:
-    try:
-        import neurokit2
-    except ImportError:
-        raise ImportError("R peaks need neurokit2, which is not installed; run: pip install 'tgdp_fast[ecg]'") from None
-    return neurokit2

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from tgdp_fast import Consistency, Cycle, GuidanceConfig, TransferModel
 from tgdp_fast.cli.main import main
 from tgdp_fast.fit.losses import Poisson
+from tgdp_fast.fit.model import OutOfReachWarning
 from tgdp_fast.runtime.locks import folder_lock
 
 pytestmark = pytest.mark.usefixtures("quick_ratio", "quick_guidance")
@@ -414,10 +416,26 @@ def test_help_states_defaults(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_warnings_come_first_and_on_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(folder / "far.npy", np.load(folder / "t.npy") + 50)
-    assert main(transfer(folder, target="far.npy")) == 0
+    assert main(transfer(folder, target="far.npy", save="m")) == 3
     captured = capsys.readouterr()
     assert captured.err.startswith("WARNING: do not use the samples: the target lies outside the source.")
     assert "WARNING" not in captured.out
+    assert "by heart" not in captured.err
+    assert np.load(folder / "x.npy").shape == (7, 2)
+    assert {path.name for path in folder.iterdir() if "x.npy" in path.name} == {"x.npy"}
+    # Whoever draws from the saved model is told the same; but for the source's own samples.
+    again = ["sample", str(folder / "m"), "--num", "7", "--out", str(folder / "y.npy"), "--quiet"]
+    assert main(again) == 0
+    assert capsys.readouterr().err == captured.err
+    assert main([*again, "--scale", "0"]) == 0
+    assert capsys.readouterr().err == ""
+    model = TransferModel.load(folder / "m")
+    with pytest.warns(OutOfReachWarning, match="do not use the samples: the target lies outside the source"):
+        model.sample(2, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.sample(2, steps=1)
+        TransferModel.load(folder / "m").sample(2, steps=1, guided=False)
 
 
 def test_progress_without_a_terminal_is_a_line_for_each_stage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tgdp_fast import CheckpointError, Denoiser, NoiseSchedule, ScoreMLP
 from tgdp_fast.data.gaussians import exact_denoiser, paper_source
-from tgdp_fast.diffusion.denoiser import PREDICTIONS, evaluation_mode, prediction_to_epsilon, training_target
+from tgdp_fast.diffusion.denoiser import PREDICTIONS, prediction_to_epsilon, training_target
 
 
 class Constant(nn.Module):
@@ -239,11 +239,3 @@ def test_a_factor_on_the_steps_of_a_discrete_schedule_is_mentioned() -> None:
         Denoiser(Constant(), steps, time_scale=1000, time_input="half_log_snr")
         Denoiser(Constant(), NoiseSchedule.from_betas([0.001] * 4000))
         Denoiser(Constant(), NoiseSchedule.cosine(), time_scale=1000)
-
-
-def test_evaluation_mode_restores_each_module() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2))
-    model[1].eval()
-    with evaluation_mode(model, None, "not a module"):
-        assert not any(m.training for m in model.modules())
-    assert [m.training for m in model.modules()] == [True, True, False]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from ecg_files import (
 )
 
 from tgdp_fast.cli.main import main
+from tgdp_fast.ecg.records.cache import build_ecg_cache
 from tgdp_fast.ecg.records.entries import ECGEntry
 from tgdp_fast.ecg.records.folder import open_ecg_folder
 from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS
@@ -108,6 +111,88 @@ def test_tables_of_ptbxl(tmp_path: Path) -> None:
     assert len(open_ecg_folder(tmp_path).entries) == 2
     write_table(tmp_path / "scp_statements.csv", [*rows[1:], {"": "NEW", "description": "x"}])
     with pytest.raises(ValueError, match="must name the 71 statements of PTB-XL; it differs in 1AVB, NEW"):
+        open_ecg_folder(tmp_path)
+
+
+MISSING = (
+    "", " ", "nan", "NaN", "-nan", "None", "NULL", "null", "<NA>", "NA", "N/A", "n/a", "NaT", "-", "--", "#N/A", "#NA",
+    "#VALUE!", "#REF!", "1.#QNAN",
+)  # fmt: skip
+
+
+def rewrite(path: Path, column: str, cells: Sequence[object]) -> None:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    write_table(path, [{**row, column: cell} for row, cell in zip(rows, cells, strict=True)])
+
+
+@pytest.mark.parametrize("column", ["patient_id", "strat_fold", "age", "sex", "filename_hr"])
+def test_missing_cells_however_they_are_written(tmp_path: Path, column: str) -> None:
+    table = write_ptbxl(tmp_path, len(MISSING)) / "ptbxl_database.csv"
+    rewrite(table, column, MISSING)
+    folder = open_ecg_folder(tmp_path)
+    assert folder.problems == []
+    field = {"patient_id": "patient", "strat_fold": "fold"}.get(column, column)
+    if column != "filename_hr":
+        assert [getattr(entry, field) for entry in folder.entries] == [None] * len(MISSING)
+    # A record without a number or a file is named, once each.
+    rewrite(table, "ecg_id", MISSING)
+    assert {problem.reason for problem in open_ecg_folder(tmp_path).problems} == {
+        "ptbxl_database.csv has no ecg_id for it"
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (("15709", "15709.0", "015709", "1.5709e4", " 15709 ", "15709.", "+15709"), ["15709"] * 7),
+        (("900719925474099301.0", "900719925474099302"), ["900719925474099301", "900719925474099302"]),
+        (("1e3", "1000"), ["1000"] * 2),
+        (("9" * 70, "9" * 69 + "8", "1e999999999"), ["9" * 70, "9" * 69 + "8", "1e999999999"]),
+        (("12_3", "1_23", "P7", "7.5", "inf", "0x10"), ["12_3", "1_23", "P7", "7.5", "inf", "0x10"]),
+    ],
+)
+def test_identifiers_keep_every_digit(tmp_path: Path, texts: tuple[str, ...], expected: list[str]) -> None:
+    table = write_ptbxl(tmp_path, len(texts)) / "ptbxl_database.csv"
+    rewrite(table, "patient_id", texts)
+    assert [entry.patient for entry in open_ecg_folder(tmp_path).entries] == expected
+
+
+def test_long_numbers_of_records(tmp_path: Path) -> None:
+    numbers = ["123456789012345671", "123456789012345672"]
+    rewrite(write_ptbxl(tmp_path / "a", 2) / "ptbxl_database.csv", "ecg_id", numbers)
+    assert [entry.name for entry in open_ecg_folder(tmp_path / "a").entries] == numbers
+    root = write_converted_icbeb(tmp_path / "b", 2)
+    for number, new in enumerate(numbers, 1):
+        for path in (root / "records500").glob(f"{number}.*"):
+            path.rename(path.with_stem(new))
+        header = root / "records500" / f"{new}.hea"
+        header.write_text(header.read_text().replace(f"{number}.dat", f"{new}.dat"))
+    rewrite(root / "icbeb_database.csv", "ecg_id", [f"{number}.0" for number in numbers])
+    rewrite(root / "icbeb_database.csv", "filename", ["nan", ""])
+    assert [entry.name for entry in open_ecg_folder(root).entries] == numbers
+    write_icbeb(tmp_path / "c", [500])
+    rows = "".join(f"{number},1\n" for number in numbers)
+    (tmp_path / "c" / "REFERENCE.csv").write_text(f"Recording,First_label,Second_label\nA0001,1.0,nan\n{rows}")
+    folder = open_ecg_folder(tmp_path / "c")
+    assert [entry.labels for entry in folder.entries] == [("NORM",)]
+    assert [problem.record for problem in folder.problems] == numbers
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_tables_with_other_separators_or_columns_twice(tmp_path: Path, separator: str) -> None:
+    table = write_ptbxl(tmp_path, 2) / "ptbxl_database.csv"
+    text = table.read_text()
+    table.write_text(text.replace(",", separator))
+    with pytest.raises(ValueError, match="must be separated by commas"):
+        open_ecg_folder(tmp_path)
+    table.write_text(text.replace("age", "patient_id", 1))
+    with pytest.raises(ValueError, match="must name each column once; patient_id is there more than once"):
+        open_ecg_folder(tmp_path)
+    table.write_text("\ufeff" + text.replace("age", " age ", 1), newline="\r\n")
+    assert [entry.age for entry in open_ecg_folder(tmp_path).entries] == [90.0, 42.0]
+    table.write_bytes(b"x" * 200_000)
+    with pytest.raises(ValueError, match="is damaged at line"):
         open_ecg_folder(tmp_path)
 
 
@@ -230,6 +315,23 @@ def test_original_files_that_are_broken(tmp_path: Path) -> None:
     assert found["usable"] == 4
 
 
+def test_compressed_files_that_grow_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scipy.io import savemat
+
+    from tgdp_fast.ecg.records.readers import icbeb
+
+    write_icbeb(tmp_path, [500, 500])
+    for length, reason in ((100_000, "A0002.mat is no record: it holds more than 1000000 bytes"), (500, "")):
+        monkeypatch.setattr(icbeb, "_LARGEST", 1_000_000)
+        savemat(tmp_path / "A0002.mat", {"ECG": {"data": np.zeros((12, length))}}, do_compression=True)
+        assert (tmp_path / "A0002.mat").stat().st_size < 20_000
+        if reason:
+            with pytest.raises(RecordError, match=reason):
+                icbeb.read_original(tmp_path / "A0002.mat", Root(tmp_path))
+        else:
+            assert icbeb.read_original(tmp_path / "A0002.mat", Root(tmp_path))[0].shape == (12, 500)
+
+
 def test_converted_icbeb(tmp_path: Path) -> None:
     root = write_converted_icbeb(tmp_path)
     folder = open_ecg_folder(root)
@@ -250,6 +352,11 @@ def test_converted_icbeb(tmp_path: Path) -> None:
     assert [str(p) for p in open_ecg_folder(root).problems] == [
         "record A0012: missing: records500/2.hea and records100/2.hea"
     ]
+    # Numbers with zeros before them, in the table and of the files.
+    for number in (1, 3):
+        (root / "records500" / f"{number}.hea").rename(root / "records500" / f"000{number}.hea")
+    rewrite(root / "icbeb_database.csv", "ecg_id", ["0001", "0002", "0003"])
+    assert [e.name for e in open_ecg_folder(root).entries] == ["A0011", "A0013"]
 
 
 def test_the_real_icbeb() -> None:
@@ -289,6 +396,48 @@ def test_plain_records_with_labels_in_their_headers(tmp_path: Path) -> None:
     found = read_entry(folder.entries[0], Root(tmp_path), rate=100.0, seconds=1.0, leads=STORED_LEADS)
     assert np.array_equal(found, (values[:100, 7::-1].T / 1000).astype(np.float32))
     assert {e.name for e in open_ecg_folder(tmp_path, leads=["V1"]).entries} == {"a/one", "b/one", "few"}
+
+
+APPLE = bytes.fromhex("00051607000200004d6163204f532058") + bytes(100)
+
+
+@pytest.mark.parametrize("write", [write_ptbxl, write_icbeb, write_converted_icbeb, None])
+def test_hidden_files_and_what_systems_leave_behind_are_no_records(tmp_path: Path, write: Callable | None) -> None:
+    if write is None:
+        write_record(tmp_path, "one", twelve(1, 120), PTBXL_LEADS, comments=("Labels: NORM",))
+    else:
+        write(tmp_path)
+    before = open_ecg_folder(tmp_path)
+    for place in (tmp_path, tmp_path / "__MACOSX", tmp_path / ".Trashes", tmp_path / "$RECYCLE.BIN"):
+        place.mkdir(exist_ok=True)
+        for name in ("._one.hea", "._A0001.mat", "._REFERENCE.csv", "._ptbxl_database.csv", ".DS_Store", "Thumbs.db"):
+            (place / name).write_bytes(APPLE)
+    for name in ("A0001.hea", "A0001.mat", "REFERENCE.csv", "ptbxl_database.csv"):
+        (tmp_path / "__MACOSX" / name).write_bytes(APPLE)
+        (tmp_path / ".Trashes" / name).write_bytes(APPLE)
+    assert before.entries != []
+    assert open_ecg_folder(tmp_path) == before
+
+
+def test_other_matlab_files_are_no_records(tmp_path: Path) -> None:
+    write_record(tmp_path, "one", twelve(1, 120), PTBXL_LEADS, comments=("Labels: NORM",))
+    (tmp_path / "results.mat").write_bytes(b"MATLAB 5.0")
+    folder = open_ecg_folder(tmp_path)
+    assert (folder.kind, [entry.name for entry in folder.entries], folder.problems) == ("wfdb", ["one"], [])
+
+
+@pytest.mark.parametrize("units", ["mmHg", "mm Hg", "l/min", "%"])
+def test_other_channels_in_records_of_the_challenge(tmp_path: Path, units: str) -> None:
+    write_icbeb(tmp_path, [500])
+    header = tmp_path / "A0001.hea"
+    lines = header.read_text().replace("A0001 12 500", "A0001 13 500").splitlines()
+    lines.insert(1, f"A0001.mat 16+24 10/{units} 16 0 7 {7 * 500 & 0xFFFF} 0 ART")
+    header.write_text("\n".join(lines))
+    values = np.concatenate([np.full((500, 1), 7), twelve(1, 500, 500)], axis=1)
+    (tmp_path / "A0001.mat").write_bytes(bytes(24) + values.astype("<i2").tobytes())
+    folder = open_ecg_folder(tmp_path)
+    assert folder.problems == []
+    assert np.array_equal(signal(folder.entries[0], tmp_path, 500.0), (values[:, 1:].T / 1000).astype(np.float32))
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
@@ -332,7 +481,7 @@ def test_inspect_prints_what_a_user_wants_to_know(tmp_path: Path, capsys: pytest
     ):
         assert line in text
     assert main(["ecg", "inspect", str(root), "--seconds", "1", "--strict"]) == 1
-    assert main(["ecg", "inspect", str(root), "--seconds", "2", "--json"]) == 0
+    assert main(["ecg", "inspect", str(root), "--seconds", "2", "--json"]) == 1  # nothing is usable
     text = capsys.readouterr().out
     found = json.loads(text[text.index("\n{\n") :])
     assert (found["records"], found["usable"], found["short"]) == (3, 0, 3)
@@ -347,6 +496,74 @@ def test_inspect_prints_what_a_user_wants_to_know(tmp_path: Path, capsys: pytest
     ):
         assert main(["ecg", "inspect", str(root), flag, value]) == 2
         assert capsys.readouterr().err.startswith(f"tgdp-fast: error: {message}")
+
+
+def test_inspect_names_the_data_sets_of_a_parent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ptbxl(tmp_path / "a" / "ptb-xl")
+    write_icbeb(tmp_path / "icbeb")
+    write_record(tmp_path / "own", "one", twelve(1, 120), PTBXL_LEADS)
+    assert main(["ecg", "inspect", str(tmp_path)]) == 1
+    assert (
+        f"DIR must be a data set itself, but {tmp_path} holds 3 data sets: a/ptb-xl (ptb-xl), icbeb (icbeb2018), own "
+        "(records without a table); name one of them"
+    ) in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"holds one: ptb-xl \(ptb-xl\); name that"):
+        open_ecg_folder(tmp_path / "a")
+
+
+def test_inspect_tells_labels_of_another_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_icbeb(tmp_path, [500] * 5)
+    for name in ("REFERENCE.csv", "A0002.mat", "A0004.mat"):
+        (tmp_path / name).unlink()
+    for number, codes in ((1, "39732003,426177001"), (3, "426177001,426783006"), (5, "12345")):
+        header = tmp_path / f"A000{number}.hea"
+        header.write_text(header.read_text().replace("Dx: 426783006", f"Dx: {codes}"))
+    assert main(["ecg", "inspect", str(tmp_path), "--seconds", "1"]) == 1
+    out, err = capsys.readouterr()
+    for line in (
+        "usable records    0",
+        "other labels      426177001 (sinus bradycardia) 2, 12345 1, 39732003 (left axis deviation) 1",
+        "expected          of SNOMED CT 426783006 (normal ECG), 164889003 (atrial fibrillation), ",
+        "dropped: too short 0, broken 0, with other labels 3",
+    ):
+        assert line in out
+    assert f"no record of {tmp_path} can be used" in err
+    assert main(["ecg", "inspect", str(tmp_path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["other_labels"]
+    assert found["counts"] == {"426177001": 2, "12345": 1, "39732003": 1}
+    assert found["records"] == ["A0001", "A0003", "A0005"]
+    # One that is usable makes the command succeed, unless --strict is given.
+    header.write_text(header.read_text().replace("12345", "426783006"))
+    assert main(["ecg", "inspect", str(tmp_path), "--seconds", "1"]) == 0
+    assert main(["ecg", "inspect", str(tmp_path), "--seconds", "1", "--strict"]) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_names_that_are_not_utf8_are_printed(tmp_path: Path, encoding: str) -> None:
+    """Of records that are usable, as WFDB and MATLAB files, and of broken ones; in text and as JSON."""
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xf6lder"))
+    write_icbeb(root, [500, 500])
+    for path in [*root.glob("A*"), root / "REFERENCE.csv"]:
+        content = path.read_bytes()
+        if path.suffix != ".mat":
+            content = content.replace(b"A000", b"J\xf6rg")
+        path.unlink()
+        Path(os.fsdecode(os.fsencode(path).replace(b"A000", b"J\xf6rg"))).write_bytes(content)
+    (root / os.fsdecode(b"\xe4.hea")).write_bytes(b"no header\n")
+    folder = open_ecg_folder(root)
+    assert [entry.name for entry in folder.entries] == ["J\\udcf6rg1", "J\\udcf6rg2"]
+    assert [problem.record for problem in folder.problems] == ["\\udce4"]
+    for more in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "tgdp_fast", "ecg", "inspect", str(root), "--seconds", "1", "--read", *more],
+            cwd=ROOT, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shown = done.stdout.replace(b"\\\\", b"\\")  # JSON has each backslash twice
+        assert b"f\\udcf6lder" in shown
+        assert b"\\udce4" in shown
+    dataset = build_ecg_cache(folder, root / "cache", seconds=1.0)
+    assert dataset.names == tuple(entry.name for entry in folder.entries)
 
 
 def test_inspect_reads_signals_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,7 +659,6 @@ def read_signals(path: Path, root: Root) -> tuple[np.ndarray, list[str], float]:
 def test_one_module_adds_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module in the folder of readers is enough: it is found, recognizes its folders and reads them."""
     from tgdp_fast.ecg.records import readers, registry
-    from tgdp_fast.ecg.records.cache import build_ecg_cache
 
     monkeypatch.setattr(registry, "_readers", dict(registry._readers))
     monkeypatch.setattr(registry, "_signal_readers", dict(registry._signal_readers))

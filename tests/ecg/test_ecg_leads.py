@@ -23,8 +23,10 @@ from tgdp_fast.ecg.records.leads import (
 from tgdp_fast.ecg.records.statements import (
     DESCRIPTIONS,
     ICBEB_STATEMENTS,
+    SNOMED_NAMES,
     SNOMED_STATEMENTS,
     STATEMENTS,
+    SYNONYMS,
     check_statements,
     label_names,
     multi_hot,
@@ -125,6 +127,15 @@ def test_no_other_text_is_a_lead_by_accident(text: str) -> None:
     assert name is None or text.strip().lower().endswith(name.lower())
 
 
+def test_what_statements_are_called_elsewhere_names_statements() -> None:
+    assert set(SYNONYMS) <= set(STATEMENTS)
+    others = [other for names in SYNONYMS.values() for other in names.split()]
+    assert len(set(others)) == len(others)
+    assert not set(others) & set(STATEMENTS)
+    assert all(other == other.upper() for other in others)
+    assert not set(SNOMED_NAMES) & set(SNOMED_STATEMENTS)
+
+
 def test_other_leads_are_found_by_their_own_name() -> None:
     assert lead_name("V7") is None
     assert find_leads(["V7", "X", "I"], ["x", "v7"]) == [1, 0]
@@ -175,6 +186,9 @@ def test_unknown_statements_are_refused(text: str) -> None:
 def test_mistakes_with_labels() -> None:
     with pytest.raises(ValueError, match="did you mean 'NORM'"):
         check_statements(["NORMAL"])
+    for name, meant in (("AF", "AFIB"), ("LBBB", "CLBBB"), ("sinus rhythm", "SR"), ("afib", "AFIB"), ("VEB", "PVC")):
+        with pytest.raises(ValueError, match=f"unknown label '{name}' .did you mean '{meant}'"):
+            check_statements([name])
     with pytest.raises(ValueError, match="got the text 'NORM' in row 0"):
         multi_hot(["NORM"])
     with pytest.raises(ValueError, match=r"shape \[N, 71\], got \[2, 3\]"):

@@ -16,7 +16,7 @@ from ecg_files import TINY, real_data
 
 from tgdp_fast.cli import main as cli
 from tgdp_fast.diffusion.denoiser import Denoiser
-from tgdp_fast.ecg.config import PRESETS, load_config
+from tgdp_fast.ecg.config import PRESETS, SMOKE, load_config
 from tgdp_fast.ecg.costs import Costs
 from tgdp_fast.ecg.denoisers import untrained
 from tgdp_fast.ecg.density_ratio import SignalDomainClassifier
@@ -54,6 +54,7 @@ def test_a_run_leaves_what_it_says(finished: Path, config: Path) -> None:
         assert {entry["name"] for entry in row["per_class"]} == {"AFIB", "NORM"}
         assert (row["memorisation"] is None) == (name == "real")
         assert row["quality"]["Fréchet distance"] >= 0
+        assert row["beats"] == {"measured": 0, "failed": 6 if name != "real" else 4, "noise": 0}  # 1.2 s: no beats.
     assert {"source", "vanilla", "fine_tune", "tgdp", "density_ratio", "samples-tgdp"} <= set(found["costs"])
     assert found["costs"]["tgdp"]["parameters"] < found["costs"]["source"]["parameters"] * 100
     page = (finished / "report.html").read_text()
@@ -82,11 +83,26 @@ def test_samples_are_of_the_model_that_is_kept(
     out = tmp_path / "drawn"
     arguments = ["--num", "6", "--steps", "3", "--quiet", "--statements", *statements]
     assert cli.main(["ecg", "sample", str(finished / "model"), "--out", str(out), *arguments]) == 0
-    assert "6 records written" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "6 records written" in captured.out
+    assert "WARNING: 4 target samples are very few" in captured.err
+    assert captured.err.splitlines()[-1] == f"WARNING: {SMOKE}"
     with np.load(finished / "records" / "samples.npz") as old, np.load(out / "samples.npz") as new:
         assert np.abs(old["signals"] - new["signals"]).max() < 1e-5
     old, new = (json.loads((folder / "manifest.json").read_text()) for folder in (finished / "records", out))
-    assert old["model"] == new["model"]
+    for key in ("model", "preset", "warnings"):
+        assert old[key] == new[key]
+    assert old["preset"] == "smoke"
+    assert "4 target samples are very few" in old["warnings"][0]
+    out = tmp_path / "unguided"
+    arguments = ["--num", "1", "--steps", "1", "--quiet", "--unguided"]
+    assert cli.main(["ecg", "sample", str(finished / "model"), "--out", str(out), *arguments]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"WARNING: {SMOKE}"]  # No ratio judges samples of the source.
+    unguided = json.loads((out / "manifest.json").read_text())
+    assert (unguided["preset"], unguided["warnings"]) == ("smoke", [])
+    arguments = ["--labels", "0", "--num", "1", "--steps", "1", "--out", str(tmp_path / "x.npy"), "--quiet"]
+    assert cli.main(["sample", str(finished / "model"), *arguments]) == 0
+    assert f"WARNING: {SMOKE}" in capsys.readouterr().err
 
 
 def test_what_draws_no_records(
@@ -181,9 +197,9 @@ def test_fit_and_evaluate_say_what_they_did(
 ) -> None:
     arguments = ["--config", str(config), "--out", str(finished), "--quiet"]
     assert cli.main(["ecg", "fit", *arguments]) == 0
-    said = capsys.readouterr().out
-    assert f"model saved in {finished / 'model'}" in said
-    assert "WARNING: 4 target samples are very few" in said
+    captured = capsys.readouterr()
+    assert f"model saved in {finished / 'model'}" in captured.out
+    assert "WARNING: 4 target samples are very few" in captured.err
     assert cli.main(["ecg", "evaluate", *arguments]) == 0
     said = capsys.readouterr().out
     for method in ("Real", "Source model", "Vanilla", "Fine-tuning", "TGDP"):
@@ -329,7 +345,7 @@ def test_packages_that_are_missing_are_named_before_the_first_stage(
         assert cli.main(["ecg", command, "--config", str(config), "--out", str(out), "--quiet"]) == 1
         text = capsys.readouterr().err
         assert "this run needs scikit-learn, neurokit2, not installed here" in text
-        assert "pip install 'tgdp_fast[ecg]' (in a checkout: pip install --no-build-isolation -e '.[ecg]')" in text
+        assert "run: pip install scikit-learn neurokit2\n" in text
         assert not out.exists()
 
 

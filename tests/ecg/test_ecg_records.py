@@ -79,6 +79,55 @@ def test_headers_that_are_none(text: str, reason: str) -> None:
         parse_header(text)
 
 
+HOSTILE = [
+    ("r 12 100 1200", "r 12 1e308 1200", r"1200 samples at 1e\+308 Hz"),
+    ("r 12 100 1200", "r 12 1e-308 1200", "1200 samples at 1e-308 Hz"),
+    ("r 12 100 1200", "r 12 nan 1200", "at nan Hz"),
+    ("r 12 100 1200", "r 12 -100 1200", "at -100 Hz"),
+    ("r 12 100 1200", "r 12 0.01 1200", "it is at 0.01 Hz"),
+    ("r 12 100 1200", "r 1000000000000000000 100 1200", "says 1000000000000000000 signals"),
+    ("r 12 100 1200", "r 12 100 1000000000000000000", "is truncated: it has 28800 bytes"),
+    ("r 12 100 1200", f"r 12 100 {'9' * 4000}", "12 signals of 999"),
+    ("r 12 100 1200", f"r 12 100 {'9' * 9000}", "record line"),
+    ("(0)/mV", f"({'9' * 400})/mV", "line of signal 0 is damaged"),
+    ("(0)/mV", "(0.5)/mV", "line of signal 0 is damaged"),
+    ("1000.0(0)", "nan(0)", "line of signal 0 is damaged"),
+    ("1000.0(0)", "1e400(0)", "line of signal 0 is damaged"),
+    ("1000.0(0)", "1e300(0)", r"has the gain 1e\+300 per mV"),
+    ("1000.0(0)", "1e-300(0)", "has the gain 1e-300 per mV"),
+    (".dat 16 ", f".dat 16+{'9' * 4000} ", "line of signal 0 is damaged"),
+    (".dat 16 ", f".dat 16+{2**61} ", "is truncated: it has 28800 bytes"),
+    ("r.dat", "r" * 300 + ".dat", "File name too long"),
+    ("r.dat", "r\0.dat", "leaves the folder"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), HOSTILE, ids=[str(n) for n in range(len(HOSTILE))])
+def test_a_hostile_header_is_named_and_stops_no_folder(tmp_path: Path, old: str, new: str, reason: str) -> None:
+    write_record(tmp_path, "good", twelve(1, 1200), PTBXL_LEADS)
+    header = write_record(tmp_path, "r", twelve(2, 1200), PTBXL_LEADS)
+    header.write_text(header.read_text().replace(old, new))
+    folder = open_ecg_folder(tmp_path)
+    assert [entry.name for entry in folder.entries] == ["good"]
+    assert [problem.record for problem in folder.problems] == ["r"]
+    assert re.search(reason, folder.problems[0].reason)
+    found = inspect_ecg_folder(open_ecg_folder(tmp_path, rate=None), 10.0, read=True)
+    assert (found["usable"], [problem["record"] for problem in found["problems"]]) == (1, ["r"])
+
+
+def test_links_in_a_circle_are_broken_records(tmp_path: Path) -> None:
+    write_record(tmp_path, "good", twelve(1, 1200), PTBXL_LEADS)
+    write_record(tmp_path, "data", twelve(1, 1200), PTBXL_LEADS)
+    (tmp_path / "data.dat").unlink()
+    for name in ("data.dat", "head.hea"):
+        (tmp_path / name).symlink_to(name)
+    (tmp_path / "circle").symlink_to(tmp_path)
+    folder = open_ecg_folder(tmp_path)
+    assert [entry.name for entry in folder.entries] == ["good"]
+    assert [problem.record for problem in folder.problems] == ["data", "head"]
+    assert all("cannot be read" in problem.reason for problem in folder.problems)
+
+
 @given(st.text())
 @settings(max_examples=200)
 def test_any_text_is_a_header_or_a_reason(text: str) -> None:
@@ -143,16 +192,161 @@ def test_samples_that_are_none_become_nan(tmp_path: Path, fmt: str) -> None:
     assert np.argwhere(np.isnan(signals)).tolist() == [[1, 1]]
 
 
-@pytest.mark.parametrize(("units", "scale"), [("mV", 1.0), ("uV", 1e-3), ("µV", 1e-3), ("V", 1e3), ("mmHg", None)])
+UNITS = [
+    *[(units, 1.0) for units in ("mV", "MV", "mv", "millivolts", "", " mV")],
+    *[(units, 1e-3) for units in ("uV", "UV", "\N{MICRO SIGN}V", "\N{GREEK SMALL LETTER MU}V", "microvolt", "uVolt")],
+    *[(units, 1e-6) for units in ("nV", "NV", "nanovolts")],
+    *[("pV", 1e-9), ("V", 1e3), ("volts", 1e3), ("kV", 1e6)],
+    *[(units, None) for units in ("mmHg", "mm Hg", "l/min", "%", "degC", "°C", "NU", "mV/s", "V^2")],
+]
+
+
+@pytest.mark.parametrize(("units", "scale"), UNITS)
 def test_units(tmp_path: Path, units: str, scale: float | None) -> None:
     values = np.array([[5], [-7]], np.int16)
     header = write_record(tmp_path, "r", values, ("I",))
-    header.write_text(header.read_text().replace("1000.0(0)/mV", f"2(1)/{units}"))
+    header.write_text(header.read_text().replace("1000.0(0)/mV", f"2(1)/{units}"), encoding="utf-8")
     if scale is None:
-        with pytest.raises(ValueError, match="lead I is in mmHg, which is no voltage"):
+        with pytest.raises(ValueError, match=rf"lead I is in {re.escape(units)}, which is no voltage"):
             read_leads(header, ["I"])
     else:
         assert np.allclose(read_leads(header, ["I"])[0], [[2.0 * scale, -4.0 * scale]], rtol=1e-6)
+
+
+def test_the_micro_sign_of_latin_1(tmp_path: Path) -> None:
+    header = write_record(tmp_path, "r", np.array([[5], [-7]], np.int16), ("I",))
+    header.write_bytes(header.read_bytes().replace(b"1000.0(0)/mV", b"2/\xb5V"))
+    assert np.allclose(read_leads(header, ["I"])[0], [[2.5e-3, -3.5e-3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("units", ["mmHg", "mm Hg", "l/min", "%", "°C", "NU"])
+@pytest.mark.parametrize("fmt", ["16", "212", "80", "24", "32", "516"])
+def test_other_channels_do_not_stop_a_lead(tmp_path: Path, fmt: str, units: str) -> None:
+    """Nor does a date that is a year alone, which the package wfdb refuses."""
+    values = np.random.default_rng(0).integers(-100, 100, (301, 3))
+    values[:, 2] = 0
+    write_by_wfdb(tmp_path, fmt, values)
+    header = tmp_path / "r.hea"
+    lines = header.read_text().splitlines()
+    lines[0] += " 10:20:30 2006"
+    lines[1] = lines[1].replace("/mV", f"/{units}").replace("V1", "ART")
+    lines[3] = lines[3].replace("V3", "vz")
+    header.write_text("\n".join(lines), encoding="utf-8")
+    expected = (values[:, 1:2].T / 1000).astype(np.float32)
+    found, rate = read_leads(header, ["V2"])
+    assert np.array_equal(found, expected)
+    assert rate == 100.0
+    folder = open_ecg_folder(tmp_path, leads=["V2"])
+    assert inspect_ecg_folder(folder, 1.0, read=True)["usable"] == 1  # vz is flat
+    dataset = build_ecg_cache(folder, tmp_path / "cache", seconds=3.0, leads=["V2"])
+    assert np.array_equal(dataset.signals[0], expected[:, :300])
+
+
+@pytest.mark.parametrize("date", ["2006", "01/02/2006", "00/00/0000", "31/31/1", "1.2.2006", "10:20", "10:20:30.5 6"])
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("fmt", ["16", "61"])
+def test_dates_have_no_influence(tmp_path: Path, fmt: str, files: int, date: str) -> None:
+    values = np.random.default_rng(0).integers(-500, 500, (300, 2)).astype(np.int16)
+    lines = [f"s 2 500 300 {date}"]
+    for k, lead in enumerate(("I", "II")):
+        lines.append(
+            f"s{k % files}.dat {fmt} 1000(0)/mV 16 0 0 {int(values[:, k].astype(int).sum()) & 0xFFFF} 0 {lead}"
+        )
+    order = {"16": "<i2", "61": ">i2"}[fmt]
+    for k in range(files):
+        (values if files == 1 else values[:, k]).astype(order).tofile(tmp_path / f"s{k}.dat")
+    (tmp_path / "s.hea").write_text("\n".join(lines) + "\n")
+    assert np.array_equal(read_leads(tmp_path / "s.hea", ["II"])[0][0], (values[:, 1] / 1000).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["r", "median_beats/r", "a/b/r", "records/7", "my record", "another", "ä"])
+def test_names_of_the_record_line_have_no_influence(tmp_path: Path, name: str) -> None:
+    values = twelve(0, 9)
+    header = write_record(tmp_path, "my record", values, PTBXL_LEADS)
+    header.write_text(header.read_text().replace("my record 12", f"{name} 12", 1), encoding="utf-8")
+    assert np.array_equal(read_leads(header, ["V6"])[0][0], (values[:, 11] / 1000).astype(np.float32))
+
+
+MINUS = ("-", "\N{MINUS SIGN}", "\N{EN DASH}", "minus ", "ECG -", "Lead -", "MDC_ECG_LEAD_-")
+UNSURE = ("aVR-", "aVR neg", "neg aVR", "ECG-aVR", "aVR (-)", "- aVR", "--aVR", "aVR*-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "negated"),
+    [(start + lead, True) for start in MINUS for lead in ("aVR", "I")] + [(name, False) for name in UNSURE],
+)
+def test_leads_of_the_other_sign(tmp_path: Path, name: str, negated: bool) -> None:
+    """They are negated where that is certain, and missing otherwise."""
+    lead = "I" if name.endswith("I") else "aVR"
+    values = np.random.default_rng(0).integers(-500, 500, (200, 2)).astype(np.int16)
+    header = write_record(tmp_path, "c", values, ("X", "II"))
+    header.write_text(header.read_text().replace(" 0 X", f" 0 {name}"), encoding="utf-8")
+    if negated:
+        assert np.array_equal(read_leads(header, [lead])[0][0], -(values[:, 0] / 1000).astype(np.float32))
+    else:
+        with pytest.raises(ValueError, match=f"the leads {lead} are missing"):
+            read_leads(header, [lead])
+    # The lead itself goes first.
+    header.write_text(header.read_text().replace(" 0 II", f" 0 {lead}"), encoding="utf-8")
+    assert np.array_equal(read_leads(header, [lead])[0][0], (values[:, 1] / 1000).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"),
+    [("0", 5 / 200), ("0(1)/mV", 4 / 200), ("2e2(1e0)/mV", 4 / 200), ("-1000.0(0)/mV", -5e-3), ("5E-1(1.0)/uV", 8e-3)],
+)
+def test_gains_and_baselines(tmp_path: Path, gain: str, expected: float) -> None:
+    header = write_record(tmp_path, "r", np.array([[5], [5]], np.int16), ("I",))
+    header.write_text(header.read_text().replace("1000.0(0)/mV", gain))
+    assert np.allclose(read_leads(header, ["I"])[0], expected, rtol=1e-6)
+
+
+def test_a_large_baseline_hides_nothing(tmp_path: Path) -> None:
+    values = 2**30 + np.arange(8).reshape(8, 1)
+    write_by_wfdb(tmp_path, "32", values, 2**30, 1000.0)
+    assert np.allclose(read_leads(tmp_path / "r.hea", ["V1"])[0][0], np.arange(8) / 1000, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fmt", ["16", "212", "8"])
+def test_long_records_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fmt: str) -> None:
+    from tgdp_fast.ecg.records import wfdb as module
+
+    values = np.cumsum(np.random.default_rng(0).integers(-9, 9, (401, 3)), axis=0)
+    header = tmp_path / "r.hea"
+    if fmt == "8":  # differences, and the first value in the header
+        lines = [f"r.dat 8 1000/mV 16 0 {values[0, k]} {values[:, k].sum() & 0xFFFF} 0 V{k + 1}" for k in range(3)]
+        header.write_text("\n".join(["r 3 100 401", *lines]))
+        np.diff(values, axis=0, prepend=values[:1]).astype(np.int8).tofile(tmp_path / "r.dat")
+    else:
+        write_by_wfdb(tmp_path, fmt, values)
+    whole, _ = read_signals(header)
+    assert np.array_equal(whole, (values.T / 1000).astype(np.float32))
+    monkeypatch.setattr(module, "_BLOCK", 3 * 50)
+    monkeypatch.setattr(module, "AHEAD", 7)
+    assert np.array_equal(read_signals(header)[0], whole)
+    assert np.array_equal(read_signals(header, seconds=1.2)[0], whole[:, :127])
+    header.write_text(header.read_text().replace(f" {values[:, 2].sum() & 0xFFFF} 0 V3", " 1 0 V3"))
+    with pytest.raises(RecordError, match="another checksum in lead V3"):
+        read_signals(header, seconds=1.2)
+
+
+def test_memory_grows_with_what_is_kept_and_not_with_the_file(tmp_path: Path) -> None:
+    import os
+    import tracemalloc
+
+    header = write_record(tmp_path, "r", twelve(0, 1200), PTBXL_LEADS)
+    header.write_text(header.read_text().replace("r 12 100 1200", "r 12 100 0"))
+    os.truncate(header.with_suffix(".dat"), 1 << 28)  # zeros, which no checksum sees and no disk holds
+    folder = open_ecg_folder(tmp_path)
+    assert folder.entries[0].length == (1 << 28) // 24
+    tracemalloc.start()
+    try:
+        assert inspect_ecg_folder(folder, 10.0, read=True)["usable"] == 1
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Two blocks of 8 MB with their masks, and 17,384 samples of 12 leads.
+    assert peak < 40e6
 
 
 def test_records_that_do_not_say_their_length_or_checksum(tmp_path: Path) -> None:

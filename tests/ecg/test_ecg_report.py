@@ -18,7 +18,8 @@ from tgdp_fast.ecg import plots
 from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 from tgdp_fast.ecg.report import Cost, Method, Report, render, write_report
-from tgdp_fast.metrics import ClassScore, Interval, Memorization, Spectra, StatisticComparison
+from tgdp_fast.fit.diagnostics import TransferDiagnostics
+from tgdp_fast.metrics import ClassScore, ECGStatistics, Interval, Memorization, Spectra, StatisticComparison
 
 TWELVE = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 NAMES = ("Real records", "Source model", "Vanilla", "Fine-tune", 'TGDP <guided> & "co"')
@@ -155,10 +156,11 @@ def test_anchors_and_references_exist_once(page: Page) -> None:
 
 def test_every_plot_is_there_and_says_what_it_is(page: Page) -> None:
     for name in NAMES:
-        for i, label in enumerate(("NORM", "AFIB, PVC")):
-            assert f"Twelve-lead electrocardiogram. {name}, record {i + 1}: {label}" in page.titles
+        for label in ("NORM", "AFIB, PVC"):
+            assert f"Twelve-lead electrocardiogram. {name}: {label}" in page.titles
+            assert f"Three leads. {name}: {label}" in page.titles
     plots_shown = [a for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
-    assert [a["class"] for a in plots_shown].count("ecg") == 10
+    assert [a["class"] for a in plots_shown].count("ecg") == 2 * 10
     assert [a["class"] for a in plots_shown].count("chart") == 4 + 1
     # The page itself and every image has a title.
     assert len(page.titles) == 1 + len(plots_shown)
@@ -208,8 +210,84 @@ def test_sections_without_content_are_left_out() -> None:
     assert sections == ["provenance"]
 
 
+def diagnostics(**changes: Any) -> dict[str, Any]:
+    return TransferDiagnostics(
+        **{
+            "num_source": 68, "num_target": 8, "auc": 0.91, "calibration_error": 0.1, "calibration_slope": 0.4,
+            "effective_sample_size": 20.0, "mean_ratio": 0.8, "outside_fraction": 0.1, "mean_h": [(0.0, 0.5, 0.1)],
+        }
+        | changes
+    ).to_dict()  # fmt: skip
+
+
+def measured(records: int, noise: int, failed: int) -> ECGStatistics:
+    rate = np.where(np.arange(records) < failed, np.nan, 70.0)
+    return ECGStatistics(rate, rate, rate, rate, rate, "II", failed, noise)
+
+
+def test_the_top_says_what_the_numbers_say() -> None:
+    methods = [dataclasses.replace(method(i, name), beats=measured(64, 0, 0)) for i, name in enumerate(NAMES[:3])]
+    methods[1] = dataclasses.replace(methods[1], beats=measured(64, 59, 60), memorization=None)
+    text = Page(render(report(methods=methods, diagnostics=diagnostics(), warnings=()))).text
+    top = text[: text.index("Contents") if "Contents" in text else text.index("Is the target within reach?")]
+    assert "Most samples of Source model do not look like an ECG" in top
+    assert "Samples of Vanilla copy training records." in top
+    assert "Vanilla has the best macro AUC, 0.730 (0.650 to 0.800); next is Source model, 0.720" in top
+    assert "The intervals overlap: no method is shown to be better." in top
+    assert "out of reach of the source" not in top
+    page = Page(render(report(methods=methods, diagnostics=diagnostics(outside_fraction=1.0))))
+    assert "The target is out of reach of the source: do not use samples of TGDP." in page.text
+    rows = {row[0]: row[1] for row in page.table("good")[1:]}
+    assert rows["AUC of the domains, held out"] == "0.910"
+    assert rows["Effective sample size"] == "20 of 68 (29%)"
+    assert rows["Mean of the fitted h, E_p[h]"] == "0.5 to 0.5 over t"
+
+
+def test_what_was_not_measured_is_counted() -> None:
+    methods = [dataclasses.replace(method(i, name), beats=measured(64, 59, 60)) for i, name in enumerate(NAMES[:2])]
+    nothing = StatisticComparison("qt", "ms", (381.0, 402.0, 423.0), (NAN, NAN, NAN), 40, 0, NAN)
+    methods[1] = dataclasses.replace(methods[1], statistics=[nothing])
+    table = Page(render(report(methods=methods, reference=measured(8, 0, 0)))).table("Measure")
+    assert table[1] == ["Records measured", "8 of 8", *["4 of 6459 noise, 1 no beats"] * 2]
+    assert table[2][-1] == "–"
+
+
+def test_bold_is_what_is_better_than_all_others() -> None:
+    def scores(*values: float) -> list[Method]:
+        return [
+            Method(name, per_class=[ClassScore("NORM", 3, value, NAN, NAN, NAN)])
+            for name, value in zip(NAMES, values, strict=False)
+        ]
+
+    for values, bold in (
+        ((0.0, 0.0, 0.0), []),
+        ((1.0, 1.0, 1.0), []),
+        ((0.5, 0.9, 0.9), []),
+        ((0.5, 0.90001, 0.9), []),
+        ((0.5, 0.9, NAN), ["0.900"]),
+        ((0.0, 0.0, 0.2), ["0.200"]),
+    ):
+        text = render(report(methods=scores(*values)))
+        assert re.findall(r"<td><strong>(.*?)</strong></td>", text) == bold
+
+
+def test_settings_are_folded_and_sizes_told() -> None:
+    text = render(report(sizes={"source model": 24_216, "Guidance of TGDP": 583_201}))
+    assert "<details><summary>Settings" in text
+    assert "Guidance of TGDP: 583,201 parameters, 24.1 times the 24,216 of the source model." in text
+
+
+def test_sections_have_the_order_of_the_guide() -> None:
+    page = Page(render(report(diagnostics=diagnostics())))
+    order = [a["id"] for tag, a in page.tags if tag == "section"]
+    assert order == [
+        "ratios", "classification", "classes", "quality", "electrocardiograms", "intervals", "spectra", "cost", "data",
+        "provenance",
+    ]  # fmt: skip
+
+
 def layout(plot: str) -> tuple[float, float, list[float]]:
-    """Width and height of a plot, and the baselines of its rows, from the calibration pulses; mm."""
+    """Width and height of a plot, and the baselines of its rows, from the calibration pulses; mm at 10 mm/mV."""
     size = re.search(r'viewBox="0 0 (\d+) (\d+)"', plot)
     assert size
     return float(size[1]), float(size[2]), [float(y) for y in re.findall(r"M6 (\d+)h2v-10h5v10h2", plot)]
@@ -222,10 +300,45 @@ def test_rows_are_as_high_as_their_signals() -> None:
     assert np.diff(rows).tolist() == [30.0] * 3
     x[TWELVE.index("V5"), 800] = 2.2
     x[TWELVE.index("V6"), 10] = 2.2  # not in the quarter that is shown
-    x[TWELVE.index("V1"), 600] = -9.0
+    x[TWELVE.index("V1"), 600] = -2.6
     _, height, rows = layout(plots.ecg_plot(x, 100.0, TWELVE, "t"))
-    assert np.diff(rows).tolist() == [20 + 25, 15 + 15, 15 + 15]
-    assert height == 130 + 5 + 10
+    # 22 mm and the name above V5, 26 mm and a line's width below V1.
+    assert np.diff(rows).tolist() == [30 + 30, 15 + 15, 15 + 15]
+    assert height == 130 + 15 + 15
+
+
+def boxes(plot: str) -> list[tuple[float, float, float, float]]:
+    """Left, right, top and bottom of every trace, mm."""
+    found = []
+    for start, steps in re.findall(r'<path d="M([\d.-]+ [\d.-]+)l([^"]*)"/>', plot):
+        points = np.cumsum([[int(v) for v in start.split()], *np.array(steps.split(), int).reshape(-1, 2)], axis=0)
+        (left, top), (right, bottom) = points.min(axis=0) / 100, points.max(axis=0) / 100
+        found.append((left, right, top, bottom))
+    return found
+
+
+@pytest.mark.parametrize("largest", [0.4, 3.4, 4.9, 8.0, 1e6])
+def test_leads_neither_clip_nor_overlap(largest: float) -> None:
+    """Traces stay on the paper, below the names of their rows and off each other, at a scale that is written down."""
+    x = largest * np.random.default_rng(0).uniform(-1, 1, (12, 1000))
+    x[3, 7], x[9, 900] = largest, -largest
+    scale = plots.gain(x)
+    for plot in (plots.ecg_plot(x, 100.0, TWELVE, "t"), plots.strip_plot(x, 100.0, TWELVE, "t", scale)):
+        width, height, _ = layout(plot)
+        assert f"25 mm/s · {scale:g} mm/mV" in plot
+        places = boxes(plot)
+        assert len(places) in (13, 3)
+        for i, (left, right, top, bottom) in enumerate(places):
+            assert 0 < left < right < width
+            assert 0 < top < bottom < height - 3.6  # Above the line of text.
+            for other_left, other_right, other_top, other_bottom in places[:i]:
+                assert left >= other_right or right <= other_left or top >= other_bottom or bottom <= other_top
+        for name_x, name_y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)">', plot):
+            for left, right, top, bottom in places:
+                inside = left <= float(name_x) <= right and top < float(name_y) < bottom
+                assert not inside
+    assert plots.gain(x / largest) == 10.0  # 1 mV has the size of the calibration pulse.
+    assert scale == {0.4: 10.0, 3.4: 10.0, 4.9: 5.0, 8.0: 2.5, 1e6: 1.25}[largest]
 
 
 def test_paths_are_the_signals() -> None:
@@ -323,9 +436,10 @@ def screenshot(page: Path, width: int, height: int) -> np.ndarray:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_chromium_shows_paper_and_traces(tmp_path: Path) -> None:
-    shown = report(warnings=(), methods=[dataclasses.replace(method(0, "Real records"), metrics={}, augmented={})])
-    write_report(tmp_path / "report.html", shown)
-    drawn = (tmp_path / "report.html").read_text().split('<svg class="ecg"')[1:]
+    drawn = [plots.ecg_plot(x, 100.0, TWELVE, "t") for x in twelve(2, 0)]
+    style = "body{margin:0 20px}svg.ecg{display:block;width:100%;margin-bottom:60px}"
+    page = f"<!DOCTYPE html><style>{style}</style><body>{plots.GRID}{''.join(drawn)}"
+    (tmp_path / "report.html").write_text(page)
     image = screenshot(tmp_path / "report.html", 1120, 1700)
     red, green, blue = (image[:, :, i] for i in range(3))
     pink = (red > 225) & (red - green > 6) & (red - blue > 6)

@@ -239,6 +239,57 @@ def test_learned_guidance_with_labels():
     assert not torch.equal(there(x, 2 * t, classes=y), 0.25 * found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_cond_fn_takes_every_dtype(dtype):
+    """The gradient is that of the float32 network, rounded once to the dtype of x."""
+    schedule = discrete(1000)
+    network = GuidanceNetwork((2,), schedule, width=8, depth=2).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(1))
+    cond_fn, t = as_cond_fn(network, schedule, scale=3.0), torch.tensor([0, 10, 500, 999])
+    x = start(4).to(dtype)
+    expected = 3.0 * network.log_ratio_and_grad(x.float(), t.double())[1].detach()
+    for found in (cond_fn(x, t), cond_fn(x.requires_grad_(), t)):
+        assert found.dtype == dtype
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6, atol=0.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(cond_fn(x, t), expected.to(dtype), rtol=1e-6, atol=0.0)
+
+
+def test_cond_fn_refuses_times_beyond_the_schedule():
+    """Of a sampler with rescale_timesteps the times are multiples of 1000 / N; its factor takes them back."""
+    source, guidance = models(discrete(100))
+    x, indices = start(3), torch.tensor([0, 50, 99])
+    expected = as_cond_fn(guidance)(x, indices)
+    assert torch.allclose(as_cond_fn(guidance, time_scale=10.0)(x, 10.0 * indices), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"\[0, 99\], got values from 0 to 990; .* time_scale=1000 / N"):
+        as_cond_fn(guidance)(x, 10.0 * indices)
+    with pytest.raises(ValueError, match=r"\[0, 990\], got values from -1 to -1"):
+        as_cond_fn(guidance, time_scale=10.0)(x, torch.full((3,), -1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_k_diffusion(dtype):
+    """x and the model in half precision, log h in float32: the float32 result of the rounded state, rounded once."""
+    _, guidance = models(CONTINUOUS)
+    seen = []
+
+    class Guidance:
+        schedule = CONTINUOUS
+
+        def log_ratio_and_grad(self, x, t, labels=None):
+            seen.append(x.dtype)
+            return guidance.log_ratio_and_grad(x, t)
+
+    x, sigma = (2.0 * start(5)).to(dtype), torch.full((5,), 0.7)
+    result = KDiffusionDenoiser(lambda x, sigma: 0.5 * x, Guidance(), scale=2.0)(x, sigma)
+    expected = KDiffusionDenoiser(lambda x, sigma: 0.5 * x, guidance, scale=2.0)(x.float(), sigma)
+    assert result.dtype == dtype
+    assert seen == [torch.float32]
+    torch.testing.assert_close(result, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_cond_fn_refuses():
     guidance = models(CONTINUOUS)[1]
     with pytest.raises(ValueError, match="schedule must be the sampler's discrete .* but none was given"):

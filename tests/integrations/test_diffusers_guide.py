@@ -7,8 +7,10 @@ either and grad log q_t / p_t are known. Guiding the exact model of the source m
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,6 +266,25 @@ def test_a_fractional_timestep() -> None:
         torch.testing.assert_close(predict(model, noise(), t), predict(target, noise(), t), rtol=1e-9, atol=1e-9)
 
 
+def test_a_timestep_in_half_precision() -> None:
+    """As some pipelines hand it to their model; 999 is 1000 in bfloat16, which the schedule does not have."""
+
+    class Model(GaussianModel):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Any:
+            return super().forward(sample, timestep.float().clamp(max=999.0))
+
+    scheduler = make_scheduler("DDPMScheduler")
+    model, target = Model(scheduler, SOURCE, "epsilon"), GaussianModel(scheduler, TARGET, "epsilon")
+    with guide(model, ExactRatio(model.schedule), scheduler=scheduler):
+        for t, same in ((999, 999), (500, 500), (3, 3)):
+            result = predict(model, noise(), torch.tensor([t] * 5, dtype=torch.bfloat16))
+            torch.testing.assert_close(result, predict(target, noise(), same), rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match=r"timestep must be in \[0, 999\], got 1000.0"):
+            predict(model, noise(), torch.tensor(1000.0))
+        with pytest.raises(ValueError, match=r"timestep must be in \[0, 999\], got 1024.0"):
+            predict(model, noise(), torch.tensor(1024.0, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_zero_terminal_signal(name: str) -> None:
     scheduler = make_scheduler(name, rescale_betas_zero_snr=True, prediction_type="v_prediction")
@@ -437,6 +458,99 @@ def test_the_scheduler_may_change_meanwhile() -> None:
         )
 
 
+def test_the_scheduler_may_be_changed_in_place() -> None:
+    """Its prediction type and its noise, as scripts for v-prediction checkpoints do; kinds without a formula raise."""
+    scheduler = make_scheduler("DDIMScheduler")
+    pipeline = SimpleNamespace(unet=GaussianModel(scheduler, SOURCE, "epsilon"), scheduler=scheduler)
+    with guide(pipeline, ExactRatio(pipeline.unet.schedule)) as guided:
+
+        def check(prediction_type: str) -> None:
+            target = GaussianModel(scheduler, TARGET, prediction_type)
+            pipeline.unet.prediction_type, pipeline.unet.schedule = prediction_type, target.schedule
+            guided.guidance.schedule = target.schedule
+            torch.testing.assert_close(
+                predict(pipeline.unet, noise(), 500), predict(target, noise(), 500), rtol=1e-9, atol=1e-9
+            )
+
+        check("epsilon")
+        for prediction_type in ("v_prediction", "sample", "epsilon"):
+            scheduler.register_to_config(prediction_type=prediction_type)
+            check(prediction_type)
+        scheduler.alphas_cumprod.mul_(0.9)
+        check("epsilon")
+        scheduler.alphas_cumprod = make_scheduler("DDIMScheduler", beta_schedule="scaled_linear").alphas_cumprod
+        check("epsilon")
+        scheduler.set_timesteps(7)
+        check("epsilon")
+        scheduler.register_to_config(prediction_type="flow_prediction")
+        with pytest.raises(ValueError, match="prediction_type must be one of"):
+            predict(pipeline.unet, noise(), 500)
+        scheduler.register_to_config(prediction_type="epsilon", timestep_type="continuous")
+        with pytest.raises(ValueError, match="timestep_type='continuous'"):
+            predict(pipeline.unet, noise(), 500)
+        pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        with pytest.raises(TypeError, match="alphas_cumprod"):
+            predict(pipeline.unet, noise(), 500)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_may_change_its_dtype_and_run_in_autocast(dtype: torch.dtype) -> None:
+    """log h is computed in float32 either way, so the guided output moves by what float32 guidance moves it."""
+    scheduler, unet = make_scheduler("DDPMScheduler"), make_unet()
+    network = GuidanceNetwork((1, 8, 8), NoiseSchedule.from_diffusers(scheduler), width=8, depth=2).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    sigma = network.schedule.sigma(300.0)
+    gradient = network.log_ratio_and_grad(x.to(dtype).float(), 300.0)[1]
+    guided = guide(unet, network, scheduler=scheduler)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = predict(unet, x.to(dtype).float(), 300)
+        guided.restore()
+        expected = predict(unet, x.to(dtype).float(), 300).float() - sigma * gradient
+    torch.testing.assert_close(seen, expected.to(seen.dtype), rtol=0.0, atol=0.0)
+    with guide(unet, network, scheduler=scheduler):
+        unet.to(dtype)
+        seen = predict(unet, x.to(dtype).to(memory_format=torch.channels_last), 300)
+    expected = (predict(unet, x.to(dtype), 300).float() - sigma * gradient).to(dtype)
+    assert seen.dtype == dtype
+    torch.testing.assert_close(seen, expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+def test_no_class_is_that_of_the_same_image() -> None:
+    """Classifier-free guidance doubles the batch and gives one half the index after the last class, as DiT does."""
+    scheduler = make_scheduler("DDIMScheduler")
+    model, x = GaussianModel(scheduler, SOURCE, "epsilon"), noise()[:2]
+
+    class Conditional:
+        num_classes = 3
+        seen: Any = None
+
+        def log_ratio_and_grad(self, x: Tensor, t: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            self.seen = labels
+            return x.flatten(1).sum(1), labels.to(x.dtype).reshape(-1, 1, 1, 1).expand_as(x)
+
+    guidance, doubled = Conditional(), torch.cat([x, x])
+    with guide(model, guidance, scheduler=scheduler):
+        for class_labels in ([0, 2, 3, 3], [3, 3, 0, 2], [0, 2, -1, 3]):
+            first, second = predict_with(model, doubled, torch.tensor(class_labels)).chunk(2)
+            assert guidance.seen.tolist() == [0, 2, 0, 2]
+            assert torch.equal(first, second)
+        predict_with(model, doubled, 2)
+        assert guidance.seen.tolist() == [2, 2, 2, 2]
+        for images, class_labels in ((noise()[:4], [0, 2, 3, 3]), (doubled, [0, 3, 1, 3]), (noise()[:3], [0, 1, 3])):
+            with pytest.raises(ValueError, match=r"class_labels .*3.*pass guide\(\.\.\., labels=\)"):
+                predict_with(model, images, torch.tensor(class_labels))
+    with guide(model, guidance, scheduler=scheduler, labels=[0, 2]):
+        predict_with(model, doubled, torch.tensor([700, 900, 1000, 1000]))
+        assert guidance.seen.tolist() == [0, 2, 0, 2]
+
+
+def predict_with(model: nn.Module, x: Tensor, class_labels: Any) -> Tensor:
+    with torch.no_grad():
+        return model(x, 500, class_labels=class_labels).sample
+
+
 def test_labels() -> None:
     scheduler = make_scheduler("DDPMScheduler")
     model = GaussianModel(scheduler, SOURCE, "epsilon")
@@ -484,6 +598,7 @@ def test_labels() -> None:
         ({"time_input": "sigma"}, ValueError, "time_input must be one of"),
         ({"scheduler": "flow"}, TypeError, "alphas_cumprod"),
         ({"scheduler": "flow sigmas"}, ValueError, "variance preserving"),
+        ({"scheduler": "continuous"}, ValueError, "timestep_type='continuous'"),
         ({"scheduler": NoiseSchedule.vp_linear()}, ValueError, "discrete NoiseSchedule"),
     ],
 )
@@ -496,6 +611,10 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         arguments["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler()
     elif arguments.get("scheduler") == "flow sigmas":
         arguments["scheduler"] = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True)
+    elif arguments.get("scheduler") == "continuous":
+        arguments["scheduler"] = diffusers.EulerDiscreteScheduler(
+            timestep_type="continuous", prediction_type="v_prediction"
+        )
     with pytest.raises(error, match=message):
         guide(**arguments)
     assert not model._forward_hooks
@@ -646,3 +765,21 @@ def test_a_list_of_generators_and_the_progress_bar(capsys: pytest.CaptureFixture
     assert (together - unguided).abs().mean() > 0.01
     # One line for each bar, in which a slow machine draws its end more than once.
     assert sum("4/4" in line for line in capsys.readouterr().err.split("\n")) == 3
+
+
+# The page ------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not here")
+def test_the_page_quotes_what_was_measured() -> None:
+    """Means and standard errors over the draws of the target, from docs/images/guidance_or_fine_tuning.py."""
+    methods = json.loads((DOCS / "images" / "guidance_or_fine_tuning.json").read_text())["methods"]
+    page = (DOCS / "diffusers.md").read_text()
+    for name, row in methods.items():
+        cells = [name]
+        for values, digits in ((row["right"], 2), (row["nearest_given"], 2), (row["seconds"], 0)):
+            error = np.std(values, ddof=1) / np.sqrt(len(values))
+            cells.append(f"{np.mean(values):.{digits}f}" + (f" ± {error:.2f}" if digits else ""))
+        assert f"| {' | '.join(cells)} |" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -439,6 +440,215 @@ def test_guided_it_draws_what_sample_draws(solver: str, prediction_type: str) ->
         result = run(scheduler, model, x)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     assert (expected - unguided).mean() > 0.3
+
+
+# Configs of other schedulers -----------------------------------------------------------------------------------
+
+
+def scheduler_classes() -> list[Any]:
+    """Every scheduler of diffusers that can be imported and made without arguments."""
+    found = {}
+    for module in pkgutil.iter_modules(diffusers.schedulers.__path__, "diffusers.schedulers."):
+        try:
+            members = vars(importlib.import_module(module.name)).values()
+        except ImportError:  # torchsde
+            continue
+        found.update(
+            {each.__name__: each for each in members if inspect.isclass(each) and hasattr(each, "from_config")}
+        )
+    required = [
+        [one for one in list(inspect.signature(each).parameters.values()) if one.default is one.empty]
+        for each in found.values()
+    ]
+    return [
+        each
+        for each, missing in zip(found.values(), required, strict=True)
+        if not missing and hasattr(each, "set_timesteps") and each.__module__.startswith("diffusers.schedulers.")
+    ]
+
+
+NO_VARIANCE_PRESERVING_NOISE = (
+    "FlowMatch", "FlowMap", "EDM", "CMStochastic", "Consistency", "LCM", "TCD", "UnCLIP", "ScoreSde", "CogVideoX",
+    "SCM", "IPNDM", "KarrasVe", "Wuerstchen", "LTX", "Helios", "Piflow", "MiniMax", "BlockRefinement",
+    "DiscreteDDIM", "EntropyBound",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler_class", scheduler_classes(), ids=lambda each: each.__name__)
+@pytest.mark.parametrize("form", ["object", "file", "name alone"])
+def test_a_scheduler_is_followed_or_refused(scheduler_class: Any, form: str, tmp_path: Path) -> None:
+    """All of diffusers: the same alphas_cumprod and prediction type, also where they are defaults of the class."""
+    other = scheduler_class()
+    config = other.config
+    if form == "file":
+        other.save_pretrained(tmp_path)
+        config = scheduler_class.load_config(tmp_path)
+    elif form == "name alone":
+        config = {"_class_name": scheduler_class.__name__}
+        if not hasattr(diffusers, scheduler_class.__name__):
+            pytest.skip("diffusers does not export it")
+    if any(name in scheduler_class.__name__ for name in NO_VARIANCE_PRESERVING_NOISE):
+        with pytest.raises(ValueError, match="config must"):
+            TableScheduler.from_config(config)
+        return
+    ours = TableScheduler.from_config(config, solver="ddim")  # which has RePaint's eta
+    assert torch.equal(ours.alphas_cumprod, other.alphas_cumprod)
+    assert ours.config.prediction_type == other.config.get("prediction_type", "epsilon")
+
+
+LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+FAMOUS = {
+    "Stable Diffusion 1.5": {
+        "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **LATENT, "set_alpha_to_one": False,
+        "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+    },
+    "Stable Diffusion 2.1": {
+        "_class_name": "DDIMScheduler", **LATENT, "clip_sample": False, "prediction_type": "v_prediction",
+        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+    },
+    "SDXL": {
+        "_class_name": "EulerDiscreteScheduler", **LATENT, "clip_sample": False, "interpolation_type": "linear",
+        "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True,
+        "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False,
+    },
+    "ddpm-cifar10-32": {
+        "_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02, "beta_schedule": "linear",
+        "beta_start": 0.0001, "clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None,
+        "variance_type": "fixed_large", "tensor_format": "pt", "timestep_values": None,
+    },
+    "DiT": {
+        "_class_name": "DDIMScheduler", "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001,
+        "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": True,
+        "steps_offset": 0, "trained_betas": None,
+    },
+    "cosine": {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
+    "sigmoid": {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"},
+    "own betas": {
+        "_class_name": "DDIMScheduler", "num_train_timesteps": 200,
+        "trained_betas": np.linspace(1e-4, 0.03, 200).tolist(),
+    },
+}  # fmt: skip
+REFUSED = {
+    "Stable Video Diffusion": (
+        {**FAMOUS["SDXL"], "timestep_type": "continuous", "sigma_max": 700.0, "sigma_min": 0.002}, "timestep_type"
+    ),
+    "Karras sigmas": ({**FAMOUS["SDXL"], "use_karras_sigmas": True}, "use_karras_sigmas=True"),
+    "exponential sigmas": ({**FAMOUS["SDXL"], "use_exponential_sigmas": True}, "use_exponential_sigmas"),
+    "beta sigmas": ({**FAMOUS["SDXL"], "use_beta_sigmas": True}, "use_beta_sigmas"),
+    "flow sigmas": (
+        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}, "use_flow_sigmas"
+    ),
+    "flow prediction": ({**FAMOUS["SDXL"], "prediction_type": "flow_prediction"}, "prediction_type must be one of"),
+    "log-linear": ({**FAMOUS["SDXL"], "interpolation_type": "log_linear"}, "interpolation_type"),
+    "last sigma": ({**FAMOUS["SDXL"], "final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
+    "thresholding": ({"_class_name": "DDPMScheduler", "thresholding": True}, "thresholding must be False"),
+    "shift": ({**LATENT, "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "Flow.* with shift=3.0"),
+    "old prediction type": ({**FAMOUS["DiT"], "predict_epsilon": False}, "predict_epsilon=False"),
+    "unknown": ({**FAMOUS["DiT"], "noise_warp": 0.3}, "noise_warp=0.3"),
+    "unknown array": ({**FAMOUS["DiT"], "all_sigmas": np.ones(3)}, "all_sigmas="),
+    "exp": ({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "exp"}, "beta_schedule must be"),
+    "betas of another number": ({**FAMOUS["DiT"], "trained_betas": [0.1, 0.2, 0.3]}, "trained_betas must have"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMOUS)
+def test_configs_of_known_models(name: str) -> None:
+    config = FAMOUS[name]
+    other = getattr(diffusers, config["_class_name"]).from_config(config)
+    ours = TableScheduler.from_config(config)
+    assert torch.equal(ours.alphas_cumprod, other.alphas_cumprod)
+    assert ours.config.prediction_type == other.config.prediction_type
+    assert ours.config.clip_sample == config.get("clip_sample", False)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_configs_that_betas_do_not_describe(name: str) -> None:
+    config, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        TableScheduler.from_config(config)
+
+
+def test_an_entry_may_be_replaced(tmp_path: Path) -> None:
+    """Then the saved config is free of it, and loads."""
+    config = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, prediction_type="sample").config
+    scheduler = TableScheduler.from_config(config, use_karras_sigmas=None, spacing="karras", prediction_type="epsilon")
+    assert (scheduler.config.spacing, scheduler.config.prediction_type) == ("karras", "epsilon")
+    scheduler.save_pretrained(tmp_path)
+    assert TableScheduler.from_pretrained(tmp_path).config.spacing == "karras"
+    assert TableScheduler.from_config(str(tmp_path)).config.spacing == "karras"
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path)
+    for load in (TableScheduler.from_pretrained, TableScheduler.from_config):
+        with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler with shift=1\.0"):
+            load(str(tmp_path))
+    with pytest.raises(ValueError, match="use_karras_sigmas=True"):
+        TableScheduler.from_config({**config, "_class_name": "DPMSolverMultistepScheduler"}, spacing="karras")
+    cog = {"_class_name": "CogVideoXDDIMScheduler"}
+    shifted = TableScheduler.from_config(cog, snr_shift_scale=None)
+    assert torch.equal(shifted.alphas_cumprod, TableScheduler.from_config(FAMOUS["SDXL"]).alphas_cumprod)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("total", [1000, 250, 37])
+def test_grids_of_every_length(spacing: str, total: int) -> None:
+    """diffusers' grid, of which rounding makes "trailing" one time too long (61, 103, 122, ... of 1000)."""
+    ours = TableScheduler(num_train_timesteps=total, solver="euler", spacing=spacing)
+    reference = diffusers.DDIMScheduler(num_train_timesteps=total, timestep_spacing=spacing)
+    for steps in {*range(1, 131), total // 2, total - 1, total, 703} & {*range(1, total + 1)}:
+        for scheduler in (ours, reference):
+            scheduler.set_timesteps(steps)
+        times = ours.timesteps.tolist()
+        assert len(set(times)) == len(times) == steps
+        assert times[-1] >= 0
+        assert times == reference.timesteps.tolist()[:steps]
+
+
+def test_a_config_changed_in_place_is_followed() -> None:
+    scheduler, x = TableScheduler(solver="euler", spacing="leading"), start()
+    scheduler.register_to_config(
+        solver="heun", spacing="trailing", steps_offset=0, clip_sample=True, prediction_type="sample"
+    )
+    expected = TableScheduler(solver="heun", spacing="trailing", clip_sample=True, prediction_type="sample")
+    for each in (scheduler, expected):
+        each.set_timesteps(5)
+    assert (scheduler.order, scheduler.timesteps.tolist()) == (2, expected.timesteps.tolist())
+    assert torch.equal(*[each.step(3.0 * x, each.timesteps[0], x).prev_sample for each in (scheduler, expected)])
+
+
+# Image to image ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [name for name, info in SOLVERS.items() if info.evaluations == 2])
+@pytest.mark.parametrize("spacing", ["logsnr", "trailing"])
+def test_step_k_begins_at_entry_k_times_order(solver: str, spacing: str) -> None:
+    """As pipelines slice: by strength, ``t_start * order``; by denoising_start, an odd number of entries from the end.
+
+    Also where a step has no timestep inside, from 20 steps on in log-SNR.
+    """
+    scheduler = TableScheduler(solver=solver, spacing=spacing)
+    for steps in (1, 2, 7, 20, 33, 60):
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps.tolist()
+        assert len(timesteps) == 2 * steps - 1
+        assert sorted(timesteps, reverse=True) == timesteps
+        for begin in {0, 2 * (steps // 3), 2 * (steps - 1)}:
+            scheduler.set_timesteps(steps)
+            scheduler.set_begin_index(begin)
+            x = start(torch.float64)
+            for t in timesteps[begin:]:
+                x = scheduler.step(Model()(x, t).sample, t, x).prev_sample
+            grid = scheduler.table.times[np.concatenate([[True], scheduler.table.ends_step[:-1]])]
+            table = solver_table(solver, SCHEDULE, times=grid[begin // 2 :])
+            assert scheduler.step_index == len(timesteps)
+            torch.testing.assert_close(x, apply_table(table, start(torch.float64)), rtol=1e-9, atol=1e-9)
+
+
+def apply_table(table: Any, x: Tensor) -> Tensor:
+    """The recurrence of SolverTable's documentation in float64."""
+    state = [x, *[torch.zeros_like(x)] * table.history]
+    for t, matrix in zip(table.times, table.matrix, strict=True):
+        terms = torch.stack([*state, Model().epsilon(state[0], float(t))])
+        state = list(torch.einsum("ij,j...->i...", torch.from_numpy(matrix.copy()), terms))
+    return state[0]
 
 
 # Refusals ------------------------------------------------------------------------------------------------------

@@ -253,6 +253,40 @@ def test_other_networks_of_the_same_calls():
     assert relative(quick, plain) < 1e-5
 
 
+@pytest.mark.parametrize("form", ["method", "calculate_guidance", "callable"])
+def test_a_half_precision_network_and_its_guidance(form):
+    """The guidance sees float32 and its gradient is added in float32; one step rounds once more, to the net's dtype."""
+    dtype, seen = torch.bfloat16, []
+
+    class Method:
+        def log_ratio_and_grad(self, x, t, labels=None):
+            seen.append(x.dtype)
+            return x.new_zeros(len(x)), torch.cos(x)
+
+    class Released:
+        def calculate_guidance(self, x, steps):
+            seen.append(x.dtype)
+            return torch.cos(x)
+
+    def call(x, t):
+        seen.append(x.dtype)
+        return torch.sin(x).flatten(1).sum(1)
+
+    qt = {"method": Method(), "calculate_guidance": Released(), "callable": call}[form]
+    noise = torch.randn(2, 3, 2, 4).to(dtype)
+    hyperparams = calc_diffusion_hyperparams(2, 0.1, 0.3)
+
+    def net(inputs):
+        return 0.25 * inputs[0]
+
+    found = sampling_label_guided(net, qt, noise.shape[1:], hyperparams, None, 2.0, noise=noise)
+    assert seen == [torch.float32] * 2
+    assert found.dtype == dtype
+    exact = sampling_label_guided(net, qt, noise.shape[1:], hyperparams, None, 2.0, noise=noise.float())
+    # Six roundings of values up to 4 in the two steps.
+    torch.testing.assert_close(found.float(), exact, rtol=0.0, atol=6 * 4 * torch.finfo(dtype).eps)
+
+
 def test_wrong_arguments():
     net, qt = network(), guidance()
     good = {"size": (2, 3, LENGTH), "diffusion_hyperparams": calc_diffusion_hyperparams(3, 0.02, 0.3)}

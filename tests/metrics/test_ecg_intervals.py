@@ -13,7 +13,7 @@ from tgdp_fast.ecg.records.leads import STORED_LEADS
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg, synthetic_ecg_with_rates
 from tgdp_fast.ecg.records.wfdb import read_leads
 from tgdp_fast.metrics import compare_statistics, ecg_statistics, spectra, spectral_difference
-from tgdp_fast.metrics.ecg_intervals import STATISTICS
+from tgdp_fast.metrics.ecg_intervals import STATISTICS, beat_correlation
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Of PTB-XL, where a folder of data lies in the checkout or beside it.
@@ -90,6 +90,33 @@ def test_records_without_beats_are_counted() -> None:
     assert np.isnan(found.qt).tolist() == [False, True, False, True]
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_noise_has_no_intervals(power: float) -> None:
+    """White noise, and noise whose power falls as 1/f: the detector finds peaks, but no beat is like another."""
+    random = np.random.default_rng(3)
+    frequency = np.maximum(np.fft.rfftfreq(1000, 0.01), 0.5)
+    x = np.fft.irfft(np.fft.rfft(random.standard_normal((40, 8, 1000))) / frequency**power, 1000)
+    found = ecg_statistics(x, 100.0, STORED_LEADS)
+    assert (found.measured, found.failed) == (0, 40)
+    assert 30 <= found.noise <= 40  # The others have fewer than three peaks, or no waves.
+    for name in STATISTICS:
+        assert np.isnan(getattr(found, name)).all()
+    beats = ecg_statistics(x / 40 + synthetic_ecg(40, 1000, seed=1), 100.0, STORED_LEADS)
+    assert (beats.measured, beats.noise) == (40, 0)
+
+
+def test_correlation_of_beats() -> None:
+    """Equal beats correlate by 1, beats of independent noise by 0 up to 1 / sqrt(samples), too few beats by nothing."""
+    random = np.random.default_rng(0)
+    peaks = np.arange(300, 9700, 500)
+    signal = np.zeros(10_000)
+    signal[peaks[:, None] + np.arange(-100, 150)] = random.standard_normal(250)
+    assert beat_correlation(signal, peaks, 500.0) == pytest.approx(1.0)
+    assert abs(beat_correlation(random.standard_normal(10_000), peaks, 500.0)) < 4 / 250**0.5
+    assert beat_correlation(signal, peaks[:2], 500.0) == 0.0
+    assert beat_correlation(signal, np.array([50, 300, 800, 9900]), 500.0) == 0.0  # Two are cut.
+
+
 def test_comparison_of_two_sets() -> None:
     """W1 of values moved by d is d; of an equal set 0."""
     real = ecg_statistics(synthetic_ecg(7, 1000, seed=3), 100.0, STORED_LEADS)
@@ -113,6 +140,7 @@ def test_real_records_have_the_intervals_of_patients() -> None:
     records = [read_leads(path, ["I", "II"])[0] for path in RECORDS]
     found = ecg_statistics(np.stack(records), 100.0, ["I", "II"])
     assert found.failed <= 1
+    assert found.noise == 0
     assert 55 < np.nanmedian(found.heart_rate) < 95
     assert 120 < np.nanmedian(found.pr) < 200
     assert 70 < np.nanmedian(found.qrs) < 130

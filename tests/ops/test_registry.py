@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pickle
 import threading
+import types
+import warnings
 
 import pytest
 import torch
 
 import tgdp_fast.ops  # noqa: F401  (registers the operators)
-from tgdp_fast.ops import measured, registry
+from tgdp_fast.ops import _cuda, measured, registry
 from tgdp_fast.ops.registry import BackendUnavailableError, backend_report, register, resolve, use_backend
+from tgdp_fast.runtime import native
 
 
 @pytest.fixture(autouse=True)
@@ -196,13 +199,87 @@ def test_register_checks(toy):
         register(toy, "auto", lambda x: x)
 
 
-def test_a_refusal_is_logged_once(toy, caplog):
-    with caplog.at_level("INFO", logger="tgdp_fast.ops.registry"):
+def test_what_auto_takes_and_passes_over_is_logged_once(toy, caplog):
+    register(toy, "triton", lambda x: x)
+    register("bare", "cpu", lambda x: x, missing="it was not built")
+    register("bare", "reference", lambda x: x)
+    with caplog.at_level("INFO", logger="tgdp_fast.ops.registry"), use_backend("auto"):
         for _ in range(3):
             resolve(toy, "auto", torch.zeros(5))
+            resolve(toy, "auto", torch.zeros(1))
+            resolve("bare", "auto", torch.zeros(1, dtype=torch.float64))
     assert [record.getMessage() for record in caplog.records] == [
-        "operator toy does not use backend cpu: 5 rows are too many"
+        "operator toy does not use backend cpu: 5 rows are too many",
+        "operator toy uses backend reference on cpu tensors",
+        "operator toy uses backend cpu on cpu tensors",
+        "operator bare does not use backend cpu: it was not built",
+        "operator bare uses backend reference on cpu tensors",
     ]
+
+
+def test_a_backend_that_is_passed_over_for_speed_is_logged(monkeypatch, caplog):
+    monkeypatch.setitem(registry._BACKENDS, "triton", registry.Backend("triton", None, ("cuda", "cpu")))
+    register("swift", "triton", lambda x: x, prefer=lambda x: ("cuda", "reference"))
+    register("swift", "reference", lambda x: x)
+    with caplog.at_level("INFO", logger="tgdp_fast.ops.registry"):
+        assert resolve("swift", "auto", torch.zeros(1)).backend == "reference"
+    assert caplog.messages == [
+        "operator swift does not use backend triton: reference was measured to be faster",
+        "operator swift uses backend reference on cpu tensors",
+    ]
+
+
+@pytest.fixture
+def bare():
+    """An operator whose kernels were not installed, neither the CPU's nor those of a GPU."""
+    register("bare", "reference", lambda x: x)
+    register("bare", "cpu", lambda x: x, missing="the compiler failed; run `make`")
+    register("bare", "cuda", lambda x: x, missing="no toolkit")
+    register("bare", "triton", lambda x: x, missing="no Triton")
+    return "bare"
+
+
+def in_threads(function, number):
+    threads = [threading.Thread(target=function) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_an_installation_without_kernels_warns_once(bare):
+    def calls():
+        for _ in range(20):
+            resolve(bare, "auto", torch.zeros(2))
+
+    with pytest.warns(UserWarning, match=r"plain PyTorch on this cpu.*: the compiler failed; run `make`") as caught:
+        in_threads(calls, 16)
+    assert len(caught) == 1
+    assert "TGDP_BACKEND=reference" in str(caught[0].message)
+
+
+def test_a_gpu_without_kernels_warns_as_well(bare):
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+    with pytest.warns(UserWarning, match="plain PyTorch on this cuda.*: no toolkit; no Triton"):
+        resolve(bare, "auto", torch.zeros(1).as_subclass(OnGpu))
+
+
+def test_nobody_is_warned_who_chose_or_whom_no_kernel_would_serve(bare, toy, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve(bare, "reference", torch.zeros(1))
+        with use_backend("reference"):
+            resolve(bare, "auto", torch.zeros(1))
+        monkeypatch.setenv("TGDP_BACKEND", "reference")
+        resolve(bare, "auto", torch.zeros(1))
+        monkeypatch.delenv("TGDP_BACKEND")
+        resolve(bare, "auto", torch.zeros(1, dtype=torch.float64))
+        resolve(toy, "auto", torch.zeros(5))  # too many rows for a kernel that is there
+        resolve("gated_activation", "auto", torch.zeros(1))  # it has no kernels anywhere
+    with pytest.warns(UserWarning, match="plain PyTorch"):
+        resolve(bare, "auto", torch.zeros(1))
 
 
 def test_report_covers_every_operator_and_backend(toy):
@@ -222,3 +299,48 @@ def test_dispatch_is_traceable(toy):
         compiled = torch.compile(lambda x: resolve(toy, "auto", x).function(x), fullgraph=True, backend="eager")
         assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),  # machine code serves later minor versions
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0", (10, 3), True),
+        ("10.0a", (10, 3), False),
+        ("10.3f", (10, 3), True),
+        ("10.0", (12, 0), False),
+        ("12.0+PTX", (12, 1), True),
+        ("12.0+PTX", (13, 0), True),  # compiled when it is loaded
+        ("12.0+PTX", (10, 0), False),
+        ("Hopper", (9, 0), True),  # a name: whoever gave it knows
+    ],
+)
+def test_the_cards_that_an_architecture_runs_on(built, capability, runs):
+    assert _cuda._runs_on(built, capability) == runs
+
+
+def test_auto_takes_triton_on_a_card_that_cuda_was_not_built_for(monkeypatch):
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    x = torch.zeros(1).as_subclass(OnGpu)
+    card = types.SimpleNamespace(major=12, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(native, "CUDA_ARCHITECTURES", ("8.0", "9.0a", "10.0"))
+    for backend, unsupported in (("cuda", _cuda.unsupported_device), ("triton", None), ("reference", None)):
+        register("new", backend, lambda x: x, unsupported)
+    assert resolve("new", "auto", x).backend == "triton"
+    text = (
+        r"built for compute capability 8.0, 9.0a, 10.0, and cuda:0 has 12.0; run `TORCH_CUDA_ARCH_LIST=12.0 pip install"
+    )
+    with pytest.raises(BackendUnavailableError, match=text):
+        resolve("new", "cuda", x)
+    for architectures in (("8.0", "12.0"), ("8.0", "9.0+PTX"), ()):  # a build that does not say serves as before
+        monkeypatch.setattr(native, "CUDA_ARCHITECTURES", architectures)
+        assert resolve("new", "auto", x).backend == "cuda"
+    card.major = 7
+    assert resolve("new", "auto", x).backend == "triton"

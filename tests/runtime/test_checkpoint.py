@@ -19,10 +19,10 @@ from tgdp_fast.runtime.checkpoint import (
     CheckpointError,
     checkpoint_kind,
     load_checkpoint,
-    load_state_dict_checked,
     save_checkpoint,
 )
 from tgdp_fast.runtime.files import save_array, save_json, to_json, write_atomic
+from tgdp_fast.runtime.state_dict import load_state_dict_checked
 
 CONFIG = {"width": 7, "layers": [3, 5], "name": "λ", "scale": 0.1, "none": None, "nested": {"flag": True}}
 

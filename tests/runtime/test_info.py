@@ -153,20 +153,62 @@ BACKENDS = {
 KERNELS = {"cpu_kernels": "avx512_bf16"}
 
 
-def described(backends: dict[str, dict[str, str]] = BACKENDS, **changes: object) -> list[str]:
-    facts = environment() | {"cuda": None, "commit": None} | KERNELS | changes
-    return _info.describe({"environment": facts, "backends": backends}).splitlines()
+VERSIONS = {"tgdp_fast": "1.2", "torch": "2.13.0", "python": "3.12.1"}
+
+
+def described(backends: dict[str, dict[str, str]] = BACKENDS, everything: bool = True, **changes: object) -> list[str]:
+    facts = environment() | {"cuda": None, "commit": None} | KERNELS | VERSIONS | changes
+    return _info.describe({"environment": facts, "backends": backends}, everything=everything).splitlines()
 
 
 def test_info_begins_with_the_kernels_and_the_gpu():
     assert described()[:2] == ["CPU kernels: yes, avx512_bf16; GPU: none", ""]
-    assert described(cpu_kernels=None)[0] == "CPU kernels: no, plain PyTorch instead (why: see below); GPU: none"
+    without = "CPU kernels: no, plain PyTorch instead (why: see below); GPU: none"
+    assert described(cpu_kernels=None)[0] == without
     card = {"version": "12.8", "device": "Some Card", "capability": "9.0", "memory_gib": 80.0, "device_count": 2}
     assert described(cuda=card)[0].endswith("GPU: Some Card, kernels: none, plain PyTorch instead (why: see below)")
     both = {"guided_step": dict.fromkeys(BACKENDS["guided_step"], "available")}
     assert described(both, cuda=card)[0].endswith("; GPU: Some Card, kernels: cuda and triton")
     line = "cuda               version 12.8, device Some Card, capability 9.0, memory_gib 80.0, device_count 2"
     assert line in described(both, cuda=card)
+
+
+def test_info_has_a_line_for_each_operator_and_each_reason_once():
+    assert described(everything=False)[2:] == [
+        "guided_step                  cpu               without cuda [1], triton [2]",
+        "residual_block               cpu               without cuda [3], triton [2]",
+        "",
+        "[1] no toolkit",
+        "[2] no GPU",
+        "[3] none of it",
+        "",
+        "tgdp_fast 1.2, torch 2.13.0, Python 3.12.1",
+    ]
+    card = {"version": "12.8", "device": "Some Card", "capability": "9.0", "memory_gib": 80.0, "device_count": 2}
+    there = dict.fromkeys(("cuda", "triton", "cpu", "reference"), "available")
+    none = "this installation has no such implementation of the operator"
+    report = {"all": there, "plain": {**dict.fromkeys(there, none), "reference": "available"}}
+    report["half"] = {**there, "cpu": "not built", "cuda": none}
+    assert described(report, everything=False, cuda=card)[2:-2] == [
+        "all                          cuda, cpu",
+        "plain                        reference",
+        "half                         triton, reference without cpu [1]",
+        "",
+        "[1] not built",
+    ]
+    # Built, without a GPU to run on.
+    assert described({"all": there}, everything=False)[2:-2] == ["all                          cpu"]
+
+
+def test_info_says_where_the_choice_of_auto_was_measured():
+    card = {"version": "12.8", "device": "NVIDIA Ada", "capability": "8.9", "memory_gib": 48.0, "device_count": 1}
+    for everything in (True, False):
+        text = described(cuda=card, measured_on="H200", everything=everything)[1]
+        assert text.startswith(
+            "The choice of auto among the backends of a GPU was measured on an H200, not on this NVIDIA"
+        )
+        assert not described(cuda=card | {"device": "NVIDIA H200 NVL"}, measured_on="H200", everything=everything)[1]
+        assert not described(measured_on="H200", everything=everything)[1]
 
 
 def test_info_is_written_for_people():
@@ -188,7 +230,7 @@ def test_info_describes_this_installation():
     from tgdp_fast.runtime.native import cpu_capability
 
     facts = environment() | KERNELS | {"cpu_kernels": cpu_capability()}
-    text = _info.describe({"environment": facts, "backends": backend_report()})
+    text = _info.describe({"environment": facts, "backends": backend_report()}, everything=True)
     assert text.startswith("CPU kernels: ")
     assert "None" not in text
     for operator in backend_report():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,13 +38,13 @@ def add_command(
     kept: Callable[[argparse.Namespace], list[Path]] | None = kept_in_folder,
     together: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add a subparser that runs ``function``, whose docstring is its help.
+    """Add a subparser that runs ``function``, whose docstring is its help, and the first paragraph its summary.
 
     ``kept`` gives the folders in which a run that does not finish leaves its work; None, and for commands without
     --out: none. ``together``: several processes under torchrun work on one --out.
     """
     text = function.__doc__ or ""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text.partition("\n\n")[0], description=text)
     parser.set_defaults(command=function, kept=kept, together=together)
     return parser
 
@@ -51,6 +52,12 @@ def add_command(
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """The option that hides progress."""
     command.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def warn(texts: Iterable[str]) -> None:
+    """Print warnings that tell about the samples, --quiet or not."""
+    for text in texts:
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def with_flags(message: str, options: argparse.Namespace, places: dict[str, str]) -> str:

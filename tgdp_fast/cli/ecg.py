@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tgdp_fast.cli.arguments import add_command, add_quiet, with_flags
+from tgdp_fast.cli.arguments import add_command, add_quiet, warn, with_flags
 
 if TYPE_CHECKING:
     from tgdp_fast.ecg.pipeline import Pipeline
@@ -24,6 +25,7 @@ def inspect(options: argparse.Namespace) -> int | None:
     """Summarize a folder of electrocardiograms, and list the records that would be dropped and why."""
     from tgdp_fast.ecg.records.folder import open_ecg_folder
     from tgdp_fast.ecg.records.inspection import inspect_ecg_folder
+    from tgdp_fast.ecg.records.registry import SeveralDataSetsError
 
     try:
         folder = open_ecg_folder(
@@ -31,19 +33,30 @@ def inspect(options: argparse.Namespace) -> int | None:
         )
         found = inspect_ecg_folder(folder, options.seconds, read=options.read, progress=not options.json)
     except ValueError as error:
-        text = str(error).replace("rate * seconds must", "--rate times --seconds must")
-        raise ValueError(with_flags(text, options, {"path": "DIR"})) from None
+        text = with_flags(
+            str(error).replace("rate * seconds must", "--rate times --seconds must"), options, {"path": "DIR"}
+        )
+        if not isinstance(error, SeveralDataSetsError):
+            raise ValueError(text) from None
+        print(f"tgdp-fast: {text}", file=sys.stderr)
+        return 1
     broken = [problem for problem in found["problems"] if not problem["short"]]
     if options.json:
         print(json.dumps(found, indent=2))
     else:
         _print_inspection(found)
-    return 1 if broken and options.strict else None
+    if not found["usable"]:
+        print(f"tgdp-fast: no record of {options.folder} can be used", file=sys.stderr)
+    return 1 if not found["usable"] or (broken and options.strict) else None
 
 
 def _print_inspection(found: dict[str, Any]) -> None:
+    from tgdp_fast.ecg.records.statements import in_words
+
     short = [problem for problem in found["problems"] if problem["short"]]
-    broken = [problem for problem in found["problems"] if not problem["short"]]
+    other = found.get("other_labels", {})
+    foreign = set(other.get("records", ()))
+    broken = [each for each in found["problems"] if not each["short"] and each["record"] not in foreign]
     print(f"{found['path']}: {found['kind']}")
     line = f"usable records    {found['usable']}"
     print(line + (" (headers and tables; --read looks at the signals)" if not found["read"] else ""))
@@ -55,27 +68,34 @@ def _print_inspection(found: dict[str, Any]) -> None:
     print(f"patients          {found['patients'] or 'not known'}")
     if found["folds"]:
         print(f"folds             {', '.join(f'{fold}: {count}' for fold, count in found['folds'].items())}")
-    labels = list(found["labels"].items())
-    more = f", and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
-    print(f"labels            {', '.join(f'{name} {count}' for name, count in labels[:_SHOWN]) or 'none'}{more}")
+    print(f"labels            {_counts(found['labels'])}")
     if found["unlabelled"]:
         print(f"without labels    {found['unlabelled']}")
+    if foreign:
+        counts = {in_words(label): count for label, count in other["counts"].items()}
+        print(f"other labels      {_counts(counts)}")
+        print(f"expected          {other['expected']}")
     for note in found["notes"]:
         print(f"note: {note}")
-    print(f"dropped: too short {len(short)}, broken {len(broken)}")
-    # Broken ones first: short ones are as expected.
-    for problem in (broken + short)[:_SHOWN]:
+    more = f", with other labels {len(foreign)}" if foreign else ""
+    print(f"dropped: too short {len(short)}, broken {len(broken)}{more}")
+    # Broken ones first: short ones are as expected, and other labels are told above.
+    listed = [("broken", each) for each in broken] + [("too short", each) for each in short]
+    for _, problem in listed[:_SHOWN]:
         print(f"  record {problem['record']}: {problem['reason']}")
-    rest = Counter("too short" if problem["short"] else "broken" for problem in (broken + short)[_SHOWN:])
-    for kind, count in rest.items():
+    for kind, count in Counter(kind for kind, _ in listed[_SHOWN:]).items():
         print(f"  and {count} more {kind}; --json lists all")
+
+
+def _counts(labels: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{name} {count}" for name, count in list(labels.items())[:_SHOWN])
+    return (shown or "none") + (f", and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else "")
 
 
 def fit(options: argparse.Namespace) -> None:
     """Read both folders, train or load the source model, fit the guidance; the model is kept in OUT/model."""
     with _pipeline(options) as pipeline:
-        for text in pipeline.fit().diagnostics["warnings"]:
-            _say(f"WARNING: {text}")
+        _warn(pipeline.fit().diagnostics["warnings"])
         _say(f"model saved in {pipeline.run.out / 'model'}")
 
 
@@ -94,8 +114,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _print_report(pipeline: Pipeline) -> None:
     report = pipeline.evaluate()
-    for text in report.warnings:
-        _say(f"WARNING: {text}")
+    _warn(report.warnings)
     for method in report.methods:
         found = [
             f"{name} {value.value:.3f} ({value.low:.3f} to {value.high:.3f})" for name, value in method.metrics.items()
@@ -116,8 +135,9 @@ def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_an
     """
     from tgdp_fast.ecg.config import SMOKE, ConfigError, load_config
     from tgdp_fast.ecg.pipeline import Pipeline
-    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_packages, check_same_run
+    from tgdp_fast.ecg.preconditions import EVALUATED_ANEW, MEASURING, check_same_run
     from tgdp_fast.runtime import distributed
+    from tgdp_fast.runtime.optional import require
     from tgdp_fast.runtime.stages import owned
 
     try:
@@ -135,7 +155,7 @@ def _pipeline(options: argparse.Namespace, *, evaluates: bool = False, judges_an
             raise
         text = str(error).removeprefix("the configuration: ").removeprefix("sampling.")
         raise ValueError(with_flags(text, options, {})) from None
-    check_packages(MEASURING if evaluates else ())
+    require(MEASURING if evaluates else (), "this run needs")
     check_same_run(options.out, config, EVALUATED_ANEW if judges_anew else ())
     with distributed.process_group(config.device), owned(options.out):
         check_same_run(options.out, config, EVALUATED_ANEW if judges_anew else ())  # Another run may have ended now.
@@ -160,9 +180,19 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+def _warn(texts: Sequence[str]) -> None:
+    """Warn in the first process alone."""
+    from tgdp_fast.runtime import distributed
+
+    if distributed.is_first():
+        warn(texts)
+
+
 def sample(options: argparse.Namespace) -> None:
     """Draw 12-lead records from a fitted model, as WFDB records with labels and a manifest."""
+    from tgdp_fast.ecg.config import SMOKE
     from tgdp_fast.ecg.drawing import draw_records
+    from tgdp_fast.ecg.records.output import MANIFEST
     from tgdp_fast.sampling.config import SamplingConfig
 
     check_model_folder(options.model)
@@ -181,6 +211,8 @@ def sample(options: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise ValueError(with_flags(str(error), options, {"folder": "--out"})) from None
+    told = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+    warn([*told["warnings"], *([SMOKE] if told["preset"] == "smoke" else [])])
     print(f"{options.num} records written to {place}")
 
 

@@ -55,6 +55,7 @@ def add_parsers(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     command.add_argument("--json", type=Path, help="write the results there, after every case")
     command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    add_quiet(command)
     command = add_command(commands, "bench-report", bench_report, kept=None)
     command.add_argument("files", type=Path, nargs="+", help="files written by bench --json")
     command.add_argument("--out", type=Path, help="folder for report.md and plots")
@@ -67,6 +68,8 @@ def add_parsers(commands: Any) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """The paper's simulation in its quick form: n = 100, one draw, table and plots."""
+    if not options.quiet:  # Before torch is loaded, which takes seconds.
+        print("the paper's simulation: a source model, then eight methods", file=sys.stderr, flush=True)
     from tgdp_fast.fit.config import TrainingConfig
     from tgdp_fast.lab.experiments import gaussians
 
@@ -126,6 +129,7 @@ def bench(options: argparse.Namespace) -> int | None:
     from tgdp_fast.lab import cases
     from tgdp_fast.lab.benchmark import floors, report, runner
     from tgdp_fast.runtime.files import save_json
+    from tgdp_fast.runtime.progress import say, tracked
 
     check_device(options.device, "--device")
     if options.threads is not None:
@@ -147,14 +151,19 @@ def bench(options: argparse.Namespace) -> int | None:
     load = runner.load_average()
     measured = floors.measure_floors(settings.device, 0.1 if options.quick else 0.5)
     rows: list[dict[str, Any]] = []
+
+    def note(line: str) -> None:
+        if not options.quiet:
+            say(line, sys.stderr)
+
     try:
-        for case in chosen:
-            found = runner.run_case(case, settings, measured, lambda line: print(line, file=sys.stderr, flush=True))
+        for case in tracked(chosen, "bench", "case", not options.quiet):
+            found = runner.run_case(case, settings, measured, note)
             rows += found
             if options.json is not None:
                 save_json(options.json, runner.result(rows, measured, load))
             if found:
-                print(report.table(found), flush=True)
+                say(report.table(found))
     except KeyboardInterrupt:
         kept = f"; {options.json} holds them" if options.json is not None and rows else ""
         print(f"\ninterrupted after {len(rows)} rows{kept}", file=sys.stderr)

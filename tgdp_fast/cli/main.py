@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -19,10 +20,14 @@ EXPECTED = (OSError, ArithmeticError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 1 failed while running, 2 bad arguments, 130
-    interrupted, 141 nobody read the output any more).
+    """Run the command line; returns the exit status (0 done, 1 failed while running, 2 bad arguments, 3 samples out of
+    reach, 130 interrupted, 141 nobody read the output any more).
     """
     options = argparse.Namespace()
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files and records hold what an encoding may lack: shown escaped, never an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _parser().parse_args(arguments, options)
         logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
@@ -85,21 +90,23 @@ def _kept(options: argparse.Namespace) -> str:
 
 def info(options: argparse.Namespace) -> None:
     """What this installation is and which backends it has."""
+    from tgdp_fast.ops.measured import CARD
     from tgdp_fast.ops.registry import backend_report
     from tgdp_fast.runtime.info import describe, environment
     from tgdp_fast.runtime.native import cpu_capability
 
-    facts = {"environment": environment() | {"cpu_kernels": cpu_capability()}, "backends": backend_report()}
-    print(json.dumps(facts, indent=2) if options.json else describe(facts))
+    further = {"cpu_kernels": cpu_capability(), "measured_on": CARD}
+    facts = {"environment": environment() | further, "backends": backend_report()}
+    print(json.dumps(facts, indent=2) if options.json else describe(facts, everything=options.all))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         "tgdp-fast",
         description="Sample a target domain from a source diffusion model and few target samples.",
-        epilog="Exit status: 0 done, 1 failed while running, 2 bad arguments, 130 interrupted, 141 nobody reads "
-        "the output any more. Runs that write to a folder go on where they stopped when the same command is given "
-        "again.",
+        epilog="Exit status: 0 done, 1 failed while running, 2 bad arguments, 3 samples of transfer written but not to "
+        "be used (the source does not reach the target), 130 interrupted, 141 nobody reads the output any more. Runs "
+        "that write to a folder go on where they stopped when the same command is given again.",
     )
     parser.add_argument("--version", action="version", version=f"tgdp-fast {__version__}")
     parser.add_argument(
@@ -111,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = add_command(commands, "info", info)
-    command.add_argument("--json", action="store_true", help="machine-readable")
+    command.add_argument("--all", action="store_true", help="every fact, and every backend of each operator")
+    command.add_argument("--json", action="store_true", help="the same, machine-readable")
     lab.add_parsers(commands)
     transfer.add_parsers(commands)
     ecg.add_parser(commands)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tgdp_fast.cli.arguments import add_command, add_quiet, with_flags
+from tgdp_fast.cli.arguments import add_command, add_quiet, warn, with_flags
 from tgdp_fast.cli.ecg import check_model_folder
 from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS
 from tgdp_fast.fit.losses import LOSSES
 from tgdp_fast.fit.regularizers import REGULARIZERS
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
+from tgdp_fast.runtime.memory import check_memory
 
+#: Exit status of ``transfer`` if its diagnostics say that the source does not reach the target.
+OUT_OF_REACH = 3
 #: Where samples go without --out. Whoever writes --out samples.npy gives another object, and means it.
 SAMPLES = Path("samples.npy")
 
@@ -91,8 +95,12 @@ def _work(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
-def transfer(options: argparse.Namespace) -> None:
-    """Two arrays in, target samples out."""
+def transfer(options: argparse.Namespace) -> int | None:
+    """Two arrays in, target samples out.
+
+    The exit status is 3 if the diagnostics say not to use the samples because the source does not reach the target;
+    they are written all the same.
+    """
     from tgdp_fast.diffusion.denoiser import Denoiser
     from tgdp_fast.fit.model import TransferModel
     from tgdp_fast.runtime.arrays import CheckedArray, load_array
@@ -107,9 +115,11 @@ def transfer(options: argparse.Namespace) -> None:
     if options.save is not None:
         _check_folder("--save", options.save)
         _named("--save", check_replaceable, options.save)
-    source = CheckedArray.samples("--source", load_array(options.source, "--source"))
+    source = CheckedArray.samples("--source", load_array(options.source, "--source"), keep_exact=True)
     event_shape = source.values.shape[1:]
-    target = CheckedArray.samples("--target", load_array(options.target, "--target"), event_shape=event_shape)
+    target = CheckedArray.samples(
+        "--target", load_array(options.target, "--target"), event_shape=event_shape, keep_exact=True
+    )
     denoiser: Denoiser | TransferModel | None = None
     if options.denoiser is not None:
         kind = _named("--denoiser", checkpoint_kind, options.denoiser)
@@ -118,12 +128,12 @@ def transfer(options: argparse.Namespace) -> None:
         _move(denoiser, options.device)
     labels = _transfer_labels(options, source, target, denoiser)
     with owned(_work(options.out)), BlockFile(options.out).owned():  # Refused now, and not after the training.
-        _transfer(options, config, source, target, denoiser, labels)
+        return _transfer(options, config, source, target, denoiser, labels)
 
 
 def _transfer(
     options: argparse.Namespace, config: Any, source: Any, target: Any, denoiser: Any, labels: dict[str, Any]
-) -> None:
+) -> int | None:
     from tgdp_fast.fit.config import TrainingConfig
     from tgdp_fast.fit.diagnostics import TransferDiagnostics
     from tgdp_fast.fit.model import TransferModel
@@ -146,14 +156,14 @@ def _transfer(
         progress=not options.quiet,
     )
     report = TransferDiagnostics(**model.diagnostics)
-    for text in report.warnings:
-        print(f"WARNING: {text}", file=sys.stderr)
+    warn(report.warnings)
     print(report.summary(), flush=True)
     if options.save is not None:
         model.save(options.save)
         print(f"model saved in {options.save}")
     _draw(model, options, None if labels["labels"] is None else labels["labels"].values)
     Stages(work).remove("denoiser", "guidance")
+    return None if report.within_reach else OUT_OF_REACH
 
 
 def _guidance_config(options: argparse.Namespace) -> Any:
@@ -220,9 +230,20 @@ def sample(options: argparse.Namespace) -> None:
         if not classes:
             raise ValueError(f"--labels must be left out: {options.model} was fitted without labels")
         labels = check_labels("--labels", _labels(options.labels, options.num), options.num, classes)
+    _repeat_warnings(model, options)
     if options.out is SAMPLES and SAMPLES.exists():
         _check_own(model, options, labels)
     _draw(model, options, labels)
+
+
+def _repeat_warnings(model: Any, options: argparse.Namespace) -> None:
+    """What was said when the model was fitted. Unguided samples are those of the source, which no diagnostics judge."""
+    from tgdp_fast.ecg.config import SMOKE
+
+    if options.scale:
+        warn(model.diagnostics.get("warnings", []))
+    if model.config.get("ecg", {}).get("preset") == "smoke":
+        warn([SMOKE])
 
 
 def _check_own(model: Any, options: argparse.Namespace, labels: Any) -> None:
@@ -243,16 +264,20 @@ def _check_own(model: Any, options: argparse.Namespace, labels: Any) -> None:
 
 
 def _draw(model: Any, options: argparse.Namespace, labels: Any) -> None:
+    from tgdp_fast.fit.model import OutOfReachWarning
+
     _move(model, options.device)
-    drawn = model.sample_to_file(
-        options.out,
-        options.num,
-        _sampling_config(options),
-        labels=labels,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        progress=not options.quiet,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutOfReachWarning)  # Said already, with all others.
+        drawn = model.sample_to_file(
+            options.out,
+            options.num,
+            _sampling_config(options),
+            labels=labels,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            progress=not options.quiet,
+        )
     print(f"{len(drawn)} samples of shape {tuple(drawn.shape[1:])} written to {options.out}")
 
 
@@ -305,6 +330,7 @@ def _named(argument: str, function: Callable[..., Any], *values: Any) -> Any:
 def _check_sampling(options: argparse.Namespace) -> None:
     """Refuse bad sampling options before anything is read or trained."""
     check_integer("--num", options.num, 1)
+    check_memory("--num", options.num, 4 * options.num, "samples of one number", "draw fewer")
     check_seed(options.seed, "--seed")
     if options.batch_size is not None:
         check_integer("--batch-size", options.batch_size, 1)
@@ -325,19 +351,21 @@ def _check_folder(argument: str, path: Path) -> None:
 
 def _check_overwriting(options: argparse.Namespace) -> None:
     """Refuse to write over what is read."""
-    out = options.out.resolve()
+    from tgdp_fast.runtime.files import real_path
+
+    out = real_path(options.out)
     for name in ("source", "target", "source_labels", "target_labels", "labels"):
         path = getattr(options, name, None)
-        if path is not None and path.resolve() == out:
+        if path is not None and real_path(path) == out:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"--out must be another file than {flag}, which it would overwrite; got {options.out}")
     folders = {"--denoiser": "denoiser", "--save": "save", "MODEL_DIR": "model"}
     given = {flag: getattr(options, name, None) for flag, name in folders.items()}
     for flag, folder in given.items():
-        if folder is not None and folder.resolve() in (out, *out.parents):
+        if folder is not None and real_path(folder) in (out, *out.parents):
             raise ValueError(f"--out must lie outside the model folder {flag} {folder}, got {options.out}")
     save, denoiser = given["--save"], given["--denoiser"]
-    if save is not None and denoiser is not None and save.resolve() == denoiser.resolve():
+    if save is not None and denoiser is not None and real_path(save) == real_path(denoiser):
         raise ValueError(f"--save must be another folder than --denoiser, which it would replace; got {save}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from tgdp_fast.runtime.arrays import check_samples
 from tgdp_fast.runtime.checks import check_integer
+from tgdp_fast.runtime.optional import optional
 
 NUM_CLASSES = 10
 #: Share of held-out images, the same for every digit.
@@ -126,9 +126,4 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scikit_learn(module: str) -> Any:
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError:
-        raise ImportError(
-            "the digits need scikit-learn, which is not installed; run: pip install 'tgdp_fast[data]'"
-        ) from None
+    return optional(f"sklearn.{module}", "the digits need")

@@ -98,18 +98,18 @@ class GaussianMixture:
             (samples [n, D] float32, component index [n] int64), shuffled together.
         """
         n = check_integer("n", n, 1)
-        generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
+        generator = torch.Generator("cpu").manual_seed(check_integer("seed", seed, 0))
         if balanced:
             quota = n * self.weights
             # The small term turns n w_k such as 2.9999999999999996 into an exact 3.
             counts = (quota + 1e-9).floor()
             extra = torch.sort(quota - counts, descending=True, stable=True).indices[: n - int(counts.sum())]
             counts[extra] += 1
-            component = torch.arange(self.num_components).repeat_interleave(counts.long())
-            component = component[torch.randperm(n, generator=generator)]
+            component = torch.arange(self.num_components, device="cpu").repeat_interleave(counts.long())
+            component = component[torch.randperm(n, generator=generator, device="cpu")]
         else:
             component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.dimension, dtype=torch.float64, generator=generator)
+        noise = torch.randn(n, self.dimension, dtype=torch.float64, generator=generator, device="cpu")
         x = self.means[component] + self.variance[component].sqrt()[:, None] * noise
         return x.float(), component
 
@@ -162,7 +162,7 @@ class GaussianMixture:
             # ends: with spacing std / 16 and a margin of 12 std, both errors are below rounding.
             low, high = float(line.means.min()) - 12 * deviation, float(line.means.max()) + 12 * deviation
             points = max(2, math.ceil(16 * (high - low) / deviation)) + 1
-            grid = torch.linspace(low, high, points, dtype=torch.float64)
+            grid = torch.linspace(low, high, points, dtype=torch.float64, device="cpu")
             log_density = line.log_prob(grid[:, None])
             along = -float((log_density.exp() * log_density).sum()) * (high - low) / (points - 1)
             return along + 0.5 * (self.dimension - 1) * math.log(2 * math.pi * math.e * variance)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,10 @@ from torch import Tensor, nn
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SolverTable
 from tgdp_fast.models import ARCHITECTURES, uncompiled
-from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, load_state_dict_checked
+from tgdp_fast.runtime.checkpoint import CheckpointError, described, load_checkpoint
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.pretrained import Pretrained
+from tgdp_fast.runtime.state_dict import load_state_dict_checked, restored
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "score")
 TIME_INPUTS = ("time", "half_log_snr")
@@ -293,45 +292,34 @@ class Denoiser(Pretrained, nn.Module):
                 f"network must be a module, got the class {network.__name__}; build it: network={network.__name__}(...)"
             )
         if network is None:
-            architecture = config["architecture"]
+            architecture = config.get("architecture")
             if architecture is None:
                 raise CheckpointError(
                     f"{where} holds the weights of a network that is not of this package; build that network and pass "
                     "it as network=..."
                 )
-            if architecture not in ARCHITECTURES:
+            if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
                 raise CheckpointError(
                     f"{where} holds a network of architecture {architecture!r}, known are "
                     f"{', '.join(sorted(ARCHITECTURES))}; build the network and pass it as network=..."
                 )
-            network = ARCHITECTURES[architecture](**config["network"])
-        load_state_dict_checked(network, tensors, where)
-        return cls(
-            network.eval(),
-            NoiseSchedule.from_config(config["schedule"]),
-            config["prediction"],
-            time_input=config["time_input"],
-            time_scale=config["time_scale"],
-            integer_time=config["integer_time"],
-            num_classes=config["num_classes"],
-        )
+            with described(where, architecture):
+                settings, kind = config["network"], ARCHITECTURES[architecture]
+                network = restored(lambda: kind(**settings), settings, tensors, where)
+        else:
+            load_state_dict_checked(network, tensors, where)
+        with described(where, cls.__name__):
+            return cls(
+                network.eval(),
+                NoiseSchedule.from_config(config["schedule"]),
+                config["prediction"],
+                time_input=config["time_input"],
+                time_scale=config["time_scale"],
+                integer_time=config["integer_time"],
+                num_classes=config["num_classes"],
+            )
 
 
 def labels_for(model: Any, labels: Tensor | None) -> Tensor | None:
     """``labels``, or None for an unconditional model (``num_classes`` 0)."""
     return None if getattr(model, "num_classes", None) == 0 else labels
-
-
-@contextmanager
-def evaluation_mode(*modules: Any) -> Iterator[None]:
-    """Put modules in eval mode (dropout and batch statistics off) and restore each one on exit."""
-    trained = [
-        child for module in modules if isinstance(module, nn.Module) for child in module.modules() if child.training
-    ]
-    for child in trained:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child in trained:
-            child.training = True

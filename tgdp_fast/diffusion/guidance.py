@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, embed_labels
 from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
-from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.memory import check_memory
 from tgdp_fast.runtime.pretrained import Pretrained
+from tgdp_fast.runtime.state_dict import restored
 
 STEMS = ("none", "ecg")
 
@@ -35,6 +37,8 @@ class GuidanceNetwork(Pretrained, nn.Module):
         alpha_power: k; a larger one is a stronger prior towards no guidance at high noise, which helps with few
             target samples.
         stem: "none", or "ecg" for the two linear convolutions of the paper's ECG network.
+
+    Its parameters are float32, whatever torch's default dtype.
 
     Raises:
         ValueError: bad sizes, an unknown stem.
@@ -61,14 +65,18 @@ class GuidanceNetwork(Pretrained, nn.Module):
         self.stem_name = check_choice("stem", stem, STEMS)
         self.stem = ECGStem(self.event_shape) if stem == "ecg" else None
         features = self.stem.num_features if self.stem is not None else math.prod(self.event_shape)
+        values, what = (features + depth * width + num_classes) * width, "weights of a network of this width and depth"
+        check_memory("width and depth", (width, depth), 4 * values, what, "choose a smaller network")
         sizes = [features] + [width] * depth + [1]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b, dtype=torch.float32) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
         self.time_embedding = TimeEmbedding(width)
-        self.label_embedding = nn.Linear(num_classes, width, bias=False) if num_classes else None
+        self.label_embedding = nn.Linear(num_classes, width, bias=False, dtype=torch.float32) if num_classes else None
 
     def linear_layers(self) -> list[nn.Linear]:
         """The layers of the MLP, the head last."""
-        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        return cast("list[nn.Linear]", list(self.layers))  # A compiled one is of another class.
 
     def first_bias(self, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Bias of the first layer: [1, width] for a float t without labels, else [B, width]."""
@@ -164,7 +172,14 @@ class GuidanceNetwork(Pretrained, nn.Module):
         Raises:
             CheckpointError: damaged, of another kind or another architecture.
         """
-        config, tensors = load_checkpoint(path, "guidance")
-        network = cls.from_config(config)
-        load_state_dict_checked(network, tensors, str(path))
-        return network.eval()
+        return cls.from_parts(*load_checkpoint(path, "guidance"), where=str(path))
+
+    @classmethod
+    def from_parts(cls, config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> GuidanceNetwork:
+        """The network with a checkpoint's config and tensors, in eval mode; ``where`` names their origin in messages.
+
+        Raises:
+            CheckpointError: as in :meth:`load`.
+        """
+        with described(where, cls.__name__):
+            return restored(lambda: cls.from_config(config), config, tensors, where).eval()

@@ -161,7 +161,7 @@ def check_pair(name: str, pair: tuple[float, float] | None, finite: bool = False
         return None
     try:
         low, high = (float(value) for value in pair)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a pair (low, high), got {pair!r}") from None
     if not low < high or (finite and not math.isfinite(high - low)):
         raise ValueError(f"{name} must be a pair (low, high) with low < high{', finite' * finite}, got {pair!r}")

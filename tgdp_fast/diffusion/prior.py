@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.ops.noise import key_words, normal, philox4x32
-from tgdp_fast.runtime.arrays import check_samples
-from tgdp_fast.runtime.checkpoint import load_checkpoint, save_checkpoint
+from tgdp_fast.runtime.arrays import as_float64, check_samples
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint
 from tgdp_fast.runtime.checks import check_integer
 
 KIND = "prior"
@@ -72,7 +72,9 @@ class Prior(ABC):
         Raises:
             CheckpointError: damaged, or of another kind.
         """
-        return prior_from_tensors(load_checkpoint(path, KIND)[1])
+        tensors = load_checkpoint(path, KIND)[1]
+        with described(path, "Prior"):
+            return prior_from_tensors(tensors)
 
 
 def prior_from_tensors(tensors: Mapping[str, Tensor]) -> Prior:
@@ -157,14 +159,17 @@ class GaussianPrior(Prior):
         if int((share > 0.0).sum()) < 2:
             raise ValueError("weights must be positive for at least two samples; one has no covariance")
         chunks = [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
-        mean = sum((share[rows] @ x[rows].double() for rows in chunks), torch.zeros(elements, dtype=torch.float64))
+        mean = sum(
+            (share[rows] @ x[rows].double() for rows in chunks),
+            torch.zeros(elements, dtype=torch.float64, device="cpu"),
+        )
         # Scale rows so that their sum of squares is the unbiased estimate; equal weights give division by N - 1.
         scale = (share / (1.0 - share.square().sum())).sqrt()[:, None]
         if count <= elements:
             _, singular, rows_of_v = torch.linalg.svd(scale * (x.double() - mean), full_matrices=False)
             variances, directions = singular.square(), rows_of_v.T
         else:
-            covariance = torch.zeros((elements, elements), dtype=torch.float64)
+            covariance = torch.zeros((elements, elements), dtype=torch.float64, device="cpu")
             for rows in chunks:
                 part = scale[rows] * (x[rows].double() - mean)
                 covariance.addmm_(part.T, part)
@@ -203,7 +208,7 @@ class GaussianPrior(Prior):
         Its mean over held-out noised samples minus that of N(0, I) is the gain over N(0, I) as a start, in
         Kullback-Leibler divergence to the distribution of x_T.
         """
-        centred = torch.as_tensor(x, device=self.mean.device).flatten(1).double() - alpha * self.mean.flatten()
+        centred = as_float64("x", x).to(self.mean.device).flatten(1) - alpha * self.mean.flatten()
         own, rest = self._deviations(alpha, sigma)
         along = centred @ self.directions
         others = len(self.directions) - len(own)
@@ -229,7 +234,7 @@ class GaussianPrior(Prior):
             "mean": self.mean,
             "directions": self.directions,
             "variances": self.variances,
-            "remainder": torch.tensor(self.remainder, dtype=torch.float64),
+            "remainder": torch.tensor(self.remainder, dtype=torch.float64, device="cpu"),
         }
 
 
@@ -283,8 +288,8 @@ class EmpiricalPrior(Prior):
 def _shares(weights: np.ndarray | Tensor | None, count: int) -> Tensor:
     """Weights [count] that sum to one, float64."""
     if weights is None:
-        return torch.full((count,), 1.0 / count, dtype=torch.float64)
-    share = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+        return torch.full((count,), 1.0 / count, dtype=torch.float64, device="cpu")
+    share = as_float64("weights", weights).cpu()
     if share.shape != (count,):
         raise ValueError(f"weights must have shape [{count}], one per sample, got {list(share.shape)}")
     largest = float(share.max())

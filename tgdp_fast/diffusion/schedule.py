@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tgdp_fast.runtime.arrays import as_array
 from tgdp_fast.runtime.checks import check_choice, check_number
 
 __all__ = ["NoiseSchedule"]
@@ -288,7 +289,8 @@ class NoiseSchedule:
 
     def _log_alpha_table(self, device: torch.device) -> torch.Tensor:
         if device not in self._tables:
-            self._tables[device] = torch.from_numpy(0.5 * np.log(np.array(self.parameters))).to(device)
+            with torch.inference_mode(False):  # A table made there could not take part in training later.
+                self._tables[device] = torch.from_numpy(0.5 * np.log(np.array(self.parameters))).to(device)
         return self._tables[device]
 
 
@@ -317,12 +319,10 @@ def _time_range(t_min: float, t_max: float, end: float) -> tuple[float, float]:
 
 
 def _host_array(name: str, values: Any) -> FloatArray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()
     try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a one-dimensional array of numbers, got {values!r}") from None
+        array = np.array(as_array(name, values), dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a one-dimensional array of numbers, got {values!r}: {error}") from None
     if array.ndim != 1 or array.size < 2:
         raise ValueError(f"{name} must be one-dimensional with at least 2 entries, got shape {array.shape}")
     return array

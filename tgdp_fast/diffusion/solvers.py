@@ -31,11 +31,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.memory import check_memory
 
 if TYPE_CHECKING:  # It brings torch; the command line lists the names of solvers without.
     from tgdp_fast.diffusion.schedule import NoiseSchedule
 
-__all__ = ["SOLVERS", "SPACINGS", "SolverInfo", "SolverTable", "check_eta", "solver_table"]
+__all__ = ["SOLVERS", "SPACINGS", "SolverInfo", "SolverTable", "check_eta", "check_steps", "solver_table"]
+
+#: Memory that a step takes while its table is made, as measured, and the share of all memory that a table may have.
+_STEP_BYTES, _TABLE_SHARE = 3000, 1 / 16
 
 FloatArray = npt.NDArray[np.float64]
 Form = FloatArray  # [4] coefficients of x, m_1, m_2, eps
@@ -186,7 +190,7 @@ def solver_table(
     rho = check_number("rho", rho, 0.0, exclusive=True)
     eta = check_eta(solver, eta)
     if times is None:
-        steps = check_integer("steps", steps, 1, "give steps, or the times themselves")
+        steps = check_steps(steps)
         grid = _spaced_times(schedule, steps, steps if denoise_final else steps + 1, spacing, rho)
     else:
         grid = _explicit_times(schedule, steps, times, denoise_final)
@@ -215,6 +219,14 @@ def solver_table(
         final_alpha=1.0 if denoise_final else nodes[-1].alpha,
         final_sigma=0.0 if denoise_final else nodes[-1].sigma,
     )
+
+
+def check_steps(steps: int | None) -> int:
+    """``steps`` as an int; ValueError unless it is positive and its table is small beside the memory of the machine."""
+    steps = check_integer("steps", steps, 1, "give steps, or the times themselves")
+    needed = steps * _STEP_BYTES
+    check_memory("steps", steps, needed, "the coefficients of the solver", "use fewer", share=_TABLE_SHARE)
+    return steps
 
 
 def check_eta(solver: str, eta: float | None) -> float:

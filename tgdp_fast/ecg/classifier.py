@@ -14,14 +14,18 @@ from torch.optim.swa_utils import update_bn
 
 from tgdp_fast.fit.batches import Batches
 from tgdp_fast.fit.config import TrainingConfig
-from tgdp_fast.fit.training import device_of, minimize, seeded_initialization
+from tgdp_fast.fit.training import device_of, minimize
 from tgdp_fast.models.xresnet1d import XResNet1d
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.arrays import check_labels, check_samples
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
+from tgdp_fast.runtime.evaluation import evaluation_mode
+from tgdp_fast.runtime.precision import ordinary_autograd
+from tgdp_fast.runtime.randomness import global_random_state, seeded_initialization
 
 
+@ordinary_autograd()
 def train_ecg_classifier(
     x: np.ndarray | Tensor,
     y: np.ndarray | Tensor,
@@ -113,7 +117,7 @@ def predict(network: XResNet1d, x: np.ndarray | Tensor, batch_size: int = 256) -
     Raises:
         ValueError: bad records.
     """
-    return _in_batches(network, x, batch_size, lambda part: network(part).sigmoid())
+    return _in_batches(network, x, batch_size, lambda network, part: network(part).sigmoid())
 
 
 def features(network: XResNet1d, x: np.ndarray | Tensor, batch_size: int = 256) -> np.ndarray:
@@ -122,32 +126,27 @@ def features(network: XResNet1d, x: np.ndarray | Tensor, batch_size: int = 256) 
     Raises:
         ValueError: bad records.
     """
-    return _in_batches(network, x, batch_size, network.features)
+    return _in_batches(network, x, batch_size, lambda network, part: network.features(part))
 
 
 def _in_batches(
-    network: XResNet1d, x: np.ndarray | Tensor, batch_size: int, function: Callable[[Tensor], Tensor]
+    network: XResNet1d, x: np.ndarray | Tensor, batch_size: int, function: Callable[[XResNet1d, Tensor], Tensor]
 ) -> np.ndarray:
     records = check_samples("x", x, minimum=1)
     check_integer("batch_size", batch_size, 1)
-    home, was_training = device_of(network), network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            parts = [
-                function(torch.from_numpy(np.array(records[start : start + batch_size])).to(home)).cpu().numpy()
-                for start in range(0, len(records), batch_size)
-            ]
-    finally:
-        network.train(was_training)
+    home = device_of(network)
+    with torch.no_grad(), evaluation_mode(network) as (network,):
+        parts = [
+            function(network, torch.from_numpy(np.array(records[start : start + batch_size])).to(home)).cpu().numpy()
+            for start in range(0, len(records), batch_size)
+        ]
     return np.concatenate(parts)
 
 
 def _recalibrate(network: XResNet1d, signals: Tensor, batch_size: int, seed: int) -> None:
     """Running statistics of the batch normalizations, for the averaged weights (as in stochastic weight averaging)."""
-    order = torch.randperm(len(signals), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(signals), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     # No part has one record alone, which batch normalization refuses.
     parts = order.tensor_split(max(1, len(order) // batch_size))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of dropout
+    with global_random_state(torch.Generator("cpu").manual_seed(seed).get_state()):  # of dropout
         update_bn((signals[rows.to(signals.device)] for rows in parts), network)

@@ -18,7 +18,7 @@ A file names a preset and what differs from it::
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -33,7 +33,10 @@ from tgdp_fast.fit.config import GuidanceConfig, NetworkConfig, TrainingConfig
 from tgdp_fast.fit.regularizers import Consistency, Cycle
 from tgdp_fast.models.s4 import CAUCHY
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, check_seed
+from tgdp_fast.runtime.memory import check_memory
+from tgdp_fast.runtime.optional import optional
 from tgdp_fast.runtime.precision import PRECISIONS
+from tgdp_fast.runtime.reading import read_bytes, refused
 from tgdp_fast.sampling.config import SamplingConfig
 
 #: Methods, in the order of tables and plots.
@@ -46,6 +49,9 @@ UNITS = ("mV", "standardized")
 _OLD_SPELLINGS = {"standardised": "standardized"}
 #: Entries of [sampling] that are written only where they differ from this.
 UNSAID: dict[str, Any] = {"eta": None, "interval": None, "clamp": None, "backend": "auto"}
+_FILE_BYTES = 2**16  # A hostile name of many parts costs the square of its length.
+_ONE_RECORD = ("a record of 8 leads in float32", "keep less of each record")
+_SMALLER = "choose a smaller network"
 DOMAIN_CLASSIFIERS = ("features", "xresnet1d")
 
 T = TypeVar("T")
@@ -84,6 +90,7 @@ class Data:
         check_number("seconds", self.seconds, 0.1)
         check_number("target_fraction", self.target_fraction, 0.0, 1.0, exclusive=True)
         check_integer("least_target", self.least_target, 2)
+        check_memory("rate and seconds", (self.rate, self.seconds), 32 * self.rate * self.seconds, *_ONE_RECORD)
         check_seed(self.seed)
         check_choice("on_problem", self.on_problem, ("skip", "raise"))
 
@@ -121,6 +128,16 @@ class Backbone:
         object.__setattr__(self, "checkpoint_units", check_choice("checkpoint_units", units, UNITS))
         check_choice("cauchy", self.cauchy, CAUCHY)
         check_integer("diffusion_steps", self.diffusion_steps, 2)
+        steps = self.diffusion_steps
+        check_memory("diffusion_steps", steps, 100 * steps, "the values of the schedule", "use fewer", share=1 / 16)
+        # S4 and the convolutions of a block work on twice res_channels; weights, gradients and two moments of Adam.
+        width, state = self.res_channels, self.d_state
+        values = self.num_res_layers * (14 * width**2 + 12 * width * state) + (self.step_features + self.step_embedding)
+        values += self.step_embedding**2 + width * self.label_dim
+        sizes = (self.num_res_layers, width, state, self.step_features, self.step_embedding, self.label_dim)
+        what = "weights, gradients and moments of a network of these sizes"
+        check_memory("num_res_layers, res_channels, d_state and the widths", sizes, 16 * values, what, _SMALLER)
+        check_memory("d_state", state, 48 * state**2, "the matrices that start the kernels", _SMALLER)
         self.schedule()
 
     def schedule(self) -> NoiseSchedule:
@@ -136,6 +153,16 @@ class Classifier:
     expansion: int = 4
     width: int = 64
     training: TrainingConfig = TrainingConfig(steps=5000, batch_size=128, learning_rate=1e-3, weight_decay=0.01)
+
+    def __post_init__(self) -> None:
+        counts = [check_integer("blocks entries", count, 1) for count in self.blocks]
+        check_integer("expansion", self.expansion, 1)
+        check_integer("width", self.width, 1)
+        if not counts:
+            raise ValueError("blocks must name at least one stage, got none")
+        values = sum(counts) * self.width**2 * self.expansion
+        what = "weights, gradients and moments of a network of these sizes"
+        check_memory("blocks, width and expansion", (*counts, self.width, self.expansion), 16 * values, what, _SMALLER)
 
 
 @dataclass(frozen=True)
@@ -237,6 +264,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_integer("bootstrap", self.bootstrap, 10)
+        check_memory("bootstrap", self.bootstrap, 8 * self.bootstrap, "the scores", "use fewer", share=1 / 16)
         check_integer("seeds", self.seeds, 1)
         check_integer("plots", self.plots, 1)
 
@@ -264,6 +292,8 @@ class Config:
         if "tgdp" not in self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be different ones of {', '.join(METHODS)}, tgdp among them")
         check_seed(self.seed)
+        record = math.ceil(32 * self.data.rate * self.data.seconds)
+        check_memory("sampling.num", self.sampling.num, self.sampling.num * record, "records of 8 leads", "draw fewer")
 
 
 _SMALL_CLASSIFIER = Classifier(
@@ -359,20 +389,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    # In the standard library from Python 3.11 on; tomli is the same as a package.
+    toml = optional("tomllib" if sys.version_info >= (3, 11) else "tomli", "on Python 3.10 a configuration file needs")
     try:
-        # In the standard library from Python 3.11 on; tomli is the same as a package.
-        toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError:
-        raise ImportError(
-            "a configuration file needs tomli on this Python, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    try:
-        with open(path, "rb") as file:
-            return dict(toml.load(file))
+        content = read_bytes(path, _FILE_BYTES, ConfigError, "a configuration")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    except toml.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no TOML file: {error}") from None
+    with refused(ConfigError, f"{path} is no TOML file"):
+        return dict(toml.loads(content.decode("utf-8").replace("\r\n", "\n")))
 
 
 def _changed(base: T, given: Mapping[str, Any], prefix: str) -> T:
@@ -402,7 +426,7 @@ def _converted(name: str, value: Any, current: Any) -> Any:
     if current is None:
         return tuple(value) if isinstance(value, list) else value
     if isinstance(current, float) and type(value) is int:
-        return float(value)
+        return check_number(name, value)
     if isinstance(current, tuple):
         item = type(current[0])
         if isinstance(value, list | tuple) and all(type(entry) is item for entry in value):

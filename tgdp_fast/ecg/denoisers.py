@@ -10,10 +10,11 @@ from tgdp_fast.ecg.cohorts import Cohorts
 from tgdp_fast.ecg.config import Backbone
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.model import TransferModel
-from tgdp_fast.fit.training import seeded_initialization, train_denoiser
+from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.models import SSSDECG
 from tgdp_fast.runtime.arrays import Standardizer
 from tgdp_fast.runtime.checkpoint import checkpoint_kind, signature_of
+from tgdp_fast.runtime.randomness import seeded_initialization
 
 
 def untrained(run: Run, cohorts: Cohorts, name: str) -> Denoiser:

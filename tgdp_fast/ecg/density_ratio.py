@@ -16,9 +16,9 @@ from tgdp_fast.ecg.config import Classifier
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.density_ratio import DensityRatio, fit_density_ratio
 from tgdp_fast.fit.diagnostics import TransferDiagnostics, diagnose
-from tgdp_fast.fit.training import seeded_initialization
 from tgdp_fast.models.xresnet1d import XResNet1d
-from tgdp_fast.runtime.checkpoint import load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.randomness import seeded_initialization
 
 Ratio = tuple[DensityRatio, TransferDiagnostics]
 
@@ -32,7 +32,7 @@ class SignalDomainClassifier(nn.Module):
     def __init__(self, settings: Classifier, leads: int, num_classes: int = 0) -> None:
         super().__init__()
         self.body = XResNet1d(leads, 1, blocks=settings.blocks, expansion=settings.expansion, width=settings.width)
-        self.label = nn.Linear(num_classes, 1, bias=False) if num_classes else None
+        self.label = nn.Linear(num_classes, 1, bias=False, dtype=torch.float32) if num_classes else None
 
     def forward(self, x: Tensor, label_rows: Tensor | None = None) -> Tensor:
         logit: Tensor = self.body(x)
@@ -125,6 +125,7 @@ def _save_ratio(result: Ratio, path: Path) -> None:
 
 def _load_ratio(path: Path) -> Ratio:
     config, tensors = load_checkpoint(path, "density_ratio")
-    named = {name: tensors[name] for name in _TENSORS}
-    ratio = DensityRatio(**named, slope=config["slope"], mean_ratio=config["mean_ratio"], classifiers=())
-    return ratio, TransferDiagnostics(**config["diagnostics"])
+    with described(path, "DensityRatio"):
+        named = {name: tensors[name] for name in _TENSORS}
+        ratio = DensityRatio(**named, slope=config["slope"], mean_ratio=config["mean_ratio"], classifiers=())
+        return ratio, TransferDiagnostics(**config["diagnostics"])

@@ -6,8 +6,8 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,12 @@ from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
 from tgdp_fast.ecg.cohorts import Cohorts
 from tgdp_fast.ecg.records.output import MANIFEST, check_new_folder, write_ecg_records
-from tgdp_fast.ecg.records.statements import ALIASES, label_names, multi_hot
+from tgdp_fast.ecg.records.statements import ALIASES, label_names, multi_hot, similar
 from tgdp_fast.ecg.run import Run
 from tgdp_fast.fit.model import TransferModel
 from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime import distributed
-from tgdp_fast.runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.checkpoint import CheckpointError, described, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer
 from tgdp_fast.runtime.files import new_partial
 from tgdp_fast.runtime.locks import target_lock
@@ -100,8 +100,10 @@ def draw_samples(
         shutil.rmtree(place.with_name(f"{name}.parts"))
 
     def load(place: Path) -> np.ndarray:
-        signals: np.ndarray = load_checkpoint(place, "samples")[1]["signals"].numpy()
-        return signals
+        tensors = load_checkpoint(place, "samples")[1]
+        with described(place, "set of samples"):
+            signals: np.ndarray = tensors["signals"].numpy()
+            return signals
 
     start = [] if prior is None else prior.to_tensors().values()
     signature = signature_of(denoiser, guidance, labels, sampling.to_dict(), *start)
@@ -128,7 +130,13 @@ def write_samples(run: Run, cohorts: Cohorts, method: str, drawn: Drawn, model: 
             rate=cohorts.source.rate,
             labels=label_names((drawn.labels > 0.5).astype(np.uint8), cohorts.source.vocabulary),
             leads=cohorts.source.leads,
-            manifest={"method": method, "model": model.signature(), "seed": sampling.seed, **facts},
+            manifest={
+                "method": method,
+                "model": model.signature(),
+                "seed": sampling.seed,
+                **facts,
+                **_caution(model, guided=method == "tgdp"),
+            },
         )
 
     run.once(write)
@@ -197,8 +205,17 @@ def draw_records(
                 "model": model.signature(),
                 "seed": seed,
                 **{name: facts[name] for name in ("solver", "steps", "spacing", "scale", "precision")},
+                **_caution(model, guided=guided),
             },
         )
+
+
+def _caution(model: TransferModel, *, guided: bool) -> dict[str, Any]:
+    """What whoever uses samples of ``model`` must know: the preset, and the warnings of the guidance if it is used."""
+    return {
+        "preset": model.config["ecg"].get("preset"),  # Models of earlier versions do not say.
+        "warnings": list(model.diagnostics.get("warnings", [])) if guided else [],
+    }
 
 
 def _load_model(folder: str | os.PathLike[str]) -> TransferModel:
@@ -223,7 +240,7 @@ def _check_statements(entries: Sequence[str], vocabulary: Sequence[str]) -> list
         raise ValueError("statements must hold at least one entry, such as NORM")
     for name in (name for row in rows for name in row):
         if name not in vocabulary and ALIASES.get(name) not in vocabulary:
-            near = get_close_matches(name.upper(), vocabulary, n=3)
+            near = similar(name, vocabulary, 3)
             hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             raise ValueError(
                 f"statements must be names that the model knows, got {name!r}{hint}; all {len(vocabulary)} with "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +38,10 @@ from tgdp_fast.metrics import (
     spectral_difference,
 )
 from tgdp_fast.models.xresnet1d import XResNet1d
-from tgdp_fast.runtime.checkpoint import load_checkpoint, save_checkpoint, signature_of
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.files import save_json
 from tgdp_fast.runtime.info import environment
+from tgdp_fast.runtime.progress import tracked
 
 REAL = "real"
 
@@ -109,8 +110,9 @@ def evaluate(
     """
     few = Drawn(cohorts.target.signals, cohorts.target.labels)
     judge = _Judge(run, cohorts, classifier, few)
-    methods = {name: judge.method(name, drawn) for name, drawn in {REAL: few, **samples}.items()}
-    report = _report(run, cohorts, list(methods.values()), ratio, model)
+    judged = tracked(list({REAL: few, **samples}.items()), "evaluation", "method", run.progress)
+    methods = {name: judge.method(name, drawn) for name, drawn in judged}
+    report = replace(_report(run, cohorts, list(methods.values()), ratio, model), reference=judge.statistics)
 
     def write() -> None:
         save_json(run.out / "results.json", _results(run, cohorts, methods, model))
@@ -145,7 +147,8 @@ class _Judge:
         quality = distances(self.features, features(self.classifier, self.cohorts.standardizer.apply(drawn.signals)))
         own_spectra = spectra(drawn.signals, target.rate)
         quality["Spectrum difference, dB"] = spectral_difference(self.spectra, own_spectra)
-        shown = slice(0, settings.plots)
+        beats = self._statistics(drawn.signals)
+        shown = self._shown(drawn.labels)
         names = label_names((drawn.labels[shown] > 0.5).astype(np.uint8), target.vocabulary)
         title, description, stages = _METHODS[name]
         return Method(
@@ -160,10 +163,17 @@ class _Judge:
             memorization=None
             if name == REAL
             else memorization(drawn.signals, self.few.signals, self.cohorts.test.signals),
-            statistics=compare_statistics(self.statistics, self._statistics(drawn.signals)),
+            statistics=compare_statistics(self.statistics, beats),
+            beats=beats,
             spectra=spectra(all_leads(drawn.signals, target.leads), target.rate),
             cost=None if name == REAL else cost(self.run.costs.found, name),
         )
+
+    def _shown(self, labels: np.ndarray) -> list[int]:
+        """Rows to plot: one for each of the first label sets of the few real records, so that they can be compared."""
+        wanted = list(dict.fromkeys(map(bytes, self.few.labels > 0.5)))[: self.run.config.evaluation.plots]
+        found = list(map(bytes, labels > 0.5))
+        return [found.index(row) for row in wanted if row in found]
 
     def train_on(self, name: str, parts: Sequence[Drawn]) -> Utility:
         """Train classifiers on some sets of records together and score the test records."""
@@ -242,6 +252,8 @@ def _results(run: Run, cohorts: Cohorts, methods: Mapping[str, Method], model: T
             "quality": dict(method.quality),
             "memorisation": method.memorization and {key: getattr(method.memorization, key) for key in copies},
             "statistics": [asdict(row) for row in method.statistics],
+            "beats": method.beats
+            and {"measured": method.beats.measured, "failed": method.beats.failed, "noise": method.beats.noise},
         }
         for name, method in methods.items()
     }
@@ -284,6 +296,11 @@ def _report(run: Run, cohorts: Cohorts, methods: Sequence[Method], ratio: Densit
             f"on {tested} real target records that no method has seen."
         ),
         warnings=[*model.diagnostics["warnings"], *([few_tested] if tested < _FEW else [])],
+        diagnostics=model.diagnostics,
+        sizes={
+            name: sum(parameter.numel() for parameter in network.parameters())
+            for name, network in {"source model": model.denoiser, "Guidance of TGDP": model.guidance}.items()
+        },
         log_ratios={"source": ratio.source_log_ratio.numpy(), "target": ratio.target_log_ratio.numpy()},
         counts=counts(run, cohorts),
         provenance={"tgdp_fast": __version__, "torch": torch.__version__, **environment()},
@@ -296,4 +313,6 @@ def _save_utility(utility: Utility, path: Path) -> None:
 
 
 def _load_utility(path: Path) -> Utility:
-    return Utility(load_checkpoint(path, "judge")[1]["scores"].numpy())
+    tensors = load_checkpoint(path, "judge")[1]
+    with described(path, "Utility"):
+        return Utility(tensors["scores"].numpy())

@@ -33,6 +33,7 @@ def fit_model(run: Run, cohorts: Cohorts, denoiser: Denoiser, ratio: Ratio) -> T
     x = torch.from_numpy(cohorts.x_source)
     diagnostics.add_mean_h(mean_h(network, x, labels=labels, limit=512, seed=run.seed("guidance")))
     ecg = {"rate": source.rate, "leads": list(source.leads), "statements": list(source.vocabulary)}
+    ecg["preset"] = run.config.preset
     model = TransferModel(
         denoiser,
         network,

@@ -1,6 +1,6 @@
 """Plots as inline SVG text: ECGs on paper, curves, histograms. No library, no script, no reference to a file.
 
-Lengths of an ECG plot are millimetres of paper: 25 mm are a second, 10 mm a millivolt.
+Lengths of an ECG plot are millimetres of paper: 25 mm are a second, 10 mm a millivolt, or less where it says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ MM_PER_MILLIVOLT = 10.0
 #: Rows of the usual print: four columns of a quarter of the record each, and below them lead II in full.
 LAYOUT = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"))
 RHYTHM_LEAD = "II"
+#: Leads of a small picture, where they are there.
+STRIP_LEADS = ("II", "V1", "V5")
 
 PAPER, FINE_LINE, COARSE_LINE, TRACE = "#fffafa", "#f6d3d3", "#e9a3a3", "#16161d"
 #: Line colors (after Okabe and Ito: told apart with color blindness too) and dashes, in the order of series.
@@ -25,8 +27,9 @@ DASHES = ("", "6 3", "2 2", "8 2 2 2", "", "4 2", "1 3")
 
 _MARGIN = 5.0  # mm, around everything
 _PULSE = 10.0  # mm, room for the calibration pulse before each row
-_ABOVE, _BELOW = (15.0, 30.0), (15.0, 20.0)  # mm of a row above and below its baseline, at least and at most
-_LARGEST = 5.0  # mV; larger values are cut off
+_MOST = 35.0  # mm above or below a baseline; larger signals are drawn at a smaller scale
+_LARGEST = 20.0  # mV; larger values are cut off
+_STRIP_SECONDS = 4.0
 _UNIT = 100  # paths are written in hundredths of a millimetre: whole numbers are short
 
 #: The two grids of ECG paper; once in a page, before the first plot.
@@ -51,12 +54,18 @@ class Series:
     color: int
 
 
+def gain(*signals: np.ndarray) -> float:
+    """Millimetres per millivolt, 10 or a half, a quarter, ... of it, at which no lead is higher than ``_MOST`` mm."""
+    largest = max(float(np.abs(_clean(part)).max(initial=0.0)) for part in signals)
+    return MM_PER_MILLIVOLT * 0.5 ** max(0, math.ceil(math.log2(max(largest, 1e-9) * MM_PER_MILLIVOLT / _MOST)))
+
+
 def ecg_plot(signals: np.ndarray, rate: float, leads: Sequence[str], title: str) -> str:
     """Twelve leads on ECG paper: three rows of four, each a quarter of the time, and lead II in full.
 
     Each row begins with a calibration pulse of 1 mV and 0.2 s. All leads of a column show the same seconds, as the
-    recorder prints them. A row is as high as its signals need, within limits; beyond these they run into the next one,
-    as on paper. Values beyond 5 mV are cut off.
+    recorder prints them. A row is as high as its signals and their names need; large signals are drawn at 5 mm/mV or
+    less, as is written below. Values beyond 20 mV, which no heart has, are cut off.
 
     Args:
         signals: [12, L] in mV.
@@ -67,57 +76,93 @@ def ecg_plot(signals: np.ndarray, rate: float, leads: Sequence[str], title: str)
     Raises:
         ValueError: other shapes, a lead is missing.
     """
-    array = np.asarray(signals, dtype=np.float64)
-    names = [name.lower() for name in leads]
-    if array.ndim != 2 or len(array) != len(names):
-        raise ValueError(f"signals must have shape [{len(names)}, L], got {list(array.shape)}")
+    array, names = _checked(signals, leads)
     missing = [name for row in LAYOUT for name in row if name.lower() not in names]
     if missing:
         raise ValueError(f"leads must hold the twelve of a standard ECG, {', '.join(missing)} are missing")
-    array = np.nan_to_num(array, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST).clip(-_LARGEST, _LARGEST)
     length = array.shape[1]
-    across = length / rate * MM_PER_SECOND
-    left = _MARGIN + _PULSE
-    # Whole large squares, so that the paper ends with a line.
-    width = 5.0 * math.ceil((left + across + _MARGIN) / 5.0)
     bounds = [round(length * i / 4) for i in range(5)]
     spans = [[(name, bounds[i], max(bounds[i] + 1, bounds[i + 1])) for i, name in enumerate(group)] for group in LAYOUT]
     spans.append([(RHYTHM_LEAD, 0, length)])
+    return _paper(array, rate, names, spans, title, gain(array), pulse=_PULSE, letter=3.6)
+
+
+def strip_plot(signals: np.ndarray, rate: float, leads: Sequence[str], title: str, scale: float) -> str:
+    """A small picture, one of several side by side: three leads, the first seconds, at ``scale`` mm/mV.
+
+    Arguments and errors as of :func:`ecg_plot`, but any leads will do.
+    """
+    array, names = _checked(signals, leads)
+    length = min(array.shape[1], max(2, round(_STRIP_SECONDS * rate)))
+    shown = [name for name in STRIP_LEADS if name.lower() in names] or list(leads[:3])
+    spans = [[(name, 0, length)] for name in shown]
+    return _paper(array, rate, names, spans, title, scale, pulse=0.0, letter=6.0)
+
+
+def _checked(signals: np.ndarray, leads: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    array, names = np.asarray(signals, dtype=np.float64), [name.lower() for name in leads]
+    if array.ndim != 2 or len(array) != len(names):
+        raise ValueError(f"signals must have shape [{len(names)}, L], got {list(array.shape)}")
+    return _clean(array), names
+
+
+def _clean(signals: np.ndarray) -> np.ndarray:
+    array = np.asarray(signals, dtype=np.float64)
+    return np.nan_to_num(array, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST).clip(-_LARGEST, _LARGEST)
+
+
+def _paper(
+    array: np.ndarray,
+    rate: float,
+    names: Sequence[str],
+    spans: Sequence[Sequence[tuple[str, int, int]]],
+    title: str,
+    scale: float,
+    *,
+    pulse: float,
+    letter: float,
+) -> str:
+    """Rows of (lead, start, stop) on paper, at ``scale`` mm/mV, with letters of ``letter`` mm."""
+    left = _MARGIN + pulse
+    across = max(stop for row in spans for _, _, stop in row) / rate * MM_PER_SECOND
+    # Whole large squares, so that the paper ends with a line.
+    width = 5.0 * math.ceil((left + across + _MARGIN) / 5.0)
     traces, marks, texts, pulses = [], [], [], []
     top = _MARGIN
     for row in spans:
         shown = [array[names.index(name.lower()), start:stop] for name, start, stop in row]
-        above = _squares(MM_PER_MILLIVOLT * max(float(y.max()) for y in shown), _ABOVE)
-        below = _squares(-MM_PER_MILLIVOLT * min(float(y.min()) for y in shown), _BELOW)
+        above = _squares(scale * max(float(y.max()) for y in shown) + letter)  # Names stand above the traces.
+        below = _squares(-scale * min(float(y.min()) for y in shown) + 1.0)
         baseline = top + above
-        pulses.append(f"M{_MARGIN + 1:g} {baseline:g}h2v-10h5v10h2")
-        for (name, start, stop), y in zip(row, shown, strict=True):
-            x = left + np.arange(start, stop) / rate * MM_PER_SECOND
-            traces.append(path(_UNIT * x, _UNIT * (baseline - MM_PER_MILLIVOLT * y)))
-            texts.append(f'<text x="{x[0] + 1:.4g}" y="{top + 2.5:.4g}">{html.escape(name)}</text>')
+        if pulse:
+            pulses.append(f"M{_MARGIN + 1:g} {baseline:g}h2v-{scale:g}h5v{scale:g}h2")
+        for (name, start, _), y in zip(row, shown, strict=True):
+            x = left + np.arange(start, start + len(y)) / rate * MM_PER_SECOND
+            traces.append(path(_UNIT * x, _UNIT * (baseline - scale * y)))
+            texts.append(f'<text x="{x[0] + 1:.4g}" y="{top + 0.7 * letter:.4g}">{html.escape(name)}</text>')
             if start:
                 marks.append(f"M{x[0]:.4g} {baseline - 5:.4g}v-3M{x[0]:.4g} {baseline + 5:.4g}v3")
         top = baseline + below
-    height = top + _MARGIN
+    height = top + 5.0 * math.ceil(letter / 5.0)
     return (
         f'<svg class="ecg" role="img" viewBox="0 0 {width:g} {height:g}" style="--paper-width:{width:g}mm">'
         f"<title>{html.escape(title)}</title>"
         f'<rect width="{width:g}" height="{height:g}" fill="{PAPER}"/>'
         f'<rect width="{width:g}" height="{height:g}" fill="url(#coarse-grid)"/>'
         f'<path d="{"".join(pulses + marks)}" fill="none" stroke="{TRACE}" stroke-width="0.3"/>'
-        f'<g transform="scale({1 / _UNIT:g})" fill="none" stroke="{TRACE}" stroke-width="{0.32 * _UNIT:g}" '
-        'stroke-linejoin="round">'
+        f'<g transform="scale({1 / _UNIT:g})" fill="none" stroke="{TRACE}" '
+        f'stroke-width="{0.09 * _UNIT * letter:g}" stroke-linejoin="round">'
         f"{''.join(f'<path d={chr(34)}{d}{chr(34)}/>' for d in traces)}</g>"
-        f'<g font-size="3.6" font-weight="600" fill="{TRACE}" stroke="{PAPER}" stroke-width="0.9" paint-order="stroke">'
-        f"{''.join(texts)}</g>"
-        f'<text x="{_MARGIN:g}" y="{height - 1.6:g}" font-size="2.8" fill="{TRACE}">25 mm/s · 10 mm/mV</text>'
-        "</svg>"
+        f'<g font-size="{letter:g}" font-weight="600" fill="{TRACE}" stroke="{PAPER}" stroke-width="0.9" '
+        f'paint-order="stroke">{"".join(texts)}</g>'
+        f'<text x="{_MARGIN:g}" y="{height - 1.6:g}" font-size="{0.8 * letter:g}" fill="{TRACE}">25 mm/s · '
+        f"{scale:g} mm/mV</text></svg>"
     )
 
 
-def _squares(need: float, limits: tuple[float, float]) -> float:
-    """Whole large squares, 5 mm, that hold ``need`` mm, within the limits."""
-    return min(limits[1], max(limits[0], 5.0 * math.ceil(need / 5.0)))
+def _squares(need: float) -> float:
+    """Whole large squares, 5 mm, that hold ``need`` mm, and at least three."""
+    return max(15.0, 5.0 * math.ceil(need / 5.0))
 
 
 def path(x: np.ndarray, y: np.ndarray) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tgdp_fast.ecg.config import PRESETS, UNSAID, Config, to_dict
 
-#: Names for pip of packages that are imported by another one.
-_INSTALLED_AS = {"sklearn": "scikit-learn"}
 #: Settings that no result depends on.
 _HARMLESS = ("device",)
 #: Settings, or whole tables, that the model of ``ecg fit`` does not depend on.
@@ -29,26 +26,6 @@ _SHOWN = 5
 MEASURING = ("scipy", "sklearn", "pandas", "matplotlib", "neurokit2")
 #: Settings that evaluate the same samples again.
 EVALUATED_ANEW = ("evaluation.bootstrap", "evaluation.seeds", "evaluation.plots")
-
-
-def check_packages(names: Sequence[str]) -> None:
-    """Import packages that are needed later.
-
-    Raises:
-        ImportError: names all that are missing.
-    """
-    missing = []
-    for name in names:
-        try:
-            import_module(name)
-        except ImportError as error:
-            # Often a package that it imports itself is missing.
-            missing.append(_INSTALLED_AS.get(part := (error.name or name).split(".")[0], part))
-    if missing:
-        raise ImportError(
-            f"this run needs {', '.join(dict.fromkeys(missing))}, not installed here; run: pip install "
-            "'tgdp_fast[ecg]' (in a checkout: pip install --no-build-isolation -e '.[ecg]')"
-        )
 
 
 def check_same_run(out: Path, config: Config, changeable: Sequence[str] = ()) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast.ecg import plots
+from tgdp_fast.ecg import page, plots
+from tgdp_fast.fit.diagnostics import TransferDiagnostics
 from tgdp_fast.metrics.classification import ClassScore, Interval
 from tgdp_fast.metrics.copies import Memorization
-from tgdp_fast.metrics.ecg_intervals import Spectra, StatisticComparison
+from tgdp_fast.metrics.ecg_intervals import ECGStatistics, Spectra, StatisticComparison
 from tgdp_fast.runtime.files import write_atomic
 
 #: Leads whose spectra are shown, where they are there.
@@ -45,13 +46,14 @@ class Method:
         name: as in tables and legends.
         description: one sentence.
         samples: records to plot [k, leads, L] in mV, with the leads of the report.
-        labels: a caption for each of them, such as its statements.
+        labels: a caption for each of them, such as its statements; equal ones stand side by side.
         metrics: by name, with bootstrap intervals; of a classifier trained on this method's samples.
         augmented: likewise, trained on these samples and the few real records.
         per_class: scores of that classifier.
         quality: numbers by name, such as the Fréchet distance.
         memorization: see :func:`tgdp_fast.metrics.memorization`.
         statistics: see :func:`tgdp_fast.metrics.compare_statistics`.
+        beats: the measurements that were compared, which tell in how many records there was something to measure.
         spectra: with the leads of the report.
         cost: see :class:`Cost`.
     """
@@ -66,6 +68,7 @@ class Method:
     quality: Mapping[str, float] = field(default_factory=dict)
     memorization: Memorization | None = None
     statistics: Sequence[StatisticComparison] = ()
+    beats: ECGStatistics | None = None
     spectra: Spectra | None = None
     cost: Cost | None = None
 
@@ -81,6 +84,9 @@ class Report:
         leads: names of the leads of all signals; the twelve of a standard ECG.
         summary: a few sentences on what was done.
         warnings: of the diagnostics; shown first.
+        diagnostics: as of :meth:`tgdp_fast.TransferDiagnostics.to_dict`.
+        reference: measurements of the real test records.
+        sizes: parameters of networks by name, the source model's first.
         log_ratios: log density ratios at the records of "source" and "target".
         counts: numbers of records by name.
         provenance: versions, seeds, machine.
@@ -93,6 +99,9 @@ class Report:
     leads: Sequence[str]
     summary: str = ""
     warnings: Sequence[str] = ()
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    reference: ECGStatistics | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
     log_ratios: Mapping[str, np.ndarray] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -121,10 +130,10 @@ def render(report: Report) -> str:
         [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body>{plots.GRID}",
+            f"<title>{escape(report.title)}</title><style>{page.STYLE}</style></head><body>{plots.GRID}",
             f"<header><h1>{escape(report.title)}</h1>",
             "".join(f"<p>{escape(part)}</p>" for part in report.summary.split("\n") if part.strip()),
-            f"</header>{_warnings(report)}",
+            f"</header>{_warnings(report)}{_verdict(report)}",
             f'<nav aria-label="Contents"><ol>{contents}</ol></nav><main>',
             *(
                 f'<section id="{identifier}" aria-labelledby="{identifier}-title">'
@@ -137,6 +146,35 @@ def render(report: Report) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ sections
+
+
+def _verdict(report: Report) -> str:
+    """What the numbers say, in a sentence each. The first method is the real records."""
+    texts = []
+    if report.diagnostics and not TransferDiagnostics(**report.diagnostics).within_reach:
+        texts.append("The target is out of reach of the source: do not use samples of TGDP.")
+    if noisy := [m.name for m in report.methods[1:] if m.beats is not None and 2 * m.beats.measured < _count(m.beats)]:
+        texts.append(f"Most samples of {_listed(noisy)} do not look like an ECG: no beats of one shape were found.")
+    if copying := [m.name for m in report.methods[1:] if m.memorization is not None and m.memorization.copies]:
+        texts.append(f"Samples of {_listed(copying)} copy training records.")
+    name = next(iter(page.keys(m.metrics for m in report.methods[1:])), "")
+    drawn = [(m.name, m.metrics[name]) for m in report.methods[1:] if name in m.metrics]
+    ranked = sorted(drawn, key=lambda row: -math.inf if math.isnan(row[1].value) else row[1].value, reverse=True)
+    if len(ranked) > 1:
+        (first, best), (second, next_best) = ranked[:2]
+        texts.append(
+            f"{first} has the best {name}, {page.interval(best)}; next is {second}, {page.interval(next_best)}."
+            + ("" if best.low > next_best.high else " The intervals overlap: no method is shown to be better.")
+        )
+    return f'<div class="verdict">{"".join(f"<p>{escape(text)}</p>" for text in texts)}</div>' if texts else ""
+
+
+def _count(beats: ECGStatistics) -> int:
+    return len(beats.heart_rate)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _warnings(report: Report) -> str:
@@ -157,55 +195,73 @@ def _classification(report: Report) -> str:
         ("augmented", "Trained on the samples together with the few real target records of training."),
     ):
         tables: list[tuple[str, Mapping[str, Interval]]] = [(m.name, getattr(m, attribute)) for m in report.methods]
-        columns = _keys(values for _, values in tables)
+        columns = page.keys(values for _, values in tables)
         if columns:
             rows = [
-                [name, *(_interval(values[c]) if c in values else "–" for c in columns)]
+                [name, *(page.interval(values[c]) if c in values else "–" for c in columns)]
                 for name, values in tables
                 if values
             ]
             intervals = [value for _, values in tables for value in values.values()]
-            parts.append(_table(f"{text} {_about(intervals)}", ["Trained on", *columns], rows))
+            parts.append(page.table(f"{text} {page.about(intervals)}", ["Trained on", *columns], rows))
     return "".join(parts)
 
 
 def _ecgs(report: Report) -> str:
-    parts = []
-    for method in report.methods:
-        if method.samples is None or not len(method.samples):
-            continue
+    shown = [method for method in report.methods if method.samples is not None and len(method.samples)]
+    rows: dict[str, dict[str, np.ndarray]] = {}  # caption -> name of the method -> its record
+    for method in shown:
+        assert method.samples is not None
         if method.labels and len(method.labels) != len(method.samples):
             raise ValueError(
                 f"labels of {method.name} must be one for each of {len(method.samples)} samples, got "
                 f"{len(method.labels)}"
             )
-        figures = []
         for i, signals in enumerate(method.samples):
-            caption = f"{method.name}, record {i + 1}" + (f": {method.labels[i]}" if method.labels else "")
-            title = f"Twelve-lead electrocardiogram. {caption}"
-            plot = plots.ecg_plot(signals, report.rate, report.leads, title)
-            figures.append(f"<figure>{plot}<figcaption>{escape(caption)}</figcaption></figure>")
-        about = f"<p>{escape(method.description)}</p>" if method.description else ""
-        parts.append(f"<h3>{escape(method.name)}</h3>{about}{''.join(figures)}")
-    note = "<p>Printed on A4 in landscape, the paper is to scale: 25 mm are a second, 10 mm a millivolt.</p>"
-    return note + "".join(parts) if parts else ""
+            label = method.labels[i] if method.labels else f"record {i + 1}"
+            rows.setdefault(label, {}).setdefault(method.name, signals)
+    about = "".join(
+        f"<li><strong>{escape(m.name)}</strong>: {escape(m.description)}</li>" for m in shown if m.description
+    )
+    parts = [_side_by_side(report, label, records, [m.name for m in shown]) for label, records in rows.items()]
+    return (f'<ul class="notes">{about}</ul>' if about else "") + "".join(parts)
+
+
+def _side_by_side(report: Report, label: str, records: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
+    """Records of one statement, a column for each method at one scale, and below, folded, with all their leads."""
+    scale = plots.gain(*records.values())
+    small, large = "", ""
+    for name in names:
+        if name not in records:
+            small += f"<figure><figcaption>{escape(name)}</figcaption><p>none of this statement</p></figure>"
+            continue
+        signals, caption = records[name], f"{name}: {label}"
+        strip = plots.strip_plot(signals, report.rate, report.leads, f"Three leads. {caption}", scale)
+        small += f"<figure><figcaption>{escape(name)}</figcaption>{strip}</figure>"
+        whole = plots.ecg_plot(signals, report.rate, report.leads, f"Twelve-lead electrocardiogram. {caption}")
+        large += f"<figure><figcaption>{escape(caption)}</figcaption>{whole}</figure>"
+    note = "<p>Printed on A4 in landscape, the paper is to scale: 25 mm are a second.</p>"
+    return (
+        f'<h3>{escape(label)}</h3><div class="scroll"><div class="strips" style="--columns:{len(names)}">{small}</div>'
+        f"</div><details><summary>All twelve leads: {escape(label)}</summary>{note}{large}</details>"
+    )
 
 
 def _quality(report: Report) -> str:
-    columns = _keys(method.quality for method in report.methods)
+    columns = page.keys(method.quality for method in report.methods)
     remembered = any(method.memorization for method in report.methods)
     extra = ["nearest record, ratio", "5 % nearest, ratio", "nearer than held-out", "copies"] if remembered else []
     rows = []
     for method in report.methods:
         if not method.quality and method.memorization is None:
             continue
-        cells = [_number(method.quality[c]) if c in method.quality else "–" for c in columns]
+        cells = [page.number(method.quality[c]) if c in method.quality else "–" for c in columns]
         found = method.memorization
         if found is not None:
             cells += [
-                _number(found.median_ratio),
-                _number(found.low_ratio),
-                f"{found.nearer} ({_number(found.expected_nearer, 1)} expected)",
+                page.number(found.median_ratio),
+                page.number(found.low_ratio),
+                f"{found.nearer} ({page.number(found.expected_nearer, 1)} expected)",
                 f"{found.copies} of {len(found.generated)}",
             ]
         elif remembered:
@@ -225,7 +281,7 @@ def _quality(report: Report) -> str:
             "held-out real records. Near or above 1: no copying. Copies are equal to a training record up to scale, "
             "offset and shift."
         )
-    return _table(text, ["Method", *columns, *extra], rows) + _notes(notes)
+    return page.table(text, ["Method", *columns, *extra], rows) + page.notes(notes)
 
 
 def _per_class(report: Report) -> str:
@@ -240,18 +296,48 @@ def _per_class(report: Report) -> str:
             found = [next((s for s in method.per_class if s.name == name), None) for method in shown]
             positives = next(score.positives for score in found if score is not None)
             values = [math.nan if score is None else float(getattr(score, attribute)) for score in found]
-            best = max((v for v in values if not math.isnan(v)), default=math.nan)
-            cells = [f"<strong>{_number(v)}</strong>" if v == best else _number(v) for v in values]
-            rows.append([name, str(positives), *cells])
+            rows.append([name, str(positives), *_with_best(values)])
         parts.append(
-            _table(
-                f"{title} of each statement, on real records; the best of a row is bold.",
+            page.table(
+                f"{title} of each statement, on real records. Bold: better than all others.",
                 ["Statement", "records", *(method.name for method in shown)],
                 rows,
                 raw=True,
             )
         )
     return "".join(parts)
+
+
+def _with_best(values: Sequence[float]) -> list[str]:
+    """Cells; the largest is bold where it is above 0 and no other shows the same number."""
+    cells = [page.number(value) for value in values]
+    best = max((v for v in values if not math.isnan(v)), default=0.0)
+    alone = best > 0 and cells.count(page.number(best)) == 1
+    return [f"<strong>{cell}</strong>" if alone and cell == page.number(best) else cell for cell in cells]
+
+
+def _reach(report: Report) -> str:
+    """The diagnostics, and the ratio that they are of."""
+    if not report.diagnostics:
+        return _ratios(report)
+    found = TransferDiagnostics(**report.diagnostics)
+    share = found.effective_sample_size / max(1, found.num_source)
+    rows = [
+        ["Target outside the source", f"{found.outside_fraction:.0%}", "near 0; above 34 %: out of reach"],
+        ["Mean ratio over the source", f"{found.mean_ratio:.3g}", "near 1; outside 0.1 to 10: out of reach"],
+        [
+            "Effective sample size",
+            f"{found.effective_sample_size:.0f} of {found.num_source} ({share:.0%})",
+            "the larger the better, if the target is within reach",
+        ],
+        ["AUC of the domains, held out", page.number(found.auc), "0.5: the same domain; 1: separable"],
+        ["Calibration slope", page.number(found.calibration_slope, 2), "near 1; well below: overconfident"],
+    ]
+    if found.mean_h:
+        low, high = min(row[1] for row in found.mean_h), max(row[1] for row in found.mean_h)
+        rows.append(["Mean of the fitted h, E_p[h]", f"{low:.3g} to {high:.3g} over t", "near 1 at every t"])
+    caption = f"Diagnostics of {found.num_source} source and {found.num_target} target records, before sampling."
+    return page.table(caption, ["Number", "value", "good"], rows, left=True) + _ratios(report)
 
 
 def _ratios(report: Report) -> str:
@@ -262,12 +348,12 @@ def _ratios(report: Report) -> str:
     plot = plots.histogram(values, "Histograms of the learned log-ratio", "log r = log q / p (nats)", colors=colors)
     legend = plots.legend([(name, colors[i % 4]) for i, name in enumerate(values)])
     rows = [
-        [name, str(len(v)), *(_number(float(q)) for q in np.quantile(v[np.isfinite(v)], [0.05, 0.5, 0.95]))]
+        [name, str(len(v)), *(page.number(float(q)) for q in np.quantile(v[np.isfinite(v)], [0.05, 0.5, 0.95]))]
         for name, v in values.items()
         if np.isfinite(v).any()
     ]
     caption = "Learned log-ratio of target to source density. The further apart, the better the domains are told apart."
-    return f"<figure>{legend}{plot}<figcaption>{caption}</figcaption></figure>" + _table(
+    return f"<figure>{legend}{plot}<figcaption>{caption}</figcaption></figure>" + page.table(
         "Quantiles of the log-ratio", ["Records of", "number", "5 %", "median", "95 %"], rows
     )
 
@@ -311,34 +397,46 @@ def _statistics(report: Report) -> str:
         "qrs": "QRS duration",
         "qt": "QT interval",
     }
-    rows = []
-    for name in _keys({s.name: s for s in method.statistics} for method in shown):
+    rows = [["Records measured", _measured(report.reference), *(_measured(method.beats) for method in shown)]]
+    if set(rows[0][1:]) == {"–"}:
+        rows = []
+    for name in page.keys({s.name: s for s in method.statistics} for method in shown):
         found = [next((s for s in method.statistics if s.name == name), None) for method in shown]
         first = next(s for s in found if s is not None)
-        cells = [
-            "–"
-            if s is None
-            else f"{_quartiles(s.generated)}<br><small>W₁ {_number(s.wasserstein, 1)}, n = {s.num_generated}</small>"
-            for s in found
-        ]
+        cells = ["–" if s is None or not s.num_generated else _generated(s) for s in found]
         heading = f"{titles.get(name, name)} ({first.unit})"
-        rows.append([heading, f"{_quartiles(first.real)}<br><small>n = {first.num_real}</small>", *cells])
-    return _table(
-        "Median (quartiles) over the records; W₁ is the Wasserstein-1 distance to the real records.",
+        rows.append([heading, f"{page.quartiles(first.real)}<br><small>n = {first.num_real}</small>", *cells])
+    return page.table(
+        "Median (quartiles) over the records; W₁ is the Wasserstein-1 distance to the real records. A record is "
+        "measured if its beats are alike; peaks that a detector finds in noise are not.",
         ["Measure", "Reference", *(method.name for method in shown)],
         rows,
         raw=True,
     )
 
 
+def _generated(found: StatisticComparison) -> str:
+    distance = f"W₁ {page.number(found.wasserstein, 1)}, n = {found.num_generated}"
+    return f"{page.quartiles(found.generated)}<br><small>{distance}</small>"
+
+
+def _measured(beats: ECGStatistics | None) -> str:
+    """How many of how many records were measured, and why the others were not."""
+    if beats is None:
+        return "–"
+    reasons = [(beats.noise, "noise"), (beats.failed - beats.noise, "no beats")]
+    lost = ", ".join(f"{count} {reason}" for count, reason in reasons if count)
+    return f"{beats.measured} of {_count(beats)}" + (f"<br><small>{lost}</small>" if lost else "")
+
+
 def _costs(report: Report) -> str:
     rows = [
         [
             method.name,
-            _or_dash(cost.trainable_parameters, lambda v: f"{int(v):,}"),
-            _or_dash(cost.training_seconds, _seconds),
-            _or_dash(cost.sampling_seconds, _seconds),
-            _or_dash(cost.memory_bytes, lambda v: f"{v / 2**20:,.0f} MiB"),
+            page.or_dash(cost.trainable_parameters, lambda v: f"{int(v):,}"),
+            page.or_dash(cost.training_seconds, page.seconds),
+            page.or_dash(cost.sampling_seconds, page.seconds),
+            page.or_dash(cost.memory_bytes, lambda v: f"{v / 2**20:,.0f} MiB"),
         ]
         for method in report.methods
         if (cost := method.cost) is not None
@@ -346,167 +444,40 @@ def _costs(report: Report) -> str:
     if not rows:
         return ""
     header = ["Method", "trainable parameters", "training", "sampling", "peak memory"]
-    note = "The source model's training is in its own row alone: methods that start from it share it."
-    return _table("What each method takes; wall-clock time.", header, rows) + _notes([note])
+    notes = ["The source model's training is in its own row alone: methods that start from it share it."]
+    (first, own), *others = report.sizes.items() or [("", 0)]
+    notes += [
+        f"{name}: {size:,} parameters, {size / own:.3g} times the {own:,} of the {first}." for name, size in others
+    ]
+    return page.table("What each method takes; wall-clock time.", header, rows) + page.notes(notes)
 
 
 def _counts(report: Report) -> str:
-    rows = [[name, _plain(value)] for name, value in report.counts.items()]
-    return _table("Records", ["Part", "records"], rows) if rows else ""
+    rows = [[name, page.plain(value)] for name, value in report.counts.items()]
+    return page.table("Records", ["Part", "records"], rows) if rows else ""
 
 
 def _provenance(report: Report) -> str:
     parts = []
     for title, values in (("Versions and machine", report.provenance), ("Settings", report.settings)):
-        rows = [[name, _plain(value)] for name, value in _flattened(values)]
+        rows = [[name, page.plain(value)] for name, value in page.flattened(values)]
         if rows:
-            parts.append(f"<details open><summary>{title}</summary>{_table(title, ['Entry', 'value'], rows)}</details>")
+            table = page.table(title, ["Entry", "value"], rows, left=True)
+            parts.append(
+                f"<details{' open' * (values is report.provenance)}><summary>{title}</summary>{table}</details>"
+            )
     return "".join(parts)
 
 
 _SECTIONS: Sequence[tuple[str, str, Callable[[Report], str]]] = (
+    ("ratios", "Is the target within reach?", _reach),
     ("classification", "Train on samples, test on real records", _classification),
-    ("electrocardiograms", "Electrocardiograms", _ecgs),
-    ("quality", "Quality, diversity, memorization", _quality),
     ("classes", "Per statement", _per_class),
+    ("quality", "Quality, diversity, memorization", _quality),
+    ("electrocardiograms", "Electrocardiograms", _ecgs),
     ("intervals", "Heart rate and intervals", _statistics),
     ("spectra", "Spectra", _spectra),
-    ("ratios", "Learned density ratio", _ratios),
     ("cost", "Cost", _costs),
     ("data", "Data", _counts),
     ("provenance", "Provenance", _provenance),
 )
-
-
-# -------------------------------------------------------------------------------------------------- pieces
-
-
-def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, raw: bool = False) -> str:
-    """An HTML table. All cells are escaped; with ``raw`` only the header and the first column are."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{cell if raw else escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _notes(texts: Sequence[str]) -> str:
-    return f'<ul class="notes">{"".join(f"<li>{escape(text)}</li>" for text in texts)}</ul>'
-
-
-def _number(value: float, digits: int = 3) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    text = f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
-    return text.replace("-", "−")
-
-
-def _interval(value: Interval) -> str:
-    if math.isnan(value.low):
-        return _number(value.value)
-    return f"{_number(value.value)} ({_number(value.low)} to {_number(value.high)})"
-
-
-def _about(intervals: Sequence[Interval]) -> str:
-    known = [value for value in intervals if not math.isnan(value.low)]
-    if not known:
-        return ""
-    return (
-        f"In brackets {known[0].confidence:.0%} bootstrap intervals over the test records ({known[0].num} resamplings)."
-    )
-
-
-def _quartiles(values: tuple[float, float, float]) -> str:
-    low, median, high = (_number(value, 0) for value in values)
-    return "–" if median == "–" else f"{median} ({low} to {high})"
-
-
-def _seconds(value: float) -> str:
-    if value < 120:
-        return f"{value:.1f} s"
-    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def _or_dash(value: Any, shown: Callable[[Any], str]) -> str:
-    return "–" if value is None else shown(value)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
-    return str(value)
-
-
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    entries: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            entries += _flattened(value, f"{prefix}{name}.")
-        else:
-            entries.append((f"{prefix}{name}", value))
-    return entries
-
-
-def _keys(tables: Any) -> list[str]:
-    """Keys of all tables, in the order in which they first appear."""
-    return list(dict.fromkeys(key for table in tables for key in table))
-
-
-_STYLE = """
-:root{color-scheme:light;--ink:#16161d;--soft:#5b5b66;--line:#dcdce4}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1.5rem 1.25rem 4rem;max-width:1120px;color:var(--ink);background:#fff;
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-h1{font-size:1.9rem;line-height:1.2;margin:.2em 0 .3em}
-h2{font-size:1.35rem;margin:2.4rem 0 .6rem;padding-bottom:.25rem;border-bottom:2px solid var(--line)}
-h3{font-size:1.1rem;margin:1.6rem 0 .3rem}
-header p{max-width:75ch;margin:.4rem 0}
-a{color:#0b57a4}
-nav ol{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.6rem 0;margin:1rem 0 0;list-style:none;
-border-block:1px solid var(--line);font-size:.95rem}
-.warnings{margin:1.2rem 0;padding:.8rem 1.2rem;border:1px solid #d39b00;border-left:8px solid #d39b00;
-background:#fff7dd;border-radius:4px}
-.warnings h2{margin:0 0 .3rem;border:0;font-size:1.1rem}
-.warnings ul{margin:0;padding-left:1.2rem}
-.scroll{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;min-width:min(100%,46rem);font-size:.92rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding-bottom:.4rem;max-width:80ch}
-th,td{padding:.32rem .8rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
-th:first-child{text-align:left;padding-left:0}
-td{white-space:nowrap}
-thead th{border-bottom:2px solid #9a9aa6;font-weight:600}
-tbody th{font-weight:500}
-tbody tr:hover{background:#f6f7fb}
-small{color:var(--soft)}
-figure{margin:.8rem 0 1.4rem}
-figcaption{color:var(--soft);font-size:.92rem;margin-top:.3rem}
-svg.ecg,svg.chart{display:block;width:100%;height:auto}
-svg.ecg{border:1px solid #e9a3a3}
-svg.chart{max-width:760px}
-svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:.8rem}
-.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.4rem;list-style:none;margin:.2rem 0 .6rem;padding:0;font-size:.95rem}
-.legend svg{vertical-align:middle}
-.notes{color:var(--soft);font-size:.9rem;max-width:85ch;padding-left:1.2rem}
-summary{font-weight:600;cursor:pointer}
-details td{white-space:normal;text-align:left;word-break:break-word}
-@page{size:A4 landscape;margin:9mm}
-@media print{
-body{max-width:none;padding:0;font-size:10pt}
-nav{display:none}
-svg.ecg{width:var(--paper-width);max-width:100%;max-height:185mm;border:0}
-svg.ecg,.warnings{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-figure,tr{break-inside:avoid}
-h2,h3{break-after:avoid}
-}
-"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ def draw_times(
 
     "uniform" is uniform in t; "logsnr" uniform in log-SNR. Discrete schedules give integer times.
     """
-    order = torch.randperm(count, generator=generator)
-    u = (order + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    order = torch.randperm(count, generator=generator, device="cpu")
+    u = (order + torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")) / count
     if distribution == "logsnr":
         low, high = (float(schedule.half_log_snr(t)) for t in (schedule.t_max, schedule.t_min))
         times = schedule.time_from_half_log_snr(low + (high - low) * u)
@@ -47,9 +48,9 @@ class Batches:
         """Row indices [batch_size]."""
         if self.batch_size >= self.count:
             passes = -(-self.batch_size // self.count)
-            rows = torch.cat([torch.randperm(self.count, generator=generator) for _ in range(passes)])
+            rows = torch.cat([torch.randperm(self.count, generator=generator, device="cpu") for _ in range(passes)])
             return rows[: self.batch_size]
-        return torch.randint(self.count, (self.batch_size,), generator=generator)
+        return torch.randint(self.count, (self.batch_size,), generator=generator, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ class NoisedBatch:
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, t: Tensor, generator: torch.Generator) -> NoisedBatch:
     """Noise x0 [B, ...] to times t [B]; alpha and sigma have shape [B, 1, ...]."""
-    return _noised(schedule, x0, t, torch.randn(x0.shape, generator=generator))
+    return _noised(schedule, x0, t, _standard_normal(x0.shape, generator))
+
+
+def _standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _noised(schedule: NoiseSchedule, x0: Tensor, t: Tensor, epsilon: Tensor) -> NoisedBatch:
@@ -90,7 +95,7 @@ def draw_noised(
     """
     rows = batches.draw(generator)
     t = draw_times(schedule, len(rows), generator, time_distribution)
-    epsilon = torch.randn((len(rows), *x.shape[1:]), generator=generator)
+    epsilon = _standard_normal((len(rows), *x.shape[1:]), generator)
     own = distributed.share(len(rows))
     rows = rows[own].to(x.device)
     batch = _noised(schedule, x[rows], t[own], epsilon[own])

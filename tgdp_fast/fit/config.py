@@ -15,6 +15,7 @@ from tgdp_fast.fit.losses import Logistic, Loss
 from tgdp_fast.fit.regularizers import REGULARIZERS, Regularizer
 from tgdp_fast.fit.terms import Term
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.memory import check_memory
 from tgdp_fast.runtime.precision import PRECISIONS
 
 TIME_DISTRIBUTIONS = ("uniform", "logsnr")
@@ -40,6 +41,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 1)
         check_integer("batch_size", self.batch_size, 1)
+        check_memory("batch_size", self.batch_size, 16 * self.batch_size, "batches of one number", "use a smaller one")
         check_number("learning_rate", self.learning_rate, 0.0, exclusive=True)
         check_number("weight_decay", self.weight_decay, 0.0)
         check_number("ema_decay", self.ema_decay, 0.0, 1.0 - 1e-12)
@@ -66,6 +68,8 @@ class NetworkConfig:
         check_integer("depth", self.depth, 1)
         check_number("alpha_power", self.alpha_power, 0.0)
         check_choice("stem", self.stem, STEMS)
+        values, what = self.depth * self.width**2, "weights, gradients and moments of a network of this width and depth"
+        check_memory("width and depth", (self.width, self.depth), 16 * values, what, "choose a smaller network")
 
     def build(self, event_shape: tuple[int, ...], schedule: NoiseSchedule, num_classes: int = 0) -> GuidanceNetwork:
         """An untrained network.

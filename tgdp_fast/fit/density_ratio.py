@@ -6,15 +6,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from tgdp_fast.fit.batches import Batches
-from tgdp_fast.fit.config import TrainingConfig
+from tgdp_fast.fit.config import TrainingConfig, check_config
+from tgdp_fast.fit.data import ArrayLike, TransferArrays
 from tgdp_fast.fit.losses import logistic_loss
-from tgdp_fast.fit.training import derived_seed, minimize, seeded_initialization
-from tgdp_fast.runtime.checks import check_integer
+from tgdp_fast.fit.training import derived_seed, minimize
+from tgdp_fast.models.mlp import encode_labels
+from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
+from tgdp_fast.runtime.precision import ordinary_autograd
+from tgdp_fast.runtime.randomness import global_random_state, seeded_initialization
 
 _ROWS = 4_096  # held-out samples classified at once
 _CALIBRATION = 50  # batches behind the running statistics of a batch normalization
@@ -36,8 +41,8 @@ class DomainClassifier(nn.Module):
         sizes = [num_features + num_classes] + [width] * depth
         layers: list[nn.Module] = []
         for a, b in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(a, b), nn.SiLU()]
-        self.network = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+            layers += [nn.Linear(a, b, dtype=torch.float32), nn.SiLU()]
+        self.network = nn.Sequential(*layers, nn.Linear(sizes[-1], 1, dtype=torch.float32))
 
     def forward(self, x: Tensor, label_rows: Tensor | None = None) -> Tensor:
         features = x.flatten(1) if label_rows is None else torch.cat([x.flatten(1), label_rows], dim=1)
@@ -69,12 +74,13 @@ class DensityRatio:
     classifiers: Sequence[nn.Module] = field(repr=False)
 
 
+@ordinary_autograd()
 def fit_density_ratio(
-    source: Tensor,
-    target: Tensor,
+    source: ArrayLike,
+    target: ArrayLike,
     *,
-    source_labels: Tensor | None = None,
-    target_labels: Tensor | None = None,
+    source_labels: ArrayLike | None = None,
+    target_labels: ArrayLike | None = None,
     folds: int = 5,
     build: Callable[[], nn.Module] | None = None,
     settings: TrainingConfig | None = None,
@@ -93,8 +99,8 @@ def fit_density_ratio(
     (E_p[r] = 1).
 
     Args:
-        source, target: [M, ...], [N, ...].
-        source_labels, target_labels: rows [., K], for the ratio q(x, y) / p(x, y).
+        source, target: [M, ...], [N, ...], at least two each; tensors stay on their device.
+        source_labels, target_labels: class indices or rows [., K], for the ratio q(x, y) / p(x, y).
         folds: reduced if there are fewer target samples.
         build: returns an untrained classifier of another architecture, (x [B, ...], label rows [B, K] or None) -> logit
             [B]; default a :class:`DomainClassifier`.
@@ -102,15 +108,30 @@ def fit_density_ratio(
         clip: log r is limited to [-clip, clip].
         seed: of folds, weights and batches.
         progress: show a bar per fold.
+
+    Raises:
+        ValueError: bad data, labels or settings, before any work.
+        TrainingDivergedError: a non-finite loss.
     """
+    columns = np.shape(source_labels)[1:] if source_labels is not None else ()
+    arrays = TransferArrays.check(
+        source, target, source_labels, target_labels, num_classes=columns[0] if columns else None
+    )
+    device = source.device if isinstance(source, Tensor) else torch.device("cpu")
+    source, target = arrays.source.tensor(device), arrays.target.tensor(device)
+    source_labels, target_labels = (
+        None if one is None else encode_labels(one.tensor(device), arrays.num_classes) for one in arrays.labels
+    )
     folds = min(check_integer("folds", folds, 2), len(target), len(source))
-    settings = settings or DEFAULT_SETTINGS
-    generator = torch.Generator().manual_seed(seed)
+    clip = check_number("clip", clip, 0.0, exclusive=True)
+    check_seed(seed)
+    settings = check_config("settings", settings or DEFAULT_SETTINGS, TrainingConfig)
+    generator = torch.Generator("cpu").manual_seed(seed)
     source_fold = _stratified_folds(len(source), folds, source_labels, generator)
     target_fold = _stratified_folds(len(target), folds, target_labels, generator)
-    source_logit, target_logit = torch.zeros(len(source)), torch.zeros(len(target))
+    source_logit, target_logit = (torch.zeros(len(one), dtype=torch.float32, device="cpu") for one in (source, target))
     classifiers = []
-    num_classes = 0 if source_labels is None else source_labels.shape[1]
+    num_classes = arrays.num_classes
     for fold in range(folds):
         data = [(source, source_labels, source_fold != fold), (target, target_labels, target_fold != fold)]
         fold_seed = derived_seed(seed, f"fold {fold}")
@@ -139,11 +160,11 @@ def fit_density_ratio(
 
 def _stratified_folds(count: int, folds: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:
     """Fold of each sample [count], sizes equal to within one, also for each class if labels are given."""
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     if labels is not None:
         order = order[torch.argsort(labels.argmax(1).cpu()[order], stable=True)]
-    result = torch.empty(count, dtype=torch.long)
-    result[order] = torch.arange(count) % folds
+    result = torch.empty(count, dtype=torch.long, device="cpu")
+    result[order] = torch.arange(count, device="cpu") % folds
     return result
 
 
@@ -172,14 +193,13 @@ def _train_classifier(
     minimize(classifier, loss, settings, seed=seed, progress=progress, description=description)
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.modules()):
         # Its running statistics belong to the last weights, but the averaged weights are kept.
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # of dropout
+        generator = torch.Generator("cpu").manual_seed(seed)
+        with global_random_state(generator.get_state()):  # of dropout
             update_bn((draw(generator)[0] for _ in range(_CALIBRATION)), classifier)
 
 
 def calibration_slope(source_logit: Tensor, target_logit: Tensor) -> float:
     """Factor in [0.03, 1] on held-out logits that minimizes the balanced log loss: it tempers, and never sharpens."""
-    slopes = torch.logspace(math.log10(0.03), 0.0, 61, dtype=torch.float64)
+    slopes = torch.logspace(math.log10(0.03), 0.0, 61, dtype=torch.float64, device="cpu")
     losses = [logistic_loss(s * source_logit.double(), s * target_logit.double()).item() for s in slopes]
-    return float(slopes[int(torch.tensor(losses).argmin())])
+    return float(slopes[int(torch.tensor(losses, dtype=torch.float32, device="cpu").argmin())])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tgdp_fast.fit.density_ratio import DensityRatio
 from tgdp_fast.models.mlp import encode_labels
+from tgdp_fast.runtime.arrays import distinct_rows
 
 
 def effective_sample_size(log_weight: Tensor) -> float:
@@ -32,16 +33,16 @@ def area_under_curve(negative: Tensor, positive: Tensor) -> float:
 def calibration_error(source_log_ratio: Tensor, target_log_ratio: Tensor, bins: int = 10) -> float:
     """Expected calibration error of P(target | x) with both domains weighted one half, over equal-width bins."""
     probability = torch.sigmoid(torch.cat([source_log_ratio, target_log_ratio]).double())
-    weight = torch.cat(
-        [
-            torch.full((len(source_log_ratio),), 0.5 / len(source_log_ratio), dtype=torch.float64),
-            torch.full((len(target_log_ratio),), 0.5 / len(target_log_ratio), dtype=torch.float64),
-        ]
-    )
-    is_target = torch.cat([torch.zeros(len(source_log_ratio)), torch.ones(len(target_log_ratio))]).double()
+    pairs = ((source_log_ratio, 0.0), (target_log_ratio, 1.0))
+    is_target = torch.cat([torch.full_like(one, value, dtype=torch.float64) for one, value in pairs])
+    weight = torch.cat([torch.full_like(one, 0.5 / len(one), dtype=torch.float64) for one, _ in pairs])
     index = (probability * bins).long().clamp_max(bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weight * (probability - is_target))
+    gap = weight.new_zeros(bins).index_add_(0, index, weight * (probability - is_target))
     return float(gap.abs().sum())
+
+
+#: Share of copies among the source samples that does not matter for a quantile of their distances.
+_FEW_COPIES = 0.1
 
 
 def outside_fraction(
@@ -51,19 +52,26 @@ def outside_fraction(
     other.
 
     Distances are Euclidean to the nearest source sample, features scaled by the source's standard deviation. Uses at
-    most ``limit`` source samples, a random subset chosen by ``seed``. The value is small if the source covers the
-    target, even thinly.
+    most ``limit`` source samples, a random subset chosen by ``seed``; of these only distinct ones if more than a tenth
+    are copies, whose distance to each other says nothing. The value is small if the source covers the target, even
+    thinly.
     """
     if len(source) > limit:
         # A random subset: the first samples of a source sorted by cluster would lack whole clusters.
-        source = source[torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit]]
+        generator = torch.Generator("cpu").manual_seed(seed)
+        source = source[torch.randperm(len(source), generator=generator, device="cpu")[:limit]]
     source, target = source.flatten(1).float(), target.flatten(1).float()
+    distinct = distinct_rows(source)
+    if len(distinct) < (1.0 - _FEW_COPIES) * len(source):
+        source = source[distinct]
+    if len(source) == 1:
+        return float((target != source).any(1).double().mean())
     spread = source.std(0).clamp_min(1e-6)
     source, target = source / spread, target / spread
-    own = torch.empty(len(source))
-    for rows in torch.arange(len(source)).split(1000):
+    own = torch.empty(len(source), dtype=torch.float32, device="cpu")
+    for rows in torch.arange(len(source), device="cpu").split(1000):
         distance = torch.cdist(source[rows], source)
-        distance[torch.arange(len(rows)), rows] = math.inf
+        distance[torch.arange(len(rows), device="cpu"), rows] = math.inf
         own[rows] = distance.min(1).values.cpu()
     threshold = torch.quantile(own, quantile)
     nearest = torch.cat([torch.cdist(part, source).min(1).values.cpu() for part in target.split(1000)])
@@ -84,6 +92,8 @@ class TransferDiagnostics:
         outside_fraction: see :func:`outside_fraction`.
         mean_h: rows (t, E_p[h], its standard error) for the fitted guidance; E_p[h] = 1 if it is exact.
         warnings: plain sentences; empty if nothing looks wrong.
+        within_reach: a property: False where the source does not cover the target at all, so that samples must not be
+            used.
     """
 
     num_source: int
@@ -97,14 +107,21 @@ class TransferDiagnostics:
     mean_h: list[tuple[float, float, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def within_reach(self) -> bool:
+        """Whether the target lies within the source and the ratio has about the right mean."""
+        return is_within_reach(self.outside_fraction, self.mean_ratio)
+
     def add_mean_h(self, rows: list[tuple[float, float, float]]) -> None:
-        """Set the rows of ``mean_h``, and add a warning if they are far from 1."""
+        """Set the rows of ``mean_h``, and add a warning if they are far from 1, unless the target is out of reach:
+        then h cannot hold, and other warnings say why.
+        """
         self.mean_h = rows
         wrong = [(t, mean) for t, mean, error in rows if mean + 3 * error < 0.2 or mean - 3 * error > 5.0]
-        if wrong:
+        if wrong and self.within_reach:
             t, mean = max(wrong, key=lambda row: abs(math.log(max(row[1], 1e-30))))
             self.warnings.append(
-                f"the guidance does not hold: the mean of the fitted ratio h over the source is {mean:.2g} at "
+                f"the guidance does not hold: the mean of the fitted ratio h over the source is {_plainly(mean)} at "
                 f"t = {t:.4g} and should be 1. It has learned the given target samples by heart; use fewer steps, "
                 "more weight_decay, or a regression loss (poisson)."
             )
@@ -144,12 +161,12 @@ class TransferDiagnostics:
                 if self.auc < 0.55
                 else "(1: no correction; well below 1: it was overconfident)"
             ),
-            f"mean ratio over the source: {self.mean_ratio:.2g} (1 when exact)",
+            f"mean ratio over the source: {_plainly(self.mean_ratio)} (1 when exact)",
             f"effective sample size of the ratio: {size}",
         ]
         if self.mean_h:
             lines.append("mean of the fitted ratio h over the source under noise, E_p[h] (1 at every t when exact):")
-            lines += [f"  t = {t:8.4g}   {_short(mean)} +- {_short(error).strip()}" for t, mean, error in self.mean_h]
+            lines += [f"  t = {t:8.4g}   {_with_error(mean, error)}" for t, mean, error in self.mean_h]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -160,9 +177,19 @@ class TransferDiagnostics:
 _MOST_OUTSIDE = 0.34
 
 
-def _short(value: float) -> str:
-    """Three decimals, or three significant digits for large values."""
-    return f"{value:6.3f}" if abs(value) < 1000 else f"{value:6.3g}"
+def is_within_reach(outside_fraction: float | None, mean_ratio: float | None) -> bool:
+    """Whether the source covers the target at all, as far as these numbers are known."""
+    return (outside_fraction or 0.0) <= _MOST_OUTSIDE and (mean_ratio is None or not _far_from_one(mean_ratio))
+
+
+def _plainly(value: float) -> str:
+    """Two digits of a mean that should be 1; where it is off by 10,000 the digits say nothing."""
+    return "below 0.0001" if value < 1e-4 else "above 10,000" if value > 1e4 else f"{value:.2g}"
+
+
+def _with_error(mean: float, error: float) -> str:
+    """The mean with its standard error, three decimals, where they say something."""
+    return f"{mean:6.3f} +- {error:.3f}" if 1e-4 <= mean <= 1e4 else _plainly(mean)
 
 
 def _far_from_one(mean_ratio: float) -> bool:
@@ -187,8 +214,8 @@ def diagnose(source: Tensor, target: Tensor, ratio: DensityRatio) -> TransferDia
         )
     if wrong:
         warnings.append(
-            f"the density ratio is wrong: its mean over the source is {ratio.mean_ratio:.2g} and should be 1. Do not "
-            "use the samples; the target is out of reach, or there are too few samples to tell."
+            f"the density ratio is wrong: its mean over the source is {_plainly(ratio.mean_ratio)} and should be 1. Do "
+            "not use the samples; the target is out of reach, or there are too few samples to tell."
         )
     elif size < 10:
         warnings.append(

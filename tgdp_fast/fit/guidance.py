@@ -21,10 +21,12 @@ from tgdp_fast.fit.density_ratio import DensityRatio, fit_density_ratio
 from tgdp_fast.fit.diagnostics import TransferDiagnostics, diagnose
 from tgdp_fast.fit.losses import Logistic
 from tgdp_fast.fit.objective import Objective, TransferData
-from tgdp_fast.fit.training import derived_seed, device_of, minimize, seeded_initialization
+from tgdp_fast.fit.training import derived_seed, device_of, minimize
 from tgdp_fast.models.mlp import encode_labels
-from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint, signature_of
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_integer, check_seed
+from tgdp_fast.runtime.precision import ordinary_autograd
+from tgdp_fast.runtime.randomness import seeded_initialization
 
 
 @dataclass
@@ -61,12 +63,13 @@ class GuidanceFit:
             CheckpointError: damaged, of another kind or architecture.
         """
         config, tensors = load_checkpoint(path, "guidance_fit")
-        guidance = GuidanceNetwork.from_config(config["guidance"])
-        load_state_dict_checked(guidance, tensors, str(path))
-        diagnostics = None if config["diagnostics"] is None else TransferDiagnostics(**config["diagnostics"])
-        return cls(guidance.eval(), diagnostics, config["history"], config["config"])
+        with described(path, cls.__name__):
+            guidance = GuidanceNetwork.from_parts(config["guidance"], tensors, str(path))
+            diagnostics = None if config["diagnostics"] is None else TransferDiagnostics(**config["diagnostics"])
+            return cls(guidance, diagnostics, config["history"], config["config"])
 
 
+@ordinary_autograd()
 def fit_guidance(
     source: ArrayLike,
     target: ArrayLike,
@@ -251,13 +254,13 @@ def mean_h(
 ) -> list[tuple[float, float, float]]:
     """E_p[h(x_t, t)] at six times, with its standard error: rows (t, mean, error). It is 1 if h is exact."""
     schedule = guidance.schedule
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(source), generator=generator)[:limit].to(source.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    chosen = torch.randperm(len(source), generator=generator, device="cpu")[:limit].to(source.device)
     x0, y = source[chosen], None if labels is None else labels[chosen]
     rows = []
     for t in np.linspace(schedule.t_min, schedule.t_max, 6):
         t = float(np.round(t)) if schedule.is_discrete else float(t)
-        noised = add_noise(schedule, x0, torch.full((len(x0),), t), generator)
+        noised = add_noise(schedule, x0, torch.full((len(x0),), t, dtype=torch.float32, device="cpu"), generator)
         with torch.no_grad():
             h = guidance.log_ratio(noised.x, t, labels_for(guidance, y)).double().clamp_max(50.0).exp()
         rows.append((t, float(h.mean()), float(h.std() / len(h) ** 0.5)))

@@ -18,21 +18,25 @@ from tgdp_fast.diffusion.prior import Prior, prior_from_tensors
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig, check_config
 from tgdp_fast.fit.data import ArrayLike, TransferArrays
+from tgdp_fast.fit.diagnostics import is_within_reach
 from tgdp_fast.fit.guidance import GuidanceFit, common_schedule, fit_guidance
 from tgdp_fast.fit.training import train_denoiser
 from tgdp_fast.runtime.arrays import Standardizer
-from tgdp_fast.runtime.checkpoint import (
-    load_checkpoint,
-    load_state_dict_checked,
-    signature_of,
-)
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, signature_of
 from tgdp_fast.runtime.checks import check_device, check_seed
+from tgdp_fast.runtime.precision import ordinary_autograd
 from tgdp_fast.runtime.pretrained import Pretrained
 from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.config import SamplingConfig
 from tgdp_fast.sampling.sampler import Sampler
 
 KIND = "transfer_model"
+
+
+class OutOfReachWarning(UserWarning):
+    """Samples are drawn from a model whose diagnostics say that the source does not reach the target."""
+
+
 _COMPARED = 256  # samples compared to identify an array as the same draw
 
 
@@ -56,9 +60,11 @@ class TransferModel(Pretrained):
     diagnostics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     prior: Prior | None = field(default=None, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False, compare=False)
     _sampler: tuple[Any, Sampler] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
+    @ordinary_autograd()
     def fit(
         cls,
         source: ArrayLike,
@@ -104,7 +110,13 @@ class TransferModel(Pretrained):
         own = denoiser.denoiser if isinstance(denoiser, TransferModel) else denoiser
         schedule = common_schedule(schedule, own)
         raw = TransferArrays.check(
-            source, target, source_labels, target_labels, num_classes=config.num_classes, denoiser=own
+            source,
+            target,
+            source_labels,
+            target_labels,
+            num_classes=config.num_classes,
+            denoiser=own,
+            keep_exact=own is None or own is not denoiser,
         )
         event_shape = raw.source.values.shape[1:]
         if own is not None and own.event_shape not in (None, event_shape):
@@ -115,7 +127,9 @@ class TransferModel(Pretrained):
         if isinstance(denoiser, TransferModel):
             standardizer = denoiser.standardizer
         else:
-            standardizer = Standardizer.fit(raw.source.values) if own is None else Standardizer.identity(event_shape)
+            standardizer = (
+                Standardizer.fit(raw.source.with_spread) if own is None else Standardizer.identity(event_shape)
+            )
         arrays = raw.standardized(standardizer)
         config = replace(config, num_classes=arrays.num_classes)
         stages, common = Stages(work_dir), {"seed": seed, "device": device, "progress": progress}
@@ -158,6 +172,10 @@ class TransferModel(Pretrained):
         self, num: int, config: SamplingConfig | None = None, *, guided: bool = True, **arguments: Any
     ) -> np.ndarray:
         """Samples of the target domain (of the source with ``guided=False``): float32 [num, ...] in data units.
+
+        They are float64 if float32 does not hold the spread of a feature, such as a time stamp.
+
+        The first guided call gives an :class:`OutOfReachWarning` if ``diagnostics`` say not to use the samples.
 
         Args:
             num: number of samples.
@@ -206,11 +224,17 @@ class TransferModel(Pretrained):
 
     def _sampler_of(self, config: SamplingConfig | None, guided: bool, arguments: dict[str, Any]) -> Sampler:
         """Remove the sampler's settings from ``arguments`` and add the model's prior if none was given."""
+        told = self.diagnostics
+        if guided and not self._warned and not is_within_reach(told.get("outside_fraction"), told.get("mean_ratio")):
+            self._warned = True
+            warnings.warn(" ".join(told.get("warnings", [])), OutOfReachWarning, stacklevel=3)
         names = [entry.name for entry in fields(SamplingConfig)] + ["device"]
         settings = {name: arguments.pop(name) for name in names if name in arguments}
         prior = arguments.setdefault("prior", self.prior if guided else None)
         if isinstance(prior, Prior) and prior is not self.prior:
-            size = float(prior.to("cpu").start(0, torch.arange(256), 1.0, 0.0).double().square().mean().sqrt())
+            size = float(
+                prior.to("cpu").start(0, torch.arange(256, device="cpu"), 1.0, 0.0).double().square().mean().sqrt()
+            )
             if size > 10:
                 warnings.warn(
                     "prior should be in standardised coordinates, but its samples have a root mean square of "
@@ -258,17 +282,13 @@ class TransferModel(Pretrained):
             prefix = name + "."
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        guidance = GuidanceNetwork.from_config(config["guidance"])
-        load_state_dict_checked(guidance, part("guidance"), f"{path} (guidance)")
-        prior = part("prior")
-        return cls(
-            denoiser=Denoiser.from_parts(config["denoiser"], part("denoiser"), network, f"{path} (denoiser)"),
-            guidance=guidance.eval(),
-            standardizer=Standardizer.from_tensors(part("standardizer")),
-            diagnostics=config["diagnostics"],
-            config=config["config"],
-            prior=prior_from_tensors(prior) if prior else None,
-        )
+        with described(path, cls.__name__):
+            prior, parts = part("prior"), [dict(config[name]) for name in ("denoiser", "diagnostics", "config")]
+            guidance = GuidanceNetwork.from_parts(config["guidance"], part("guidance"), f"{path} (guidance)")
+            standardizer = Standardizer.from_tensors(part("standardizer"))
+            start = prior_from_tensors(prior) if prior else None
+        denoiser = Denoiser.from_parts(parts[0], part("denoiser"), network, f"{path} (denoiser)")
+        return cls(denoiser, guidance, standardizer, diagnostics=parts[1], config=parts[2], prior=start)
 
 
 def _source_model(

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for
+from tgdp_fast.diffusion.denoiser import labels_for
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.guided import EpsilonModel
 from tgdp_fast.fit.batches import Batches, draw_noised
 from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig
 from tgdp_fast.fit.terms import TransferBatch
+from tgdp_fast.runtime.evaluation import evaluation_mode
 from tgdp_fast.runtime.precision import autocast
 
 
@@ -105,8 +106,8 @@ class Objective:
         """Add the outputs of the frozen source model and the time-dependent classifier at the target samples."""
         target = batch.target
         if "target_epsilon" in self.needs and self.denoiser is not None:
-            with evaluation_mode(self.denoiser):
-                batch.target_epsilon = self.denoiser.epsilon(target.x, target.t, labels_for(self.denoiser, labels))
+            with evaluation_mode(self.denoiser) as (denoiser,):
+                batch.target_epsilon = denoiser.epsilon(target.x, target.t, labels_for(denoiser, labels))
         if "target_classifier_log_h" in self.needs and self.classifier is not None:
             batch.target_classifier_log_h = self.classifier.log_ratio(target.x, target.t, self._own(labels))
 

@@ -10,20 +10,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tgdp_fast.diffusion.denoiser import Denoiser, training_target
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.batches import Batches, draw_noised
 from tgdp_fast.fit.config import TIME_DISTRIBUTIONS, TrainingConfig, check_config
-from tgdp_fast.fit.data import ArrayLike, checked_labels, count_classes, warn_of_scale
+from tgdp_fast.fit.data import ArrayLike, checked_labels, count_classes, warn_of_empty_classes, warn_of_scale
 from tgdp_fast.models.mlp import ScoreMLP
 from tgdp_fast.runtime import distributed
 from tgdp_fast.runtime.arrays import CheckedArray
@@ -36,7 +35,9 @@ from tgdp_fast.runtime.checkpoint import (
     signature_of,
 )
 from tgdp_fast.runtime.checks import check_choice, check_seed
-from tgdp_fast.runtime.progress import announce
+from tgdp_fast.runtime.precision import ordinary_autograd
+from tgdp_fast.runtime.progress import progress_bar
+from tgdp_fast.runtime.randomness import draws_globally, global_random_state, seeded_initialization
 
 #: loss(generator) -> scalar to minimize; every random draw must come from the generator.
 Loss = Callable[[torch.Generator], Tensor]
@@ -46,6 +47,7 @@ class TrainingDivergedError(ArithmeticError):
     """The loss became infinite or NaN."""
 
 
+@ordinary_autograd()
 def minimize(
     module: nn.Module,
     loss: Loss,
@@ -65,7 +67,7 @@ def minimize(
         loss: see :data:`Loss`.
         settings: see :class:`TrainingConfig`.
         seed: of the generator passed to ``loss``.
-        progress, description: the progress bar.
+        progress, description: see :mod:`tgdp_fast.runtime.progress`.
         state_dir: folder where the full state is saved every ``save_every`` seconds and at Ctrl-C. A state with the
             same signature and settings is resumed, and the result equals that of an uninterrupted run. It is removed at
             the end. A folder with other content is refused.
@@ -89,14 +91,12 @@ def minimize(
     module.train()
     saved = time.monotonic()
     stride = max(1, settings.steps // 100)
-    announce(f"{description}: {settings.steps} steps" + (f", from step {run.step}" if run.step else ""), progress)
-    shown = None if progress else True  # None: on a terminal only
-    bar = tqdm(total=settings.steps, initial=run.step, desc=description, unit="step", disable=shown, leave=False)
-    # Dropout and similar layers use the global generator: seed it, and restore the caller's state.
-    with torch.random.fork_rng(devices=[]), _deferred_interrupt(state_dir is not None) as interrupted, bar:
-        torch.set_rng_state(run.global_state)
+    bar = progress_bar(settings.steps, description, "step", progress, initial=run.step)
+    draws = draws_globally(module)
+    with _deferred_interrupt(state_dir is not None) as interrupted, bar:
         while run.step < settings.steps:
-            value = run.advance(loss)
+            with global_random_state(run.global_state) if draws else nullcontext():
+                value = run.advance(loss)
             if (run.step - 1) % stride == 0 or run.step == settings.steps:
                 run.history.append(float(value.detach()))
                 if not math.isfinite(run.history[-1]):
@@ -141,8 +141,8 @@ class _Run:
         ]
         self.optimizer = adamw([group for group in groups if group["params"]], settings.learning_rate)
         self.average = [p.detach().clone() for p in self.parameters]
-        self.generator = torch.Generator().manual_seed(seed)
-        self.global_state = torch.Generator().manual_seed(derived_seed(seed, "global generator")).get_state()
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.global_state = torch.Generator("cpu").manual_seed(derived_seed(seed, "global generator")).get_state()
         self.history: list[float] = []
         self.step = 0
 
@@ -172,13 +172,13 @@ class _Run:
 
     def save(self, folder: Path) -> None:
         """Write the state, atomically."""
-        tensors = {"generator": self.generator.get_state(), "global_generator": torch.get_rng_state()}
+        tensors = {"generator": self.generator.get_state(), "global_generator": self.global_state}
         tensors |= {f"buffer.{name}": value for name, value in self.module.named_buffers()}
         for i, (parameter, mean) in enumerate(zip(self.parameters, self.average, strict=True)):
             tensors[f"parameter.{i}"] = parameter.detach()
             tensors[f"average.{i}"] = mean
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value)
+                tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value, device=getattr(value, "device", "cpu"))
         config = {"identity": self.identity, "step": self.step, "history": self.history}
         save_checkpoint(folder, "training_state", config, tensors)
 
@@ -233,6 +233,7 @@ def _deferred_interrupt(active: bool) -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
+@ordinary_autograd()
 def train_denoiser(
     data: ArrayLike,
     schedule: NoiseSchedule | None = None,
@@ -287,6 +288,8 @@ def train_denoiser(
         classes = count_classes("labels", labels, len(x), num_classes)
         denoiser = new_denoiser(tuple(x.shape[1:]), schedule, num_classes=classes, seed=seed, **network).to(x.device)
     rows = checked_labels("labels", labels, len(x), denoiser.num_classes)
+    if num_classes is None and initial is None and denoiser.num_classes:
+        warn_of_empty_classes("labels", denoiser.num_classes, rows)
     y = None if rows is None else rows.tensor(x.device)
     batches = Batches(len(x), settings.batch_size)
 
@@ -338,11 +341,3 @@ def device_of(model: Any) -> torch.device:
 def derived_seed(seed: int, purpose: str) -> int:
     """Another seed for another purpose, in 0 .. 2^63 - 1; the same for the same arguments."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
-
-
-@contextmanager
-def seeded_initialization(seed: int) -> Iterator[None]:
-    """Initialize weights from ``seed`` and preserve the caller's random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

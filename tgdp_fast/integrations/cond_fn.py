@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for
+from tgdp_fast.diffusion.denoiser import labels_for
 from tgdp_fast.diffusion.guided import check_guidance
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.evaluation import evaluation_mode
 
 
 def as_cond_fn(
@@ -57,10 +58,13 @@ def as_cond_fn(
         time_scale: factor by which the sampler multiplied the index, ``1000 / N`` with ``rescale_timesteps=True``.
 
     Returns:
-        The function; its result has the shape and dtype of ``x`` and carries no graph.
+        The function; its result has the shape and dtype of ``x`` and carries no graph. The guidance runs in the dtype
+        of its parameters, without parameters in float32 (float64 if ``x`` is), whatever the dtype of ``x``.
 
     Raises:
-        ValueError: no discrete schedule; a bad scale; the guidance has no ``log_ratio_and_grad``.
+        ValueError: no discrete schedule; a bad scale; the guidance has no ``log_ratio_and_grad``. When the function is
+            called: ``t`` beyond the schedule, as with ``rescale_timesteps=True`` without ``time_scale`` (told on the
+            CPU; elsewhere the result is NaN).
     """
     check_guidance(guidance)
     own, given = getattr(guidance, "schedule", None), schedule is not None
@@ -76,10 +80,18 @@ def as_cond_fn(
     time_scale = check_number("time_scale", time_scale, 0.0, exclusive=True)
 
     def cond_fn(x: Tensor, t: Tensor, **model_kwargs: Any) -> Tensor:
-        times = t.to(torch.float64) / time_scale
+        times = torch.as_tensor(t, device=x.device).to(torch.float64) / time_scale
+        last = sampler_schedule.t_max
+        # Only on the host: elsewhere the check would wait for the device.
+        if times.device.type == "cpu" and bool(((times < 0.0) | (times > last)).any()):
+            low, high = (time_scale * float(each) for each in (times.min(), times.max()))
+            raise ValueError(
+                f"t must be in [0, {time_scale * last:g}], got values from {low:g} to {high:g}; for a sampler with "
+                "rescale_timesteps=True call as_cond_fn with time_scale=1000 / N"
+            )
         if own is not None and own != sampler_schedule:
             times = time_at(own, torch.exp(-sampler_schedule.half_log_snr(times)))
-        return scale * gradient_at(guidance, x, times, model_kwargs.get(labels))
+        return (scale * gradient_at(guidance, x, times, model_kwargs.get(labels))).to(x.dtype)
 
     return cond_fn
 
@@ -95,7 +107,28 @@ def time_at(schedule: NoiseSchedule, noise_level: Tensor) -> Tensor:
 
 
 def gradient_at(guidance: Any, x: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
-    """grad_x log h [B, ...] in the dtype of ``x``, without a graph."""
-    with torch.no_grad(), evaluation_mode(guidance):
-        gradient: Tensor = guidance.log_ratio_and_grad(x, times, labels_for(guidance, labels))[1]
-    return gradient.to(x.dtype)
+    """grad_x log h [B, ...] without a graph, in the dtype of ``x`` or float32 for half precision."""
+    state = x.detach().to(dtype_of(guidance, x))
+    with torch.no_grad(), evaluation_mode(guidance) as (guidance,), no_autocast(x):
+        gradient: Tensor = guidance.log_ratio_and_grad(state, times, labels_for(guidance, labels))[1]
+    return gradient.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def dtype_of(guidance: Any, x: Tensor) -> torch.dtype:
+    """The dtype of the guidance's parameters; without parameters float32, or float64 if ``x`` is."""
+    parameter = first_parameter(guidance)
+    if parameter is not None:
+        return parameter.dtype
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def first_parameter(guidance: Any) -> Tensor | None:
+    """The first floating-point parameter of a module; None for anything else."""
+    if not isinstance(guidance, nn.Module):
+        return None
+    return next((each for each in guidance.parameters() if each.is_floating_point()), None)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context without autocast: log h differs little between samples, so half precision would leave noise of it."""
+    return torch.autocast(x.device.type, enabled=False)

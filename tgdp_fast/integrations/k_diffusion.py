@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode, labels_for, per_sample
+from tgdp_fast.diffusion.denoiser import labels_for, per_sample
 from tgdp_fast.diffusion.guided import Guidance, check_guidance
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.integrations.cond_fn import gradient_at, time_at
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.evaluation import evaluation_mode
 
 
 class KDiffusionDenoiser:
@@ -79,17 +80,18 @@ class KDiffusionDenoiser:
         self.labels = labels
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """x_ve [B, ...], sigma_ve [B] > 0 -> denoised [B, ...]."""
+        """x_ve [B, ...], sigma_ve [B] > 0 -> denoised [B, ...], in the dtype of the model; float32 inside."""
         noise_level = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))
         labels = extra_args.get(self.labels)
         # In float64 and rounded once: alpha x_ve has the rounding of one multiplication.
         alpha = torch.rsqrt(1.0 + noise_level.square())
-        state = per_sample(alpha.to(x.dtype), x) * x
+        precision = torch.promote_types(x.dtype, torch.float32)
+        state = per_sample(alpha.to(precision), x) * x
         model, guidance = self.model, self.guidance
         if hasattr(model, "epsilon"):
             time = time_at(model.schedule, noise_level)
-            with torch.no_grad(), evaluation_mode(model):
-                epsilon = model.epsilon(state, time, labels_for(model, labels))
+            with torch.no_grad(), evaluation_mode(model) as (model,):
+                epsilon = model.epsilon(state.to(x.dtype), time, labels_for(model, labels))
             denoised: Tensor = x - per_sample(noise_level.to(x.dtype), x) * epsilon
         else:
             denoised = model(x, sigma, **extra_args)
@@ -97,4 +99,4 @@ class KDiffusionDenoiser:
             return denoised
         gradient = gradient_at(guidance, state, time_at(self.schedule, noise_level), labels)
         weight = self.scale * noise_level.square() * alpha
-        return denoised + per_sample(weight.to(x.dtype), x) * gradient
+        return (denoised + per_sample(weight.to(precision), x) * gradient).to(denoised.dtype)

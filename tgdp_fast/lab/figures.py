@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tgdp_fast.runtime.files import write_atomic
+from tgdp_fast.runtime.optional import optional
 
 Key = tuple[int, str]
 
@@ -20,14 +21,8 @@ def pyplot() -> Any:
     Raises:
         ImportError: matplotlib is missing; says how to install it.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'tgdp_fast[plots]'") from error
-    matplotlib.use("agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+    optional("matplotlib", "plots need").use("agg")
+    return optional("matplotlib.pyplot", "plots need")
 
 
 def available() -> bool:

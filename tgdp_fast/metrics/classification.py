@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from tgdp_fast.runtime.arrays import as_array
 from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
+from tgdp_fast.runtime.optional import optional
 
 _VALUES = 8_000_000  # booleans (thresholds x records x classes) in memory at once
 _TRIES = 100  # resamples drawn at most per requested one
@@ -88,7 +89,7 @@ def macro_auc(y: np.ndarray, score: np.ndarray) -> MacroAUC:
         ImportError: scikit-learn is missing.
     """
     y, score = _pair(y, score)
-    roc_auc_score = _sklearn_metrics().roc_auc_score
+    roc_auc_score = optional("sklearn.metrics", "the area under the ROC curve needs").roc_auc_score
     both = y.any(axis=0) & ~y.all(axis=0)
     per_class = np.full(y.shape[1], np.nan)
     if both.any():
@@ -108,10 +109,7 @@ def macro_auc_by_ranks(y: np.ndarray, score: np.ndarray) -> float:
         ImportError: scipy is missing.
     """
     y, score = _pair(y, score)
-    try:
-        from scipy.stats import rankdata
-    except ImportError:
-        raise ImportError("ranks need scipy, which is not installed; run: pip install 'tgdp_fast[ecg]'") from None
+    rankdata = optional("scipy.stats", "ranks need").rankdata
     both = y.any(axis=0) & ~y.all(axis=0)
     if not both.any():
         return float("nan")
@@ -251,7 +249,7 @@ def bootstrap_interval(
 
 def _pair(y: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Booleans [N, K] and float64 [N, K]."""
-    truth, found = np.asarray(y), np.asarray(score)
+    truth, found = as_array("y", y), as_array("score", score)
     if truth.ndim != 2 or truth.shape != found.shape or truth.size == 0:
         raise ValueError(
             f"y and score must be of one shape [N, K] with N, K >= 1, got {list(truth.shape)} and {list(found.shape)}"
@@ -262,13 +260,3 @@ def _pair(y: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(found).all():
         raise ValueError(f"score must be finite, but {int((~np.isfinite(found)).sum())} values are not")
     return truth.astype(bool), found
-
-
-def _sklearn_metrics() -> Any:
-    try:
-        import sklearn.metrics
-    except ImportError:
-        raise ImportError(
-            "the area under the ROC curve needs scikit-learn, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    return sklearn.metrics

@@ -15,6 +15,7 @@ import numpy as np
 
 from tgdp_fast.metrics.two_sample import _points
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.optional import optional
 
 #: Name -> unit, in the order of tables.
 STATISTICS = {"heart_rate": "beats/min", "rr_deviation": "ms", "pr": "ms", "qrs": "ms", "qt": "ms"}
@@ -23,6 +24,11 @@ _DELINEATION_RATE = 500.0  # Hz; a sample is then 2 ms
 # Window around R in which the onset and offset of a QRS complex are searched. neurokit2's own 100 ms would cut off
 # every bundle branch block, and many healthy complexes.
 _QRS_WINDOW = 180  # ms
+# Beats are compared from 200 ms before R to 300 ms after it. With the mean of the others, the median beat of 84 real
+# records correlates by 0.91 at least (PTB-XL, ICBEB2018), that of white noise by 0.5 at most. Template matching as a
+# signal quality index: Orphanidou et al., IEEE J. Biomed. Health Inform. 19(3), 2015, who take the mean.
+_BEAT = (0.2, 0.3)  # s
+_ALIKE = 0.75
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class ECGStatistics:
         pr, qrs, qt: medians over the beats, ms: P onset to R onset, R onset to R offset, R onset to T offset.
         lead: the lead they were measured in.
         failed: number of records in which no beats or no waves were found.
+        noise: number of those whose beats have no common shape: the detector finds peaks in noise, too.
     """
 
     heart_rate: np.ndarray
@@ -44,6 +51,12 @@ class ECGStatistics:
     qt: np.ndarray
     lead: str
     failed: int
+    noise: int = 0
+
+    @property
+    def measured(self) -> int:
+        """Number of records with values."""
+        return len(self.heart_rate) - self.failed
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ def ecg_statistics(signals: np.ndarray, rate: float, leads: Sequence[str]) -> EC
     If lead II is not stored, it is aVF + I / 2; without these leads, the first lead is used. A record is resampled to
     500 Hz and cleaned. R peaks are found by neurokit2's own method, waves by their prominence (Emrich et al.,
     "Physiology-informed ECG delineation based on peak prominence", EUSIPCO 2024). A record with fewer than three beats
-    gives no values.
+    gives no values, and neither does one whose beats are not alike, such as noise.
 
     Args:
         signals: [N, leads, L] in mV.
@@ -96,9 +109,9 @@ def ecg_statistics(signals: np.ndarray, rate: float, leads: Sequence[str]) -> EC
     if len(leads) != x.shape[1]:
         raise ValueError(f"leads must name the {x.shape[1]} leads of signals, got {len(leads)}")
     lead, rows = _rhythm_lead(x, [name.lower() for name in leads], leads)
-    neurokit, resample = _neurokit2(), _scipy("signal").resample_poly
+    neurokit, resample = optional("neurokit2", "intervals of an ECG need"), _scipy("signal").resample_poly
     factor = max(1, math.ceil(_DELINEATION_RATE / rate))
-    found = np.full((len(rows), len(STATISTICS)), np.nan)
+    found, noise = np.full((len(rows), len(STATISTICS)), np.nan), 0
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # neurokit2 warns about every beat at the edge.
         for i, row in enumerate(rows):
@@ -106,9 +119,34 @@ def ecg_statistics(signals: np.ndarray, rate: float, leads: Sequence[str]) -> EC
                 found[i] = _measure(neurokit, resample(row, factor, 1) if factor > 1 else row, rate * factor)
             except (ValueError, IndexError, KeyError, ZeroDivisionError, TypeError):
                 continue  # neurokit2 raises these if it finds no beats or no waves.
+            except _NoiseError:
+                noise += 1
     lost = np.isnan(found[:, 0]) | np.isnan(found[:, 2:]).all(axis=1)
     measured = {name: found[:, column] for column, name in enumerate(STATISTICS)}
-    return ECGStatistics(**measured, lead=lead, failed=int(lost.sum()))
+    return ECGStatistics(**measured, lead=lead, failed=int(lost.sum()), noise=noise)
+
+
+class _NoiseError(Exception):
+    """Beats have no common shape."""
+
+
+def beat_correlation(signal: np.ndarray, peaks: np.ndarray, rate: float) -> float:
+    """Median correlation of a beat with the mean of all others; 0 for fewer than three whole beats.
+
+    Args:
+        signal: [L].
+        peaks: samples of the R peaks.
+        rate: samples per second.
+    """
+    before, after = (round(seconds * rate) for seconds in _BEAT)
+    whole = peaks[(peaks >= before) & (peaks + after <= len(signal))]
+    if len(whole) < 3:
+        return 0.0
+    beats = signal[whole[:, None] + np.arange(-before, after)]
+    beats = beats - beats.mean(axis=1, keepdims=True)
+    others = beats.sum(axis=0) - beats
+    norms = np.linalg.norm(beats, axis=1) * np.linalg.norm(others, axis=1)
+    return float(np.median((beats * others).sum(axis=1) / np.maximum(norms, 1e-30)))
 
 
 def _measure(neurokit: Any, row: np.ndarray, rate: float) -> list[float]:
@@ -119,6 +157,8 @@ def _measure(neurokit: Any, row: np.ndarray, rate: float) -> list[float]:
     peaks = np.asarray(neurokit.ecg_peaks(cleaned, sampling_rate=int(rate))[1]["ECG_R_Peaks"])
     if len(peaks) < 3:
         return [math.nan] * 5
+    if beat_correlation(cleaned, peaks, rate) < _ALIKE:
+        raise _NoiseError
     intervals = np.diff(peaks) * (1000.0 / rate)
     values = [60_000.0 / float(np.median(intervals)), float(intervals.std(ddof=1))]
     try:
@@ -225,22 +265,5 @@ def _signals(name: str, signals: np.ndarray) -> np.ndarray:
     return result
 
 
-def _neurokit2() -> Any:
-    try:
-        import neurokit2
-    except ImportError:
-        raise ImportError(
-            "intervals of an ECG need neurokit2, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    return neurokit2
-
-
 def _scipy(module: str) -> Any:
-    try:
-        import scipy.signal
-        import scipy.stats
-    except ImportError:
-        raise ImportError(
-            "statistics of an ECG need scipy, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    return getattr(scipy, module)
+    return optional(f"scipy.{module}", "statistics of an ECG need")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from tgdp_fast.runtime.arrays import as_float64
 
 
 class KnownDensity(Protocol):
@@ -40,7 +41,7 @@ def mode_mass(mixture: KnownDensity, x: Tensor | np.ndarray) -> tuple[float, ...
 
 
 def _samples(x: Tensor | np.ndarray) -> Tensor:
-    tensor = torch.as_tensor(x).detach().to(torch.float64)
+    tensor = as_float64("x", x)
     if tensor.ndim != 2 or len(tensor) == 0:
         raise ValueError(f"x must have shape [N, D] with N >= 1, got {list(tensor.shape)}")
     if not tensor.isfinite().all():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast.runtime.checks import check_integer, check_number
+from tgdp_fast.runtime.arrays import as_float64, distinct_rows
+from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
 
 _MEDIAN_POINTS = 2_000  # rows of y used by the median heuristic
 _BLOCK = 1_024  # rows and columns of a kernel matrix in memory at once, 4 MiB in fp32
@@ -36,12 +38,12 @@ def sliced_wasserstein(
     """
     x, y = _pair(x, y, minimum=1)
     num_projections = check_integer("num_projections", num_projections, 1)
-    generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
-    directions = torch.randn(num_projections, x.shape[1], dtype=torch.float64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(check_seed(seed))
+    directions = torch.randn(num_projections, x.shape[1], dtype=torch.float64, generator=generator, device="cpu")
     directions = (directions / directions.norm(dim=1, keepdim=True)).to(x.device)
     n, m = len(x), len(y)
     # Levels in units of 1 / (n m) are integers, so coinciding steps are found exactly.
-    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
+    ends = torch.cat([torch.arange(1, size + 1, device="cpu") * other for size, other in ((n, m), (m, n))]).unique()
     widths = ends.diff(prepend=ends.new_zeros(1)).to(torch.float64).to(x.device) / (n * m)
     row_x, row_y = (((ends - 1) // size).to(x.device) for size in (m, n))
     total = 0.0
@@ -98,7 +100,10 @@ def median_bandwidth(y: Tensor | np.ndarray) -> float:
         ValueError: fewer than two samples, or most of them coincide.
     """
     points = _points("y", y, minimum=2)
-    points = points[torch.linspace(0, len(points) - 1, min(len(points), _MEDIAN_POINTS)).round().long()]
+    rows = torch.linspace(
+        0, len(points) - 1, min(len(points), _MEDIAN_POINTS), dtype=torch.float32, device=points.device
+    )
+    points = points[rows.round().long()]
     median = float(torch.pdist(points).median())
     if median <= 0:
         raise ValueError("y must hold distinct samples for the median bandwidth; pass bandwidth as a number")
@@ -139,12 +144,20 @@ def _pair(x: Tensor | np.ndarray, y: Tensor | np.ndarray, minimum: int) -> tuple
     return first, second.to(first.device)
 
 
+def warn_of_copies(name: str, x: Tensor, consequence: str) -> None:
+    """Warn if more than a tenth of the rows of ``x`` repeat another one, as after oversampling."""
+    copies = len(x) - len(distinct_rows(x))
+    if copies > 0.1 * len(x):
+        warnings.warn(
+            f"{name} holds {copies} copies among {len(x)} rows: {consequence}; pass each row once", stacklevel=3
+        )
+
+
 def _points(name: str, value: Tensor | np.ndarray, minimum: int) -> Tensor:
-    # Torch does not accept arrays with negative strides.
-    tensor = torch.as_tensor(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value).detach()
+    tensor = as_float64(name, value)
     if tensor.ndim < 2 or len(tensor) < minimum or tensor.numel() == 0:
         raise ValueError(f"{name} must have shape [N, ...] with N >= {minimum}, got {list(tensor.shape)}")
-    tensor = tensor.flatten(1).to(torch.float64)
+    tensor = tensor.flatten(1)
     finite = tensor.isfinite().all(dim=1)
     if not finite.all():
         raise ValueError(f"{name} must be finite, but {int((~finite).sum())} of {len(tensor)} rows are not; drop them")

@@ -8,6 +8,7 @@ from tgdp_fast.models.mlp import ScoreMLP, TimeEmbedding, encode_labels
 from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG
 from tgdp_fast.models.sssd_ecg.network import SSSDECG
 from tgdp_fast.models.xresnet1d import XResNet1d
+from tgdp_fast.runtime.state_dict import unwrapped
 
 #: Architecture name in a checkpoint's config.json -> class.
 ARCHITECTURES: dict[str, type[ScoreMLP] | type[SSSDECG]] = {"score_mlp": ScoreMLP, "sssd_ecg": SSSDECG}
@@ -16,5 +17,6 @@ __all__ = ["ARCHITECTURES", "SSSDECG", "ScoreMLP", "TimeEmbedding", "XResNet1d",
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
-    """The network whose weights a checkpoint holds: the source of a compiled one, any other one itself."""
-    return network.source if isinstance(network, CompiledSSSDECG) else network
+    """The network whose weights a checkpoint holds: that in wrappers, the source of a compiled one, else itself."""
+    network = unwrapped(network)
+    return unwrapped(network.source) if isinstance(network, CompiledSSSDECG) else network

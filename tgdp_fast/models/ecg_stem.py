@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,8 +25,8 @@ class ECGStem(nn.Module):
         if self.lengths[-1] < 1:
             raise ValueError(f"event_shape length must be at least {kernel + stride * (kernel - 1)}, got {length}")
         self.stride = stride
-        self.conv1 = nn.Conv1d(leads, channels, kernel, stride)
-        self.conv2 = nn.Conv1d(channels, channels, kernel, stride)
+        self.conv1 = nn.Conv1d(leads, channels, kernel, stride, dtype=torch.float32)
+        self.conv2 = nn.Conv1d(channels, channels, kernel, stride, dtype=torch.float32)
         self.num_features = channels * self.lengths[-1]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Time and labels enter only as a bias of the first layer. In sampling they can th
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tgdp_fast.ops.mlp import mlp_forward
 from tgdp_fast.runtime.checks import check_integer
+from tgdp_fast.runtime.memory import check_memory
 
 
 class TimeEmbedding(nn.Module):
@@ -33,10 +34,10 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, num_frequencies: int = 16, lowest: float = 0.1, highest: float = 3.0) -> None:
         super().__init__()
-        exponents = torch.linspace(math.log(lowest), math.log(highest), num_frequencies)
+        exponents = torch.linspace(math.log(lowest), math.log(highest), num_frequencies, dtype=torch.float32)
         self.register_buffer("frequencies", exponents.exp())
-        self.hidden = nn.Linear(2 * num_frequencies, width)
-        self.output = nn.Linear(width, width)
+        self.hidden = nn.Linear(2 * num_frequencies, width, dtype=torch.float32)
+        self.output = nn.Linear(width, width, dtype=torch.float32)
 
     def forward(self, half_log_snr: Tensor, bias: Tensor | None = None) -> Tensor:
         """half_log_snr [B] -> bias [B, width], with the layer's own ``bias`` [width] added when given."""
@@ -101,6 +102,8 @@ class ScoreMLP(nn.Module):
         width, depth: width and number of hidden layers.
         num_classes: number of label classes; 0 for an unconditional network.
 
+    Its parameters are float32, whatever torch's default dtype.
+
     Shapes: ``forward(x [B, *event_shape], half_log_snr [B], labels=None) -> [B, *event_shape]``.
     """
 
@@ -117,11 +120,16 @@ class ScoreMLP(nn.Module):
         self.depth = check_integer("depth", depth, 1)
         self.num_classes = check_integer("num_classes", num_classes, 0)
         elements = math.prod(self.event_shape)
+        values = (2 * elements + depth * width + num_classes) * width
+        what = "weights of a network of this width and depth"
+        check_memory("width and depth", (width, depth), 4 * values, what, "choose a smaller network")
         sizes = [elements] + [width] * depth
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-        self.head = nn.Linear(width, elements)
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b, dtype=torch.float32) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
+        self.head = nn.Linear(width, elements, dtype=torch.float32)
         self.time_embedding = TimeEmbedding(width)
-        self.label_embedding = nn.Linear(num_classes, width, bias=False) if num_classes else None
+        self.label_embedding = nn.Linear(num_classes, width, bias=False, dtype=torch.float32) if num_classes else None
         with torch.no_grad():  # Initial prediction zero: for v_prediction this is the best linear denoiser.
             self.head.weight.mul_(1e-2)
             self.head.bias.zero_()
@@ -145,7 +153,7 @@ class ScoreMLP(nn.Module):
         return embed_labels(self.label_embedding, labels)
 
     def forward(self, x: Tensor, half_log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
-        first, *others = [layer for layer in (*self.layers, self.head) if isinstance(layer, nn.Linear)]
+        first, *others = cast("list[nn.Linear]", [*self.layers, self.head])  # A compiled one is of another class.
         bias = self.time_embedding(half_log_snr, first.bias)
         label_bias = self.label_bias(labels)
         if label_bias is not None:

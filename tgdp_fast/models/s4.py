@@ -107,6 +107,24 @@ def fourier_nodes(length: int, dtype: torch.dtype = torch.float64) -> tuple[Tens
     return rounded, torch.view_as_real(2 * (1 - omega) / (1 + omega)).to(dtype)
 
 
+def _initial_state(features: int, d_state: int, l_max: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of an :class:`NPLRKernel`, by name."""
+    w, p, b = (torch.as_tensor(array).expand(features, -1) for array in hippo_legs(d_state))
+    low, high = (math.log(bound) for bound in DT_RANGE)
+    log_dt = low + (high - low) * torch.rand(features, dtype=torch.float32)
+    c = torch.randn(2, features, d_state // 2, dtype=torch.complex64)
+    c = length_corrected(c, log_dt.exp(), d_state, l_max)
+    state = {"C": c, "B": b[None], "P": p[None], "w": w, "Q": p[None].conj()}
+    views = {name: _real_view(value, dtype) for name, value in state.items()}
+    omega, z = fourier_nodes(l_max, dtype)
+    return {"C": views.pop("C"), "log_dt": log_dt, **views, "omega": omega, "z": z}
+
+
+def _real_view(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Complex [...] -> real [..., 2] of ``dtype``, in new memory."""
+    return torch.view_as_real(values.resolve_conj()).to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
 # -------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -144,21 +162,18 @@ class NPLRKernel(nn.Module):
             raise ValueError(f"d_state must be even (the state consists of conjugate pairs), got {d_state}")
         self.l_max = check_integer("l_max", l_max, 1)
         self.cauchy = check_choice("cauchy", cauchy, CAUCHY)
-        dtype = torch.get_default_dtype()
-        w, p, b = (torch.as_tensor(array).expand(features, -1) for array in hippo_legs(self.d_state))
-
-        low, high = (math.log(bound) for bound in DT_RANGE)
-        log_dt = low + (high - low) * torch.rand(features)
-        c = torch.randn(2, features, self.d_state // 2, dtype=torch.complex64)
-        self.C = nn.Parameter(_real_view(length_corrected(c, log_dt.exp(), self.d_state, self.l_max), dtype))
-        self.register_buffer("log_dt", log_dt)
-        self.register_buffer("B", _real_view(b[None], dtype))
-        self.register_buffer("P", _real_view(p[None], dtype))
-        self.register_buffer("w", _real_view(w, dtype))
-        self.register_buffer("Q", _real_view(p[None].conj(), dtype))
-        omega, z = fourier_nodes(self.l_max, dtype)
-        self.register_buffer("omega", omega)
-        self.register_buffer("z", z)
+        dtype = torch.float32
+        if torch.get_default_device().type == "meta":
+            # Shapes alone: the values would cost d_state^3 operations, and memory.
+            poles, nodes = (features, self.d_state // 2, 2), (self.l_max // 2 + 1, 2)
+            shapes = {"C": (2, *poles), "log_dt": (features,), "B": (1, *poles), "P": (1, *poles), "w": poles}
+            shapes |= {"Q": (1, *poles), "omega": nodes, "z": nodes}
+            state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        else:
+            state = _initial_state(features, self.d_state, self.l_max, dtype)
+        self.C = nn.Parameter(state.pop("C"))
+        for name, value in state.items():
+            self.register_buffer(name, value)
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
         """The kernels over the past (lags 0, 1, ..) and over the future (leads 1, 2, ..): [2, H, l_max].
@@ -202,11 +217,6 @@ class NPLRKernel(nn.Module):
             spectrum = sums[0, :2] - sums[1, :2] * sums[0, 2] / (1 + sums[1, 2])
             kernels.append(torch.fft.irfft(2 / (1 + omega) * spectrum, n=self.l_max))
         return torch.cat(kernels, dim=1)
-
-
-def _real_view(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Complex [...] -> real [..., 2] of ``dtype``, in new memory."""
-    return torch.view_as_real(values.resolve_conj()).to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 class _Kept(NamedTuple):
@@ -303,8 +313,8 @@ class TransposedLinear(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(features)
-        self.weight = nn.Parameter(torch.empty(features, features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(features, 1).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(features, features, dtype=torch.float32).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(features, 1, dtype=torch.float32).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight @ x + self.bias
@@ -324,7 +334,7 @@ class S4Layer(nn.Module):
 
     def __init__(self, features: int, d_state: int = 64, l_max: int = 1000, cauchy: str = "pair") -> None:
         super().__init__()
-        self.D = nn.Parameter(torch.randn(1, features))
+        self.D = nn.Parameter(torch.randn(1, features, dtype=torch.float32))
         self.kernel = S4Kernel(features, d_state, l_max, cauchy)
         self.output_linear = TransposedLinear(features)
 
@@ -364,7 +374,7 @@ class S4Block(nn.Module):
     def __init__(self, features: int, d_state: int = 64, l_max: int = 1000, cauchy: str = "pair") -> None:
         super().__init__()
         self.s4_layer = S4Layer(features, d_state, l_max, cauchy)
-        self.norm_layer = nn.LayerNorm(features)
+        self.norm_layer = nn.LayerNorm(features, dtype=torch.float32)
 
     def forward(self, u: Tensor) -> Tensor:
         result: Tensor = self.norm_layer((u + self.s4_layer(u)).transpose(1, 2)).transpose(1, 2)

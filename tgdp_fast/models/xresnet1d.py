@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.runtime.checkpoint import load_checkpoint, load_state_dict_checked, save_checkpoint
+from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint
 from tgdp_fast.runtime.checks import check_integer, check_number
+from tgdp_fast.runtime.state_dict import restored
 
 
 class XResNet1d(nn.Module):
@@ -139,19 +140,21 @@ class XResNet1d(nn.Module):
             CheckpointError: damaged, of another kind or another architecture.
         """
         config, tensors = load_checkpoint(path, "classifier")
-        network = cls.from_config({name: value for name, value in config.items() if name != "architecture"})
-        load_state_dict_checked(network, tensors, str(path))
-        return network.eval()
+        settings = {name: value for name, value in config.items() if name != "architecture"}
+        with described(path, cls.__name__):
+            return restored(lambda: cls.from_config(settings), settings, tensors, path).eval()
 
 
 def _convolution(
     inputs: int, outputs: int, kernel_size: int, *, stride: int = 1, activation: bool = False, zero: bool = False
 ) -> nn.Sequential:
     """Convolution, batch normalization, and ReLU if requested; ``zero`` starts the scale at 0."""
-    norm = nn.BatchNorm1d(outputs)
+    norm = nn.BatchNorm1d(outputs, dtype=torch.float32)
     nn.init.constant_(norm.weight, 0.0 if zero else 1.0)
     nn.init.constant_(norm.bias, 1e-3)
-    convolution = nn.Conv1d(inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    convolution = nn.Conv1d(
+        inputs, outputs, kernel_size, stride, padding=kernel_size // 2, bias=False, dtype=torch.float32
+    )
     return nn.Sequential(convolution, norm, *([nn.ReLU(inplace=True)] if activation else []))
 
 
@@ -186,10 +189,15 @@ def _head(features: int, hidden: int, num_classes: int, dropout: float) -> list[
     layers: list[nn.Module] = []
     if hidden:
         layers = [
-            nn.BatchNorm1d(features),
+            nn.BatchNorm1d(features, dtype=torch.float32),
             nn.Dropout(dropout / 2),
-            nn.Linear(features, hidden),
+            nn.Linear(features, hidden, dtype=torch.float32),
             nn.ReLU(inplace=True),
         ]
     last = hidden or features
-    return [*layers, nn.BatchNorm1d(last), nn.Dropout(dropout), nn.Linear(last, num_classes)]
+    return [
+        *layers,
+        nn.BatchNorm1d(last, dtype=torch.float32),
+        nn.Dropout(dropout),
+        nn.Linear(last, num_classes, dtype=torch.float32),
+    ]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tgdp_fast.ops import _cuda, _triton, measured, noise, registry
-from tgdp_fast.runtime import native
+from tgdp_fast.runtime import fakes, native
 from tgdp_fast.runtime.checks import check_number
 
 __all__ = ["GuidedStepOutput", "SolverStep", "guided_step", "guided_step_reference"]
@@ -323,26 +323,10 @@ def _call_triton(
     return x_next, history_next if len(matrix) > 1 else None, x0
 
 
-def _outputs(x: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x_next, history_next and x0, without values."""
-    return x.new_empty(x.shape), x.new_empty((slots, *x.shape)), x.new_empty(x.shape)
-
-
-def _slots(entries: int) -> int:
-    """H of a matrix of so many entries: (1 + H) (2 + H) lie between (1 + H)^2 and (2 + H)^2."""
-    return math.isqrt(entries) - 1
-
-
-def _fake_native(
-    x: Tensor, epsilon: Tensor, gradient: Any, history: Any, matrix: list[float], *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, _slots(len(matrix)))
-
-
 def _fake_triton(
     x: Tensor, epsilon: Tensor, gradient: Any, history: Any, sample_index: Any, numbers: list[float], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, _slots(len(numbers) - _SCALARS))
+    return fakes.step_outputs(x, fakes.history_slots(len(numbers) - _SCALARS))
 
 
 #: Numbers of a step before its matrix: noise_scale, guidance_weight, alpha, sigma.
@@ -363,7 +347,7 @@ def _launch_triton(
     from tgdp_fast.kernels.guided_step import launch
 
     scalars, entries = numbers[:_SCALARS], numbers[_SCALARS:]
-    slots = _slots(len(entries))
+    slots = fakes.history_slots(len(entries))
     rows = tuple(tuple(entries[i : i + 2 + slots]) for i in range(0, len(entries), 2 + slots))
     noise_scale, guidance_weight, alpha, sigma = scalars
     limits = None if clamp is None else (clamp[0], clamp[1])
@@ -373,7 +357,7 @@ def _launch_triton(
             "samples with noise must have at most 2^34 elements (a 32-bit counter numbers groups of four), got "
             f"x of shape {tuple(x.shape)}"
         )
-    outputs = _outputs(x, slots)
+    outputs = fakes.step_outputs(x, slots)
     readable, (low, high, evaluation) = _triton.readable, words
     tensors = readable(x), readable(epsilon), readable(gradient), readable(history), readable(sample_index)
     with torch.cuda.device_of(x):
@@ -394,8 +378,6 @@ def _unsupported_by_cuda(x: Tensor, epsilon: Tensor, gradient: Any, history: Any
     return registry.unsupported_float64(x) or _cuda.unsupported_device(x)
 
 
-if native.CPU_MISSING is None:
-    torch.library.register_fake("tgdp_fast::guided_step", _fake_native)
 _triton.define(
     "guided_step_triton",
     "(Tensor x, Tensor epsilon, Tensor? gradient, Tensor? history, Tensor? sample_index, float[] numbers, "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tgdp_fast.ops import _cuda, _triton, registry
-from tgdp_fast.runtime import native
+from tgdp_fast.runtime import fakes, native
 from tgdp_fast.runtime.checks import check_choice
 
 __all__ = [
@@ -349,23 +349,17 @@ def _call_triton(u: Tensor, taps: Tensor, packed: Tensor, scales: Tensor, gelu: 
 def _launch_triton(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
     from tgdp_fast.kernels.long_convolution import launch
 
-    output = _fake(u, packed, scales, gelu)
+    output = fakes.long_convolution(u, packed, scales, gelu)
     with torch.cuda.device_of(u):
         launch(output, u.contiguous(), packed, scales, activation=gelu, exact=u.dtype == torch.float32)
     return output
 
 
-def _fake(u: Tensor, packed: Tensor, scales: Tensor, gelu: bool) -> Tensor:
-    return u.new_empty(u.shape)
-
-
-if native.CPU_MISSING is None:
-    torch.library.register_fake("tgdp_fast::long_convolution", _fake)
 _triton.define(
     "long_convolution_triton",
     "(Tensor u, Tensor packed, Tensor scales, bool gelu) -> Tensor",
     _launch_triton,
-    _fake,
+    fakes.long_convolution,
 )
 
 registry.register(_OPERATOR, "cpu", _call_native, _unsupported_by_cpu, missing=native.CPU_MISSING)

@@ -14,6 +14,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+#: The card; on another one other thresholds may be right.
+CARD = "H200"
+
 _capturing: ContextVar[bool] = ContextVar("tgdp_fast_capturing", default=False)
 
 #: Multiply-adds of an MLP, samples times weights, up to which launches take most of the time of a call outside a graph.

@@ -44,7 +44,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tgdp_fast.ops import _cuda, _triton, measured, registry
-from tgdp_fast.runtime import native
+from tgdp_fast.runtime import fakes, native
 
 __all__ = [
     "mlp_backward_reference",
@@ -517,41 +517,6 @@ def _call_backward(
     return tuple(next(gradients) if needed else None for needed in needs_grad)
 
 
-def _fake_saved(x: Tensor, weights: list[Tensor], wanted: bool) -> list[Tensor]:
-    return [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights[:-1]] if wanted else []
-
-
-def _fake_forward(
-    x: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], save_pre_activations: bool
-) -> tuple[Tensor, list[Tensor]]:
-    return x.new_empty((x.shape[0], weights[-1].shape[0])), _fake_saved(x, weights, save_pre_activations)
-
-
-def _fake_value_and_grad(
-    x: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], save_pre_activations: bool, *_: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return x.new_empty(x.shape[0]), x.new_empty(x.shape), _fake_saved(x, weights, save_pre_activations)
-
-
-def _fake_backward(
-    output_cotangent: Tensor | None,
-    x: Tensor,
-    first_bias: Tensor,
-    weights: list[Tensor],
-    pre_activations: list[Tensor],
-    needs_grad: list[bool],
-    *_: bool,
-) -> list[Tensor]:
-    shapes = [x.shape, first_bias.shape, *(w.shape for w in weights), *(w.shape[:1] for w in weights[1:])]
-    return [x.new_empty(shape) for shape, needed in zip(shapes, needs_grad, strict=True) if needed]
-
-
-def _fake_value_and_grad_backward(
-    value_cotangent: Tensor | None, gradient_cotangent: Tensor | None, *call: Any
-) -> list[Tensor]:
-    return _fake_backward(None, *call)
-
-
 def _unsupported_by_triton(x: Tensor, *_: Any) -> str | None:
     # PyTorch's float32 matmuls were faster in every measured case.
     reason = "it serves float16 and bfloat16, not float32; backend='reference' takes float32 on a GPU"
@@ -578,28 +543,26 @@ _BACKWARD = f"{_CALL}Tensor[] pre_activations, bool[] needs_grad) -> Tensor[]"
 _ONE, _TWO = "(Tensor output_cotangent, ", "(Tensor? value_cotangent, Tensor? gradient_cotangent, "
 # Each operator's name, whether the native one has the argument bf16x3, Triton's schema, fake and reference.
 for _operator, _bf16x3, _schema, _fake, _reference in (
-    ("mlp_forward", False, _FORWARD + "(Tensor, Tensor[])", _fake_forward, _reference_forward),
-    ("mlp_backward", False, _ONE + _BACKWARD, _fake_backward, mlp_backward_reference),
+    ("mlp_forward", False, _FORWARD + "(Tensor, Tensor[])", fakes.mlp_forward, _reference_forward),
+    ("mlp_backward", False, _ONE + _BACKWARD, fakes.mlp_backward, mlp_backward_reference),
     (
         "mlp_value_and_grad",
         True,
         _FORWARD + "(Tensor, Tensor, Tensor[])",
-        _fake_value_and_grad,
+        fakes.mlp_value_and_grad,
         _reference_value_and_grad,
     ),
     (
         "mlp_value_and_grad_backward",
         True,
         _TWO + _BACKWARD,
-        _fake_value_and_grad_backward,
+        fakes.mlp_value_and_grad_backward,
         mlp_value_and_grad_backward_reference,
     ),
 ):
     _is_backward = _operator.endswith("backward")
     _call = _call_backward if _is_backward else _call_forward
     _preferred = measured.preferred_to_triton_mlp_backward if _is_backward else measured.preferred_to_triton_mlp
-    if native.CPU_MISSING is None:
-        torch.library.register_fake(f"tgdp_fast::{_operator}", _fake)
     _launch = partial(_launch_triton, _operator.removeprefix("mlp_"))
     _triton.define(f"{_operator}_triton", _schema, _launch, _fake)
     _call_triton = partial(_call, f"{_operator}_triton", False)

@@ -83,7 +83,7 @@ def philox4x32(
     rounds = check_integer("rounds", rounds, 1)
     words = []
     for position, word in enumerate(counter):
-        tensor = word if isinstance(word, Tensor) else torch.tensor(int(word) & _MASK, dtype=torch.int64)
+        tensor = word if isinstance(word, Tensor) else torch.tensor(int(word) & _MASK, dtype=torch.int64, device="cpu")
         if tensor.dtype != torch.int64:
             raise ValueError(f"counter[{position}] must be int64, got {tensor.dtype}; convert it with .to(torch.int64)")
         words.append(tensor & _MASK)
@@ -201,21 +201,6 @@ _normal_operator = torch.library.custom_op(
 @_normal_operator.register_fake
 def _(samples: Tensor, num_elements: int, key_low: int, key_high: int, evaluation: int) -> Tensor:
     return samples.new_empty((samples.shape[0], num_elements), dtype=torch.float32)
-
-
-if native.CPU_MISSING is None:
-
-    @torch.library.register_fake("tgdp_fast::normal_range")
-    def _(
-        samples: Tensor,
-        num_elements: int,
-        first: int,
-        count: int,
-        key_low: int,
-        key_high: int,
-        evaluation: int,
-    ) -> Tensor:
-        return samples.new_empty((count,), dtype=torch.float32)
 
 
 def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ Every operator has a ``reference`` implementation in plain PyTorch and may have 
 - ``backend="auto"`` follows ``with use_backend(name)`` if one is active, else the environment variable
   ``TGDP_BACKEND``, both as strict as an explicit choice;
 - otherwise ``auto`` takes the first of the device's backends that accepts the call and is not known to be slower there
-  than another one that does, ``reference`` last.
+  than another one that does, ``reference`` last. What it takes and passes over is
+  logged, and an installation without kernels for the device warns once.
 
 Under ``torch.compile`` the choice is made while tracing and becomes part of the compiled code: a later
 ``use_backend`` or change of the environment does not reach it.
@@ -18,6 +19,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -68,10 +71,13 @@ _BACKENDS = {
 }
 BACKENDS = tuple(_BACKENDS)
 _ENVIRONMENT = "TGDP_BACKEND"
+_WITHOUT_KERNELS = "warned that no kernels are installed"
 _NOT_INSTALLED = "this installation has no such implementation of the operator"
 
 _logger = logging.getLogger(__name__)
-_logged: set[tuple[str, str, str]] = set()
+#: What this process has logged or warned of.
+_logged: set[str] = set()
+_lock = threading.Lock()
 _override: ContextVar[str | None] = ContextVar("tgdp_fast_backend", default=None)
 
 
@@ -202,18 +208,23 @@ def resolve(operator: str, backend: str, *call: Any, **keywords: Any) -> Impleme
         return implementations[name]
     accepting: list[str] = []
     for candidate, about in _BACKENDS.items():
-        implementation = implementations.get(candidate)
-        if implementation is None or (about.auto is not None and device not in about.auto):
+        considered = candidate in implementations or (operator, candidate) in _missing
+        if not considered or (about.auto is not None and device not in about.auto):
             continue
-        reason = _why_not(operator, implementation, candidate, device, call, keywords)
+        reason = _why_not(operator, implementations.get(candidate), candidate, device, call, keywords)
         if reason is None:
             accepting.append(candidate)
         else:
-            _log_once(operator, candidate, reason)
+            _log_once(f"operator {operator} does not use backend {candidate}: {reason}")
+    if accepting == ["reference"]:
+        _warn_without_kernels(operator, device, call)
     for candidate in accepting:
         prefer = implementations[candidate].prefer
-        if prefer is None or not set(prefer(*call, **keywords)).intersection(accepting):
+        faster = [] if prefer is None else [name for name in prefer(*call, **keywords) if name in accepting]
+        if not faster:
+            _log_once(f"operator {operator} uses backend {candidate} on {device} tensors")
             return implementations[candidate]
+        _log_once(f"operator {operator} does not use backend {candidate}: {faster[0]} was measured to be faster")
     reason = f"no implementation takes this call on {device} tensors"
     raise BackendUnavailableError(operator, "auto", reason, tuple(implementations))
 
@@ -274,8 +285,36 @@ def unsupported_float64(x: Tensor, *_: Any, **__: Any) -> str | None:
     return "it serves float32, bfloat16 and float16, not float64" if x.dtype == torch.float64 else None
 
 
-def _log_once(operator: str, backend: str, reason: str) -> None:
-    if torch.compiler.is_compiling() or (operator, backend, reason) in _logged:
+def _log_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and _is_new(message):
+        _logger.info("%s", message)
+
+
+def _warn_without_kernels(operator: str, device: str, call: tuple[Any, ...]) -> None:
+    """Warn once if a call runs on plain PyTorch only because no kernel for its device is installed."""
+    if torch.compiler.is_compiling() or _WITHOUT_KERNELS in _logged:
         return
-    _logged.add((operator, backend, reason))
-    _logger.info("operator %s does not use backend %s: %s", operator, backend, reason)
+    kernels = [name for name, about in _BACKENDS.items() if about.auto is not None and device in about.auto]
+    reasons = [_missing[operator, name] for name in kernels if (operator, name) in _missing]
+    if not reasons or any(name in _registry[operator] for name in kernels):
+        return
+    # No kernel would have taken it.
+    if any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in call):
+        return
+    if _is_new(_WITHOUT_KERNELS):
+        warnings.warn(
+            f"tgdp_fast computes with plain PyTorch on this {device}, which is slower than its kernels: "
+            f"{'; '.join(reasons)}. To keep plain PyTorch and hear no more of it, set {_ENVIRONMENT}=reference or "
+            "pass backend='reference'",
+            stacklevel=4,
+        )
+
+
+def _is_new(message: str) -> bool:
+    """Whether this process has not said it yet; from now on it has."""
+    if message in _logged:
+        return False
+    with _lock:
+        new = message not in _logged
+        _logged.add(message)
+    return new

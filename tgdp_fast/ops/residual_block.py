@@ -26,7 +26,7 @@ from tgdp_fast.ops.long_convolution import (
     packed_for,
     unsupported_without_taps,
 )
-from tgdp_fast.runtime import native
+from tgdp_fast.runtime import fakes, native
 
 __all__ = ["ResidualBlockWeights", "S4Weights", "residual_block_", "residual_block_reference_"]
 
@@ -371,14 +371,12 @@ def _launch_triton(
         launch(state, step_bias, label_bias, weights)
 
 
-if native.CPU_MISSING is None:
-    torch.library.register_fake("tgdp_fast::residual_block_", lambda *call: None)
 _triton.define(
     "residual_block_triton_",
     "(Tensor(a!) state, Tensor step_bias, Tensor? label_bias, Tensor convolution, Tensor[] first, float first_epsilon, "
     "Tensor[] second, float second_epsilon, Tensor output, Tensor output_bias) -> ()",
     _launch_triton,
-    lambda *call: None,
+    fakes.nothing,
 )
 
 registry.register(_OPERATOR, "cpu", _call_cpu, _unsupported_by_cpu, missing=native.CPU_MISSING)

@@ -313,13 +313,6 @@ def _unsupported_by_cuda(
     return answer or None
 
 
-if native.CPU_MISSING is None:
-
-    @torch.library.register_fake("tgdp_fast::trajectory")
-    def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((), dtype=torch.int64)
-
-
 registry.register("trajectory", "cpu", _trajectory_native, _unsupported_by_cpu, missing=native.CPU_MISSING)
 registry.register("trajectory", "cuda", _trajectory_native, _unsupported_by_cuda, missing=native.CUDA_MISSING)
 registry.register("trajectory", "reference", trajectory_reference)

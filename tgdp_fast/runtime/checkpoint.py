@@ -14,12 +14,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from tgdp_fast._version import __version__
 from tgdp_fast.runtime.arrays import CheckedArray
 from tgdp_fast.runtime.files import atomic_folder, flush, real_path, remove_partial_folders, write_atomic, writing
 from tgdp_fast.runtime.locks import target_lock
+from tgdp_fast.runtime.reading import parse_json, read_bytes, refused
 
 FORMAT = "tgdp_fast"
 FORMAT_VERSION = 1
@@ -42,9 +43,22 @@ _PICKLE_ADVICE = (
 _EXPECTED = f"expected a checkpoint folder with {CONFIG_FILE} and {TENSOR_FILE}"
 _AGAIN = "save or copy the checkpoint again"
 _READS = 100  # of a folder that others save at the same time
-_LISTED = 4  # names shown per kind of mismatch
+_LISTED = 4  # names shown of several
+_CONFIG_BYTES = 64 * 1024**2  # far more than the settings and the history of any fit
+# What safetensors has a name for.
+_STORED = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "complex64", "bool"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    )
+)
 # Files for readers and for git, which are kept when a checkpoint is replaced.
 _KEPT = (CARD_FILE, ".gitattributes")
+
+#: What torch.compile puts in front of the names of a module's tensors.
+COMPILED = "_orig_mod"
 
 T = TypeVar("T")
 
@@ -72,8 +86,9 @@ def save_checkpoint(
         path: folder to create or replace; parent folders are created.
         kind: type of the content, such as ``"denoiser"``; checked on load.
         config: JSON-able settings that rebuild the object; finite numbers only. Tuples come back as lists.
-        tensors: named dense tensors of any shape, dtype and device, usually a state dict. Views and tensors
-            that share memory are stored as separate tensors.
+        tensors: named dense tensors of any shape and device, usually a state dict. Views and tensors that share
+            memory are stored as separate tensors, lazy conjugates by their values. Names are stored without the parts
+            that ``torch.compile`` adds.
         card: text of README.md; None keeps an existing one, or writes none.
 
     Raises:
@@ -199,7 +214,7 @@ def _load_checkpoint(path: str | os.PathLike[str], kind: str | None) -> tuple[di
     tensor_file = folder / TENSOR_FILE
     if not tensor_file.is_file():
         raise CheckpointError(f"{tensor_file} is missing, so the checkpoint is incomplete; {_AGAIN}")
-    if _looks_pickled(tensor_file):
+    if looks_pickled(tensor_file):
         raise CheckpointError(f"{tensor_file} is not a safetensors file but a pickle or zip archive: {_PICKLE_ADVICE}")
     expected, size = header["tensors"]["bytes"], tensor_file.stat().st_size
     if size != expected:
@@ -210,11 +225,15 @@ def _load_checkpoint(path: str | os.PathLike[str], kind: str | None) -> tuple[di
             f"{tensor_file} does not match the sha256 in {CONFIG_FILE}: it was damaged or comes from another "
             f"checkpoint; {_AGAIN}"
         )
-    try:
-        tensors = load_file(tensor_file)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{tensor_file} is not a readable safetensors file: {error}") from None
-    return header["config"], tensors
+    with refused(CheckpointError, f"{tensor_file} is not a readable safetensors file"):
+        return header["config"], load_file(tensor_file)
+
+
+def described(path: str | os.PathLike[str], name: str) -> AbstractContextManager[None]:
+    """Around what builds a ``name`` from the config and tensors of :func:`load_checkpoint`: its errors become
+    CheckpointError, because an intact file may hold any settings.
+    """
+    return refused(CheckpointError, f"{CONFIG_FILE} in {path} does not describe a {name} that this version can build")
 
 
 def checkpoint_exists(path: str | os.PathLike[str]) -> bool:
@@ -240,76 +259,6 @@ def remove_checkpoint(path: str | os.PathLike[str]) -> None:
             (folder / name).unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def read_state_dict(path: str | os.PathLike[str], entry: str = "model_state_dict") -> dict[str, Tensor]:
-    """The state dict in a file from elsewhere: a safetensors file, or one of ``torch.save``.
-
-    Args:
-        path: the file; its content, not its name, determines its type.
-        entry: of the state dict in a file of ``torch.save``, unless the file itself is one.
-
-    Returns:
-        Tensors on the CPU in their stored dtypes.
-
-    Raises:
-        CheckpointError: no such file, damaged, or with anything but tensors in the state dict. Only tensors and plain
-            containers are unpickled, and no code from the file is run.
-    """
-    file = Path(path)
-    if not file.is_file():
-        state = "is a folder; Denoiser.load reads checkpoint folders" if file.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {state}; expected a file of torch.save or safetensors")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True) if _looks_pickled(file) else load_file(file)
-    except Exception as error:  # Damaged files raise errors of many types, from several libraries.
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(
-            f"{path} is damaged, truncated, or holds something else than tensors ({type(error).__name__}: {reason}); "
-            "expected a file of torch.save or safetensors with a state dict"
-        ) from None
-    tensors = content.get(entry, content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path} must hold a state dict, alone or as {entry!r}, got {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{path} must hold a state dict, alone or as {entry!r}: the entry {name!r} is of type "
-                f"{type(tensor).__name__}, expected torch.Tensor"
-            )
-    return dict(tensors)
-
-
-def load_state_dict_checked(module: nn.Module, tensors: Mapping[str, Tensor], where: str | os.PathLike[str]) -> None:
-    """Copy ``tensors`` into ``module`` if every name and shape agrees; otherwise leave the module untouched.
-
-    Args:
-        module: receives the values in its own dtype and on its own device.
-        tensors: state dict, as returned by :func:`load_checkpoint`.
-        where: the path or name that messages mention.
-
-    Raises:
-        CheckpointError: lists missing, unexpected and differently shaped tensors.
-    """
-    own = module.state_dict()
-    missing = [name for name in own if name not in tensors]
-    unexpected = [name for name in tensors if name not in own]
-    shapes = [
-        f"{name} {list(tensors[name].shape)}, expected {list(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    found = [
-        f"{title}: {_first(names)}"
-        for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
-        if names
-    ]
-    if found:
-        raise CheckpointError(
-            f"{where} belongs to another architecture than this {type(module).__name__} "
-            f"({'; '.join(found)}); build the module with the settings it was saved with"
-        )
-    module.load_state_dict(dict(tensors), strict=True)
 
 
 # ----------------------------------------------------------------------------------------- signatures
@@ -371,14 +320,14 @@ def _check_replaceable(target: Path) -> None:
     if not entries:
         return
     try:
-        ours = json.loads((target / CONFIG_FILE).read_text(encoding="utf-8")).get("format") == FORMAT
+        ours = _read_config(target / CONFIG_FILE).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         ours = False
     others = [name for name in entries if name not in (CONFIG_FILE, TENSOR_FILE, *_KEPT)]
     if not ours or others:
         shown = others or entries
         raise CheckpointError(
-            f"{target} is not empty and not only a checkpoint of {FORMAT} (it holds {_first(shown)}); "
+            f"{target} is not empty and not only a checkpoint of {FORMAT} (it holds {first_names(shown)}); "
             "saving would delete that, so choose another path or empty the folder"
         )
 
@@ -387,15 +336,34 @@ def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            came = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+        came: Any = type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach()
+            # A subclass keeps its values elsewhere: spread over processes, packed, or nowhere.
+            faults = {
+                tensor.layout: tensor.layout != torch.strided,
+                tensor.dtype: tensor.dtype not in _STORED,
+                "one without values, on the meta device": tensor.is_meta,
+                type(tensor).__name__: type(tensor) is not Tensor,
+            }
+            came = next((fault for fault, found in faults.items() if found), None)
+        if came is not None:
             raise CheckpointError(f"tensors[{name!r}] must be a dense torch.Tensor, got {came}")
-        value = tensor.detach().cpu().contiguous()
+        # A conjugate or negative view has the memory of its origin.
+        value = tensor.resolve_conj().resolve_neg().cpu().contiguous()
         pointer = value.untyped_storage().data_ptr()
         # safetensors refuses tensors that share memory.
-        stored[name] = value.clone() if pointer in seen else value
+        key = ".".join(part for part in name.split(".") if part != COMPILED)
+        if key in stored:
+            raise CheckpointError(f"tensors has two entries {key!r}, one of them as {name!r}; rename a submodule")
+        stored[key] = value.clone() if pointer in seen else value
         seen.add(pointer)
     return stored
+
+
+def _read_config(file: Path) -> Any:
+    content = read_bytes(file, _CONFIG_BYTES, CheckpointError, "the settings of a model")
+    return parse_json(content, CheckpointError, f"{file} is damaged, not JSON", f"; {_AGAIN}")
 
 
 def _read_header(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
@@ -405,16 +373,13 @@ def _read_header(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     if not folder.exists():
         raise CheckpointError(f"{path} does not exist; {_EXPECTED}")
     if not folder.is_dir():
-        if _looks_pickled(folder) or folder.suffix in (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin"):
+        if looks_pickled(folder) or folder.suffix in (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin"):
             raise CheckpointError(f"{path} is a file, not a checkpoint folder: {_PICKLE_ADVICE}")
         raise CheckpointError(f"{path} is a file; {_EXPECTED}")
     config_file = folder / CONFIG_FILE
     if not config_file.is_file():
         raise CheckpointError(f"{path} is not a checkpoint of {FORMAT}: it has no {CONFIG_FILE}")
-    try:
-        header = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:  # includes JSONDecodeError and UnicodeDecodeError
-        raise CheckpointError(f"{config_file} is damaged, not JSON ({error}); {_AGAIN}") from None
+    header = _read_config(config_file)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         # Names of models of other libraries in a file of this name.
         other = (
@@ -444,7 +409,7 @@ def _read_header(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     return folder, header
 
 
-def _looks_pickled(file: Path) -> bool:
+def looks_pickled(file: Path) -> bool:
     """Recognize torch.save's zip archive and a plain pickle by their first bytes."""
     with open(file, "rb") as handle:
         start = handle.read(9)
@@ -461,6 +426,7 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _first(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
+    """The first of several names, for a message."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more

@@ -15,8 +15,18 @@ def check_integer(name: str, value: Any, minimum: int, advice: str = "") -> int:
     """Return ``value`` as an int, or raise ValueError unless it is an integer >= ``minimum``."""
     valid = hasattr(value, "__index__") and not isinstance(value, bool)
     if not valid or int(value) < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}{_tail(advice)}")
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {_shown(value)}{_tail(advice)}")
+    if int(value) >= 2**64:
+        raise ValueError(f"{name} must be below 2^64, got {_shown(value)}{_tail(advice)}")
     return int(value)
+
+
+def _shown(value: Any) -> str:
+    """``repr``, shortened; Python does not write very long integers at all."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 400 else text[:400] + " ..."
 
 
 def check_number(
@@ -35,21 +45,24 @@ def check_number(
         if isinstance(value, str | bytes):  # float() would parse a number in a string.
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number, got {_shown(value)}") from None
     inside = minimum < number < maximum if exclusive else minimum <= number <= maximum
     if not math.isfinite(number) or not inside:
         left = "(" if exclusive or minimum == -math.inf else "["
         right = ")" if exclusive or maximum == math.inf else "]"
         bounded = math.isfinite(minimum) or math.isfinite(maximum)
         expected = f"finite and in {left}{minimum}, {maximum}{right}" if bounded else "finite"
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(f"{name} must be {expected}, got {_shown(value)}")
     return number
 
 
 def check_seed(seed: Any, name: str = "seed") -> int:
     """Return ``seed`` as an int, or raise ValueError unless it is an integer in 0 .. 2^64 - 1."""
-    if check_integer(name, seed, 0) >= 2**64:
+    check_integer(name, seed, 0, "fold a larger seed into this range first")
+    if seed >= 2**64:
         raise ValueError(f"{name} must be below 2^64, got {seed}; fold a larger seed into this range first")
     return int(seed)
 

@@ -22,9 +22,11 @@ from tgdp_fast.runtime.locks import lock_open_file, remove_unless_locked, target
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file so that readers see the old content or the new, never a part; text is UTF-8."""
+    """Write a file so that readers see the old content or the new, never a part; text is UTF-8, and names of files that
+    are not become escapes.
+    """
     with _atomic_file(path) as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def save_array(path: str | os.PathLike[str], array: np.ndarray, seal: hashlib._Hash | None = None) -> None:

@@ -21,6 +21,12 @@ _INSTRUCTION_SETS = (
 )  # fmt: skip
 
 
+#: Backends that serve tensors on a GPU and on the CPU, the fastest first.
+_BY_DEVICE = (("cuda", "triton", "reference"), ("cpu", "reference"))
+#: What a report says of a backend that an operator does not have anywhere.
+_NO_SUCH = "this installation has no such implementation of the operator"
+
+
 def environment() -> dict[str, Any]:
     """Return the facts that measurements depend on, as JSON-able values.
 
@@ -51,21 +57,57 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe(facts: dict[str, dict[str, Any]]) -> str:
-    """Text of ``tgdp-fast info``: a summary in one line, then every fact.
+def describe(facts: dict[str, dict[str, Any]], *, everything: bool = True) -> str:
+    """Text of ``tgdp-fast info``: a summary in one line, then every fact, or a line for each operator.
 
     Args:
-        facts: "environment", of :func:`environment` with ``cpu_kernels``, and "backends", of
-            :func:`tgdp_fast.ops.backend_report`.
+        facts: "environment", of :func:`environment` with ``cpu_kernels`` and, optionally, ``measured_on``, the card on
+            which the choice of "auto" was measured; and "backends", of :func:`tgdp_fast.ops.backend_report`.
+        everything: every fact, and the state of every backend of each operator; otherwise a line for each operator,
+            the reasons why backends are missing, each once, and the versions.
     """
     environment, backends = facts["environment"], facts["backends"]
-    lines = [_in_one_line(environment, backends), ""]
+    lines = [_in_one_line(environment, backends), *_on_another_card(environment), ""]
+    if not everything:
+        versions = f"tgdp_fast {environment['tgdp_fast']}, torch {environment['torch']}, Python {environment['python']}"
+        return "\n".join([*lines, *_by_operator(environment, backends), "", versions])
     for name, value in environment.items():
         lines.append(f"{name:18s} {_shown(name, value)}")
     for operator, states in backends.items():
         lines += ["", operator.rstrip("_")]  # the underscore marks an in-place operator
         lines += [f"  {backend:10s} {state}" for backend, state in states.items()]
     return "\n".join(lines)
+
+
+def _by_operator(environment: dict[str, Any], backends: dict[str, dict[str, str]]) -> list[str]:
+    """What "auto" considers first for each operator, and the reasons why not more, each once."""
+    reasons: dict[str, int] = {}
+    lines = []
+    for operator, states in backends.items():
+        found = [name for name, state in states.items() if state == "available"]
+        if environment["cuda"] is None and "cuda" in found:
+            found.remove("cuda")  # built, but for no GPU that is here
+        first = [
+            next((name for name in found if name in kinds), "") for kinds in _BY_DEVICE[environment["cuda"] is None :]
+        ]
+        missing = [
+            f"{name} [{reasons.setdefault(state, len(reasons) + 1)}]"
+            for name, state in states.items()
+            if state != "available" and state != _NO_SUCH
+        ]
+        line = f"{operator.rstrip('_'):28s} {', '.join(dict.fromkeys(filter(None, first)))}"
+        lines.append(f"{line:46s} {'without ' + ', '.join(missing) if missing else ''}".rstrip())
+    return [*lines, "", *(f"[{number}] {reason}" for reason, number in reasons.items())] if reasons else lines
+
+
+def _on_another_card(environment: dict[str, Any]) -> list[str]:
+    cuda, measured = environment["cuda"], environment.get("measured_on")
+    if cuda is None or measured is None or measured in cuda["device"]:
+        return []
+    return [
+        f"The choice of auto among the backends of a GPU was measured on an {measured}, not on this {cuda['device']}: "
+        "`tgdp-fast bench` shows which is faster here, and --backend or TGDP_BACKEND takes it"
+    ]
 
 
 def _in_one_line(environment: dict[str, Any], backends: dict[str, dict[str, str]]) -> str:

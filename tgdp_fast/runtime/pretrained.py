@@ -23,6 +23,7 @@ from tgdp_fast.runtime.checkpoint import (
     checkpoint_exists,
     save_checkpoint,
 )
+from tgdp_fast.runtime.optional import optional
 
 #: Marks a card that nobody has edited: each save rewrites it. A card without this line is kept.
 GENERATED = "<!-- written by save_pretrained; remove this line to keep your own text -->"
@@ -101,7 +102,7 @@ class Pretrained:
 
         Args:
             folder_or_repo_id: the folder; with ``hub=True`` the repository, "owner/name".
-            hub: read from the Hub (``pip install 'tgdp_fast[hub]'``).
+            hub: read from the Hub (``pip install huggingface_hub``).
             revision, cache_dir, local_files_only: for the Hub: branch, tag or commit; folder for files; whether to use
                 only files that are already there.
             arguments: of ``load``, such as ``network=`` for a network from outside this package.
@@ -125,16 +126,7 @@ class Pretrained:
                     f"{folder_or_repo_id} does not exist; expected a folder with {CONFIG_FILE} and {TENSOR_FILE}. If "
                     "it is a repository of the Hugging Face Hub, pass hub=True"
                 )
-        try:
-            return cls.load(folder, **arguments)  # type: ignore[attr-defined]
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            # The file is intact, but its settings do not build the class.
-            raise CheckpointError(
-                f"{CONFIG_FILE} in {folder} does not describe a {cls.__name__} that this version can build: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        return cls.load(folder, **arguments)  # type: ignore[attr-defined]
 
 
 def model_card(
@@ -222,14 +214,9 @@ def _snapshot(
             f"{repo_id!r} is not a repository of the Hugging Face Hub, expected 'owner/name'; "
             "without hub=True a folder is read"
         )
+    hub = optional("huggingface_hub", "from_pretrained(hub=True) needs")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(
-            "from_pretrained(hub=True) needs huggingface_hub, which is not installed; run: pip install 'tgdp_fast[hub]'"
-        ) from None
-    try:
-        folder = snapshot_download(
+        folder = hub.snapshot_download(
             repo_id=repo_id,
             revision=revision,
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),

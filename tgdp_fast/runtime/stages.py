@@ -17,6 +17,7 @@ from tgdp_fast.runtime.checkpoint import (
 )
 from tgdp_fast.runtime.files import write_atomic
 from tgdp_fast.runtime.locks import folder_lock
+from tgdp_fast.runtime.reading import parse_json, read_bytes
 
 T = TypeVar("T")
 
@@ -99,6 +100,7 @@ class Stages:
 
 def _read(stamp: Path) -> str:
     try:
-        return str(json.loads(stamp.read_text()).get("signature"))
+        content = parse_json(read_bytes(stamp, 2**20, ValueError, "a signature"), ValueError, f"{stamp} is damaged")
+        return str(content.get("signature"))
     except (ValueError, AttributeError):
         return ""

@@ -14,7 +14,7 @@ from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser, c
 from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.diffusion.solvers import SolverTable, solver_table
-from tgdp_fast.runtime.arrays import check_labels
+from tgdp_fast.runtime.arrays import as_array, as_tensor, check_labels
 from tgdp_fast.runtime.checks import check_integer
 from tgdp_fast.sampling.config import SamplingConfig
 
@@ -155,10 +155,17 @@ def labels_of(labels: Any, num: int, models: Mapping[str, Any]) -> Tensor | None
         raise ValueError(
             f"labels must be None, got labels for {' and '.join(counts)} without classes (num_classes = 0)"
         )
-    try:
-        result = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"labels must be numbers, got {type(labels).__name__}: {error}") from None
+    if isinstance(labels, str):
+        raise ValueError(
+            f"labels must be numbers, got {type(labels).__name__}: {labels!r}; pass the index of the class"
+        )
+    if isinstance(labels, Tensor):
+        result = as_tensor("labels", labels)
+    else:
+        array = as_array("labels", labels)
+        if not isinstance(labels, np.ndarray) and array.dtype == np.float64:
+            array = array.astype(np.float32)  # Numbers of Python have no type of their own.
+        result = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
     if result.ndim == 0:
         result = result.expand(num)
     if result.ndim > 2 or len(result) != num:

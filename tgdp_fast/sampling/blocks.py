@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from tgdp_fast.runtime.files import save_array, write_atomic
 from tgdp_fast.runtime.locks import folder_lock
@@ -56,7 +55,6 @@ class BlockFile:
         block: Callable[[int, int], np.ndarray],
         *,
         finish: Callable[[np.ndarray], np.ndarray] | None,
-        progress: bool,
     ) -> np.ndarray:
         """Write the file atomically, from blocks that an earlier call finished and new ones.
 
@@ -67,7 +65,6 @@ class BlockFile:
             block_size: rows of a new block.
             block: block(start, stop) -> rows start to stop.
             finish: applied to the whole array before it is written.
-            progress: whether to show a bar, if there is more than one block.
 
         Returns:
             The array written.
@@ -77,7 +74,7 @@ class BlockFile:
         """
         with self.owned():
             result = np.empty(shape, dtype=np.float32)
-            self._fill(result, identity, block_size, block, progress)
+            self._fill(result, identity, block_size, block)
             if finish is not None:
                 result = finish(result)
             save_array(self.target, result)
@@ -98,27 +95,23 @@ class BlockFile:
         identity: str,
         block_size: int,
         block: Callable[[int, int], np.ndarray],
-        progress: bool,
     ) -> None:
         stamp, num = self.folder / "arguments.json", len(result)
         resumes = stamp.is_file() and stamp.read_bytes() == identity.encode()
-        hidden = None if progress and num > block_size else True  # None: shown on a terminal only
         stop = 0
-        with tqdm(total=num, desc="samples", disable=hidden, leave=False) as bar:
-            while (start := stop) < num:
-                file = self.folder / f"block-{start:012d}.npy"
-                # The block size is that of the earlier run.
-                values = _load_block(file, identity, (num - start, *result.shape[1:])) if resumes else None
-                if values is None:
-                    values = block(start, min(start + block_size, num))
-                    if not resumes:  # Only now, so that a run that fails at once discards no finished blocks.
-                        self._discard_blocks()
-                        write_atomic(stamp, identity)
-                        resumes = True
-                    save_array(file, values, _seal(file, identity))
-                stop = start + len(values)
-                result[start:stop] = values
-                bar.update(len(values))
+        while (start := stop) < num:
+            file = self.folder / f"block-{start:012d}.npy"
+            # The block size is that of the earlier run.
+            values = _load_block(file, identity, (num - start, *result.shape[1:])) if resumes else None
+            if values is None:
+                values = block(start, min(start + block_size, num))
+                if not resumes:  # Only now, so that a run that fails at once discards no finished blocks.
+                    self._discard_blocks()
+                    write_atomic(stamp, identity)
+                    resumes = True
+                save_array(file, values, _seal(file, identity))
+            stop = start + len(values)
+            result[start:stop] = values
 
     def _discard_blocks(self) -> None:
         """Remove the files that this class wrote."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tgdp_fast.diffusion.guided import check_gradient_norm_limit, check_pair, check_scale
-from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, check_eta
+from tgdp_fast.diffusion.solvers import SOLVERS, SPACINGS, SolverTable, check_eta, check_steps
 from tgdp_fast.ops.registry import BACKENDS
-from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.checks import check_choice
 from tgdp_fast.runtime.precision import PRECISIONS
 
 #: fp32 matmuls as three bf16 ones, if the full trajectory is one operator and the CPU supports it; else fp32.
@@ -59,7 +59,7 @@ class SamplingConfig:
         }
         if not isinstance(self.solver, SolverTable):
             checked["solver"] = check_choice("solver", self.solver, SOLVERS)
-            checked["steps"] = check_integer("steps", self.steps, 1)
+            checked["steps"] = check_steps(self.steps)
             checked["spacing"] = check_choice("spacing", self.spacing, SPACINGS)
             if self.eta is not None:
                 checked["eta"] = check_eta(self.solver, self.eta)

@@ -10,16 +10,14 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode
 from tgdp_fast.diffusion.guided import EpsilonModel, Guidance, GuidedDenoiser
 from tgdp_fast.diffusion.prior import Prior
 from tgdp_fast.diffusion.solvers import SolverTable
@@ -27,8 +25,10 @@ from tgdp_fast.ops.noise import normal
 from tgdp_fast.ops.registry import requested_backend, use_backend
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_device, check_integer, check_seed
+from tgdp_fast.runtime.evaluation import evaluation_mode
+from tgdp_fast.runtime.memory import check_memory
 from tgdp_fast.runtime.precision import PRECISIONS, autocast
-from tgdp_fast.runtime.progress import announce
+from tgdp_fast.runtime.progress import progress_bar
 from tgdp_fast.sampling.arguments import (
     check_prior,
     check_schedules,
@@ -209,7 +209,7 @@ class Sampler:
                 values, at most 8,192.
             callback: ``callback(step, t, x, x0)`` after each solver step of each batch. With it, evaluations run one by
                 one.
-            progress: show a bar, only on a terminal.
+            progress: see :mod:`tgdp_fast.runtime.progress`.
 
         Returns:
             [num, *shape] float32, on the device.
@@ -219,8 +219,9 @@ class Sampler:
             SamplingDivergedError: as :func:`sample`.
         """
         request = self._request(num, labels, prior, seed, first_index, batch_size, callback)
-        announce(f"sampling: {num} samples", progress)
-        return self._run(request, 0, request.num, progress)
+        self._check_size(num, request.device)
+        with progress_bar(request.num, "sampling", "sample", progress) as bar:
+            return self._run(request, 0, request.num, bar)
 
     def draw_to_file(
         self,
@@ -247,7 +248,7 @@ class Sampler:
                 default is a hash of their weights and buffers, ``to_config()`` and ``repr``.
             block_size: samples per saved block, the most that a kill can lose. Default: as many as have 2**21 values
                 (8 MB), at most 8,192, or one batch if that is more. No batch is larger.
-            progress: show progress.
+            progress: as in :meth:`draw`.
             options: labels, prior, seed, first_index, batch_size and callback, as in :meth:`draw`.
 
         Returns:
@@ -259,6 +260,7 @@ class Sampler:
             SamplingDivergedError: the state is not finite.
         """
         request = self._request(num, **options)
+        self._check_size(num, None)
         if block_size is None:
             block_size = max(request.batch_size, _default_batch_size(self.shape))
         block_size = check_integer("block_size", block_size, 1)
@@ -268,14 +270,16 @@ class Sampler:
         elif not isinstance(signature, str) or not signature:
             raise ValueError(f"signature must be a text that identifies the models, or None, got {signature!r}")
         identity = json.dumps({"signature": signature, **self._identity(request)}, sort_keys=True)
-        announce(f"sampling: {num} samples", progress)
-
-        def block(start: int, stop: int) -> np.ndarray:
-            values: np.ndarray = self._run(request, start, stop, progress).cpu().numpy()
-            return values
-
         shape = (request.num, *self.shape)
-        return file.write(shape, identity, block_size, block, finish=finish, progress=progress)
+        with progress_bar(request.num, "sampling", "sample", progress) as bar:
+
+            def block(start: int, stop: int) -> np.ndarray:
+                if bar.n < start:
+                    bar.reset_to(start)  # Blocks of an earlier run.
+                values: np.ndarray = self._run(request, start, stop, bar).cpu().numpy()
+                return values
+
+            return file.write(shape, identity, block_size, block, finish=finish)
 
     def _request(
         self,
@@ -295,6 +299,8 @@ class Sampler:
         seed = check_seed(seed)
         if batch_size is None:
             batch_size = _default_batch_size(self.shape)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be callable as callback(step, t, x, x0), got {callback!r}")
         device = device_of(self._requested_device, self._models)
         rows = labels_of(labels, num, self._models)
         check_prior(prior, self.shape)
@@ -308,6 +314,12 @@ class Sampler:
             device,
             callback,
         )
+
+    def _check_size(self, num: int, device: torch.device | None) -> None:
+        """Refuse more samples than fit into the memory of ``device``, or of the host (None)."""
+        needed, what = 4 * num * math.prod(self.shape), f"samples of shape {self.shape} in float32"
+        advice = "draw them in parts: first_index says where each begins"
+        check_memory("num", num, needed, what, advice, device=device)
 
     def _identity(self, request: _Request) -> dict[str, Any]:
         """Everything the samples depend on besides the models, JSON-able; the scales include the interval."""
@@ -326,46 +338,45 @@ class Sampler:
             "precision": self.config.precision,
         }
 
-    def _run(self, request: _Request, start: int, stop: int, progress: bool) -> Tensor:
+    def _run(self, request: _Request, start: int, stop: int, bar: Any) -> Tensor:
         """Samples ``start`` to ``stop`` of a draw: float32 [stop - start, *shape]."""
         device, config, table = request.device, self.config, self.table
         with torch.inference_mode(False):  # An ordinary tensor, also if the caller is in inference mode.
             result = torch.empty((stop - start, *self.shape), dtype=torch.float32, device=device)
         batches = range(start, stop, request.batch_size)
-        hidden = None if progress else True  # None: shown on a terminal only
-        bar = tqdm(total=len(batches) * table.nfe, desc="sampling", unit="evaluation", disable=hidden, leave=False)
         backend = nullcontext() if config.backend == "auto" else use_backend(config.backend)
-        with torch.inference_mode(), evaluation_mode(self.denoiser, self.guidance), backend, bar:
+        models, settings = evaluation_mode(self.denoiser, self.guidance), self._settings(request)
+        with torch.inference_mode(), autocast("fp32", device.type), backend, models as (denoiser, guidance):
             full = None
             if request.callback is None:
                 dtype, bf16x3 = PRECISIONS.get(config.precision, torch.float32), config.precision == BF16X3
                 full = FullTrajectory.of(self._loop, dtype, config.backend, bf16x3=bf16x3, samples=request.num)
             captured = _can_capture(device) and request.callback is None and full is None
-            loop, after = partial(self._loop, seed=request.seed), self._after(request, bar)
-            with self._graphs.checked(self._settings(request)) if captured else nullcontext():
+            loop = partial(replace(self._loop, denoiser=denoiser, guidance=guidance), seed=request.seed)
+            with self._graphs.checked(settings) if captured else nullcontext():
                 for first in batches:
                     last = min(first + request.batch_size, stop)
                     x, indices, labels = self._initial_state(request, first, last)
                     if full is not None:
                         x, diverged = full.run(x, labels, request.seed, indices)
-                        bar.update(table.nfe)
                     else:
                         with autocast(config.precision, device.type):
                             if captured:
                                 x, finite = self._graphs.run(loop, x, indices, labels)
-                                bar.update(table.nfe)
                             else:
-                                x, finite = loop(x, indices, labels, after=after)
+                                x, finite = loop(x, indices, labels, after=self._after(request, first, last, bar))
                         diverged = -1 if finite.all() else int((~finite).int().argmax())
                     if diverged >= 0:
                         raise SamplingDivergedError(diverged, float(table.times[diverged]), table)
                     result[first - start : last - start] = x
+                    bar.update(last - bar.n)
         return result
 
     def _initial_state(self, request: _Request, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """x_T [B, *shape], sample indices [B] and labels of one batch."""
         device, table = request.device, self.table
-        indices = torch.arange(request.first_index + start, request.first_index + stop, device=device)
+        # The last index may be 2^63 - 1, whose successor no int64 holds.
+        indices = torch.arange(stop - start, device=device) + (request.first_index + start)
         if request.prior is None:
             x = normal(request.seed, indices, math.prod(self.shape), 0, device=device)
             x = x.reshape(len(indices), *self.shape)
@@ -373,8 +384,10 @@ class Sampler:
             x = request.prior.start(request.seed, indices, float(table.alpha[0]), float(table.sigma[0]))
         return x, indices, None if request.labels is None else request.labels[start:stop]
 
-    def _after(self, request: _Request, bar: Any) -> Callable[[int, Tensor, Tensor, Tensor], None]:
-        """Called after each evaluation if they run one by one."""
+    def _after(
+        self, request: _Request, first: int, last: int, bar: Any
+    ) -> Callable[[int, Tensor, Tensor, Tensor], None]:
+        """Called after each evaluation of samples ``first`` to ``last`` if evaluations run one by one."""
         table = self.table
 
         def after(k: int, x: Tensor, x0: Tensor, finite: Tensor) -> None:
@@ -383,7 +396,8 @@ class Sampler:
                 raise SamplingDivergedError(k, float(table.times[k]), table)
             if table.ends_step[k] and request.callback is not None:
                 request.callback(int(table.ends_step[:k].sum()), float(table.times[k]), x, x0)
-            bar.update()
+            # Samples on their way count by the share of their evaluations.
+            bar.update(first + (last - first) * (k + 1) // table.nfe - bar.n)
 
         return after
 

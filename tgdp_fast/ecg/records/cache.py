@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, Problem
 from tgdp_fast.ecg.records.leads import STORED_LEADS, known_leads
@@ -30,6 +29,7 @@ from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime.checks import check_choice, check_integer
 from tgdp_fast.runtime.files import write_atomic, writing
 from tgdp_fast.runtime.locks import folder_lock
+from tgdp_fast.runtime.progress import progress_bar
 from tgdp_fast.runtime.workers import start_worker
 
 if TYPE_CHECKING:
@@ -281,14 +281,7 @@ class _Build:
         chunks = {start: self._finished(start, offset) for start in range(0, len(self.entries), self.chunk)}
         waiting = [start for start, found in chunks.items() if found is None]
         done = len(self.entries) - sum(len(self._records(start)) for start in waiting)
-        with tqdm(
-            total=len(self.entries),
-            initial=done,
-            desc="reading records",
-            unit="record",
-            disable=None if progress else True,
-            leave=False,
-        ) as bar:
+        with progress_bar(len(self.entries), "reading", "record", progress, initial=done) as bar:
             for start, result in self._read(waiting, offset, workers):
                 # The samples are on disk already: now the chunk is finished.
                 _save_json(self._file(start), result)

@@ -8,12 +8,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
-from tgdp_fast.ecg.records.leads import find_leads
 from tgdp_fast.ecg.records.wfdb import FileStamp, RecordError, RecordHeader, Root, read_header
 
 #: Form of files that most data sets have: a WFDB header with its files.
 WFDB = "wfdb"
+_LONGEST = 1000  # characters of a reason
+
+
+class LabelError(RecordError):
+    """A record whose labels are of another set than those that are known.
+
+    Attributes:
+        labels: those that are not known.
+    """
+
+    def __init__(self, message: str, labels: Sequence[str]) -> None:
+        super().__init__(message)
+        self.labels = tuple(map(printable, labels))
+
+
+def printable(text: str) -> str:
+    """The text with control characters and bytes that were not UTF-8 (surrogates of :func:`os.fsdecode`) as escapes,
+    ``\\udcf6``: names of files hold them, and not every output can.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if category(c) in {"Cc", "Cs"} else c for c in text)
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,11 @@ class ECGEntry:
     sex: str | None = None
     files: tuple[FileStamp, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
+        if self.patient is not None:
+            object.__setattr__(self, "patient", printable(self.patient))
+
     @property
     def seconds(self) -> float | None:
         """Duration; None where only reading tells."""
@@ -70,6 +97,12 @@ class Problem:
     reason: str
     short: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "record", printable(self.record))
+        reason = printable(self.reason)
+        # Messages about hostile files quote them.
+        object.__setattr__(self, "reason", reason if len(reason) <= _LONGEST else reason[:_LONGEST] + "...")
+
     def __str__(self) -> str:
         return f"record {self.record}: {self.reason}"
 
@@ -84,6 +117,7 @@ class ECGFolder:
         entries: records that can be used as far as headers and tables tell.
         problems: records that cannot, and why.
         notes: what was chosen where there was a choice.
+        other_labels: by the names of records that are not used for their labels: the labels that are not known.
     """
 
     path: Path
@@ -91,14 +125,20 @@ class ECGFolder:
     entries: list[ECGEntry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    other_labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @contextmanager
     def record(self, name: str) -> Iterator[None]:
-        """A block that reads one record; a :class:`RecordError` in it becomes the record's problem."""
+        """A block that reads one record; a :class:`RecordError` in it, or what else a damaged file makes of it, becomes
+        the record's problem.
+        """
         try:
             yield
-        except RecordError as error:
-            self.problems.append(Problem(name, str(error)))
+        except (ValueError, ArithmeticError) as error:
+            problem = Problem(name, str(error))
+            self.problems.append(problem)
+            if isinstance(error, LabelError):
+                self.other_labels[problem.record] = error.labels
 
     def summary(self, seconds: float = 10.0) -> dict[str, Any]:
         """Counts: records, rates, durations, labels, folds, patients, and those shorter than ``seconds``."""
@@ -131,13 +171,13 @@ def wfdb_entry(
     """
     header, files = read_header(path, root)
     try:
-        places = find_leads(header.leads, leads)
+        header.find(leads)
+    except RecordError:
+        raise
     except ValueError as error:
         raise RecordError(f"it has {len(header.signals)} leads: {error}") from None
-    for place in places:
-        _ = header.signals[place].millivolts
     check_rate(header.rate, rate)
-    return ECGEntry(name, path, WFDB, header.rate, header.length, files=tuple(files)), header
+    return ECGEntry(name, path, WFDB, header.rate, header.length or header.stored, files=tuple(files)), header
 
 
 def check_rate(found: float, wanted: float | None) -> None:

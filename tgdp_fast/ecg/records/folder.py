@@ -42,7 +42,12 @@ def open_ecg_folder(
         minimum_likelihood = check_number("minimum_likelihood", minimum_likelihood, 0.0, 100.0)
     root = Root(path)
     if not root.path.is_dir():
-        state = "is a file" if root.path.exists() else "does not exist"
+        state = "does not exist"
+        if root.path.exists():
+            state = (
+                "is a file; tgdp_fast.ecg.records.output.write_ecg_records(folder, array, rate=..., labels=..., "
+                "manifest={}) makes such a folder of an array [N, 8, L] or [N, 12, L] in mV"
+            )
         raise ValueError(f"path must be a folder of records, but {path} {state}")
     for reader in (kinds := readers()):
         if reader.detects(root):

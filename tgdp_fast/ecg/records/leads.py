@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,10 @@ STORED_LEADS = ("I", "V1", "V2", "V3", "V4", "V5", "V6", "aVF")
 
 _BY_NAME = {name.lower(): name for name in TWELVE_LEADS}
 _PREFIXES = ("mdc_ecg_lead_", "mdc_ecg_", "ecg", "lead")
+# A minus directly before the name, in any of its code points. Behind "ECG" without a blank it may also join two words.
+_NEGATED = re.compile(
+    r"(?:mdc_ecg_(?:lead_)?|(?:ecg|lead)[\s_:]+)*(?:[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d](?=\S)|minus\s+)(.+)"
+)
 _SMALLEST, _LARGEST = -32767, 32767  # of int16; -32768 means "no sample" in WFDB
 
 # Lines: TWELVE_LEADS; columns: STORED_LEADS. Einthoven: III = II - I; Goldberger: aVR = -(I + II) / 2,
@@ -31,12 +36,23 @@ _COMBINATIONS = {"II": (0.5, 1.0), "III": (-0.5, 1.0), "aVR": (-0.75, -0.5), "aV
 @lru_cache(maxsize=1024)
 def lead_name(name: str) -> str | None:
     """The name in :data:`TWELVE_LEADS` that ``name`` stands for, in any case ("AVR", "Lead II", "MDC_ECG_LEAD_V1"), or
-    None.
+    None. A name with a minus stands for none: such a channel may have the other sign.
     """
     text = name.strip().lower()
     for prefix in _PREFIXES:
-        text = text.removeprefix(prefix).strip(" _-:")
+        text = text.removeprefix(prefix).strip(" _:")
     return _BY_NAME.get(text)
+
+
+@lru_cache(maxsize=256)
+def negated_leads(names: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
+    """Places of names that stand for the negative of a lead ("-aVR" of Cabrera's order, "ECG -aVR", "minus aVR"), and
+    that lead; without leads that are there under their own name too.
+    """
+    own = {lead_name(name) for name in names}
+    found = [(place, _NEGATED.fullmatch(name.strip().lower())) for place, name in enumerate(names)]
+    leads = [(place, lead_name(match[1])) for place, match in found if match]
+    return tuple((place, lead) for place, lead in leads if lead is not None and lead not in own)
 
 
 def known_leads(leads: Sequence[str]) -> tuple[str, ...]:

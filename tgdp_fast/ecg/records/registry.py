@@ -27,8 +27,11 @@ class Selection:
 
 #: read(folder, root, selection) adds the records of ``root`` to ``folder.entries``, ``.problems`` and ``.notes``.
 ReadFolder = Callable[[ECGFolder, Root, Selection], None]
-#: read(path, root) gives a whole record: float32 [leads, samples] in mV, names of the leads, samples per second.
-ReadSignals = Callable[[Path, Root], tuple[np.ndarray, list[str], float]]
+#: Float32 [leads, samples] in mV, names of the leads, samples per second.
+Recording = tuple[np.ndarray, list[str], float]
+#: read(path, root) gives a whole record. A reader that is registered with ``bounded`` takes a third argument, seconds
+#: or None, and may leave out what lies behind them, except for ``wfdb.AHEAD`` samples.
+ReadSignals = Callable[..., Recording]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Reader:
         detects: whether a folder is of this kind.
         read: see :data:`ReadFolder`.
         contents: what such a folder holds, for the message about a folder that is of no kind; "" adds nothing.
+        table: name of the file that lies in every folder of this kind; "" where there is none.
         rank: kinds are tried in ascending order. Those that only look at the suffixes of files come after those that
             look for a table of their own.
     """
@@ -48,30 +52,35 @@ class Reader:
     detects: Callable[[Root], bool]
     read: ReadFolder
     contents: str
+    table: str
     rank: int
 
 
+class SeveralDataSetsError(ValueError):
+    """A folder that is no data set itself, but holds some."""
+
+
 _readers: dict[str, Reader] = {}
-_signal_readers: dict[str, ReadSignals] = {}
+_signal_readers: dict[str, tuple[ReadSignals, bool]] = {}
 
 
 def reader(
-    kind: str, detects: Callable[[Root], bool], *, contents: str = "", rank: int = 0
+    kind: str, detects: Callable[[Root], bool], *, contents: str = "", table: str = "", rank: int = 0
 ) -> Callable[[ReadFolder], ReadFolder]:
     """Register the decorated function as the reader of folders of this kind; see :class:`Reader`."""
 
     def register(read: ReadFolder) -> ReadFolder:
-        _readers[kind] = Reader(kind, detects, read, contents, rank)
+        _readers[kind] = Reader(kind, detects, read, contents, table, rank)
         return read
 
     return register
 
 
-def signal_reader(form: str) -> Callable[[ReadSignals], ReadSignals]:
-    """Register the decorated function for records whose :attr:`ECGEntry.form` is ``form``."""
+def signal_reader(form: str, *, bounded: bool = False) -> Callable[[ReadSignals], ReadSignals]:
+    """Register the decorated function for records whose :attr:`ECGEntry.form` is ``form``; see :data:`ReadSignals`."""
 
     def register(read: ReadSignals) -> ReadSignals:
-        _signal_readers[form] = read
+        _signal_readers[form] = read, bounded
         return read
 
     return register
@@ -83,8 +92,37 @@ def readers() -> list[Reader]:
     return sorted(_readers.values(), key=lambda each: each.rank)
 
 
-def read_signals_of(form: str, path: Path, root: Root) -> tuple[np.ndarray, list[str], float]:
-    """A whole record of this form; see :data:`ReadSignals`.
+def check_one_data_set(root: Root) -> None:
+    """Refuse a folder that holds folders of kinds with a table of their own.
+
+    Raises:
+        SeveralDataSetsError: it does; names them.
+    """
+    kinds = {each.table: each.kind for each in readers() if each.table}
+    found = {
+        root.relative(Path(place)): next(kind for table, kind in kinds.items() if table in names)
+        for place, names in root.visible
+        if place != str(root.path) and not kinds.keys().isdisjoint(names)
+    }
+    if not found:
+        return
+    for file in root.record_files:
+        top = root.relative(file).split("/")[0]
+        if not any(place.split("/")[0] == top for place in found):
+            found[top if file.parent != root.path else "."] = "records without a table"
+    shown = ", ".join(f"{place} ({kind})" for place, kind in list(found.items())[:10])
+    count, advice = ("one", "name that") if len(found) == 1 else (f"{len(found)} data sets", "name one of them")
+    raise SeveralDataSetsError(f"path must be a data set itself, but {root.path} holds {count}: {shown}; {advice}")
+
+
+def read_signals_of(form: str, path: Path, root: Root, seconds: float | None = None) -> Recording:
+    """A record of this form; see :data:`ReadSignals`.
+
+    Args:
+        form: see there.
+        path: of the record.
+        root: its folder.
+        seconds: that are needed, from the start; None: all.
 
     Raises:
         RecordError: it is broken, or nothing reads the form.
@@ -93,7 +131,15 @@ def read_signals_of(form: str, path: Path, root: Root) -> tuple[np.ndarray, list
         _discover()
     if form not in _signal_readers:
         raise RecordError(f"no reader is registered for records of the form {form!r}")
-    return _signal_readers[form](path, root)
+    read, bounded = _signal_readers[form]
+    try:
+        return read(path, root, seconds) if bounded else read(path, root)
+    except RecordError:
+        raise
+    except (ValueError, ArithmeticError) as error:  # whatever a damaged file makes of it
+        raise RecordError(f"{path.name} cannot be read: {error}") from None
+    except MemoryError:
+        raise RecordError(f"{path.name} does not fit in memory") from None
 
 
 def _discover() -> None:

@@ -9,10 +9,11 @@ from functools import lru_cache
 import numpy as np
 
 from tgdp_fast.ecg.records.entries import ECGEntry, check_rate
-from tgdp_fast.ecg.records.leads import find_leads
+from tgdp_fast.ecg.records.leads import find_leads, lead_name
 from tgdp_fast.ecg.records.registry import read_signals_of
 from tgdp_fast.ecg.records.wfdb import RecordError, Root
 from tgdp_fast.runtime.checks import check_number
+from tgdp_fast.runtime.optional import optional
 
 _LARGEST_FACTOR = 1000  # of a ratio of rates: for larger ones the filter is longer than records
 
@@ -42,7 +43,7 @@ def read_entry(entry: ECGEntry, root: Root, *, rate: float, seconds: float, lead
         RecordError: it is broken; the message says in which way.
         ImportError: SciPy is missing and the record is to be resampled, or is a MATLAB file.
     """
-    signals, names, found = read_signals_of(entry.form, entry.path, root)
+    signals, names, found = read_signals_of(entry.form, entry.path, root, seconds)
     return fit(signals, names, found, rate=rate, seconds=seconds, leads=leads)
 
 
@@ -51,7 +52,7 @@ def fit(
 ) -> np.ndarray:
     """Check, resample and crop signals [leads, samples] at ``found`` samples per second; see :func:`read_entry`."""
     check_rate(found, rate)
-    needed = round(seconds * found)
+    needed = check_crop(found, seconds)
     if signals.shape[1] < needed:
         raise TooShortError(f"it has {signals.shape[1] / found:g} s, less than {seconds:g} s")
     try:
@@ -60,7 +61,8 @@ def fit(
         raise RecordError(str(error)) from None
     up, down = rate_ratio(found, rate)
     used = signals[:, : min(signals.shape[1], needed + _reach(up, down))]
-    check_signals(used, names)
+    checked = [place for place, name in enumerate(names) if lead_name(name) or place in places]
+    check_signals(used[checked], [names[place] for place in checked])
     return resample(used[places], up, down)[:, : round(seconds * rate)]
 
 
@@ -108,10 +110,7 @@ def resample(signals: np.ndarray, up: int, down: int) -> np.ndarray:
     """
     if up == down:
         return signals
-    try:
-        from scipy.signal import resample_poly
-    except ImportError:
-        raise ImportError("resampling needs SciPy, which is not installed; run: pip install 'tgdp_fast[ecg]'") from None
+    resample_poly = optional("scipy.signal", "resampling needs").resample_poly
     length = -(-signals.shape[-1] * up // down)
     margin = _reach(up, down)
     ends = [(0, 0)] * (signals.ndim - 1) + [(margin, margin)]

@@ -87,6 +87,40 @@ STATEMENTS = tuple(DESCRIPTIONS)
 _PLACES = {name: index for index, name in enumerate(STATEMENTS)}
 #: Other names of statements. The conversion of ICBEB2018 for the PTB-XL benchmark has VPC for PVC.
 ALIASES = {"VPC": "PVC"}
+#: What statements are called elsewhere (PhysioNet/CinC Challenges, MIT-BIH, common usage): suggested, never accepted.
+SYNONYMS = {
+    "1AVB": "AVB1 IAVB I-AVB 1DAVB",
+    "2AVB": "AVB2 IIAVB II-AVB",
+    "3AVB": "AVB3 IIIAVB III-AVB CHB",
+    "AFIB": "AF AFB",
+    "AFLT": "AFL AFLUT AFLUTTER",
+    "CLBBB": "LBBB",
+    "CRBBB": "RBBB",
+    "INVT": "TINV TWI",
+    "IVCD": "NSIVCB NSIVCD",
+    "LAFB": "LANFB LAHB",
+    "LAO/LAE": "LAE LAO",
+    "LNGQT": "LQT LQTS",
+    "LPFB": "LPHB",
+    "LVOLT": "LQRSV",
+    "NORM": "NORMAL SNR",
+    "NST_": "NSSTTA",
+    "PAC": "APB APC PAB SVPB SVPC SVEB",
+    "PACE": "PACED",
+    "PVC": "VPB VEB VES PVB",
+    "QWAVE": "QAB",
+    "RAO/RAE": "RAE RAO",
+    "SARRH": "SA",
+    "SBRAD": "SB BRADY BRADYCARDIA",
+    "SR": "NSR",
+    "STACH": "TACHY TACHYCARDIA",
+    "STD_": "STD",
+    "STE_": "STE",
+    "SVTAC": "SVT",
+    "TAB_": "TAB",
+}
+_MEANT = {other: name for name, others in SYNONYMS.items() for other in others.split()}
+_MEANT |= {text.upper(): name for name, text in DESCRIPTIONS.items()}
 #: The classes of ICBEB2018's ``REFERENCE.csv`` (Liu et al. 2018) as statements of PTB-XL.
 ICBEB_STATEMENTS = {
     1: "NORM",
@@ -111,6 +145,50 @@ SNOMED_STATEMENTS = {
     "429622005": "STD_",
     "164931005": "STE_",
 }
+#: Other diagnoses of these Challenges, for messages.
+SNOMED_NAMES = {
+    "10370003": "pacing rhythm",
+    "111975006": "prolonged QT interval",
+    "164861001": "myocardial ischemia",
+    "164865005": "myocardial infarction",
+    "164873001": "left ventricular hypertrophy",
+    "164890007": "atrial flutter",
+    "164917005": "abnormal Q wave",
+    "164934002": "abnormal T wave",
+    "164947007": "prolonged PR interval",
+    "17338001": "ventricular premature beats",
+    "251146004": "low QRS voltages",
+    "365413008": "poor R wave progression",
+    "39732003": "left axis deviation",
+    "426177001": "sinus bradycardia",
+    "426627000": "bradycardia",
+    "427084000": "sinus tachycardia",
+    "427172004": "premature ventricular contractions",
+    "427393009": "sinus arrhythmia",
+    "428750005": "nonspecific ST-T abnormality",
+    "445118002": "left anterior fascicular block",
+    "47665007": "right axis deviation",
+    "59931005": "T wave inversion",
+    "6374002": "bundle branch block",
+    "63593006": "supraventricular premature beats",
+    "698252002": "nonspecific intraventricular conduction disorder",
+    "713426002": "incomplete right bundle branch block",
+    "713427006": "complete right bundle branch block",
+    "733534002": "complete left bundle branch block",
+}
+
+
+def in_words(label: str) -> str:
+    """A label with its meaning where that is known: "39732003 (left axis deviation)"."""
+    words = SNOMED_NAMES.get(label) or DESCRIPTIONS.get(SNOMED_STATEMENTS.get(label, label))
+    return f"{label} ({words})" if words else label
+
+
+def similar(name: str, vocabulary: Sequence[str] = STATEMENTS, most: int = 1) -> list[str]:
+    """Names of the vocabulary that ``name`` may mean: what is called so elsewhere, then what is spelled alike."""
+    text = str(name).strip().upper()
+    meant = [_MEANT[text]] if _MEANT.get(text) in vocabulary else []
+    return list(dict.fromkeys([*meant, *get_close_matches(text, vocabulary, n=most)]))[:most]
 
 
 def check_statements(names: Iterable[str], vocabulary: Sequence[str] = STATEMENTS) -> tuple[str, ...]:
@@ -124,7 +202,7 @@ def check_statements(names: Iterable[str], vocabulary: Sequence[str] = STATEMENT
     for name in names:
         name = name if name in place else ALIASES.get(name, name)
         if name not in place:
-            near = get_close_matches(str(name), vocabulary, n=1)
+            near = similar(name, vocabulary)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"unknown label {name!r}{hint}; expected some of the {len(place)} statements")
         found.add(name)

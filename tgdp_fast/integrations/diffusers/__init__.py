@@ -1,14 +1,11 @@
 """TGDP inside diffusers: a pipeline's model guided for any scheduler, and solver tables as a scheduler."""
 
-try:
-    import diffusers as _diffusers  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"tgdp_fast.integrations.diffusers needs diffusers, which cannot be imported ({error}); run: "
-        "pip install 'tgdp_fast[diffusers]'"
-    ) from error
+from tgdp_fast.runtime.optional import optional
 
-from tgdp_fast.integrations.diffusers.guide import GuidedModel, guide
-from tgdp_fast.integrations.diffusers.scheduler import TableScheduler, TableSchedulerOutput
+# Before the modules that extend its classes.
+optional("diffusers", "tgdp_fast.integrations.diffusers needs")
+
+from tgdp_fast.integrations.diffusers.guide import GuidedModel, guide  # noqa: E402
+from tgdp_fast.integrations.diffusers.scheduler import TableScheduler, TableSchedulerOutput  # noqa: E402
 
 __all__ = ["GuidedModel", "TableScheduler", "TableSchedulerOutput", "guide"]

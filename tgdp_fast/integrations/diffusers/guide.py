@@ -28,14 +28,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.diffusion.denoiser import TIME_INPUTS, evaluation_mode
+from tgdp_fast.diffusion.denoiser import TIME_INPUTS
 from tgdp_fast.diffusion.guided import Guidance, hint_of_guidance, scale_at
 from tgdp_fast.diffusion.schedule import NoiseSchedule
+from tgdp_fast.integrations.cond_fn import dtype_of, first_parameter, no_autocast
 from tgdp_fast.ops import limit_gradient
 from tgdp_fast.runtime.checks import check_choice
+from tgdp_fast.runtime.evaluation import evaluation_mode
 from tgdp_fast.sampling.config import SamplingConfig
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+#: What a scheduler's config says about its model.
+_CONFIG_KEYS = ("prediction_type", "rescale_betas_zero_snr", "timestep_type", "use_flow_sigmas")
 _MODEL_NAMES = ("unet", "transformer")
 _INPUT_NAMES = ("sample", "hidden_states", "x")
 
@@ -77,9 +81,11 @@ def guide(
         interval: (low, high) in diffusers' timesteps; the guidance does not run outside.
         labels: of the guidance: one class index for all, [n] or [n, K]. A batch of a multiple of n repeats them, as
             classifier-free guidance repeats the batch. Default: the ``class_labels`` of the model's call if
-            the guidance has ``num_classes`` > 0; else none.
+            the guidance has ``num_classes`` > 0; else none. Where classifier-free guidance passes the index that stands
+            for no class (DiT: 1000), the guidance receives the class of the same image in the other half.
         scheduler: of a model alone: a diffusers scheduler, whose ``alphas_cumprod`` and ``prediction_type`` are used,
-            or a discrete :class:`tgdp_fast.NoiseSchedule`. Default: the pipeline's current one at each call.
+            or a discrete :class:`tgdp_fast.NoiseSchedule`. Default: the pipeline's current one at each call, with the
+            config and noise that it has then.
         prediction_type: "epsilon", "sample" or "v_prediction"; default: that of the scheduler's config.
         time_input: the time that the guidance receives, as a float by ``log_ratio_and_grad`` and as a tensor [B] in the
             dtype of x by a module or function. "time": if the guidance has a ``schedule`` (any NoiseSchedule, also a
@@ -91,8 +97,9 @@ def guide(
         A :class:`GuidedModel`; the guidance is active from now on.
 
     Raises:
-        ValueError: a bad argument. When the model is called: timesteps that differ within a batch or lie outside 0 ..
-            N - 1, or shapes or devices that do not match.
+        ValueError: a bad argument, or a scheduler with continuous timesteps. When the model is called: timesteps that
+            differ within a batch or lie outside 0 .. N - 1, labels that are no classes of the guidance, or shapes or
+            devices that do not match.
         TypeError: a scheduler without ``alphas_cumprod`` (flow matching, EDM), for which the formulas do not hold.
     """
     config = SamplingConfig(scale=scale, interval=interval, gradient_norm_limit=gradient_norm_limit)
@@ -129,6 +136,11 @@ class _Conventions:
         if config.get("use_flow_sigmas", False):
             raise ValueError(
                 f"scheduler must be variance preserving, got {type(scheduler).__name__} with use_flow_sigmas=True"
+            )
+        if config.get("timestep_type") == "continuous":
+            raise ValueError(
+                "scheduler must call the model with timesteps that index its alphas_cumprod, got "
+                f"{type(scheduler).__name__} with timestep_type='continuous', whose model receives log(sigma) / 4"
             )
         if prediction_type is None:
             prediction_type = config.get("prediction_type", "epsilon")
@@ -181,7 +193,7 @@ class GuidedModel:
         self._scheduler = scheduler
         self._prediction_type = prediction_type
         self._parameters = _parameter_names(self.model)
-        self._conventions_of: tuple[Any, _Conventions] | None = None
+        self._known: tuple[tuple[Any, ...], Tensor | None, _Conventions] | None = None
         self._conventions()  # Raise for an unsuitable scheduler here, not at the first call.
         if any(other.model is self.model and other.guidance is guidance for other in _active):
             warnings.warn(
@@ -191,8 +203,6 @@ class GuidedModel:
             )
         self._undo: Callable[[], None] | None = self._install()
         _active.add(self)
-        self._evaluation = evaluation_mode(guidance)
-        self._evaluation.__enter__()
 
     def __enter__(self) -> GuidedModel:
         return self
@@ -210,7 +220,6 @@ class GuidedModel:
             self._undo()
             self._undo = None
             _active.discard(self)
-            self._evaluation.__exit__(None, None, None)
 
     def _install(self) -> Callable[[], None]:
         model: Any = self.model
@@ -231,10 +240,18 @@ class GuidedModel:
         return undo
 
     def _conventions(self) -> _Conventions:
+        """Those of the scheduler as it is now: another one may have come, and its config and noise may have changed."""
         scheduler = self._pipeline.scheduler if self._scheduler is None else self._scheduler
-        if self._conventions_of is None or self._conventions_of[0] is not scheduler:
-            self._conventions_of = (scheduler, _Conventions.of(scheduler, self._prediction_type))
-        return self._conventions_of[1]
+        config, alphas_cumprod = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
+        state = (scheduler, *(config.get(name) for name in _CONFIG_KEYS))
+        values = None if alphas_cumprod is None else torch.as_tensor(alphas_cumprod).detach().cpu()
+        if self._known is not None and self._known[0] == state:
+            known = self._known[1]
+            if known is values or (known is not None and values is not None and torch.equal(known, values)):
+                return self._known[2]
+        conventions = _Conventions.of(scheduler, self._prediction_type)
+        self._known = (state, None if values is None else values.clone(), conventions)
+        return conventions
 
     def scale_at(self, timestep: float) -> float:
         """Guidance scale at diffusers' ``timestep``; 0 outside the interval and without signal."""
@@ -253,9 +270,18 @@ class GuidedModel:
         timestep = given.get("timestep", args[1] if len(args) > 1 else None)
         if x is None or timestep is None:
             raise ValueError(f"model must be called as model(sample, timestep, ...), got the arguments {sorted(given)}")
-        return self._guided(output, x, _one_timestep(timestep), given.get("class_labels"))
+        return self._guided(output, x, self._one_timestep(timestep), given.get("class_labels"))
 
-    def _guided(self, prediction: Tensor, x: Tensor, timestep: float, class_labels: Tensor | None) -> Tensor:
+    def _one_timestep(self, timestep: Any) -> float:
+        values = set(timestep.flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist())
+        if len(values) != 1:
+            raise ValueError(f"timestep must be the same for the whole batch, got {sorted(values)}")
+        value, last = float(values.pop()), self._conventions().last
+        # A pipeline may hand its timesteps over in the model's dtype: 999 is 1000 in bfloat16.
+        rounded = isinstance(timestep, Tensor) and timestep.dtype in (torch.float16, torch.bfloat16)
+        return last if rounded and last < value <= last * (1.0 + torch.finfo(timestep.dtype).eps) else value
+
+    def _guided(self, prediction: Tensor, x: Tensor, timestep: float, class_labels: Any) -> Tensor:
         conventions = self._conventions()
         if not 0.0 <= timestep <= conventions.last:
             raise ValueError(f"timestep must be in [0, {conventions.last:g}], got {timestep!r}")
@@ -272,7 +298,8 @@ class GuidedModel:
             )
         schedule = conventions.schedule
         alpha, sigma = schedule.alpha(timestep), schedule.sigma(timestep)
-        gradient = self._gradient(x, timestep, schedule, self._labels_of(x, class_labels))
+        with no_autocast(x):
+            gradient = self._gradient(x, timestep, schedule, self._labels_of(x, class_labels))
         if self.gradient_norm_limit is not None:
             gradient = limit_gradient(gradient, scale * sigma, self.gradient_norm_limit)
         factor = {"epsilon": -sigma, "sample": sigma**2 / alpha, "v_prediction": -sigma / alpha}
@@ -281,9 +308,14 @@ class GuidedModel:
 
     def _gradient(self, x: Tensor, timestep: float, schedule: NoiseSchedule, labels: Tensor | None) -> Tensor:
         """grad_x log h: shape of x, float32 or float64."""
-        guidance = self.guidance
+        with evaluation_mode(self.guidance) as (guidance,):
+            return self._gradient_of(guidance, x, timestep, schedule, labels)
+
+    def _gradient_of(
+        self, guidance: Any, x: Tensor, timestep: float, schedule: NoiseSchedule, labels: Tensor | None
+    ) -> Tensor:
         self._check_fit(x)
-        state = x.detach().to(_dtype_of(guidance, x))
+        state = x.detach().to(dtype_of(guidance, x))
         time = self._guidance_time(timestep, schedule)
         if hasattr(guidance, "log_ratio_and_grad"):
             with torch.no_grad():
@@ -318,10 +350,11 @@ class GuidedModel:
             return timestep
         return own.time_from_half_log_snr(schedule.half_log_snr(timestep))
 
-    def _labels_of(self, x: Tensor, class_labels: Tensor | None) -> Tensor | None:
+    def _labels_of(self, x: Tensor, class_labels: Any) -> Tensor | None:
         labels = self.labels
         if labels is None:
-            return class_labels if getattr(self.guidance, "num_classes", 0) else None
+            classes = getattr(self.guidance, "num_classes", 0)
+            return _classes_of(class_labels, classes, x) if classes and class_labels is not None else None
         if labels.ndim == 0:
             labels = labels[None]
         if len(x) % len(labels):
@@ -335,7 +368,7 @@ class GuidedModel:
                 f"guidance must take what the model takes, samples of shape {tuple(x.shape[1:])}, but is of "
                 f"event_shape {tuple(event_shape)}; for latent diffusion, fit it to latents"
             )
-        parameter = _first_parameter(self.guidance)
+        parameter = first_parameter(self.guidance)
         if parameter is not None and parameter.device != x.device:
             raise ValueError(
                 f"guidance must be on the device of the model, {x.device}, got {parameter.device}; move it with "
@@ -366,21 +399,27 @@ def _parameter_names(model: nn.Module) -> list[str]:
     return list(inspect.signature(inner.forward).parameters)
 
 
-def _one_timestep(timestep: Any) -> float:
-    values = set(timestep.flatten().tolist() if isinstance(timestep, Tensor) else np.ravel(timestep).tolist())
-    if len(values) != 1:
-        raise ValueError(f"timestep must be the same for the whole batch, got {sorted(values)}")
-    return float(values.pop())
+def _classes_of(labels: Any, num_classes: int, x: Tensor) -> Tensor:
+    """The model's class labels as classes 0 .. num_classes - 1 of the guidance.
 
+    Classifier-free guidance calls the model on a batch of two equal halves, one of them without class, for which models
+    have an index of its own, such as DiT's 1000. Its images get the classes of the other half.
 
-def _first_parameter(guidance: Any) -> Tensor | None:
-    if not isinstance(guidance, nn.Module):
-        return None
-    return next((each for each in guidance.parameters() if each.is_floating_point()), None)
-
-
-def _dtype_of(guidance: Any, x: Tensor) -> torch.dtype:
-    parameter = _first_parameter(guidance)
-    if parameter is not None:
-        return parameter.dtype
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    Raises:
+        ValueError: another label that is no class.
+    """
+    labels = torch.as_tensor(labels, device=x.device)
+    if labels.ndim > 1:
+        return labels  # [B, K]
+    labels = labels.reshape(-1).expand(len(x)) if labels.numel() == 1 else labels
+    half = len(x) // 2
+    no_class = (labels < 0) | (labels >= num_classes)
+    if bool(no_class.any()) and len(labels) == 2 * half and torch.equal(x[:half], x[half:]):
+        labels = torch.where(no_class, labels.roll(half), labels)
+        no_class = (labels < 0) | (labels >= num_classes)
+    if bool(no_class.any()):
+        raise ValueError(
+            f"labels must lie in 0..{num_classes - 1}, the classes of guidance, got the model's class_labels "
+            f"{labels.tolist()}; pass guide(..., labels=), the classes of the images"
+        )
+    return labels

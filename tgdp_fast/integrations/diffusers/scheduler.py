@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -24,6 +27,28 @@ from tgdp_fast.runtime.checks import check_choice, check_integer, check_number, 
 
 #: Grids that diffusers defines (Lin et al., 2024, arXiv 2305.08891, table 2), with the meaning of its DDPM and DDIM.
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+#: The keys of a config that state a model's noise and prediction.
+_NOISE_KEYS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
+#: Keys with which other schedulers choose their solver and grid, as ``solver`` and ``spacing`` do here.
+_SOLVER_KEYS = frozenset(
+    (
+        "algorithm_type", "corrector_order", "disable_corrector", "dynamic_thresholding_ratio", "euler_at_final",
+        "flow_shift", "lambda_min_clipped", "lower_order_final", "noise_sampler_seed", "predict_x0", "predictor_order",
+        "sample_max_value", "set_alpha_to_one", "skip_prk_steps", "solver_order", "solver_p", "solver_type", "tau_func",
+        "tensor_format", "time_shift_type", "timestep_spacing", "variance_type",
+    )
+)  # fmt: skip
+#: The values that other keys may have, besides None; where none is named, False.
+_HARMLESS = {
+    "final_sigmas_type": "zero",
+    "interpolation_type": "linear",
+    "predict_epsilon": True,
+    "snr_shift_scale": 1.0,
+    "timestep_type": "discrete",
+}
 
 
 @dataclass
@@ -71,11 +96,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         thresholding: must be False. It exists so that a config that requests it is refused, not ignored.
 
     Raises:
-        ValueError: an unknown name, a bad number, ``thresholding``.
+        ValueError: an unknown name, a bad number, ``thresholding``, or ``trained_betas`` of another number than
+            ``num_train_timesteps``.
     """
 
     _compatibles = [each.name for each in KarrasDiffusionSchedulers]
-    order = 1
 
     @register_to_config
     def __init__(
@@ -100,17 +125,18 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         check_choice("spacing", spacing, (*SPACINGS, *TIMESTEP_SPACINGS))
         if thresholding:
             raise ValueError("thresholding must be False: no table has it; use clip_sample, or a diffusers scheduler")
-        reach = check_number("clip_sample_range", clip_sample_range, 0.0, exclusive=True)
-        self._clamp = (-reach, reach) if clip_sample else None
+        check_number("clip_sample_range", clip_sample_range, 0.0, exclusive=True)
+        if trained_betas is not None and len(trained_betas) != num_train_timesteps:
+            raise ValueError(
+                f"trained_betas must have num_train_timesteps = {num_train_timesteps} entries, got {len(trained_betas)}"
+            )
         # diffusers' own betas and grids, by the scheduler that defines them.
-        self._grids = DDPMScheduler(
+        self._grids = _ddpm_scheduler(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
             beta_end=beta_end,
             beta_schedule=beta_schedule,
             trained_betas=trained_betas,
-            timestep_spacing=spacing if spacing in TIMESTEP_SPACINGS else "leading",
-            steps_offset=steps_offset,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
         self.betas = self._grids.betas
@@ -118,21 +144,62 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if rescale_betas_zero_snr:
             self.alphas_cumprod[-1] = min(2.0**-24, 0.5 * float(self.alphas_cumprod[-2]))
         self.schedule = NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod)
-        self.order = SOLVERS[solver].evaluations
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, device="cpu")
         self._seed: int | None = None
         self._first_index = 0
         self._whole = self._table(times=[self.schedule.t_max])
         self._running: SolverTable | None = None  # the part of the table from the start of the run
+        self._rows = _rows(self._whole)  # its row at each call of step
         self._first = 0
         self._begin_index: int | None = None
         self._evaluation = 0
         self._history: Tensor | None = None
 
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The scheduler for the model of another one, ``from_config(pipeline.scheduler.config, solver="unipc_2")``.
+
+        Betas and prediction type are always those of the other scheduler, also where they are defaults of its class.
+        For the rest diffusers' rule holds: values that were stated, such as ``clip_sample=True``, are taken, defaults
+        of its class are not. Its solver and ``timestep_spacing`` are replaced by ``solver`` and ``spacing``.
+
+        Args:
+            config: of a scheduler, or its JSON file's dictionary; as in diffusers also a folder or repository with it.
+            return_unused_kwargs: as in diffusers.
+            kwargs: arguments of the class, and entries of ``config`` to be replaced.
+
+        Raises:
+            ValueError: a config of another kind of model or noise (flow matching, EDM, consistency models, a shifted
+                SNR, continuous timesteps), of noise levels that no ``spacing`` gives (Karras, exponential or beta
+                sigmas), or with a key that is unknown.
+        """
+        if isinstance(config, str | os.PathLike):
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
+        if isinstance(config, Mapping):
+            of_scheduler = isinstance(config, FrozenDict) or "_class_name" in config or "_use_default_values" in config
+            stated = _stated(cls, config)
+            replaced = {name: kwargs.pop(name) for name in list(kwargs) if name in stated}
+            config, stated = {**config, **replaced}, {**stated, **replaced}
+            _check_config(cls, stated, _NOISE_KEYS[:4] if of_scheduler else ())
+            defaults = {*config.get("_use_default_values", ())} - {*_NOISE_KEYS, *replaced}
+            noise = {name: stated[name] for name in _NOISE_KEYS if name in stated}
+            config = {**config, **noise, "_use_default_values": list(defaults)}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
+
+    @property
+    def order(self) -> int:
+        """Entries of ``timesteps`` per solver step, the last step apart, by which pipelines count."""
+        return SOLVERS[self.config.solver].evaluations
 
     @property
     def table(self) -> SolverTable:
@@ -173,8 +240,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """Choose the grid and discard the previous run.
 
         Args:
-            num_inference_steps: number of solver steps. ``self.timesteps`` gets one entry per evaluation of the model,
-                up to ``2 num_inference_steps - 1`` if a step takes two.
+            num_inference_steps: number of solver steps. ``self.timesteps`` gets one entry per evaluation of the model:
+                ``2 num_inference_steps - 1`` if a step takes two. A step between neighboring timesteps has none inside
+                for a second evaluation; its timestep stands twice all the same, and the first of the two calls changes
+                nothing, so that step k begins at entry 2 k, where pipelines that begin with an image look for it.
             device: of ``timesteps``.
             timesteps: the grid itself, strictly decreasing integers, instead of a number.
 
@@ -188,12 +257,15 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if timesteps is not None:
             table = self._table(times=[float(each) for each in timesteps])
         elif self.config.spacing in TIMESTEP_SPACINGS:
-            self._grids.set_timesteps(check_integer("num_inference_steps", num_inference_steps, 1))
-            table = self._table(times=self._grids.timesteps.tolist())
+            steps = check_integer("num_inference_steps", num_inference_steps, 1)
+            self._grids.register_to_config(timestep_spacing=self.config.spacing, steps_offset=self.config.steps_offset)
+            self._grids.set_timesteps(steps)
+            # Rounding may give "trailing" one time too many, -1: diffusers adds up a floating-point ratio.
+            table = self._table(times=self._grids.timesteps.tolist()[:steps])
         else:
             table = self._table(steps=num_inference_steps, spacing=self.config.spacing)
         self.num_inference_steps = table.steps
-        self.timesteps = torch.from_numpy(table.times.astype(np.int64)).to(device)
+        self.timesteps = torch.from_numpy(table.times[_rows(table)].astype(np.int64)).to(device)
         self._reset(table)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -228,9 +300,11 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         """
         if self._running is None:
             self._start(timestep, eta)
-        table, k = self._running, self._evaluation
-        if table is None or k >= table.nfe:
+        table, rows, call = self._running, self._rows, self._evaluation
+        if table is None or call >= len(rows):
             raise ValueError(f"the run of {len(self.timesteps)} evaluations is over; call set_timesteps for another")
+        k = int(rows[call])
+        idle = k in rows[call + 1 : call + 2]
         if model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output.chunk(2, dim=1)[0]
         precision = torch.float64 if sample.dtype == torch.float64 else torch.float32
@@ -243,7 +317,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         noise_scale = float(table.noise_scale[k])
         counted = generator is None and variance_noise is None and self._seed is not None
         indices = torch.arange(self._first_index, self._first_index + len(x), device=x.device) if counted else None
-        after, self._history, x0 = guided_step(
+        after, history, x0 = guided_step(
             x,
             epsilon,
             None,
@@ -253,12 +327,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 noise_scale=noise_scale if counted else 0.0,
                 alpha=alpha,
                 sigma=sigma,
-                clamp=self._clamp,
+                clamp=self._clamp(),
             ),
             seed=self._seed or 0,
             sample_index=indices,
-            evaluation=self._first + k + 1,
+            evaluation=self._first + call + 1,
         )
+        if idle:
+            after = x
+        else:
+            self._history = history
         if noise_scale > 0.0 and not counted:
             if variance_noise is None:
                 variance_noise = randn_tensor(
@@ -279,6 +357,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = alpha_sigma(self.schedule, timesteps.to(sample.device), sample)
         return training_target("v_prediction", sample, noise, alpha, sigma)
 
+    def _clamp(self) -> tuple[float, float] | None:
+        reach = float(self.config.clip_sample_range)
+        return (-reach, reach) if self.config.clip_sample else None
+
     def _table(self, eta: float | None = None, **grid: Any) -> SolverTable:
         eta = self.config.eta if eta is None else eta
         return solver_table(self.config.solver, self.schedule, eta=eta, **grid)
@@ -289,18 +371,69 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def _start(self, timestep: int | Tensor, eta: float | None) -> None:
         """Begin a run at a timestep. A multistep solver always begins with its first-order step."""
-        whole = self._whole
-        begins = np.flatnonzero(np.concatenate([[True], whole.ends_step[:-1]]))
+        whole, rows = self._whole, _rows(self._whole)
+        begins_step = np.concatenate([[True], whole.ends_step[:-1]])
+        begins = np.flatnonzero(begins_step[rows] & (np.diff(rows, prepend=-1) > 0))
+        times = whole.times[rows[begins]]
         index = self._begin_index
         if index is None:
-            index = next((int(k) for k in begins if whole.times[k] == float(timestep)), -1)
+            index = next((int(k) for k, time in zip(begins, times, strict=True) if time == float(timestep)), -1)
         if index not in begins:
             raise ValueError(
-                f"timestep must be one with which a solver step begins, {whole.times[begins].astype(int).tolist()}, "
+                f"timestep must be one with which a solver step begins, {times.astype(int).tolist()}, "
                 f"got {float(timestep):g} (begin_index {self._begin_index}); call set_timesteps first"
             )
         own_eta = eta if self.config.solver == "ddim" and self.config.eta is None else None
         self._first = index
         self._running = whole
         if index > 0 or own_eta is not None:
-            self._running = self._table(eta=own_eta, times=whole.times[begins[begins >= index]])
+            self._running = self._table(eta=own_eta, times=times[begins >= index])
+        self._rows = _rows(self._running)
+
+
+def _ddpm_scheduler(**arguments: Any) -> DDPMScheduler:
+    try:
+        return DDPMScheduler(**arguments)
+    except NotImplementedError as error:
+        raise ValueError(f"beta_schedule must be one of diffusers' DDPMScheduler: {error}") from error
+
+
+def _rows(table: SolverTable) -> np.ndarray:
+    """The table's row at each call of :meth:`TableScheduler.step`: twice where a step takes one evaluation, not two."""
+    two = SOLVERS[table.solver].evaluations == 2
+    single = np.concatenate([[True], table.ends_step[:-1]]) & table.ends_step & (np.arange(table.nfe) < table.nfe - 1)
+    return np.repeat(np.arange(table.nfe), 1 + (two & single))
+
+
+def _stated(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says, with the defaults of the class that it names, if any."""
+    name = config.get("_class_name")
+    named = cls if name == cls.__name__ else getattr(diffusers, name, None) if isinstance(name, str) else None
+    parameters = inspect.signature(named).parameters.values() if named is not None else ()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    return {**defaults, **config}
+
+
+def _check_config(cls: type, stated: Mapping[str, Any], required: Sequence[str]) -> None:
+    """ValueError, naming keys and class, unless betas and prediction type alone tell a model's noise."""
+    known = {*inspect.signature(cls).parameters, *_SOLVER_KEYS}
+    wrong = {
+        name: value
+        for name, value in stated.items()
+        if not (name.startswith("_") or name in known or value is None)
+        and not (np.ndim(value) == 0 and value == _HARMLESS.get(name, False))
+    }
+    scheduler = stated.get("_class_name", "a scheduler")
+    if wrong:
+        listed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        raise ValueError(
+            "config must be that of a scheduler whose betas and prediction_type tell all about its model's noise, got "
+            f"{scheduler} with {listed}; keep diffusers' scheduler, or, if the model does not depend on it, turn it "
+            f"off in the call: {next(iter(wrong))}=None"
+        )
+    missing = [name for name in required if name not in stated]
+    if missing:
+        raise ValueError(
+            f"config must state the betas of the model, got {scheduler} without {', '.join(missing)}; build it from "
+            "the config of the scheduler that the model was trained with"
+        )

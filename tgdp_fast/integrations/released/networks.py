@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.models.mlp import check_labels_given, encode_labels
 from tgdp_fast.models.sssd_ecg.network import SSSDECG
 from tgdp_fast.ops import mlp_value_and_grad
-from tgdp_fast.runtime.checkpoint import CheckpointError, load_state_dict_checked, read_state_dict
+from tgdp_fast.runtime.checkpoint import CheckpointError
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.reading import refused
+from tgdp_fast.runtime.state_dict import read_state_dict, restored
 
 CONVENTIONS = ("paper", "released")
 
@@ -169,7 +171,7 @@ class _FourierFeatures(nn.Module):
 
     def __init__(self, frequencies: int, scale: float) -> None:
         super().__init__()
-        self.W = nn.Parameter(scale * torch.randn(frequencies), requires_grad=False)
+        self.W = nn.Parameter(scale * torch.randn(frequencies, dtype=torch.float32), requires_grad=False)
 
     def forward(self, t: Tensor) -> Tensor:
         # Up to 1e5 radians: in float32 the order of multiplication affects the third digit of a sine.
@@ -229,12 +231,12 @@ class GuidanceQt(ECGStem):
             raise ValueError(f"time_features must be even (a sine and a cosine each), got {time_features}")
         self.embed = nn.Sequential(
             _FourierFeatures(time_features // 2, check_number("time_scale", time_scale)),
-            nn.Linear(time_features, time_features),
+            nn.Linear(time_features, time_features, dtype=torch.float32),
         )
         sizes = [self.num_features + time_features + self.num_classes] + [width] * depth + [1]
         layers: list[nn.Module] = []
         for before, after in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(before, after), nn.SiLU()]
+            layers += [nn.Linear(before, after, dtype=torch.float32), nn.SiLU()]
         self.qt = nn.Sequential(*layers[:-1])
 
     @classmethod
@@ -247,7 +249,7 @@ class GuidanceQt(ECGStem):
         Raises:
             CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape.
         """
-        tensors = read_state_dict(path)
+        tensors = read_state_dict(path, anchor="conv1.weight")
         needed = {"conv1.weight": 3, "embed.1.weight": 2, "qt.0.weight": 2}
         for name, dimensions in needed.items():
             if name not in tensors or tensors[name].ndim != dimensions:
@@ -255,16 +257,14 @@ class GuidanceQt(ECGStem):
                     f"{path} is no checkpoint of GuidanceQt: {name} must be there with {dimensions} dimensions"
                 )
         layers = {name.split(".")[1] for name in tensors if name.startswith("qt.")}
-        network = cls(
-            state_dim=state_dim,
-            in_channels=tensors["conv1.weight"].shape[1],
-            length=length,
-            width=tensors["qt.0.weight"].shape[0],
-            depth=max(1, len(layers) - 1),
-            time_features=tensors["embed.1.weight"].shape[0],
-        )
-        load_state_dict_checked(network, tensors, path)
-        return network.eval()
+        sizes = {
+            "in_channels": tensors["conv1.weight"].shape[1],
+            "width": tensors["qt.0.weight"].shape[0],
+            "depth": max(1, len(layers) - 1),
+            "time_features": tensors["embed.1.weight"].shape[0],
+        }
+        with refused(CheckpointError, f"{path} is no checkpoint of GuidanceQt"):
+            return restored(lambda: cls(state_dim=state_dim, length=length, **sizes), sizes, tensors, path).eval()
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """f(x, t, condition) [B, 1], differentiable by autograd."""
@@ -285,7 +285,7 @@ class GuidanceQt(ECGStem):
             ValueError: labels without a ``state_dim``, or none with one.
         """
         self._check_condition(labels)
-        linear = [layer for layer in self.qt if isinstance(layer, nn.Linear)]
+        linear = cast("list[nn.Linear]", [layer for layer in self.qt if not isinstance(layer, nn.SiLU)])
         first = linear[0].weight
         rows = self.embed(torch.as_tensor(t, device=x.device).reshape(-1))
         if labels is not None:

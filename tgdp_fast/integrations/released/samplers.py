@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgdp_fast.diffusion.denoiser import evaluation_mode
+from tgdp_fast.integrations.cond_fn import dtype_of, no_autocast
 from tgdp_fast.integrations.released.networks import CONVENTIONS
 from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG
 from tgdp_fast.models.sssd_ecg.network import SSSDECG
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.evaluation import evaluation_mode
 
 _ENTRIES = ("T", "Alpha", "Alpha_bar", "Sigma")
 
@@ -45,7 +46,7 @@ def calc_diffusion_hyperparams(
     steps = check_integer("T", T, 2)
     first = check_number("beta_0", beta_0, 0.0, 1.0, exclusive=True)
     last = check_number("beta_T", beta_T, 0.0, 1.0, exclusive=True)
-    beta = torch.linspace(first, last, steps, dtype=torch.float64)
+    beta = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
     alpha = 1.0 - beta
     alpha_bar = alpha.cumprod(0)
     variance = beta.clone()
@@ -136,8 +137,7 @@ def sampling_label_guided(
             raise ValueError(f"{name} must have one row for each of the {size[0]} samples of size, got {len(labels)}")
     parameter = next(net.parameters(), None) if isinstance(net, nn.Module) else None
     draws = _noise(noise, generator, steps, size, parameter)
-    modules = [model for model in (net, guidance_net) if isinstance(model, nn.Module)]
-    with torch.no_grad(), evaluation_mode(*modules):
+    with torch.no_grad(), evaluation_mode(net, guidance_net) as (net, guidance_net):
         x = next(draws)
         cond, guidance_cond = (None if each is None else each.to(x.device) for each in (cond, guidance_cond))
         for t in reversed(range(steps)):
@@ -224,19 +224,28 @@ def _epsilon(
     guidance_cond: Tensor | None,
     weight: float,
 ) -> Tensor:
-    """epsilon + weight grad f."""
+    """epsilon + weight grad f, in the dtype of epsilon; f runs in that of its parameters, without any in float32."""
     steps = torch.full((len(x), 1), float(t), device=x.device, dtype=torch.float32)
     ours = isinstance(net, SSSDECG | CompiledSSSDECG)
     epsilon = net(x, steps[:, 0], cond) if ours else net((x, cond, steps))
     if guidance is None or weight == 0.0:
         return epsilon
+    state = x.detach().to(dtype_of(guidance, x))
+    with no_autocast(x):
+        gradient = _gradient(guidance, state, t, steps, guidance_cond)
+    return (epsilon + weight * gradient).to(epsilon.dtype)
+
+
+def _gradient(guidance: Any, x: Tensor, t: int, steps: Tensor, guidance_cond: Tensor | None) -> Tensor:
+    """grad f of any of the forms that :func:`sampling_label_guided` accepts."""
     if hasattr(guidance, "log_ratio_and_grad"):
-        return epsilon + weight * guidance.log_ratio_and_grad(x, float(t), guidance_cond)[1]
+        gradient: Tensor = guidance.log_ratio_and_grad(x, float(t), guidance_cond)[1]
+        return gradient
+    labels = () if guidance_cond is None else (guidance_cond,)
     if hasattr(guidance, "calculate_guidance"):
-        inputs = (x.detach(), steps) if guidance_cond is None else (x.detach(), steps, guidance_cond)
-        return epsilon + weight * guidance.calculate_guidance(*inputs)
+        gradient = guidance.calculate_guidance(x, steps, *labels)
+        return gradient
     with torch.enable_grad():
-        state = x.detach().requires_grad_()
-        inputs = (state, steps[:, 0]) if guidance_cond is None else (state, steps[:, 0], guidance_cond)
-        (gradient,) = torch.autograd.grad(guidance(*inputs).sum(), state)
-    return epsilon + weight * gradient
+        state = x.requires_grad_()
+        (gradient,) = torch.autograd.grad(guidance(state, steps[:, 0], *labels).sum(), state)
+    return gradient

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from tgdp_fast.lab import figures
 from tgdp_fast.lab.benchmark.runner import KEYS, Row
 from tgdp_fast.lab.cases.case import GRAPH, PROVIDERS
 from tgdp_fast.lab.tables import markdown_table
+from tgdp_fast.runtime.reading import parse_json, read_bytes
 
 Result = dict[str, Any]
 
 #: Every ratio is to this provider in this precision.
 BASELINE = ("reference", "fp32")
 FAILED = "failed"
+_FILE_BYTES = 64 * 1024**2
 #: The cases that docs/performance.md shows, as far as its file holds them: one of each kind and size, slow ones too.
 SUMMARY = (
     "guided_step/1e4",
@@ -39,15 +40,25 @@ def load(path: Path) -> Result:
         OSError: it cannot be read.
         ValueError: it is no such file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    content = read_bytes(path, _FILE_BYTES, ValueError, "a result of tgdp-fast bench")
+    content = parse_json(content, ValueError, f"{path} is not JSON")
     good = isinstance(content, dict) and isinstance(content.get("environment"), dict)
+    good = good and isinstance(content["environment"].get("cuda") or {"device": ""}, dict)
     rows = content.get("rows") if good else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEYS) <= set(row) for row in rows):
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise ValueError(f"{path} is no result of tgdp-fast bench: it needs 'environment' and 'rows' with {KEYS}")
     return {"environment": content["environment"], "rows": rows}
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not set(KEYS) <= set(row):
+        return False
+    named = all(isinstance(row[name], str) for name in ("case", "provider", "dtype"))
+    numbers = {name: row[name] for name in KEYS if name not in ("case", "provider", "dtype", "shape")}
+    # NaN and infinity are no JSON, but Python reads them.
+    real = all(value is None or (type(value) in (int, float) and 0 <= value < 1e300) for value in numbers.values())
+    timed = [numbers[name] for name in ("median_s", "p20_s", "p80_s", "floor_fraction")]
+    return named and real and (timed[0] is None or (None not in timed and timed[0] > 0))
 
 
 def speed(row: Row, rows: Iterable[Row]) -> float | None:

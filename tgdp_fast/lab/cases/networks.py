@@ -8,9 +8,9 @@ from torch import nn
 from tgdp_fast.diffusion.denoiser import Denoiser
 from tgdp_fast.diffusion.guidance import GuidanceNetwork
 from tgdp_fast.diffusion.schedule import NoiseSchedule
-from tgdp_fast.fit.training import seeded_initialization
 from tgdp_fast.lab.cases.case import SEED
 from tgdp_fast.models import ScoreMLP
+from tgdp_fast.runtime.randomness import seeded_initialization
 
 
 def guidance_network(width: int, device: torch.device) -> GuidanceNetwork:

@@ -26,6 +26,7 @@ from tgdp_fast.metrics import mmd, sliced_wasserstein
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_integer
 from tgdp_fast.runtime.files import save_array
+from tgdp_fast.runtime.progress import say, tracked
 from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.sampling.sampler import sample
 
@@ -97,13 +98,13 @@ def _run(plan: Plan, plots: bool) -> list[Row]:
     source = source_model(plan)
     judge = digit_judge()
     rows = []
-    for seed in range(plan.seeds):
+    tasks = [(seed, method) for seed in range(plan.seeds) for method in METHODS]
+    for seed, method in tracked(tasks, "experiment", "row", plan.progress):
         arrays = load_digits_arrays(plan.digits, plan.num_target, seed)
-        for method in METHODS:
-            row = finished_row(plan, source, judge, arrays, method, seed)
-            if plan.progress:
-                print(f"seed {seed}  {method:10s} called {plan.digits}: {row['target_fraction']:.1%}", flush=True)
-            rows.append(row)
+        row = finished_row(plan, source, judge, arrays, method, seed)
+        if plan.progress:
+            say(f"seed {seed}  {method:10s} called {plan.digits}: {row['target_fraction']:.1%}")
+        rows.append(row)
     write_results(plan.out, rows, report(rows, plan, judge))
     if plots:
         _plot(plan)
@@ -185,7 +186,7 @@ def draw(plan: Plan, source: Denoiser, arrays: DigitArrays, method: str, seed: i
         fit = fit_guidance(arrays.source, arrays.target, denoiser=source, seed=seed, progress=plan.progress)
         guidance = fit.guidance
         if plan.progress:
-            print(fit.diagnostics)
+            say(str(fit.diagnostics))
     return sample(model, guidance, num=plan.num_samples, seed=seed, clamp=(-1.0, 1.0)).numpy()
 
 

@@ -50,6 +50,7 @@ from tgdp_fast.metrics import average_likelihood, mmd, mode_mass, negative_log_l
 from tgdp_fast.runtime.checkpoint import signature_of
 from tgdp_fast.runtime.checks import check_choice, check_integer
 from tgdp_fast.runtime.files import save_array
+from tgdp_fast.runtime.progress import say, tracked
 from tgdp_fast.runtime.stages import Stages, owned
 from tgdp_fast.runtime.workers import start_worker
 from tgdp_fast.sampling.sampler import sample
@@ -154,7 +155,10 @@ def run(plan: Plan) -> list[Row]:
     tasks = [(plan, n, seed, method) for n in plan.num_target for seed in range(plan.seeds) for method in plan.methods]
     with owned(plan.out):
         source_model(plan)
-        rows = _in_processes(tasks, min(plan.jobs, len(tasks))) if plan.jobs > 1 else [finished_row(*t) for t in tasks]
+        if plan.jobs > 1:
+            rows = _in_processes(tasks, min(plan.jobs, len(tasks)))
+        else:
+            rows = [finished_row(*task) for task in tracked(tasks, "experiment", "row", plan.progress)]
         write_results(plan.out, rows, report(rows, plan))
         if plots:
             plot(plan)
@@ -168,7 +172,7 @@ def _in_processes(tasks: Sequence[tuple[Plan, int, int, str]], workers: int) -> 
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,)) as pool:
         try:
             rows = [pool.submit(finished_row, *task) for task in tasks]
-            return [row.result() for row in rows]
+            return [row.result() for row in tracked(rows, "experiment", "row", tasks[0][0].progress)]
         except KeyboardInterrupt:
             # Left to itself, the pool would first finish every fit that it has handed out. Without its processes it
             # gives up all others by itself.
@@ -217,7 +221,7 @@ def finished_row(plan: Plan, n: int, seed: int, method: str) -> Row:
     store, files = RowStore(plan.out, plan.signature(n, method)), _kept(plan, n, method).values()
     row = store.once(f"n{n}-seed{seed}-{method}", lambda: run_method(plan, n, seed, method), files if seed == 0 else ())
     if plan.progress:
-        print(f"n = {n:5d}  seed {seed}  {method:18s}  SW2 {row['sw2']:.3f}  NLL {row['nll']:.3f}", flush=True)
+        say(f"n = {n:5d}  seed {seed}  {method:18s}  SW2 {row['sw2']:.3f}  NLL {row['nll']:.3f}")
     return row
 
 

@@ -202,7 +202,7 @@ class _Workspace:
         self.is_largest = self.samples == most
         # An ordinary tensor, which calls inside and outside inference mode may write.
         with torch.inference_mode(False):
-            self.state = torch.empty((self.samples, channels, length), device=network.device)
+            self.state = torch.empty((self.samples, channels, length), dtype=torch.float32, device=network.device)
 
 
 class CompiledSSSDECG(nn.Module):
@@ -355,7 +355,7 @@ class CompiledSSSDECG(nn.Module):
         if not missing:
             return torch.stack([self._step_rows[value] for value in values])
         with torch.inference_mode(False), torch.no_grad():
-            rows = step_bias(self.source, torch.tensor(missing, dtype=torch.float64).to(self.device))
+            rows = step_bias(self.source, torch.tensor(missing, dtype=torch.float64, device="cpu").to(self.device))
         found = self._step_rows | dict(zip(missing, rows.unbind(), strict=True))
         if not _capturing(self.device):  # Memory of a captured graph must not be used by others.
             self._step_rows.update({value: found[value].clone() for value in missing})
@@ -435,7 +435,7 @@ class CompiledSSSDECG(nn.Module):
 def _diffusion_steps(times: Times) -> Tensor:
     """The distinct times, float32 values [K], on the host."""
     if times is None:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
     if isinstance(times, DiscreteSchedule):
         if times.num_train_steps is None:
             raise ValueError(
@@ -446,7 +446,11 @@ def _diffusion_steps(times: Times) -> Tensor:
     elif isinstance(times, Table):
         times = times.times.copy()
     try:
-        steps = torch.as_tensor(times).detach().to("cpu", torch.float32)
+        steps = (
+            torch.as_tensor(times, device=None if isinstance(times, Tensor) else "cpu")
+            .detach()
+            .to("cpu", torch.float32)
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             "schedule_or_table must be a NoiseSchedule, a SolverTable, diffusion steps [K] or None, got "

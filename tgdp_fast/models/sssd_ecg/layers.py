@@ -13,6 +13,7 @@ from tgdp_fast.models.mlp import check_labels_given, encode_labels
 from tgdp_fast.models.s4 import CAUCHY, S4Block
 from tgdp_fast.ops import gated_activation
 from tgdp_fast.runtime.checks import check_choice, check_integer
+from tgdp_fast.runtime.memory import check_memory
 
 
 class WeightNormConv1d(nn.Module):
@@ -28,7 +29,7 @@ class WeightNormConv1d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1) -> None:
         super().__init__()
-        initial = nn.Conv1d(in_channels, out_channels, kernel_size)
+        initial = nn.Conv1d(in_channels, out_channels, kernel_size, dtype=torch.float32)
         assert initial.bias is not None
         self.padding = kernel_size // 2
         self.bias = initial.bias
@@ -90,13 +91,15 @@ class ResidualBlock(nn.Module):
         cauchy: str,
     ) -> None:
         super().__init__()
-        self.fc_t = nn.Linear(step_dim, res_channels)
+        self.fc_t = nn.Linear(step_dim, res_channels, dtype=torch.float32)
         self.S41 = S4Block(2 * res_channels, d_state, l_max, cauchy)
         self.conv_layer = _named_conv(WeightNormConv1d(res_channels, 2 * res_channels, kernel_size=3))
         self.S42 = S4Block(2 * res_channels, d_state, l_max, cauchy)
         self.res_conv = WeightNormConv1d(res_channels, res_channels)
         self.skip_conv = WeightNormConv1d(res_channels, skip_channels)
-        self.fc_label = None if label_dim is None else nn.Linear(label_dim, 2 * res_channels)
+        self.fc_label = None
+        if label_dim is not None:
+            self.fc_label = nn.Linear(label_dim, 2 * res_channels, dtype=torch.float32)
 
     def forward(self, x: Tensor, step_embedding: Tensor, label_embedding: Tensor | None) -> tuple[Tensor, Tensor]:
         # The zero padding of the convolution excludes the embedding, so both ends differ.
@@ -123,8 +126,8 @@ class ResidualGroup(nn.Module):
     ) -> None:
         super().__init__()
         self.skip_channels = skip_channels
-        self.fc_t1 = nn.Linear(step_dims[0], step_dims[1])
-        self.fc_t2 = nn.Linear(step_dims[1], step_dims[2])
+        self.fc_t1 = nn.Linear(step_dims[0], step_dims[1], dtype=torch.float32)
+        self.fc_t2 = nn.Linear(step_dims[1], step_dims[2], dtype=torch.float32)
         self.residual_blocks = nn.ModuleList(
             ResidualBlock(res_channels, skip_channels, step_dims[2], label_dim, l_max, d_state, cauchy)
             for _ in range(num_res_layers)
@@ -175,9 +178,13 @@ class SSSDECGModules(nn.Module):
         self.l_max = check_integer("l_max", l_max, 1)
         self.d_state = check_integer("d_state", d_state, 2)
         self.cauchy = check_choice("cauchy", cauchy, CAUCHY)
+        values = num_res_layers * (14 * res_channels**2 + 12 * res_channels * d_state + 8 * l_max)
+        sizes, what = (num_res_layers, res_channels, d_state, l_max), "tensors of a network of these sizes"
+        names = "num_res_layers, res_channels, d_state and l_max"
+        check_memory(names, sizes, 4 * values + 48 * d_state**2, what, "choose a smaller network")
 
         self.init_conv = nn.Sequential(_named_conv(WeightNormConv1d(in_channels, res_channels)), nn.ReLU())
-        self.embedding = nn.Embedding(num_classes, label_dim) if num_classes else None
+        self.embedding = nn.Embedding(num_classes, label_dim, dtype=torch.float32) if num_classes else None
         self.residual_layer = ResidualGroup(
             res_channels,
             skip_channels,
@@ -188,7 +195,7 @@ class SSSDECGModules(nn.Module):
             d_state,
             cauchy,
         )
-        last = nn.Conv1d(skip_channels, out_channels, 1)
+        last = nn.Conv1d(skip_channels, out_channels, 1, dtype=torch.float32)
         assert last.bias is not None
         nn.init.zeros_(last.weight)  # Initial prediction zero, as in DiffWave.
         nn.init.zeros_(last.bias)

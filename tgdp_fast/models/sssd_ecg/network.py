@@ -25,9 +25,11 @@ from torch import Tensor
 from tgdp_fast.models.s4 import CAUCHY
 from tgdp_fast.models.sssd_ecg.compiled import CompiledSSSDECG, Times
 from tgdp_fast.models.sssd_ecg.layers import SSSDECGModules
-from tgdp_fast.runtime.checkpoint import CheckpointError, load_state_dict_checked, read_state_dict
+from tgdp_fast.runtime.checkpoint import CheckpointError
 from tgdp_fast.runtime.checks import check_choice
+from tgdp_fast.runtime.state_dict import read_state_dict, restored
 
+_FIRST = "init_conv.0.conv.weight_v"
 _BLOCKS = "residual_layer.residual_blocks."
 
 
@@ -100,7 +102,7 @@ class SSSDECG(SSSDECGModules):
                 that lacks whole blocks at its end would be read as a smaller network.
 
         Returns:
-            The network in float32 (the default dtype), on the CPU, in eval mode.
+            The network in float32, on the CPU, in eval mode.
 
         Raises:
             CheckpointError: the file cannot be read, or a tensor is missing, unknown or of another shape; the message
@@ -108,13 +110,12 @@ class SSSDECG(SSSDECGModules):
             ValueError: an unknown ``cauchy``; an unknown key or a bad value in ``config``.
         """
         check_choice("cauchy", cauchy, CAUCHY)
-        tensors = read_state_dict(path)
+        tensors = read_state_dict(path, anchor=_FIRST)
         sizes = config_from_state_dict(tensors, path)
         for name in config or {}:
             check_choice("config's keys", name, sizes)
-        network = cls(**{**sizes, **(config or {})}, cauchy=cauchy)
-        load_state_dict_checked(network, tensors, path)
-        return network.eval()
+        settings = {**sizes, **(config or {}), "cauchy": cauchy}
+        return restored(lambda: cls(**settings), settings, tensors, path).eval()
 
     def compile_for_sampling(
         self,
@@ -179,7 +180,7 @@ def config_from_state_dict(tensors: Mapping[str, Tensor], where: str | os.PathLi
             raise CheckpointError(f"{where} is no checkpoint of SSSDECG: {name} {came}, expected [{expected}]")
         return found
 
-    first = shape("init_conv.0.conv.weight_v", "res_channels, in_channels, 1")
+    first = shape(_FIRST, "res_channels, in_channels, 1")
     last = shape("final_conv.2.conv.weight", "out_channels, skip_channels, 1")
     hidden = shape("residual_layer.fc_t1.weight", "hidden, features")
     output = shape("residual_layer.fc_t2.weight", "embedding, hidden")

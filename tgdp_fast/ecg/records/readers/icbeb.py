@@ -5,43 +5,56 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, check_rate, wfdb_entry
+from tgdp_fast.ecg.records.entries import ECGEntry, ECGFolder, LabelError, check_rate, printable, wfdb_entry
 from tgdp_fast.ecg.records.leads import TWELVE_LEADS
 from tgdp_fast.ecg.records.readers import icbeb_converted
-from tgdp_fast.ecg.records.registry import Selection, reader, signal_reader
-from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_STATEMENTS
-from tgdp_fast.ecg.records.tables import number, read_table, statements, years
+from tgdp_fast.ecg.records.registry import Recording, Selection, check_one_data_set, reader, signal_reader
+from tgdp_fast.ecg.records.statements import ICBEB_STATEMENTS, SNOMED_NAMES, SNOMED_STATEMENTS
+from tgdp_fast.ecg.records.tables import known, number, read_table, statements, years
 from tgdp_fast.ecg.records.wfdb import RecordError, RecordHeader, Root
+from tgdp_fast.runtime.optional import optional
 
 REFERENCE = "REFERENCE.csv"
 #: Form of the original files: MATLAB 5 with the struct ``ECG``.
 MATLAB = "matlab"
 #: Of the original files, which do not state it.
 RATE = 500.0
+_LARGEST = 1 << 28  # bytes that a file holds: three quarters of an hour
+_COMPRESSED = 15  # type of such an element of MATLAB 5
 _SEXES = {"m": "male", "male": "male", "f": "female", "female": "female"}
 
 
 def _detects(root: Root) -> bool:
-    return (root.path / REFERENCE).exists() or any(path.suffix == ".mat" for path in root.record_files)
+    if (root.path / REFERENCE).exists():
+        return True
+    # A header lies beside each file of the Challenge. Other MATLAB files make no records of WFDB records.
+    headers = {path.with_suffix("") for path in root.record_files if path.suffix == ".hea"}
+    return any(path.suffix == ".mat" and (not headers or path.with_suffix("") in headers) for path in root.record_files)
 
 
-@reader("icbeb2018", _detects, contents=f"{REFERENCE} or {icbeb_converted.TABLE} (ICBEB2018)", rank=3)
+@reader("icbeb2018", _detects, contents=f"{REFERENCE} or {icbeb_converted.TABLE} (ICBEB2018)", table=REFERENCE, rank=3)
 def read_icbeb(folder: ECGFolder, root: Root, selection: Selection) -> None:
     """Records of the original and of the Challenge's form, which may lie beside each other.
 
     Labels are those of ``REFERENCE.csv``. Where there is none, headers name them (``#Dx``, SNOMED codes).
     """
     labels = _reference(folder, root)
+    if labels is None:
+        check_one_data_set(root)
     places: dict[str, dict[Path, set[str]]] = {}
     for path in root.record_files:
         places.setdefault(path.stem, {}).setdefault(path.parent, set()).add(path.suffix)
     problems = {problem.record for problem in folder.problems}
-    for name in sorted((set(places) | set(labels or {})) - problems):
+    for name in sorted({*places, *(labels or {})}):
+        if printable(name) in problems:
+            continue
         with folder.record(name):
             found = places.get(name, {})
             if not found:
@@ -51,11 +64,13 @@ def read_icbeb(folder: ECGFolder, root: Root, selection: Selection) -> None:
             if labels is not None and name not in labels:
                 raise RecordError(f"{REFERENCE} has no label for it")
             ((place, suffixes),) = found.items()
-            known = None if labels is None else labels[name]
+            stated = None if labels is None else labels[name]
             of_challenge = ".hea" in suffixes
             read = _challenge_entry if of_challenge else _original_entry
             path = place / f"{name}{'.hea' if of_challenge else '.mat'}"
-            folder.entries.append(read(name, path, root, known, selection.rate))
+            folder.entries.append(read(name, path, root, stated, selection.rate))
+    if folder.other_labels and labels is None:
+        folder.notes.append(f"taken for ICBEB2018, because of .mat files beside headers; there is no {REFERENCE}")
 
 
 def _challenge_entry(name: str, path: Path, root: Root, labels: tuple[str, ...] | None, rate: float | None) -> ECGEntry:
@@ -87,12 +102,13 @@ def _reference(folder: ECGFolder, root: Root) -> dict[str, tuple[str, ...]] | No
             if name in labels:
                 raise RecordError(f"{REFERENCE} has its row twice")
             labels[name] = ()
-            cells = [value.strip() for column, value in row.items() if column and column.endswith("_label")]
-            classes = {cell: number(cell) or -1.0 for cell in cells if cell}
+            cells = [known(value) for column, value in row.items() if column and column.endswith("_label")]
+            classes = {cell: number(cell) or -1.0 for cell in cells if cell is not None}
             wrong = [cell for cell, value in classes.items() if value not in ICBEB_STATEMENTS]
             if wrong or not classes:
                 shown = ", ".join(map(repr, wrong)) or "''"
-                raise RecordError(f"unknown label {shown} in {REFERENCE}; expected 1 to 9")
+                text = f"unknown label {shown} in {REFERENCE}; expected 1 to 9"
+                raise LabelError(text, wrong) if wrong else RecordError(text)
             labels[name] = statements([ICBEB_STATEMENTS[int(value)] for value in classes.values()])
     return labels
 
@@ -103,25 +119,46 @@ def _diagnoses(header: RecordHeader) -> tuple[str, ...]:
         raise RecordError(f"no label: its header names no Dx, and there is no {REFERENCE}")
     wrong = [code for code in codes if code not in SNOMED_STATEMENTS]
     if wrong:
-        raise RecordError(f"unknown label {wrong[0]!r} in its header (Dx); expected SNOMED codes of the nine classes")
+        words = f": {SNOMED_NAMES[wrong[0]]}" if wrong[0] in SNOMED_NAMES else ""
+        raise LabelError(
+            f"unknown label {wrong[0]!r} in its header (Dx{words}); expected SNOMED codes of the nine classes", wrong
+        )
     return statements([SNOMED_STATEMENTS[code] for code in codes])
 
 
+def _inflates_beyond(path: Path, most: int) -> bool:
+    """Whether compressed elements of a MATLAB 5 file hold more than ``most`` bytes: a few of zlib make thousands."""
+    total = 0
+    try:
+        with open(path, "rb") as file:
+            order = "<" if file.read(128)[126:] == b"IM" else ">"
+            while total <= most and len(tag := file.read(8)) == 8:
+                kind, size = struct.unpack(f"{order}II", tag)
+                end = file.tell() + size
+                inflate = zlib.decompressobj()
+                while kind == _COMPRESSED and total <= most and not inflate.eof:
+                    block = inflate.unconsumed_tail or file.read(1 << 16)
+                    if not block:
+                        break
+                    total += len(inflate.decompress(block, 1 << 20))
+                file.seek(end)
+    except (OSError, zlib.error):  # whoever reads it says so
+        pass
+    return total > most
+
+
 @signal_reader(MATLAB)
-def read_original(path: Path, root: Root) -> tuple[np.ndarray, list[str], float]:
+def read_original(path: Path, root: Root) -> Recording:
     """Signals of an original ``.mat`` file: float32 [12, samples] in mV, names of the leads, 500 Hz.
 
     Raises:
         RecordError: damaged, or of another form.
         ImportError: SciPy is missing.
     """
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ImportError(
-            "MATLAB files need SciPy, which is not installed; run: pip install 'tgdp_fast[ecg]'"
-        ) from None
-    root.status(path)
+    loadmat = optional("scipy.io", "MATLAB files need").loadmat
+    size = root.status(path).st_size
+    if size > _LARGEST or _inflates_beyond(path, _LARGEST):
+        raise RecordError(f"{path.name} is no record: it holds more than {_LARGEST} bytes")
     try:
         # MATLAB 5 files hold arrays and structs of them: nothing in them is run.
         content = loadmat(path, variable_names=["ECG"])

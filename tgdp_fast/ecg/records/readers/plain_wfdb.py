@@ -8,18 +8,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from tgdp_fast.ecg.records.entries import WFDB, ECGFolder, wfdb_entry
-from tgdp_fast.ecg.records.registry import Selection, reader, signal_reader
+from tgdp_fast.ecg.records.registry import Recording, Selection, check_one_data_set, reader, signal_reader
 from tgdp_fast.ecg.records.tables import statements
 from tgdp_fast.ecg.records.wfdb import Root, read_signals
 
 
-@reader("wfdb", lambda root: bool(root.record_files), contents="WFDB records", rank=100)
+@reader("wfdb", lambda root: bool(_headers(root)), contents="WFDB records", rank=100)
 def read_plain_records(folder: ECGFolder, root: Root, selection: Selection) -> None:
     """Every header at any depth; the records must have the leads of the selection."""
-    for path in root.record_files:
+    check_one_data_set(root)
+    for path in _headers(root):
         name = root.relative(path.with_suffix(""))
         with folder.record(name):
             entry, header = wfdb_entry(name, path, root, selection.leads, selection.rate)
@@ -27,8 +26,12 @@ def read_plain_records(folder: ECGFolder, root: Root, selection: Selection) -> N
             folder.entries.append(replace(entry, labels=statements(names)))
 
 
-@signal_reader(WFDB)
-def read_wfdb(path: Path, root: Root) -> tuple[np.ndarray, list[str], float]:
-    """See :func:`tgdp_fast.ecg.records.wfdb.read_signals`."""
-    signals, header = read_signals(path, root)
+def _headers(root: Root) -> list[Path]:
+    return [path for path in root.record_files if path.suffix == ".hea"]
+
+
+@signal_reader(WFDB, bounded=True)
+def read_wfdb(path: Path, root: Root, seconds: float | None = None) -> Recording:
+    """The voltages of a record; see :func:`tgdp_fast.ecg.records.wfdb.read_signals`."""
+    signals, header = read_signals(path, root, seconds=seconds)
     return signals, header.leads, header.rate

@@ -8,7 +8,7 @@ from tgdp_fast.ecg.records.entries import ECGFolder, wfdb_entry
 from tgdp_fast.ecg.records.leads import TWELVE_LEADS
 from tgdp_fast.ecg.records.registry import Selection, reader
 from tgdp_fast.ecg.records.statements import STATEMENTS
-from tgdp_fast.ecg.records.tables import described, identifier, read_table
+from tgdp_fast.ecg.records.tables import described, identifier, known, read_table
 from tgdp_fast.ecg.records.wfdb import RecordError, Root, check_relative
 
 TABLE = "ptbxl_database.csv"
@@ -16,7 +16,7 @@ VOCABULARY = "scp_statements.csv"
 _SEXES = {"0": "male", "1": "female"}
 
 
-@reader("ptb-xl", lambda root: (root.path / TABLE).exists(), contents=f"{TABLE} (PTB-XL)", rank=1)
+@reader("ptb-xl", lambda root: (root.path / TABLE).exists(), contents=f"{TABLE} (PTB-XL)", table=TABLE, rank=1)
 def read_ptbxl(folder: ECGFolder, root: Root, selection: Selection) -> None:
     """Records of ``ptbxl_database.csv``: ``filename_lr`` (100 Hz) where it is there and has the rate, else
     ``filename_hr`` (500 Hz).
@@ -36,12 +36,16 @@ def read_ptbxl(folder: ECGFolder, root: Root, selection: Selection) -> None:
         columns = columns[::-1]
     seen, others = set(), 0
     for row in read_table(root.path / TABLE, ["ecg_id", "scp_codes", *columns], root):
-        name = (identifier(row["ecg_id"]) or "").zfill(5)
+        number = identifier(row["ecg_id"])
+        name = "without ecg_id" if number is None else number.zfill(5)
         with folder.record(name):
+            if number is None:
+                raise RecordError(f"{TABLE} has no ecg_id for it")
             if name in seen:
                 raise RecordError(f"{TABLE} has its row twice")
             seen.add(name)
-            files = [check_relative(row[column] + ".hea") for column in columns if row[column]]
+            named = [known(row[column]) for column in columns]
+            files = [check_relative(f"{file}.hea") for file in named if file is not None]
             if not files:
                 raise RecordError(f"{TABLE} names no file")
             chosen = next((file for file in files if os.path.lexists(os.path.join(root.path, file))), None)
