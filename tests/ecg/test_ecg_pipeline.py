@@ -529,6 +529,7 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(finished: Path, con
         assert torch.equal(*samples), name
     assert not list((out / "stages").glob("*.parts"))
     assert not list((out / "stages").glob("*.state"))
+    assert not list(out.rglob(".*"))
 
 
 def methods_of(out: Path) -> dict[str, object]:

@@ -586,4 +586,4 @@ def write_record(
         lines.append(f"{name}.dat 16 {float(units)}(0)/mV 16 0 {first} {checksum} 0 {lead}")
     lines += [f"# {comment}" for comment in comments]
     (folder / f"{name}.hea").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    np.ascontiguousarray(digital.T, dtype="<i2").tofile(folder / f"{name}.dat")
+    (folder / f"{name}.dat").write_bytes(np.ascontiguousarray(digital.T, dtype="<i2").tobytes())
