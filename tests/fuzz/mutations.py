@@ -101,7 +101,7 @@ def of_json(content: bytes, chance: random.Random) -> bytes:
                 other, name = chance.choice(list(places(value)))
                 holder[key] = copy.deepcopy(other[name])
             case _:
-                holder[key] = chance.choice(VALUES)
+                holder[key] = copy.deepcopy(chance.choice(VALUES))
         if not list(places(value)):
             break
     return json.dumps(value).encode()

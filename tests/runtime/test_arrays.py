@@ -449,6 +449,15 @@ def test_a_tensor_of_a_checked_array_shares_its_memory_where_it_may() -> None:
     assert torch.equal(checked.tensor("cpu"), torch.from_numpy(checked.values.copy()))
 
 
+def test_standardization_in_parts_has_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = samples(50, 3, 4).astype(np.float32)
+    standardizer = Standardizer.fit(x)
+    mean, std = (value.numpy().astype(np.float32) for value in (standardizer.mean, standardizer.std))
+    monkeypatch.setattr(arrays, "_ROWS", 7)
+    np.testing.assert_array_equal(standardizer.apply(x), (x - mean) / std)
+    np.testing.assert_array_equal(standardizer.invert(x), x * std + mean)
+
+
 # ------------------------------------------------------------------------------------------------ kinds of arrays
 
 MASK = np.arange(12).reshape(4, 3) == 4  # the value in row 1, column 1

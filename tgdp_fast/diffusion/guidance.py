@@ -16,7 +16,7 @@ from tgdp_fast.models.mlp import TimeEmbedding, check_labels_given, embed_labels
 from tgdp_fast.ops import mlp_forward, mlp_value_and_grad
 from tgdp_fast.runtime.checkpoint import described, load_checkpoint
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
-from tgdp_fast.runtime.memory import check_memory
+from tgdp_fast.runtime.memory import check_network
 from tgdp_fast.runtime.pretrained import Pretrained
 from tgdp_fast.runtime.state_dict import restored
 
@@ -65,8 +65,8 @@ class GuidanceNetwork(Pretrained, nn.Module):
         self.stem_name = check_choice("stem", stem, STEMS)
         self.stem = ECGStem(self.event_shape) if stem == "ecg" else None
         features = self.stem.num_features if self.stem is not None else math.prod(self.event_shape)
-        values, what = (features + depth * width + num_classes) * width, "weights of a network of this width and depth"
-        check_memory("width and depth", (width, depth), 4 * values, what, "choose a smaller network")
+        values = (features + depth * width + num_classes) * width
+        check_network("event_shape, width, depth, num_classes", (event_shape, width, depth, num_classes), values)
         sizes = [features] + [width] * depth + [1]
         self.layers = nn.ModuleList(
             nn.Linear(a, b, dtype=torch.float32) for a, b in zip(sizes, sizes[1:], strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,7 +145,9 @@ def checked_labels(name: str, labels: ArrayLike | None, count: int, num_classes:
 
 def warn_of_scale(name: str, x: Tensor) -> None:
     """Warn about samples whose scale is far from 1: noise of unit scale would hide them or have no effect."""
-    size = float(x.double().square().mean().sqrt())
+    # In parts: float64 copies of mapped samples may exceed the memory.
+    squares = sum(float(part.double().square().sum()) for part in x.flatten().split(2**22))
+    size = math.sqrt(squares / x.numel())
     if not 0.1 <= size <= 10:
         warnings.warn(
             f"{name} should have about unit scale, but its root mean square is {size:.3g}; expect a bad fit. "

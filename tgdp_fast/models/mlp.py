@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tgdp_fast.ops.mlp import mlp_forward
 from tgdp_fast.runtime.checks import check_integer
-from tgdp_fast.runtime.memory import check_memory
+from tgdp_fast.runtime.memory import check_network
 
 
 class TimeEmbedding(nn.Module):
@@ -121,8 +121,7 @@ class ScoreMLP(nn.Module):
         self.num_classes = check_integer("num_classes", num_classes, 0)
         elements = math.prod(self.event_shape)
         values = (2 * elements + depth * width + num_classes) * width
-        what = "weights of a network of this width and depth"
-        check_memory("width and depth", (width, depth), 4 * values, what, "choose a smaller network")
+        check_network("event_shape, width, depth, num_classes", (event_shape, width, depth, num_classes), values)
         sizes = [elements] + [width] * depth
         self.layers = nn.ModuleList(
             nn.Linear(a, b, dtype=torch.float32) for a, b in zip(sizes, sizes[1:], strict=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint
 from tgdp_fast.runtime.checks import check_integer, check_number
+from tgdp_fast.runtime.memory import check_network
 from tgdp_fast.runtime.state_dict import restored
 
 
@@ -70,6 +71,11 @@ class XResNet1d(nn.Module):
             raise ValueError("blocks must name at least one stage, got none")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        given = (in_channels, num_classes, self.blocks, expansion, width, kernel_size, stem_width, hidden)
+        values = kernel_size * (stem_width * (in_channels + stem_width + width) + sum(self.blocks) * width**2)
+        values += (2 * width * expansion + num_classes) * max(hidden, 1) + sum(self.blocks) * width**2 * expansion
+        names = "in_channels, num_classes, blocks, expansion, width, kernel_size, stem_width, hidden"
+        check_network(names, given, values)
         sizes = [self.in_channels, self.stem_width, self.stem_width, self.width]
         self.stem = nn.Sequential(
             *(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -234,12 +235,17 @@ class CheckedArray:
         return torch.from_numpy(values).to(check_device(device or "cpu"))
 
 
+def _rows_at_once(array: np.ndarray) -> int:
+    """Rows of [N, ...] that are converted together."""
+    return max(1, min(_ROWS, _VALUES // max(1, math.prod(array.shape[1:]))))
+
+
 def _lost_spread(array: np.ndarray) -> str:
     """The first feature (channel of [N, C, ...]) whose spread float32 does not hold, in words, or nothing.
 
     From at most 4,096 rows: an offset that is large for the spread shows in all of them.
     """
-    rows = max(1, min(_ROWS, _VALUES // array[0].size))
+    rows = _rows_at_once(array)
     some = np.asarray(array[:: -(-len(array) // rows)], dtype=np.float64)
     axes = (0, *range(2, array.ndim))
     mean, std = some.mean(axis=axes), some.std(axis=axes)
@@ -311,7 +317,7 @@ class Standardizer:
         axes = (0, *range(2, array.ndim))
         number = len(array) if rows is None else len(rows)
         count = number * (array[0].size // array.shape[1])
-        step = max(1, min(_ROWS, _VALUES // array[0].size))
+        step = _rows_at_once(array)
         chunks = [
             slice(start, start + step) if rows is None else rows[start : start + step]
             for start in range(0, number, step)
@@ -375,12 +381,11 @@ class Standardizer:
             return function(samples.to(dtype), mean, std).to(own)
         mean, std = (value.numpy().astype(dtype) for value in (self.mean, self.std))
         with np.errstate(over="ignore", invalid="ignore"):  # The callers look for it.
-            if not wide:
-                return function(samples, mean, std)
-            result = np.empty(samples.shape, own)
-            for start in range(0, len(samples), _ROWS):
-                rows = slice(start, start + _ROWS)
-                result[rows] = function(samples[rows].astype(dtype), mean, std)
+            # In parts: mapped samples may be as large as the memory.
+            result, step = np.empty(samples.shape, own), _rows_at_once(samples)
+            for start in range(0, len(samples), step):
+                rows = slice(start, start + step)
+                result[rows] = function(samples[rows].astype(dtype, copy=False), mean, std)
         return result
 
     def to_tensors(self) -> dict[str, Tensor]:

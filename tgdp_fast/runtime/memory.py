@@ -72,6 +72,11 @@ def check_memory(
         )
 
 
+def check_network(names: str, sizes: Any, values: int) -> None:
+    """Refuse sizes of a network with about ``values`` weights in float32; see :func:`check_memory`."""
+    check_memory(names, sizes, 4 * values, "the weights of such a network", "choose a smaller one")
+
+
 def in_bytes(value: float) -> str:
     """A number of bytes for a reader: "24 GB"."""
     value = min(value, 10**30)  # An integer may be beyond what a float can hold.

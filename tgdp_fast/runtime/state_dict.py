@@ -8,6 +8,7 @@ remain are those of the module.
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import re
 import threading
@@ -120,8 +121,14 @@ def _unpickled(file: Path) -> Any:
             sum(one.file_size for one in members) > file.stat().st_size
         ):
             raise ValueError("its archive is compressed, which torch.save never does")
-    with _LOADING, torch.serialization.safe_globals(_PLAIN):
-        return torch.load(file, map_location="cpu", weights_only=True)
+    with (
+        open(file, "rb") as handle,
+        # Reading it never takes more than it has, whatever lengths it states.
+        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        _LOADING,
+        torch.serialization.safe_globals(_PLAIN),
+    ):
+        return torch.load(content, map_location="cpu", weights_only=True)
 
 
 def _entry(content: Any, entry: str, path: str | os.PathLike[str]) -> dict[str, Any]:

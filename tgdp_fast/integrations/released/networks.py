@@ -17,6 +17,7 @@ from tgdp_fast.models.sssd_ecg.network import SSSDECG
 from tgdp_fast.ops import mlp_value_and_grad
 from tgdp_fast.runtime.checkpoint import CheckpointError
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
+from tgdp_fast.runtime.memory import check_network
 from tgdp_fast.runtime.reading import refused
 from tgdp_fast.runtime.state_dict import read_state_dict, restored
 
@@ -227,6 +228,9 @@ class GuidanceQt(ECGStem):
             )
         self.num_classes = check_integer("state_dim", state_dim, 0)
         width, depth = check_integer("width", width, 1), check_integer("depth", depth, 1)
+        values = width * (self.num_features + state_dim + depth * width) + time_features * (time_features + width)
+        given = (state_dim, in_channels, length, width, depth, time_features)
+        check_network("state_dim, in_channels, length, width, depth, time_features", given, values)
         if check_integer("time_features", time_features, 2) % 2:
             raise ValueError(f"time_features must be even (a sine and a cosine each), got {time_features}")
         self.embed = nn.Sequential(

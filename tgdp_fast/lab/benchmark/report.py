@@ -43,7 +43,8 @@ def load(path: Path) -> Result:
     content = read_bytes(path, _FILE_BYTES, ValueError, "a result of tgdp-fast bench")
     content = parse_json(content, ValueError, f"{path} is not JSON")
     good = isinstance(content, dict) and isinstance(content.get("environment"), dict)
-    good = good and isinstance(content["environment"].get("cuda") or {"device": ""}, dict)
+    cuda = content["environment"].get("cuda") if good else None
+    good = good and (not cuda or (isinstance(cuda, dict) and "device" in cuda))
     rows = content.get("rows") if good else None
     if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise ValueError(f"{path} is no result of tgdp-fast bench: it needs 'environment' and 'rows' with {KEYS}")

@@ -13,7 +13,7 @@ from tgdp_fast.models.mlp import check_labels_given, encode_labels
 from tgdp_fast.models.s4 import CAUCHY, S4Block
 from tgdp_fast.ops import gated_activation
 from tgdp_fast.runtime.checks import check_choice, check_integer
-from tgdp_fast.runtime.memory import check_memory
+from tgdp_fast.runtime.memory import check_network
 
 
 class WeightNormConv1d(nn.Module):
@@ -178,10 +178,17 @@ class SSSDECGModules(nn.Module):
         self.l_max = check_integer("l_max", l_max, 1)
         self.d_state = check_integer("d_state", d_state, 2)
         self.cauchy = check_choice("cauchy", cauchy, CAUCHY)
-        values = num_res_layers * (14 * res_channels**2 + 12 * res_channels * d_state + 8 * l_max)
-        sizes, what = (num_res_layers, res_channels, d_state, l_max), "tensors of a network of these sizes"
-        names = "num_res_layers, res_channels, d_state and l_max"
-        check_memory(names, sizes, 4 * values + 48 * d_state**2, what, "choose a smaller network")
+        features, hidden, embedding = self.step_dims
+        block = 14 * res_channels**2 + 12 * res_channels * d_state + 8 * l_max
+        block += res_channels * (skip_channels + embedding + label_dim * (num_classes > 0))
+        values = num_res_layers * block + hidden * (features + embedding) + num_classes * label_dim + 12 * d_state**2
+        values += res_channels * in_channels + skip_channels * (skip_channels + out_channels)
+        sizes = {
+            **{"in_channels": in_channels, "out_channels": out_channels, "res_channels": res_channels},
+            **{"skip_channels": skip_channels, "num_res_layers": num_res_layers, "step_dims": self.step_dims},
+            **{"num_classes": num_classes, "label_dim": label_dim, "l_max": l_max, "d_state": d_state},
+        }
+        check_network(", ".join(sizes), tuple(sizes.values()), values)
 
         self.init_conv = nn.Sequential(_named_conv(WeightNormConv1d(in_channels, res_channels)), nn.ReLU())
         self.embedding = nn.Embedding(num_classes, label_dim, dtype=torch.float32) if num_classes else None
