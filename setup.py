@@ -108,8 +108,8 @@ def cpu_extension() -> object | None:
 
     flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
-    # Both are noise of the compiler about its own vector headers.
-    flags += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+    # They are noise of the compiler about its own vector headers.
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
     if os.environ.get("TGDP_PORTABLE") == "1":
         flags.append("-DTGDP_PORTABLE")
     link = ["-fopenmp"]

@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tgdp_fast import Consistency, Cycle, GuidanceConfig, TransferModel
 from tgdp_fast.cli.main import main
 from tgdp_fast.fit.losses import Poisson
 from tgdp_fast.fit.model import OutOfReachWarning
+from tgdp_fast.runtime.locks import folder_lock
 
 pytestmark = pytest.mark.usefixtures("quick_ratio", "quick_guidance")
 
@@ -497,3 +500,85 @@ guided_step(x, x, step=SolverStep([[1.0, 0.0]]))
     )
     assert done.returncode == 2
     assert "invalid choice: 'loud'" in done.stderr
+
+
+def test_several_processes_do_not_write_one_file_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words in (
+        transfer(folder),
+        ["sample", str(folder / "model"), "--num", "3", "--out", str(folder / "y.npy")],
+        ["ecg", "sample", str(folder / "model"), "--num", "3", "--out", str(folder / "y")],
+        ["demo", "--out", str(folder / "y")],
+        ["experiment", "gaussians", "--out", str(folder / "y")],
+    ):
+        before = sorted(folder.iterdir())
+        assert main(words) == 2
+        text = capsys.readouterr().err
+        assert "this command works in one process, but torchrun started 2 (WORLD_SIZE=2)" in text
+        assert text.count("\n") == 1
+        assert sorted(folder.iterdir()) == before
+    assert main(["ecg", "run", "--out", str(folder / "y"), "--num", "0"]) == 2  # It reads its settings.
+    assert "WORLD_SIZE" not in capsys.readouterr().err
+
+
+def test_a_run_that_another_has_begun_is_refused_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    owned = {
+        "x.npy.work": transfer(folder),
+        "x.npy.partial": transfer(folder),
+        "y": ["experiment", "gaussians", "--out", str(folder / "y")],
+        "z": ["demo", "--out", str(folder / "z")],
+    }
+    for place, words in owned.items():
+        begun, ended = threading.Event(), threading.Event()
+
+        def own(path: Path, begun: threading.Event = begun, ended: threading.Event = ended) -> None:
+            with folder_lock(path):
+                begun.set()
+                ended.wait()
+
+        thread = threading.Thread(target=own, args=(folder / place,))
+        thread.start()
+        begun.wait()
+        try:
+            assert main(words) == 1
+        finally:
+            ended.set()
+            thread.join()
+        text = capsys.readouterr().err
+        assert f"is being written by process {os.getpid()}" in text
+        assert text.count("\n") == 1
+    assert not [path for path in folder.rglob("*") if path.name in owned or path.name == ".lock"]
+
+
+@pytest.mark.parametrize("size", [2_000, 60_000, 400_000])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    resource = pytest.importorskip("resource")
+    command = transfer(folder, num="10000", steps="1", save="model")
+    assert main(command) == 0
+    expected = (folder / "x.npy").read_bytes()
+    (folder / "x.npy").unlink()
+    shutil.rmtree(folder / "model")
+    before = sorted(folder.rglob("*"))
+    monkeypatch.chdir(folder)  # Names of the files, with the shorter paths.
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for words in (command, ["sample", "model", "--num", "10000", "--steps", "1", "--out", "y.npy", "--quiet"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            fits = size > 100_000 and words is not command  # The samples have 80 kB, the states more.
+            assert main(words) == (0 if fits else 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if fits:
+            break
+        lines = capsys.readouterr().err.splitlines()
+        assert re.search(r"error: \[Errno 27\] File too large: '\S+\.(safetensors|json|npy)'", lines[0])
+        assert len(lines) == 1 or "finished work is kept in" in lines[1]
+        assert main(words) == 0
+    found = set(folder.rglob("*")) - set(before)
+    assert {path.name for path in found} == {"x.npy", "y.npy", "model", "config.json", "model.safetensors"}
+    assert (folder / "x.npy").read_bytes() == expected == (folder / "y.npy").read_bytes()

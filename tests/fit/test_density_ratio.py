@@ -338,3 +338,32 @@ def test_an_unreachable_target_is_no_memorization(outside: float, mean_ratio: fl
     assert "e-" not in report.summary()
     assert TransferDiagnostics(**report.to_dict()).mean_h == [[0.0, 1e-12, 1e-13]]
     assert TransferDiagnostics(100, 20, 0.7, 0.05, 1.0, 50.0, 0.3, 0.34).within_reach
+
+
+def test_copies_of_the_source_do_not_move_the_target_outside() -> None:
+    generator = torch.Generator().manual_seed(0)
+    once, target = torch.randn(300, 2, generator=generator), 0.5 * torch.randn(60, 2, generator=generator)
+    shuffled = once.repeat(3, 1)[torch.randperm(900, generator=generator)]
+    far = target + 50.0
+    assert outside_fraction(shuffled, target) == pytest.approx(outside_fraction(once, target), abs=0.02)
+    assert outside_fraction(shuffled, far) == outside_fraction(once, far) == 1.0
+    same = once[:1].expand(20, 2)
+    assert outside_fraction(same, torch.cat([once[:1], far[:1]])) == 0.5
+
+
+def test_arrays_and_labels_are_checked_as_in_a_fit() -> None:
+    x, y = torch.randn(20, 2).numpy(), torch.randn(5, 2)
+    settings = TrainingConfig(steps=2, batch_size=8)
+    with pytest.raises(ValueError, match="target must hold at least 2 samples, but it holds one sample"):
+        fit_density_ratio(x, y[:1], settings=settings)
+    with pytest.raises(ValueError, match="source_labels and target_labels must be given together"):
+        fit_density_ratio(x, y, source_labels=torch.zeros(20, dtype=torch.long), settings=settings)
+    classes = torch.arange(20) % 3, torch.arange(5) % 3
+    rows = [torch.nn.functional.one_hot(one, 3).float() for one in classes]
+    by_class = fit_density_ratio(x, y, source_labels=classes[0], target_labels=classes[1], settings=settings)
+    by_row = fit_density_ratio(
+        torch.from_numpy(x), y.numpy(), source_labels=rows[0], target_labels=rows[1], settings=settings
+    )
+    assert torch.equal(by_class.source_log_ratio, by_row.source_log_ratio)
+    equal = fit_density_ratio(x, y[:1].expand(5, 2), settings=settings)
+    assert equal.target_log_ratio.isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -426,3 +427,22 @@ def test_bad_input_is_refused_before_any_work(
     monkeypatch.setattr("tgdp_fast.fit.guidance.fit_density_ratio", None)
     with pytest.raises(ValueError, match=message):
         fit_guidance(source, target, **arguments)
+
+
+def test_classes_without_a_sample_are_named() -> None:
+    one_based = {"source_labels": np.arange(20) % 3 + 1, "target_labels": np.arange(10) % 3 + 1}
+    with pytest.warns(UserWarning, match="have 4 classes, but no sample has class 0: .*Classes count from 0"):
+        fit_guidance(X, Y, config=SHORT, **one_based)
+    with pytest.warns(UserWarning, match="labels have 6 classes, but no sample has class 1, 2, 4:"):
+        train_denoiser(X, labels=np.array([0, 3, 5, 5] * 5), settings=TINY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_guidance(X, Y, config=replace(SHORT, num_classes=4), **one_based)
+
+
+def test_an_offset_that_float32_loses_is_told_by_a_fit_without_standardization() -> None:
+    source, target = (one.double().numpy() / 1e9 + np.array([1.0, 0.0, 0.0]) for one in (X, Y))
+    with pytest.warns(
+        UserWarning, match="source is rounded to float32, where its spread is lost: feature 0 has mean 1"
+    ):
+        fit_guidance(source, target, config=SHORT)

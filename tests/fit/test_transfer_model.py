@@ -316,3 +316,20 @@ def test_samples_are_known_by_the_model_that_drew_them() -> None:
     assert not model.reproduces(drawn, 300, config, seed=2)
     assert not model.reproduces(drawn, 299, config, seed=1)
     assert not model.reproduces(drawn, 300, config, seed=1, guided=False)
+
+
+def test_offsets_that_float32_loses_survive_a_transfer() -> None:
+    random = np.random.default_rng(0)
+    source = np.stack([random.normal(size=400), 1.7e9 + 5.0 * random.normal(size=400)], axis=1)
+    target = np.repeat(source[:1], 5, axis=0)  # Its own spread is none, but the source's standardization tells it.
+    config = GuidanceConfig(network=NetworkConfig(width=8, depth=1), training=TINY)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*float32.*")
+        model = TransferModel.fit(source, target, config, denoiser_training=TINY)
+    z = model.standardizer.apply(source)
+    assert np.allclose(z.std(0), 1.0)
+    assert np.allclose(z[:, 1], (source[:, 1] - source[:, 1].mean()) / source[:, 1].std(), atol=1e-6)
+    drawn = model.sample(50, steps=3)
+    assert drawn.dtype == np.float64
+    inside = model.sampler(steps=3).draw(50).numpy()
+    assert np.allclose((drawn - model.standardizer.mean.numpy()) / model.standardizer.std.numpy(), inside, atol=1e-5)

@@ -7,8 +7,10 @@ import io
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,23 @@ def text_change(content: bytes, chance: random.Random) -> bytes:
     return text.encode()
 
 
+def once(make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """``make`` called once; later folders get the same files."""
+
+    @lru_cache
+    def files() -> dict[Path, bytes]:
+        with tempfile.TemporaryDirectory() as place:
+            make(Path(place))
+            return {one.relative_to(place): one.read_bytes() for one in Path(place).rglob("*") if one.is_file()}
+
+    def write(folder: Path) -> None:
+        for name, content in files().items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+    return write
+
+
 def samples() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((40, 3))
 
@@ -96,6 +115,7 @@ def read_samples(file: Path) -> None:
     Standardizer.fit(check_samples("source", load_array(file, "source")))
 
 
+@once
 def models(folder: Path) -> None:
     """A model of every class that has a checkpoint, in one folder each."""
     torch.manual_seed(0)
@@ -247,10 +267,12 @@ def formats() -> dict[str, Format]:
     return found
 
 
+@once
 def write_ptbxl_small(folder: Path) -> None:
     write_ptbxl(folder, 2)
 
 
+@once
 def write_icbeb_small(folder: Path) -> None:
     write_icbeb(folder, (600, 600))
 

@@ -184,11 +184,13 @@ def _deflate(folder: Path) -> None:
 @hostile("npz: unpacks to a thousand times its size")
 def _bomb(folder: Path) -> None:
     rows = 100 * 2**20 // 4
-    with zipfile.ZipFile(folder / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        with file.open("a.npy", "w", force_zip64=True) as member:
-            member.write(npy(shaped(f"({4 * rows}, 1)")))
-            for _ in range(4):
-                member.write(bytes(4 * rows))
+    with (
+        zipfile.ZipFile(folder / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        file.open("a.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(npy(shaped(f"({4 * rows}, 1)")))
+        for _ in range(4):
+            member.write(bytes(4 * rows))
     read_samples(folder / "x.npz")
 
 
@@ -241,8 +243,8 @@ EDITS: dict[str, tuple[tuple[Any, ...], ...]] = {
     ),
     "sssd": places_of(
         "config network",
-        "in_channels out_channels res_channels skip_channels num_res_layers step_dims num_classes label_dim l_max d_state "
-        "cauchy",
+        "in_channels out_channels res_channels skip_channels num_res_layers step_dims num_classes label_dim l_max "
+        "d_state cauchy",
     )
     + places_of("config schedule", "alphas_cumprod"),
     "model": places_of("config", "denoiser guidance diagnostics config")
@@ -496,11 +498,11 @@ for title, (line, old, new) in {
     HOSTILE[f"hea: {title}"] = partial(_record, line=line, old=old, new=new)
 
 
-@hostile("dat: 4 GB without content")
+@hostile("dat: a gigabyte without content")
 def _sparse_dat(folder: Path) -> None:
     write_ptbxl_small(folder)
     with open(folder / "records100/00000/00001_lr.dat", "r+b") as file:
-        file.truncate(4 * 10**9)
+        file.truncate(10**9)
     header = folder / "records100/00000/00001_lr.hea"
     header.write_text(header.read_text().replace(" 100 100\n", " 100 0\n", 1))
     read_all_records(folder)

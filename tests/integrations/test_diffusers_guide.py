@@ -7,8 +7,10 @@ either and grad log q_t / p_t are known. Guiding the exact model of the source m
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -763,3 +765,21 @@ def test_a_list_of_generators_and_the_progress_bar(capsys: pytest.CaptureFixture
     assert (together - unguided).abs().mean() > 0.01
     # One line for each bar, in which a slow machine draws its end more than once.
     assert sum("4/4" in line for line in capsys.readouterr().err.split("\n")) == 3
+
+
+# The page ------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not here")
+def test_the_page_quotes_what_was_measured() -> None:
+    """Means and standard errors over the draws of the target, from docs/images/guidance_or_fine_tuning.py."""
+    methods = json.loads((DOCS / "images" / "guidance_or_fine_tuning.json").read_text())["methods"]
+    page = (DOCS / "diffusers.md").read_text()
+    for name, row in methods.items():
+        cells = [name]
+        for values, digits in ((row["right"], 2), (row["nearest_given"], 2), (row["seconds"], 0)):
+            error = np.std(values, ddof=1) / np.sqrt(len(values))
+            cells.append(f"{np.mean(values):.{digits}f}" + (f" ± {error:.2f}" if digits else ""))
+        assert f"| {' | '.join(cells)} |" in page

@@ -216,8 +216,9 @@ def test_processes_give_the_rows_of_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
-def test_an_interrupt_ends_the_processes_at_once_and_keeps_finished_rows(tmp_path: Path) -> None:
-    """Ctrl-C reaches the whole process group; fits of a minute each are under way."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_ends_the_processes_at_once_and_keeps_finished_rows(tmp_path: Path, sent: signal.Signals) -> None:
+    """Ctrl-C reaches the whole process group, a kill the main process alone; fits of a minute each are under way."""
     code = f"""
 import signal
 import sys
@@ -250,10 +251,10 @@ if __name__ == "__main__":
             time.sleep(0.05)
         time.sleep(0.5)  # Into the next fits.
         started = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)
+        (os.kill if sent == signal.SIGKILL else os.killpg)(process.pid, sent)
         # Standard error closes when the last of the workers, which share it, is gone.
         errors = process.communicate(timeout=20)[1]
-        assert process.returncode == 130, errors
+        assert process.returncode == (-sent if sent == signal.SIGKILL else 130), errors
         assert time.monotonic() - started < 15  # far less than a fit, on a busy machine too
     finally:
         if process.poll() is None:

@@ -92,7 +92,7 @@ def test_records_without_beats_are_counted() -> None:
 
 @pytest.mark.parametrize("power", [0.0, 0.5])
 def test_noise_has_no_intervals(power: float) -> None:
-    """White noise, and noise whose power falls as 1/f: the detector finds peaks in each, but no beat is like another."""
+    """White noise, and noise whose power falls as 1/f: the detector finds peaks, but no beat is like another."""
     random = np.random.default_rng(3)
     frequency = np.maximum(np.fft.rfftfreq(1000, 0.01), 0.5)
     x = np.fft.irfft(np.fft.rfft(random.standard_normal((40, 8, 1000))) / frequency**power, 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -238,3 +239,15 @@ def test_bad_arguments() -> None:
         nearest_by_correlation(signals, signals[:, :1])
     with pytest.raises(ValueError, match="max_shift must leave at least two of 20 samples in the middle, got 10"):
         memorization(signals, signals, signals, max_shift=10)
+
+
+def test_copies_that_spoil_neighborhoods_are_told() -> None:
+    x, y = normal(40, 2), normal(40, 2, seed=1)
+    with pytest.warns(UserWarning, match="real holds 40 copies among 80 rows"):
+        density_and_coverage(np.concatenate([x, x]), y)
+    with pytest.warns(UserWarning, match="held_out holds 3 copies of training samples"):
+        memorization(y, x, np.concatenate([x[:3], normal(20, 2, seed=2)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        density_and_coverage(x, y)
+        memorization(y, x, normal(20, 2, seed=2))

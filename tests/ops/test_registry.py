@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pickle
 import threading
+import types
 import warnings
 
 import pytest
 import torch
 
 import tgdp_fast.ops  # noqa: F401  (registers the operators)
-from tgdp_fast.ops import measured, registry
+from tgdp_fast.ops import _cuda, measured, registry
 from tgdp_fast.ops.registry import BackendUnavailableError, backend_report, register, resolve, use_backend
+from tgdp_fast.runtime import native
 
 
 @pytest.fixture(autouse=True)
@@ -297,3 +299,48 @@ def test_dispatch_is_traceable(toy):
         compiled = torch.compile(lambda x: resolve(toy, "auto", x).function(x), fullgraph=True, backend="eager")
         assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),  # machine code serves later minor versions
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0", (10, 3), True),
+        ("10.0a", (10, 3), False),
+        ("10.3f", (10, 3), True),
+        ("10.0", (12, 0), False),
+        ("12.0+PTX", (12, 1), True),
+        ("12.0+PTX", (13, 0), True),  # compiled when it is loaded
+        ("12.0+PTX", (10, 0), False),
+        ("Hopper", (9, 0), True),  # a name: whoever gave it knows
+    ],
+)
+def test_the_cards_that_an_architecture_runs_on(built, capability, runs):
+    assert _cuda._runs_on(built, capability) == runs
+
+
+def test_auto_takes_triton_on_a_card_that_cuda_was_not_built_for(monkeypatch):
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    x = torch.zeros(1).as_subclass(OnGpu)
+    card = types.SimpleNamespace(major=12, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(native, "CUDA_ARCHITECTURES", ("8.0", "9.0a", "10.0"))
+    for backend, unsupported in (("cuda", _cuda.unsupported_device), ("triton", None), ("reference", None)):
+        register("new", backend, lambda x: x, unsupported)
+    assert resolve("new", "auto", x).backend == "triton"
+    text = (
+        r"built for compute capability 8.0, 9.0a, 10.0, and cuda:0 has 12.0; run `TORCH_CUDA_ARCH_LIST=12.0 pip install"
+    )
+    with pytest.raises(BackendUnavailableError, match=text):
+        resolve("new", "cuda", x)
+    for architectures in (("8.0", "12.0"), ("8.0", "9.0+PTX"), ()):  # a build that does not say serves as before
+        monkeypatch.setattr(native, "CUDA_ARCHITECTURES", architectures)
+        assert resolve("new", "auto", x).backend == "cuda"
+    card.major = 7
+    assert resolve("new", "auto", x).backend == "triton"

@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tgdp_fast.runtime import arrays
-from tgdp_fast.runtime.arrays import CheckedArray, Standardizer, check_labels, check_samples, load_array
+from tgdp_fast.runtime.arrays import (
+    CheckedArray,
+    Standardizer,
+    as_float64,
+    check_labels,
+    check_samples,
+    load_array,
+)
 from tgdp_fast.runtime.checkpoint import signature_of
 
 
@@ -440,3 +447,153 @@ def test_a_tensor_of_a_checked_array_shares_its_memory_where_it_may() -> None:
     assert checked.tensor().data_ptr() == checked.values.ctypes.data
     checked.values.flags.writeable = False
     assert torch.equal(checked.tensor("cpu"), torch.from_numpy(checked.values.copy()))
+
+
+# ------------------------------------------------------------------------------------------------ kinds of arrays
+
+MASK = np.arange(12).reshape(4, 3) == 4  # the value in row 1, column 1
+RECORDS = np.zeros(4, dtype=[("a", "f4"), ("b", "f4")])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.ma.array(samples(4, 3), mask=MASK), "must not hold masked values, but 1 of 12 are masked, first in row 1"),
+        (list(np.ma.array(samples(4, 3), mask=MASK)), "must not hold masked values, but 1 of 3 are masked"),
+        ([[1.0, np.ma.masked], [1.0, 2.0]], "must not hold masked values"),
+        (np.ma.array(RECORDS, mask=[(0, 1), (0, 0), (0, 0), (0, 0)]), "must not hold masked values"),
+        (RECORDS, r"must hold real numbers, got dtype .* choose its columns and stack them"),
+        (samples(4, 3) + 0j, "must hold real numbers, got dtype complex128"),
+        (torch.zeros(4, 3, dtype=torch.complex64).conj(), "must hold real numbers, got dtype torch.complex64"),
+        (torch.ones(4, 3).to_sparse(), "must be a dense array of numbers, got a torch.sparse_coo tensor"),
+        (torch.ones(4, 3).to_sparse_csr(), "must be a dense array of numbers, got a torch.sparse_csr tensor"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "got a nested tensor"),
+        (torch.empty(4, 3, device="meta"), "on the device meta, which holds no values"),
+        ([[10**400, 1], [1, 2]], "must hold real numbers, got dtype object"),
+        (samples(4, 3).astype("M8[s]"), "must hold real numbers, got dtype datetime64"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_arrays_that_would_lose_their_meaning_are_refused(value: Any, message: str) -> None:
+    for check in (
+        lambda: check_samples("source", value),
+        lambda: check_labels("source", value, 4),
+        lambda: Standardizer.fit(value),
+        lambda: as_float64("source", value),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check()
+
+
+def test_tables_with_nullable_columns() -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"a": pandas.array([1, 2, 3], dtype="Int64"), "b": [0.5, 1.0, 1.5]})
+    np.testing.assert_array_equal(check_samples("source", table), [[1, 0.5], [2, 1], [3, 1.5]])
+    np.testing.assert_array_equal(check_labels("y", table["a"], 3, 4), [1, 2, 3])
+    table.loc[1, "a"] = pandas.NA
+    with pytest.raises(ValueError, match="1 is NaN, in 1 of 3 rows, first in row 1"):
+        check_samples("source", table)
+    with pytest.raises(ValueError, match="y must be integers"):
+        check_labels("y", table["a"], 3)
+
+
+def test_every_form_of_the_same_numbers_gives_these_numbers() -> None:
+    x = np.round(8 * samples(6, 3)) / 8  # exact in 16 bits
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    forms = [
+        *(x.astype(dtype) for dtype in (np.float16, np.float32, np.longdouble, ">f4", ">f8")),
+        x[::-1].copy()[::-1],
+        np.asfortranarray(x),
+        read_only,
+        np.ma.array(x, mask=np.zeros(x.shape, bool)),
+        torch.from_numpy(x).bfloat16(),
+        torch.from_numpy(x).half(),
+        torch.from_numpy(x).requires_grad_() * 1.0,
+        torch.from_numpy(-1j * x).conj().imag,  # a lazily negated view
+        [torch.from_numpy(row).requires_grad_() for row in x],
+        x.tolist(),
+    ]
+    for form in forms:
+        np.testing.assert_array_equal(check_samples("source", form), x.astype(np.float32))
+        np.testing.assert_array_equal(as_float64("source", form).numpy(), x)
+        np.testing.assert_array_equal(Standardizer.fit(form).mean.numpy(), Standardizer.fit(x).mean.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+def test_integers_do_not_wrap(dtype: str) -> None:
+    largest = 1 if dtype == "bool" else int(min(np.iinfo(dtype).max, 2**24))
+    x = np.array([[0, largest], [largest, 0], [largest, largest], [0, 0]]).astype(dtype)
+    right = np.sign(x.astype(float) - 0.5)
+    np.testing.assert_allclose(check_samples("source", x), x.astype(np.float64))
+    for form in (x, torch.from_numpy(x)):
+        found = Standardizer.fit(x).apply(form)
+        assert str(found.dtype).removeprefix("torch.") == "float32"
+        np.testing.assert_allclose(np.asarray(found), right)
+
+
+def test_half_precision_is_standardized_without_overflow() -> None:
+    x = 6e4 + 100 * np.sign(samples(50, 2))
+    standardizer = Standardizer.fit(x)
+    right = (x.astype(np.float16).astype(float) - x.mean(0)) / x.std(0)
+    found = standardizer.apply(x.astype(np.float16))
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, right, rtol=1e-3)
+    np.testing.assert_allclose(standardizer.invert(found).astype(float), x, rtol=2e-3)
+
+
+# -------------------------------------------------------------------------------------- offsets that float32 loses
+
+
+def stamps(count: int = 400) -> np.ndarray:
+    """One ordinary feature, and times in seconds: 1.7e9 +- 5, where float32 has steps of 128."""
+    x = samples(count, 2)
+    return np.stack([x[:, 0], 1.7e9 + 5.0 * x[:, 1]], axis=1)
+
+
+@pytest.mark.parametrize(
+    "form", [stamps(), torch.from_numpy(stamps()), stamps().astype(np.int64), 1e-50 * samples(9, 2)]
+)
+def test_a_spread_that_float32_loses_is_told(form: Any) -> None:
+    with pytest.warns(UserWarning, match=r"source is rounded to float32.*feature \d has mean .*, standard deviation"):
+        check_samples("source", form)
+
+
+def test_float32_data_that_are_constant_for_their_size_are_told() -> None:
+    with pytest.warns(UserWarning, match="standard deviation 0 and steps of 1.3e"):
+        check_samples("source", stamps().astype(np.float32))
+
+
+def test_offsets_survive_standardization() -> None:
+    x = stamps()
+    standardizer = Standardizer.fit(x)
+    z = standardizer.apply(x).astype(np.float32)
+    right = (x - x.mean(0)) / x.std(0)
+    np.testing.assert_allclose(z, right, atol=1e-6)
+    back = standardizer.invert(z)
+    assert back.dtype == np.float64
+    np.testing.assert_allclose(back, x, rtol=0.0, atol=1e-6 * 5.0 * 4.0)
+    assert standardizer.invert(torch.from_numpy(z)).dtype == torch.float64
+
+
+def test_ordinary_data_are_standardized_in_their_own_type() -> None:
+    x = (7.0 * samples(50, 2) + 3.0).astype(np.float32)
+    standardizer = Standardizer.fit(x)
+    mean, std = (value.numpy().astype(np.float32) for value in (standardizer.mean, standardizer.std))
+    np.testing.assert_array_equal(standardizer.apply(x), (x - mean) / std)
+    np.testing.assert_array_equal(standardizer.invert(x), x * std + mean)
+    assert standardizer.invert(x).dtype == np.float32
+
+
+def test_an_overflow_is_an_error() -> None:
+    huge = Standardizer(torch.zeros(1), torch.full((1,), 1e300, dtype=torch.float64))
+    np.testing.assert_allclose(huge.invert(np.ones((1, 1), np.float32)), 1e300)  # float64 holds it
+    with pytest.raises(OverflowError, match="samples in data units are not finite"):
+        huge.invert(np.full((1, 1), 1e20, np.float32))
+    with pytest.raises(OverflowError, match="samples in data units are not finite"):
+        Standardizer(torch.zeros(1), torch.ones(1) * 1e30).invert(torch.full((1, 1), 1e20))
+
+
+def test_distinct_rows() -> None:
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, -0.0], [2.0, 1.0], [2.0, 0.0]])
+    assert arrays.distinct_rows(x).tolist() == [0, 1, 3]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -345,3 +346,67 @@ def test_json_of_results(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_text()) == expected
     with pytest.raises(TypeError):
         to_json({"x": object()})
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(tmp_path / "model", "denoiser", {}, tensors(), card="text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {"config.json": 0o640, "model.safetensors": 0o640, "README.md": 0o640}
+
+
+@pytest.mark.parametrize("remains", [".model.0123abcd.partial", ".model.previous", ".model.lock"])
+@pytest.mark.parametrize("act", ["save", "remove"])
+def test_what_a_killed_save_has_left_goes_with_the_next(tmp_path: Path, remains: str, act: str) -> None:
+    path, other = tmp_path / "model", tmp_path / ".model.copy.partial"
+    save_checkpoint(path, "denoiser", {"generation": 0}, tensors(0))
+    other.mkdir()
+    if remains.endswith(".lock"):
+        (tmp_path / remains).touch()
+    else:
+        shutil.copytree(path, tmp_path / remains)
+    if act == "save":
+        save_checkpoint(path, "denoiser", {"generation": 1}, tensors(1))
+        assert sorted(os.listdir(tmp_path)) == [other.name, "model"]
+    else:
+        checkpoint.remove_checkpoint(path)
+        assert os.listdir(tmp_path) == [other.name]
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096])
+def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path, size: int) -> None:
+    resource = pytest.importorskip("resource")
+    path, large = tmp_path / "model", {"x": torch.zeros(4000)}
+    save_checkpoint(path, "denoiser", {"generation": 0}, tensors(0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as found:
+            save_checkpoint(path, "denoiser", {"generation": 1}, large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found.value.filename == str(path / "model.safetensors")
+    assert load_checkpoint(path)[0] == {"generation": 0}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the hash of its tensors and their reading, or between its two files."""
+    path, real = tmp_path / "model", {name: getattr(checkpoint, name) for name in ("_sha256", "_looks_pickled")}
+    for generation, name in enumerate(real):
+        save_checkpoint(path, "denoiser", {"generation": generation}, tensors(generation))
+
+        def replace(file: Path, generation: int = generation, name: str = name) -> object:
+            result = real[name](file)
+            monkeypatch.setattr(checkpoint, name, real[name])
+            save_checkpoint(path, "denoiser", {"generation": generation + 10}, tensors(generation + 10))
+            return result
+
+        monkeypatch.setattr(checkpoint, name, replace)
+        config, loaded = load_checkpoint(path)
+        assert config == {"generation": generation + 10}
+        assert_same(loaded, tensors(generation + 10))

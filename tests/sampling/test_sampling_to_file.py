@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_sampling import SCHEDULE, never, oracle, random_models
 from torch import Tensor, nn
 
 from tgdp_fast import Denoiser, GuidedDenoiser, sample, sample_to_file, solver_table
+from tgdp_fast.runtime.locks import InUseError
 
 
 def test_file_equals_sample_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -340,3 +342,88 @@ def test_only_files_of_ours_are_removed(tmp_path: Path) -> None:
     (folder / ours[1]).write_text("half")
     sample_to_file(tmp_path / "x.npy", Denoiser(Interrupting(math.inf), SCHEDULE), **options)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["empty", "truncated", "longer", "no rows", "scalar", "other columns", "float64", "nan", "bit", "digest", "moved"],
+)
+def test_a_damaged_block_is_drawn_again(tmp_path: Path, damage: str) -> None:
+    denoiser, _ = random_models()
+    options: dict[str, Any] = {"num": 9, "steps": 2, "block_size": 3}
+    expected = sample_to_file(tmp_path / "whole.npy", denoiser, **options)
+    starts = 0
+
+    def stop(step: int, *_: Any) -> None:
+        nonlocal starts
+        starts += step == 0
+        if starts == 3:
+            raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        sample_to_file(tmp_path / "x.npy", denoiser, callback=stop, **options)
+    first, block = (tmp_path / "x.npy.partial" / f"block-{start:012d}.npy" for start in (0, 3))
+    content = block.read_bytes()
+    arrays = {
+        "no rows": np.zeros((0, 3), np.float32),
+        "scalar": np.float32(1.0),
+        "other columns": np.zeros((3, 2), np.float32),
+        "float64": np.zeros((3, 3)),
+        "nan": np.full((3, 3), np.nan, np.float32),
+    }
+    if damage in arrays:
+        np.save(block, arrays[damage])
+    else:
+        changed = {
+            "empty": b"",
+            "truncated": content[:-40],
+            "longer": content + bytes(2**20),
+            "bit": content[:-40] + bytes([content[-40] ^ 1]) + content[-39:],
+            "digest": content[:-32],  # As an earlier version wrote it.
+            "moved": first.read_bytes(),
+        }
+        block.write_bytes(changed[damage])
+    found, drawn = resume(tmp_path / "x.npy", denoiser, **options)
+    assert drawn == 6
+    assert np.array_equal(found, expected)
+    assert not block.parent.exists()
+
+
+def test_a_run_within_another_of_the_same_file_does_not_mix_with_it(tmp_path: Path) -> None:
+    """As if a second run had been started by mistake, and stopped in its third block."""
+    denoiser, _ = random_models()
+    options: dict[str, Any] = {"num": 15, "steps": 1, "block_size": 3}
+    expected = sample_to_file(tmp_path / "whole.npy", denoiser, seed=5, **options)
+    starts = 0
+
+    def intrude(step: int, *_: Any) -> None:
+        nonlocal starts
+        starts += 1
+        if starts == 2:
+            interrupted = iter(range(3))
+            with pytest.raises(StopIteration):
+                sample_to_file(
+                    tmp_path / "x.npy", denoiser, seed=77, callback=lambda *_: next(interrupted) and None, **options
+                )
+
+    assert np.array_equal(sample_to_file(tmp_path / "x.npy", denoiser, seed=5, callback=intrude, **options), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.npy", "x.npy"]
+
+
+def test_a_file_that_another_run_writes_is_refused(tmp_path: Path) -> None:
+    denoiser, _ = random_models()
+    refused: list[InUseError] = []
+
+    def run() -> None:
+        try:
+            sample_to_file(tmp_path / "x.npy", denoiser, num=3, steps=1)
+        except InUseError as error:
+            refused.append(error)
+
+    def start_another(*_: Any) -> None:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    sample_to_file(tmp_path / "x.npy", denoiser, num=3, steps=1, callback=start_another)
+    assert "x.npy is being written by process" in str(refused[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class GuidanceNetwork(Pretrained, nn.Module):
 
     def linear_layers(self) -> list[nn.Linear]:
         """The layers of the MLP, the head last."""
-        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        return cast("list[nn.Linear]", list(self.layers))  # A compiled one is of another class.
 
     def first_bias(self, t: float | Tensor, labels: Tensor | None = None) -> Tensor:
         """Bias of the first layer: [1, width] for a float t without labels, else [B, width]."""

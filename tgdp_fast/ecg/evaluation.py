@@ -41,6 +41,7 @@ from tgdp_fast.models.xresnet1d import XResNet1d
 from tgdp_fast.runtime.checkpoint import described, load_checkpoint, save_checkpoint, signature_of
 from tgdp_fast.runtime.files import save_json
 from tgdp_fast.runtime.info import environment
+from tgdp_fast.runtime.progress import tracked
 
 REAL = "real"
 
@@ -109,7 +110,8 @@ def evaluate(
     """
     few = Drawn(cohorts.target.signals, cohorts.target.labels)
     judge = _Judge(run, cohorts, classifier, few)
-    methods = {name: judge.method(name, drawn) for name, drawn in {REAL: few, **samples}.items()}
+    judged = tracked(list({REAL: few, **samples}.items()), "evaluation", "method", run.progress)
+    methods = {name: judge.method(name, drawn) for name, drawn in judged}
     report = replace(_report(run, cohorts, list(methods.values()), ratio, model), reference=judge.statistics)
 
     def write() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tgdp_fast.ecg import plots
+from tgdp_fast.ecg import page, plots
 from tgdp_fast.fit.diagnostics import TransferDiagnostics
 from tgdp_fast.metrics.classification import ClassScore, Interval
 from tgdp_fast.metrics.copies import Memorization
@@ -130,7 +130,7 @@ def render(report: Report) -> str:
         [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body>{plots.GRID}",
+            f"<title>{escape(report.title)}</title><style>{page.STYLE}</style></head><body>{plots.GRID}",
             f"<header><h1>{escape(report.title)}</h1>",
             "".join(f"<p>{escape(part)}</p>" for part in report.summary.split("\n") if part.strip()),
             f"</header>{_warnings(report)}{_verdict(report)}",
@@ -157,22 +157,16 @@ def _verdict(report: Report) -> str:
         texts.append(f"Most samples of {_listed(noisy)} do not look like an ECG: no beats of one shape were found.")
     if copying := [m.name for m in report.methods[1:] if m.memorization is not None and m.memorization.copies]:
         texts.append(f"Samples of {_listed(copying)} copy training records.")
-    drawn = [m for m in report.methods[1:] if m.metrics]
-    if len(drawn) > 1:
-        name = next(iter(drawn[0].metrics))
-        ranked = sorted((m for m in drawn if name in m.metrics), key=lambda m: -_value(m.metrics[name]))
-        best, second = (m.metrics[name] for m in ranked[:2])
-        found = (
-            f"{ranked[0].name} has the best {name}, {_interval(best)}; next is {ranked[1].name}, {_interval(second)}"
+    name = next(iter(page.keys(m.metrics for m in report.methods[1:])), "")
+    drawn = [(m.name, m.metrics[name]) for m in report.methods[1:] if name in m.metrics]
+    ranked = sorted(drawn, key=lambda row: -math.inf if math.isnan(row[1].value) else row[1].value, reverse=True)
+    if len(ranked) > 1:
+        (first, best), (second, next_best) = ranked[:2]
+        texts.append(
+            f"{first} has the best {name}, {page.interval(best)}; next is {second}, {page.interval(next_best)}."
+            + ("" if best.low > next_best.high else " The intervals overlap: no method is shown to be better.")
         )
-        if not best.low > second.high:
-            found += ". The intervals overlap: no method is shown to be better"
-        texts.append(f"{found}.")
     return f'<div class="verdict">{"".join(f"<p>{escape(text)}</p>" for text in texts)}</div>' if texts else ""
-
-
-def _value(value: Interval) -> float:
-    return -math.inf if math.isnan(value.value) else value.value
 
 
 def _count(beats: ECGStatistics) -> int:
@@ -201,15 +195,15 @@ def _classification(report: Report) -> str:
         ("augmented", "Trained on the samples together with the few real target records of training."),
     ):
         tables: list[tuple[str, Mapping[str, Interval]]] = [(m.name, getattr(m, attribute)) for m in report.methods]
-        columns = _keys(values for _, values in tables)
+        columns = page.keys(values for _, values in tables)
         if columns:
             rows = [
-                [name, *(_interval(values[c]) if c in values else "–" for c in columns)]
+                [name, *(page.interval(values[c]) if c in values else "–" for c in columns)]
                 for name, values in tables
                 if values
             ]
             intervals = [value for _, values in tables for value in values.values()]
-            parts.append(_table(f"{text} {_about(intervals)}", ["Trained on", *columns], rows))
+            parts.append(page.table(f"{text} {page.about(intervals)}", ["Trained on", *columns], rows))
     return "".join(parts)
 
 
@@ -254,20 +248,20 @@ def _side_by_side(report: Report, label: str, records: Mapping[str, np.ndarray],
 
 
 def _quality(report: Report) -> str:
-    columns = _keys(method.quality for method in report.methods)
+    columns = page.keys(method.quality for method in report.methods)
     remembered = any(method.memorization for method in report.methods)
     extra = ["nearest record, ratio", "5 % nearest, ratio", "nearer than held-out", "copies"] if remembered else []
     rows = []
     for method in report.methods:
         if not method.quality and method.memorization is None:
             continue
-        cells = [_number(method.quality[c]) if c in method.quality else "–" for c in columns]
+        cells = [page.number(method.quality[c]) if c in method.quality else "–" for c in columns]
         found = method.memorization
         if found is not None:
             cells += [
-                _number(found.median_ratio),
-                _number(found.low_ratio),
-                f"{found.nearer} ({_number(found.expected_nearer, 1)} expected)",
+                page.number(found.median_ratio),
+                page.number(found.low_ratio),
+                f"{found.nearer} ({page.number(found.expected_nearer, 1)} expected)",
                 f"{found.copies} of {len(found.generated)}",
             ]
         elif remembered:
@@ -287,7 +281,7 @@ def _quality(report: Report) -> str:
             "held-out real records. Near or above 1: no copying. Copies are equal to a training record up to scale, "
             "offset and shift."
         )
-    return _table(text, ["Method", *columns, *extra], rows) + _notes(notes)
+    return page.table(text, ["Method", *columns, *extra], rows) + page.notes(notes)
 
 
 def _per_class(report: Report) -> str:
@@ -304,7 +298,7 @@ def _per_class(report: Report) -> str:
             values = [math.nan if score is None else float(getattr(score, attribute)) for score in found]
             rows.append([name, str(positives), *_with_best(values)])
         parts.append(
-            _table(
+            page.table(
                 f"{title} of each statement, on real records. Bold: better than all others.",
                 ["Statement", "records", *(method.name for method in shown)],
                 rows,
@@ -316,10 +310,10 @@ def _per_class(report: Report) -> str:
 
 def _with_best(values: Sequence[float]) -> list[str]:
     """Cells; the largest is bold where it is above 0 and no other shows the same number."""
-    cells = [_number(value) for value in values]
+    cells = [page.number(value) for value in values]
     best = max((v for v in values if not math.isnan(v)), default=0.0)
-    alone = best > 0 and cells.count(_number(best)) == 1
-    return [f"<strong>{cell}</strong>" if alone and cell == _number(best) else cell for cell in cells]
+    alone = best > 0 and cells.count(page.number(best)) == 1
+    return [f"<strong>{cell}</strong>" if alone and cell == page.number(best) else cell for cell in cells]
 
 
 def _reach(report: Report) -> str:
@@ -336,14 +330,14 @@ def _reach(report: Report) -> str:
             f"{found.effective_sample_size:.0f} of {found.num_source} ({share:.0%})",
             "the larger the better, if the target is within reach",
         ],
-        ["AUC of the domains, held out", _number(found.auc), "0.5: the same domain; 1: separable"],
-        ["Calibration slope", _number(found.calibration_slope, 2), "near 1; well below: overconfident"],
+        ["AUC of the domains, held out", page.number(found.auc), "0.5: the same domain; 1: separable"],
+        ["Calibration slope", page.number(found.calibration_slope, 2), "near 1; well below: overconfident"],
     ]
     if found.mean_h:
         low, high = min(row[1] for row in found.mean_h), max(row[1] for row in found.mean_h)
         rows.append(["Mean of the fitted h, E_p[h]", f"{low:.3g} to {high:.3g} over t", "near 1 at every t"])
     caption = f"Diagnostics of {found.num_source} source and {found.num_target} target records, before sampling."
-    return _table(caption, ["Number", "value", "good"], rows, left=True) + _ratios(report)
+    return page.table(caption, ["Number", "value", "good"], rows, left=True) + _ratios(report)
 
 
 def _ratios(report: Report) -> str:
@@ -354,12 +348,12 @@ def _ratios(report: Report) -> str:
     plot = plots.histogram(values, "Histograms of the learned log-ratio", "log r = log q / p (nats)", colors=colors)
     legend = plots.legend([(name, colors[i % 4]) for i, name in enumerate(values)])
     rows = [
-        [name, str(len(v)), *(_number(float(q)) for q in np.quantile(v[np.isfinite(v)], [0.05, 0.5, 0.95]))]
+        [name, str(len(v)), *(page.number(float(q)) for q in np.quantile(v[np.isfinite(v)], [0.05, 0.5, 0.95]))]
         for name, v in values.items()
         if np.isfinite(v).any()
     ]
     caption = "Learned log-ratio of target to source density. The further apart, the better the domains are told apart."
-    return f"<figure>{legend}{plot}<figcaption>{caption}</figcaption></figure>" + _table(
+    return f"<figure>{legend}{plot}<figcaption>{caption}</figcaption></figure>" + page.table(
         "Quantiles of the log-ratio", ["Records of", "number", "5 %", "median", "95 %"], rows
     )
 
@@ -406,24 +400,24 @@ def _statistics(report: Report) -> str:
     rows = [["Records measured", _measured(report.reference), *(_measured(method.beats) for method in shown)]]
     if set(rows[0][1:]) == {"–"}:
         rows = []
-    for name in _keys({s.name: s for s in method.statistics} for method in shown):
+    for name in page.keys({s.name: s for s in method.statistics} for method in shown):
         found = [next((s for s in method.statistics if s.name == name), None) for method in shown]
         first = next(s for s in found if s is not None)
-        cells = [
-            "–"
-            if s is None or not s.num_generated
-            else f"{_quartiles(s.generated)}<br><small>W₁ {_number(s.wasserstein, 1)}, n = {s.num_generated}</small>"
-            for s in found
-        ]
+        cells = ["–" if s is None or not s.num_generated else _generated(s) for s in found]
         heading = f"{titles.get(name, name)} ({first.unit})"
-        rows.append([heading, f"{_quartiles(first.real)}<br><small>n = {first.num_real}</small>", *cells])
-    return _table(
+        rows.append([heading, f"{page.quartiles(first.real)}<br><small>n = {first.num_real}</small>", *cells])
+    return page.table(
         "Median (quartiles) over the records; W₁ is the Wasserstein-1 distance to the real records. A record is "
         "measured if its beats are alike; peaks that a detector finds in noise are not.",
         ["Measure", "Reference", *(method.name for method in shown)],
         rows,
         raw=True,
     )
+
+
+def _generated(found: StatisticComparison) -> str:
+    distance = f"W₁ {page.number(found.wasserstein, 1)}, n = {found.num_generated}"
+    return f"{page.quartiles(found.generated)}<br><small>{distance}</small>"
 
 
 def _measured(beats: ECGStatistics | None) -> str:
@@ -439,10 +433,10 @@ def _costs(report: Report) -> str:
     rows = [
         [
             method.name,
-            _or_dash(cost.trainable_parameters, lambda v: f"{int(v):,}"),
-            _or_dash(cost.training_seconds, _seconds),
-            _or_dash(cost.sampling_seconds, _seconds),
-            _or_dash(cost.memory_bytes, lambda v: f"{v / 2**20:,.0f} MiB"),
+            page.or_dash(cost.trainable_parameters, lambda v: f"{int(v):,}"),
+            page.or_dash(cost.training_seconds, page.seconds),
+            page.or_dash(cost.sampling_seconds, page.seconds),
+            page.or_dash(cost.memory_bytes, lambda v: f"{v / 2**20:,.0f} MiB"),
         ]
         for method in report.methods
         if (cost := method.cost) is not None
@@ -455,20 +449,20 @@ def _costs(report: Report) -> str:
     notes += [
         f"{name}: {size:,} parameters, {size / own:.3g} times the {own:,} of the {first}." for name, size in others
     ]
-    return _table("What each method takes; wall-clock time.", header, rows) + _notes(notes)
+    return page.table("What each method takes; wall-clock time.", header, rows) + page.notes(notes)
 
 
 def _counts(report: Report) -> str:
-    rows = [[name, _plain(value)] for name, value in report.counts.items()]
-    return _table("Records", ["Part", "records"], rows) if rows else ""
+    rows = [[name, page.plain(value)] for name, value in report.counts.items()]
+    return page.table("Records", ["Part", "records"], rows) if rows else ""
 
 
 def _provenance(report: Report) -> str:
     parts = []
     for title, values in (("Versions and machine", report.provenance), ("Settings", report.settings)):
-        rows = [[name, _plain(value)] for name, value in _flattened(values)]
+        rows = [[name, page.plain(value)] for name, value in page.flattened(values)]
         if rows:
-            table = _table(title, ["Entry", "value"], rows, left=True)
+            table = page.table(title, ["Entry", "value"], rows, left=True)
             parts.append(
                 f"<details{' open' * (values is report.provenance)}><summary>{title}</summary>{table}</details>"
             )
@@ -487,148 +481,3 @@ _SECTIONS: Sequence[tuple[str, str, Callable[[Report], str]]] = (
     ("data", "Data", _counts),
     ("provenance", "Provenance", _provenance),
 )
-
-
-# -------------------------------------------------------------------------------------------------- pieces
-
-
-def _table(
-    caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, raw: bool = False, left: bool = False
-) -> str:
-    """An HTML table. All cells are escaped; with ``raw`` only the header and the first column are. Cells of numbers
-    stand at the right, with ``left`` those of words at the left.
-    """
-    kind = "words" if left else "numbers"
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{cell if raw else escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table class="{kind}"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _notes(texts: Sequence[str]) -> str:
-    return f'<ul class="notes">{"".join(f"<li>{escape(text)}</li>" for text in texts)}</ul>'
-
-
-def _number(value: float, digits: int = 3) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    text = f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
-    return text.replace("-", "−")
-
-
-def _interval(value: Interval) -> str:
-    if math.isnan(value.low):
-        return _number(value.value)
-    return f"{_number(value.value)} ({_number(value.low)} to {_number(value.high)})"
-
-
-def _about(intervals: Sequence[Interval]) -> str:
-    known = [value for value in intervals if not math.isnan(value.low)]
-    if not known:
-        return ""
-    return (
-        f"In brackets {known[0].confidence:.0%} bootstrap intervals over the test records ({known[0].num} resamplings)."
-    )
-
-
-def _quartiles(values: tuple[float, float, float]) -> str:
-    low, median, high = (_number(value, 0) for value in values)
-    return "–" if median == "–" else f"{median} ({low} to {high})"
-
-
-def _seconds(value: float) -> str:
-    if value < 120:
-        return f"{value:.1f} s"
-    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def _or_dash(value: Any, shown: Callable[[Any], str]) -> str:
-    return "–" if value is None else shown(value)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
-    return str(value)
-
-
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    entries: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            entries += _flattened(value, f"{prefix}{name}.")
-        else:
-            entries.append((f"{prefix}{name}", value))
-    return entries
-
-
-def _keys(tables: Any) -> list[str]:
-    """Keys of all tables, in the order in which they first appear."""
-    return list(dict.fromkeys(key for table in tables for key in table))
-
-
-_STYLE = """
-:root{color-scheme:light;--ink:#16161d;--soft:#5b5b66;--line:#dcdce4}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1.5rem 1.25rem 4rem;max-width:1120px;color:var(--ink);background:#fff;
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-h1{font-size:1.9rem;line-height:1.2;margin:.2em 0 .3em}
-h2{font-size:1.35rem;margin:2.4rem 0 .6rem;padding-bottom:.25rem;border-bottom:2px solid var(--line)}
-h3{font-size:1.1rem;margin:1.6rem 0 .3rem}
-header p{max-width:75ch;margin:.4rem 0}
-a{color:#0b57a4}
-nav ol{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:.6rem 0;margin:1rem 0 0;list-style:none;
-border-block:1px solid var(--line);font-size:.95rem}
-.verdict{margin:1rem 0;padding:.6rem 1.2rem;border-left:8px solid #0b57a4;background:#f0f5fb;border-radius:4px}
-.verdict p{margin:.3rem 0}
-.warnings{margin:1.2rem 0;padding:.8rem 1.2rem;border:1px solid #d39b00;border-left:8px solid #d39b00;
-background:#fff7dd;border-radius:4px}
-.warnings h2{margin:0 0 .3rem;border:0;font-size:1.1rem}
-.warnings ul{margin:0;padding-left:1.2rem}
-.scroll{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;min-width:min(100%,46rem);font-size:.92rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding-bottom:.4rem;max-width:80ch}
-th,td{padding:.32rem .8rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--line)}
-th:first-child{text-align:left;padding-left:0}
-td{white-space:nowrap}
-thead th{border-bottom:2px solid #9a9aa6;font-weight:600}
-tbody th{font-weight:500}
-tbody tr:hover{background:#f6f7fb}
-small{color:var(--soft)}
-figure{margin:.8rem 0 1.4rem}
-figcaption{color:var(--soft);font-size:.92rem;margin-top:.3rem}
-svg.ecg,svg.chart{display:block;width:100%;height:auto}
-svg.ecg{border:1px solid #e9a3a3}
-svg.chart{max-width:760px}
-svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-.strips{display:grid;grid-template-columns:repeat(var(--columns),minmax(190px,1fr));gap:.6rem;align-items:start}
-.strips figure{margin:0}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:.8rem}
-.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.4rem;list-style:none;margin:.2rem 0 .6rem;padding:0;font-size:.95rem}
-.legend svg{vertical-align:middle}
-.notes{color:var(--soft);font-size:.9rem;max-width:85ch;padding-left:1.2rem}
-summary{font-weight:600;cursor:pointer}
-.words th,.words td{text-align:left}
-.words td{white-space:normal}
-details .words td{word-break:break-word}
-@page{size:A4 landscape;margin:9mm}
-@media print{
-body{max-width:none;padding:0;font-size:10pt}
-nav{display:none}
-svg.ecg{width:var(--paper-width);max-width:100%;max-height:185mm;border:0}
-svg.ecg,.warnings{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-figure,tr{break-inside:avoid}
-h2,h3{break-after:avoid}
-}
-"""

@@ -173,6 +173,8 @@ class TransferModel(Pretrained):
     ) -> np.ndarray:
         """Samples of the target domain (of the source with ``guided=False``): float32 [num, ...] in data units.
 
+        They are float64 if float32 does not hold the spread of a feature, such as a time stamp.
+
         The first guided call gives an :class:`OutOfReachWarning` if ``diagnostics`` say not to use the samples.
 
         Args:

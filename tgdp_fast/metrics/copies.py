@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,12 @@ def memorization(
         if max_shift is not None:
             raise ValueError(f"max_shift is for signals [N, leads, L], got train of shape {list(np.shape(train))}")
         found, reference, nearest = _by_distance(generated, train, held_out, device)
+    if leaked := int((reference < COPY).sum()):
+        warnings.warn(
+            f"held_out holds {leaked} copies of training samples, at distance 0: the ratios say little; leave them "
+            "out of held_out",
+            stacklevel=2,
+        )
     return Memorization(
         found,
         reference,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast.metrics.two_sample import _points
+from tgdp_fast.metrics.two_sample import _points, warn_of_copies
 from tgdp_fast.runtime.checks import check_integer
 
 _BLOCK = 2_048  # rows and columns of a distance matrix held at once, 32 MiB in float64
@@ -80,6 +80,7 @@ def density_and_coverage(real: np.ndarray | Tensor, generated: np.ndarray | Tens
     _check_same(x, y, "real", "generated")
     if len(x) <= k:
         raise ValueError(f"real must hold more than k = {k} samples, got {len(x)}")
+    warn_of_copies("real", x, "the neighborhoods of its samples shrink or vanish")
     pairs, covered = 0, 0
     for rows in x.split(_BLOCK):
         nearest = torch.empty(len(rows), 0, dtype=x.dtype, device=x.device)

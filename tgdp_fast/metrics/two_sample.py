@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast.runtime.arrays import as_float64
+from tgdp_fast.runtime.arrays import as_float64, distinct_rows
 from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
 
 _MEDIAN_POINTS = 2_000  # rows of y used by the median heuristic
@@ -141,6 +142,15 @@ def _pair(x: Tensor | np.ndarray, y: Tensor | np.ndarray, minimum: int) -> tuple
             f"x and y must hold events of one shape, got {list(np.shape(x))[1:]} and {list(np.shape(y))[1:]}"
         )
     return first, second.to(first.device)
+
+
+def warn_of_copies(name: str, x: Tensor, consequence: str) -> None:
+    """Warn if more than a tenth of the rows of ``x`` repeat another one, as after oversampling."""
+    copies = len(x) - len(distinct_rows(x))
+    if copies > 0.1 * len(x):
+        warnings.warn(
+            f"{name} holds {copies} copies among {len(x)} rows: {consequence}; pass each row once", stacklevel=3
+        )
 
 
 def _points(name: str, value: Tensor | np.ndarray, minimum: int) -> Tensor:

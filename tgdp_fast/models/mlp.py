@@ -7,7 +7,7 @@ Time and labels enter only as a bias of the first layer. In sampling they can th
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class ScoreMLP(nn.Module):
         return embed_labels(self.label_embedding, labels)
 
     def forward(self, x: Tensor, half_log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
-        first, *others = [layer for layer in (*self.layers, self.head) if isinstance(layer, nn.Linear)]
+        first, *others = cast("list[nn.Linear]", [*self.layers, self.head])  # A compiled one is of another class.
         bias = self.time_embedding(half_log_snr, first.bias)
         label_bias = self.label_bias(labels)
         if label_bias is not None:

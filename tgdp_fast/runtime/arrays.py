@@ -243,7 +243,10 @@ def _lost_spread(array: np.ndarray) -> str:
     some = np.asarray(array[:: -(-len(array) // rows)], dtype=np.float64)
     axes = (0, *range(2, array.ndim))
     mean, std = some.mean(axis=axes), some.std(axis=axes)
-    lost = _is_lost(mean, std) & (std > _ROUNDING * np.abs(mean))
+    varies = std > _ROUNDING * np.abs(mean)
+    # A large value that is constant in float32 was perhaps rounded to it before it came here.
+    rounded = np.result_type(array.dtype, np.float32) == np.float32
+    lost = _is_lost(mean, std) & (varies | (rounded & (_step(mean) > 1.0)))
     if not lost.any():
         return ""
     k = int(lost.argmax())
@@ -316,7 +319,7 @@ class Standardizer:
         mean = sum(array[part].sum(axis=axes, dtype=np.float64) for part in chunks) / count
         center = mean.reshape(-1, *[1] * (array.ndim - 2))
         # Two passes: E x^2 - mean^2 would cancel.
-        squares = sum(np.square(array[part] - center).sum(axis=axes) for part in chunks)
+        squares = sum(np.square(array[part] - center).sum(axis=axes, dtype=np.float64) for part in chunks)
         std = np.sqrt(squares / count)
         # A spread within the resolution of the value is rounding, not signal.
         exact = array.dtype.itemsize > 4 or (array.dtype.kind in "iu" and array.dtype.itemsize == 4)
@@ -455,7 +458,10 @@ def as_tensor(name: str, tensor: Tensor) -> Tensor:
     """
     kind, advice = "", ""
     if tensor.layout != torch.strided or tensor.is_nested:
-        kind, advice = f"a {tensor.layout} tensor", "convert it with tensor.to_dense()"
+        kind, advice = (
+            "a nested tensor" if tensor.is_nested else f"a {tensor.layout} tensor",
+            "convert it with tensor.to_dense()",
+        )
     elif hasattr(tensor, "get_mask"):
         kind, advice = "a masked tensor", "fill or drop what is masked, with to_tensor(value)"
     elif tensor.is_quantized:

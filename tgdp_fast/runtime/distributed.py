@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 #: How long processes wait for each other: one may have hours of work that the others do not share.
 _PATIENCE = timedelta(days=7)
 
-_is_alone = False
+_is_alone: ContextVar[bool] = ContextVar("tgdp_fast_is_alone", default=False)
 
 
 def rank() -> int:
@@ -86,12 +87,11 @@ def average_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tenso
 @contextmanager
 def alone() -> Iterator[None]:
     """Inside the block this process acts as the only one, for work that the others wait for or have done."""
-    global _is_alone
-    before, _is_alone = _is_alone, True
+    token = _is_alone.set(True)
     try:
         yield
     finally:
-        _is_alone = before
+        _is_alone.reset(token)
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def process_group(device: str | torch.device) -> Iterator[None]:
 
 
 def _together() -> bool:
-    return not _is_alone and dist.is_available() and dist.is_initialized()
+    return not _is_alone.get() and dist.is_available() and dist.is_initialized()
 
 
 def _device() -> torch.device:

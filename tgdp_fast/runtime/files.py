@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -28,8 +29,13 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
         file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
-def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
+def save_array(path: str | os.PathLike[str], array: np.ndarray, seal: hashlib._Hash | None = None) -> None:
     """Write one array as ``.npy``, atomically and without pickling.
+
+    Args:
+        path: the file.
+        array: of numbers.
+        seal: takes up the content of the file; its digest follows the end of the array, where readers ignore it.
 
     Raises:
         ValueError: ``path`` does not end in ``.npy``, or the array holds Python objects.
@@ -40,8 +46,16 @@ def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
     if array.dtype.hasobject:
         raise ValueError(f"array must hold numbers, got dtype {array.dtype}; objects would need pickling")
     with _atomic_file(path) as file:
+
+        def write(part: bytes) -> None:
+            file.write(part)
+            if seal is not None:
+                seal.update(part)
+
         # To a file of Python NumPy writes by C, and then cannot say why it fails.
-        np.save(SimpleNamespace(write=file.write), array, allow_pickle=False)  # type: ignore[call-overload]
+        np.save(SimpleNamespace(write=write), array, allow_pickle=False)  # type: ignore[call-overload]
+        if seal is not None:
+            file.write(seal.digest())
 
 
 def to_json(value: Any) -> str:

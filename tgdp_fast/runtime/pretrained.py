@@ -126,7 +126,7 @@ class Pretrained:
                     f"{folder_or_repo_id} does not exist; expected a folder with {CONFIG_FILE} and {TENSOR_FILE}. If "
                     "it is a repository of the Hugging Face Hub, pass hub=True"
                 )
-        return cls.load(folder, **arguments)  # type: ignore[attr-defined,no-any-return]
+        return cls.load(folder, **arguments)  # type: ignore[attr-defined]
 
 
 def model_card(

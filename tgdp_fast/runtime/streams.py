@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from functools import cache
 from typing import TypeVar
 
 import torch
@@ -31,6 +31,12 @@ def side_by_side(
     return main, result
 
 
-@cache
+_of_thread = threading.local()
+
+
 def _other_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    """This thread's own: the launches of another thread must not join a capture in which this one takes part."""
+    streams: dict[torch.device, torch.cuda.Stream] = vars(_of_thread).setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]

@@ -109,7 +109,7 @@ class BlockFile:
                     self._discard_blocks()
                     write_atomic(stamp, identity)
                     resumes = True
-                _save_block(file, identity, values)
+                save_array(file, values, _seal(file, identity))
             stop = start + len(values)
             result[start:stop] = values
 
@@ -120,14 +120,6 @@ class BlockFile:
                 file.unlink(missing_ok=True)
 
 
-def _save_block(file: Path, identity: str, values: np.ndarray) -> None:
-    """Write a block: an .npy file with a digest after its end, which readers of .npy ignore."""
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    content = buffer.getvalue()
-    write_atomic(file, content + _digest(file, identity, content))
-
-
 def _load_block(file: Path, identity: str, most: tuple[int, ...]) -> np.ndarray | None:
     """A block of at most the shape ``most``, or None: missing, damaged, of another run, or of another place in it."""
     limit = np.prod(most, dtype=object) * 4 + _HEADER_BYTES + _DIGEST_BYTES
@@ -135,11 +127,14 @@ def _load_block(file: Path, identity: str, most: tuple[int, ...]) -> np.ndarray 
         return None
     content = file.read_bytes()
     content, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if digest != _digest(file, identity, content):
+    seal = _seal(file, identity)
+    seal.update(content)
+    if digest != seal.digest():
         return None
     values: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
     return values
 
 
-def _digest(file: Path, identity: str, content: bytes) -> bytes:
-    return hashlib.sha256(b"\0".join((identity.encode(), file.name.encode(), content))).digest()
+def _seal(file: Path, identity: str) -> hashlib._Hash:
+    """The hash of a block, before its content."""
+    return hashlib.sha256(b"\0".join((identity.encode(), file.name.encode(), b"")))

@@ -25,6 +25,7 @@ from tgdp_fast.ops import SolverStep, guided_step
 from tgdp_fast.ops.measured import capturing
 
 _logger = logging.getLogger(__name__)
+_capture = threading.Lock()
 
 #: after(k, x, x0, finite): the evaluation, the state after it, the predicted clean sample, whether the state is finite.
 After: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -201,7 +202,8 @@ def capture(function: Callable[..., Tensors], inputs: list[Tensor | None]) -> tu
     # replay, and copies from the capture hold no values outside it.
     torch.clear_autocast_cache()
     try:
-        with torch.cuda.graph(graph):
+        # One at a time, as captures share a stream; other threads may go on with other work.
+        with _capture, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = function(*inputs)
     finally:
         torch.clear_autocast_cache()

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -285,7 +285,7 @@ class GuidanceQt(ECGStem):
             ValueError: labels without a ``state_dim``, or none with one.
         """
         self._check_condition(labels)
-        linear = [layer for layer in self.qt if isinstance(layer, nn.Linear)]
+        linear = cast("list[nn.Linear]", [layer for layer in self.qt if not isinstance(layer, nn.SiLU)])
         first = linear[0].weight
         rows = self.embed(torch.as_tensor(t, device=x.device).reshape(-1))
         if labels is not None:
