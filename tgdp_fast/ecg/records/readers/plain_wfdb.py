@@ -28,8 +28,8 @@ def read_plain_records(folder: ECGFolder, root: Root, selection: Selection) -> N
             diagnosed += not names and header.comment("Dx") is not None
     if diagnosed:
         folder.notes.append(
-            f"{diagnosed} records name diagnoses (Dx) and no statements; write a line such as '# Labels: NORM, SR' into "
-            "their headers"
+            f"{diagnosed} records name diagnoses (Dx) and no statements; write a line such as '# Labels: NORM, SR' "
+            "into their headers"
         )
 
 
