@@ -124,6 +124,7 @@ def test_what_draws_no_records(
         (model, ["--statements", "NORM", "SR,AFIBB"], "--statements must be names that the model knows, got 'AFIBB'"),
         (model, ["--statements", "AFIBB"], "(did you mean AFIB"),
         (model, ["--statements", "afib"], "(did you mean AFIB"),
+        (model, ["--statements", "NORM,AF"], "(did you mean AFIB"),
         (
             model,
             ["--statements", "FOO"],

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tgdp_fast.ecg.records.leads import find_leads, negated_leads
+from tgdp_fast.ecg.records.leads import find_leads, signed_leads
 from tgdp_fast.runtime.optional import optional
 
 _HEADER_BYTES = 1 << 20  # a longer header is none
@@ -291,8 +291,8 @@ def parse_header(text: str, name: str = "") -> RecordHeader:
     if len(lines) - 1 < count:
         raise RecordError(f"the header says {count} signals and describes {len(lines) - 1}")
     signals = [_signal(line, place) for place, line in enumerate(lines[1 : count + 1])]
-    for place, lead in negated_leads(tuple(signal.name for signal in signals)):
-        signals[place] = signals[place]._replace(name=lead, gain=-signals[place].gain)
+    for place, lead, sign in signed_leads(tuple(signal.name for signal in signals)):
+        signals[place] = signals[place]._replace(name=lead, gain=sign * signals[place].gain)
     return RecordHeader(rate, length or None, tuple(signals), tuple(comments))
 
 
