@@ -183,3 +183,13 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, signals: np.ndarray, monkey
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", signals)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_masked_signals_are_refused(tmp_path: Path) -> None:
+    signals = np.zeros((2, 8, 50), dtype=np.float32)
+    masked = np.ma.array(signals, mask=np.arange(800).reshape(2, 8, 50) == 400)
+    with pytest.raises(
+        ValueError, match="signals_mV must not hold masked values, but 1 of 800 are masked, .* in row 1"
+    ):
+        write_ecg_records(tmp_path / "out", masked, 100)
+    assert not (tmp_path / "out").exists()

@@ -211,7 +211,7 @@ def test_a_data_tensor_of_inference_mode_or_with_a_graph_can_be_fitted() -> None
 
 
 _FACTORIES = {"rand", "randn", "randint", "randperm", "empty", "zeros", "ones", "full", "arange", "linspace"}
-_FACTORIES |= {"logspace", "eye", "tensor"}
+_FACTORIES |= {"logspace", "eye", "tensor", "as_tensor"}
 
 
 def test_every_tensor_that_the_package_makes_names_its_device() -> None:

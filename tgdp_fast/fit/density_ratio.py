@@ -123,7 +123,8 @@ def fit_density_ratio(
         None if one is None else encode_labels(one.tensor(device), arrays.num_classes) for one in arrays.labels
     )
     folds = min(check_integer("folds", folds, 2), len(target), len(source))
-    clip = check_number("clip", clip, 0.0, exclusive=True)
+    if clip != math.inf:
+        check_number("clip", clip, 0.0, exclusive=True)
     check_seed(seed)
     settings = check_config("settings", settings or DEFAULT_SETTINGS, TrainingConfig)
     generator = torch.Generator("cpu").manual_seed(seed)

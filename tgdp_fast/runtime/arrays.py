@@ -287,7 +287,7 @@ class Standardizer:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            value = torch.as_tensor(getattr(self, name)).detach().to(device="cpu", dtype=torch.float64)
+            value = torch.as_tensor(getattr(self, name), dtype=torch.float64, device="cpu").detach()
             object.__setattr__(self, name, value)
         if self.mean.shape != self.std.shape or not (self.mean.isfinite() & self.std.isfinite()).all():
             raise ValueError(

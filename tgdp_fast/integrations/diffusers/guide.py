@@ -187,7 +187,7 @@ class GuidedModel:
         self.guidance = guidance
         self.scale, self.interval = config.scale, config.interval
         self.gradient_norm_limit = config.gradient_norm_limit
-        self.labels = None if labels is None else torch.as_tensor(labels)
+        self.labels = None if labels is None else torch.as_tensor(labels, device=getattr(labels, "device", "cpu"))
         self.time_input = check_choice("time_input", time_input, TIME_INPUTS)
         self._pipeline = pipeline
         self._scheduler = scheduler
