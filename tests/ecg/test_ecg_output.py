@@ -222,3 +222,13 @@ def test_what_a_killed_process_has_left_goes_and_a_folder_that_another_writes_is
     assert "out is being written by process" in str(refused[0])
     write(tmp_path / "out", signals)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_masked_signals_are_refused(tmp_path: Path) -> None:
+    signals = np.zeros((2, 8, 50), dtype=np.float32)
+    masked = np.ma.array(signals, mask=np.arange(800).reshape(2, 8, 50) == 400)
+    with pytest.raises(
+        ValueError, match="signals_mV must not hold masked values, but 1 of 800 are masked, .* in row 1"
+    ):
+        write_ecg_records(tmp_path / "out", masked, 100)
+    assert not (tmp_path / "out").exists()

@@ -124,10 +124,11 @@ def _unpickled(file: Path) -> Any:
     with (
         open(file, "rb") as handle,
         # Reading it never takes more than it has, whatever lengths it states.
-        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         _LOADING,
         torch.serialization.safe_globals(_PLAIN),
     ):
+        content: Any = mapped  # It reads and seeks, as a file does.
         return torch.load(content, map_location="cpu", weights_only=True)
 
 
