@@ -70,7 +70,7 @@ format: $(VENV)/.test-ready
 # For other environments with this minor version of torch, and any Python from 3.10 on.
 wheel: $(VENV)/.torch-ready
 	@rm -rf build/lib*
-	TGDP_TAG=1 $(PIP) wheel --verbose --no-deps --no-build-isolation --wheel-dir dist .
+	TGDP_TAG=1 $(PIP) wheel --verbose --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist .
 	@echo "written: $$(ls -t dist/*.whl | head -n 1)"
 
 clean:

@@ -151,12 +151,10 @@ def cuda_extension() -> object | None:
             return skip("CUDA", f"the toolkit ({nvcc}) knows none of the architectures {', '.join(ARCHITECTURES)}")
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(wanted) + "+PTX"
     sources = ["csrc/cuda_bindings.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))]
-    # Spaces separate them too.
-    architectures = "TGDP_GPU_ARCHITECTURES=" + ";".join(
-        re.split(r"[;\s]+", os.environ["TORCH_CUDA_ARCH_LIST"].strip())
-    )
+    # Without characters that a shell would read.
+    architectures = "_".join(re.split(r"[;\s]+", os.environ["TORCH_CUDA_ARCH_LIST"].strip()))
     flags = {
-        "cxx": ["-O3", "-g0", "-fvisibility=hidden", f"-D{architectures}"],
+        "cxx": ["-O3", "-g0", "-fvisibility=hidden", f"-DGPU_ARCHITECTURES={architectures}"],
         "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"],
     }
     return CUDAExtension("tgdp_fast._cuda", sources, depends=headers(), py_limited_api=True, extra_compile_args=flags)

@@ -217,5 +217,5 @@ TORCH_LIBRARY_IMPL(tgdp_fast, CUDA, library) {
   library.impl("long_convolution", &long_convolution);
 }
 
-TGDP_STAMP(" and GPU architectures " TGDP_TEXT(TGDP_GPU_ARCHITECTURES));
+TGDP_STAMP(" and GPU architectures " TGDP_TEXT(GPU_ARCHITECTURES));
 TGDP_PYTHON_MODULE(_cuda)

@@ -192,7 +192,7 @@ def test_a_cache_is_used_again_until_something_changes(tmp_path: Path, reads: li
     def build(**changes: Any) -> int:
         reads.clear()
         build_ecg_cache(open_ecg_folder(root), place, **({"seconds": 1.0} | changes))
-        assert len(list(place.iterdir())) == 3  # nothing of before is left
+        assert len(list(place.iterdir())) == 2  # nothing of before is left
         return len(reads)
 
     assert build() == 3
@@ -213,6 +213,21 @@ def test_a_cache_is_used_again_until_something_changes(tmp_path: Path, reads: li
     assert np.array_equal(ECGDataset.load(place).signals[0], stored(twelve(77, 100)))
     dat.unlink()
     assert build() == 2
+
+
+def test_a_finished_cache_needs_no_right_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    root, place = write_ptbxl(tmp_path / "ptbxl", 3), tmp_path / "cache"
+    built = build_ecg_cache(open_ecg_folder(root), place, seconds=1.0)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(ecg_cache, "folder_lock", forbidden)
+    reads.clear()
+    assert build_ecg_cache(open_ecg_folder(root), place, seconds=1.0).sha256 == built.sha256
+    assert reads == []
 
 
 def damage_signals(place: Path) -> None:

@@ -396,6 +396,9 @@ def test_plain_records_with_labels_in_their_headers(tmp_path: Path) -> None:
     found = read_entry(folder.entries[0], Root(tmp_path), rate=100.0, seconds=1.0, leads=STORED_LEADS)
     assert np.array_equal(found, (values[:100, 7::-1].T / 1000).astype(np.float32))
     assert {e.name for e in open_ecg_folder(tmp_path, leads=["V1"]).entries} == {"a/one", "b/one", "few"}
+    assert folder.notes == []
+    write_record(tmp_path / "b", "one", values, order, comments=("Dx: 426177001",))
+    assert open_ecg_folder(tmp_path).notes[0].startswith("1 records name diagnoses (Dx) and no statements")
 
 
 APPLE = bytes.fromhex("00051607000200004d6163204f532058") + bytes(100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tgdp_fast.ecg.records.leads import STORED_LEADS, TWELVE_LEADS, twelve_leads
 from tgdp_fast.ecg.records.output import write_ecg_records
 from tgdp_fast.ecg.records.synthetic import synthetic_ecg
 from tgdp_fast.ecg.records.wfdb import write_record
+from tgdp_fast.runtime.locks import InUseError, target_lock
 
 MANIFEST = {"seed": 3, "model": "0123", "solver": "dpmpp_2m", "scale": 1.5}
 LABELS = [["SR", "NORM"], ["AFIB"], []]
@@ -183,3 +185,50 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, signals: np.ndarray, monkey
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", signals)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1000, 4000])
+def test_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path: Path, signals: np.ndarray, size: int) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as found:
+            write(tmp_path / "out", signals)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(found.value.filename).startswith(str(tmp_path / "out"))
+    assert not any(tmp_path.iterdir())
+    write(tmp_path / "out", signals)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_has_left_goes_and_a_folder_that_another_writes_is_refused(
+    tmp_path: Path, signals: np.ndarray
+) -> None:
+    (tmp_path / ".out.0123abcd.partial" / "records").mkdir(parents=True)
+    refused: list[InUseError] = []
+
+    def other() -> None:
+        try:
+            write(tmp_path / "out", signals)
+        except InUseError as error:
+            refused.append(error)
+
+    with target_lock(tmp_path / "out"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "out is being written by process" in str(refused[0])
+    write(tmp_path / "out", signals)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_masked_signals_are_refused(tmp_path: Path) -> None:
+    signals = np.zeros((2, 8, 50), dtype=np.float32)
+    masked = np.ma.array(signals, mask=np.arange(800).reshape(2, 8, 50) == 400)
+    with pytest.raises(
+        ValueError, match="signals_mV must not hold masked values, but 1 of 800 are masked, .* in row 1"
+    ):
+        write_ecg_records(tmp_path / "out", masked, 100)
+    assert not (tmp_path / "out").exists()

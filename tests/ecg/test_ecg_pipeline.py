@@ -124,6 +124,7 @@ def test_what_draws_no_records(
         (model, ["--statements", "NORM", "SR,AFIBB"], "--statements must be names that the model knows, got 'AFIBB'"),
         (model, ["--statements", "AFIBB"], "(did you mean AFIB"),
         (model, ["--statements", "afib"], "(did you mean AFIB"),
+        (model, ["--statements", "NORM,AF"], "(did you mean AFIB"),
         (
             model,
             ["--statements", "FOO"],
@@ -529,6 +530,7 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_not_been(finished: Path, con
         assert torch.equal(*samples), name
     assert not list((out / "stages").glob("*.parts"))
     assert not list((out / "stages").glob("*.state"))
+    assert not list(out.rglob(".*"))
 
 
 def methods_of(out: Path) -> dict[str, object]:

@@ -291,6 +291,19 @@ def test_leads_of_the_other_sign(tmp_path: Path, name: str, negated: bool) -> No
     assert np.array_equal(read_leads(header, [lead])[0][0], (values[:, 1] / 1000).astype(np.float32))
 
 
+def test_a_minus_that_joins_words_is_no_sign(tmp_path: Path) -> None:
+    values = twelve(0, 9)
+    header = write_record(tmp_path, "r", values, [f"ECG-{lead}" for lead in PTBXL_LEADS])
+    assert np.array_equal(read_leads(header, PTBXL_LEADS)[0], (values.T / 1000).astype(np.float32))
+    header.write_text(header.read_text().replace("ECG-AVR", "ECG -AVR"))
+    assert np.array_equal(read_leads(header, ["aVR"])[0][0], -(values[:, 3] / 1000).astype(np.float32))
+    # One that differs from the others may be negated.
+    header = write_record(tmp_path, "r", values, [f"ECG {lead}" for lead in PTBXL_LEADS])
+    header.write_text(header.read_text().replace("ECG AVR", "ECG-AVR").replace("ECG III", "ECG-III"))
+    with pytest.raises(ValueError, match="the leads aVR, III are missing"):
+        read_leads(header, ["aVR", "III", "I"])
+
+
 @pytest.mark.parametrize(
     ("gain", "expected"),
     [("0", 5 / 200), ("0(1)/mV", 4 / 200), ("2e2(1e0)/mV", 4 / 200), ("-1000.0(0)/mV", -5e-3), ("5E-1(1.0)/uV", 8e-3)],

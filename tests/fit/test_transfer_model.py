@@ -238,6 +238,18 @@ def test_guided_samples_start_from_the_prior_which_is_saved(tmp_path: Path) -> N
     assert np.array_equal(loaded.sample(5, steps=3, guided=False), plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("diagnostics", {"warnings": 5}), ("diagnostics", {"outside_fraction": "all"}), ("config", {"ecg": 1})],
+)
+def test_a_file_whose_warnings_cannot_be_read_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    model = fit(config=GuidanceConfig(training=TINY, diagnostics=False))
+    setattr(model, name, value)
+    model.save(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="does not describe a TransferModel"):
+        TransferModel.load(tmp_path / "m")
+
+
 def test_a_prior_in_the_units_of_the_data_is_mentioned(tmp_path: Path) -> None:
     model = fit(config=GuidanceConfig(training=TINY, diagnostics=False))
     raw = 500.0 + 20.0 * np.random.default_rng(0).standard_normal((50, 2))

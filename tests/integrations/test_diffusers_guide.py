@@ -546,6 +546,34 @@ def test_no_class_is_that_of_the_same_image() -> None:
         assert guidance.seen.tolist() == [0, 2, 0, 2]
 
 
+def test_the_pipeline_of_dit() -> None:
+    """Classifier-free guidance with class 1000 and a learned variance: as with the classes given to the guide."""
+    scheduler = make_scheduler("DDIMScheduler")
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    pipeline = diffusers.DiTPipeline(transformer.eval(), vae.eval(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    network = GuidanceNetwork((4, 8, 8), schedule, width=8, depth=1, num_classes=1000).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+
+    def draw() -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline([3, 7], num_inference_steps=2, generator=generator, output_type="np").images
+
+    unguided = draw()
+    with guide(pipeline, network):
+        found = draw()
+    with guide(pipeline, network, labels=[3, 7]):
+        expected = draw()
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - unguided).max() > 1e-4
+
+
 def predict_with(model: nn.Module, x: Tensor, class_labels: Any) -> Tensor:
     with torch.no_grad():
         return model(x, 500, class_labels=class_labels).sample

@@ -396,7 +396,7 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path: Path, size: int
 
 def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the hash of its tensors and their reading, or between its two files."""
-    path, real = tmp_path / "model", {name: getattr(checkpoint, name) for name in ("_sha256", "_looks_pickled")}
+    path, real = tmp_path / "model", {name: getattr(checkpoint, name) for name in ("_sha256", "looks_pickled")}
     for generation, name in enumerate(real):
         save_checkpoint(path, "denoiser", {"generation": generation}, tensors(generation))
 

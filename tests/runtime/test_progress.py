@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from tgdp_fast.runtime.progress import duration, progress_bar
+from tgdp_fast.runtime.progress import duration, progress_bar, say, tracked
 
 
 class Clock:
@@ -59,6 +59,7 @@ def test_a_long_stage_tells_its_time_first_and_then_a_line_a_minute() -> None:
 
 def test_a_short_stage_says_that_it_began() -> None:
     assert lines(2000, 0.004) == [(0.0, "source model: 2000 steps")]
+    assert lines(1, 2.0) == [(0.0, "source model: 1 step")]
     assert [text for _, text in lines(100, 0.1)] == ["source model: 100 steps"]  # Ten seconds: no estimate.
 
 
@@ -102,6 +103,13 @@ def test_a_terminal_has_a_bar_and_silence_is_silent(capsys: pytest.CaptureFixtur
             bar.update(2)
         assert shown.getvalue() == ""
     assert capsys.readouterr().err == ""
+
+
+def test_closed_streams_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    monkeypatch.setattr("sys.stdout", None)
+    assert list(tracked([1, 2], "rows", "row", True)) == [1, 2]
+    say("text")
 
 
 def test_only_the_first_process_tells(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,6 @@ def add_parsers(commands: Any) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """The paper's simulation in its quick form: n = 100, one draw, table and plots."""
-    if not options.quiet:  # Before torch is loaded, which takes seconds.
-        print("the paper's simulation: a source model, then eight methods", file=sys.stderr, flush=True)
     from tgdp_fast.fit.config import TrainingConfig
     from tgdp_fast.lab.experiments import gaussians
 

@@ -116,7 +116,9 @@ class GaussianPrior(Prior):
 
     def __post_init__(self) -> None:
         for name in ("mean", "directions", "variances"):
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).detach().double())
+            value = getattr(self, name)
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+            object.__setattr__(self, name, value.detach().double())
         expected = (self.mean.numel(), *self.variances.shape)
         if len(expected) != 2 or self.directions.shape != expected:
             raise ValueError(

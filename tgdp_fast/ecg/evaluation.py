@@ -297,15 +297,16 @@ def _report(run: Run, cohorts: Cohorts, methods: Sequence[Method], ratio: Densit
         ),
         warnings=[*model.diagnostics["warnings"], *([few_tested] if tested < _FEW else [])],
         diagnostics=model.diagnostics,
-        sizes={
-            name: sum(parameter.numel() for parameter in network.parameters())
-            for name, network in {"source model": model.denoiser, "Guidance of TGDP": model.guidance}.items()
-        },
+        sizes={"source model": _size(model.denoiser), "Guidance of TGDP": _size(model.guidance)},
         log_ratios={"source": ratio.source_log_ratio.numpy(), "target": ratio.target_log_ratio.numpy()},
         counts=counts(run, cohorts),
         provenance={"tgdp_fast": __version__, "torch": torch.__version__, **environment()},
         settings=to_dict(config),
     )
+
+
+def _size(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _save_utility(utility: Utility, path: Path) -> None:

@@ -26,7 +26,8 @@ from tgdp_fast.models.xresnet1d import XResNet1d
 from tgdp_fast.runtime.checks import check_choice
 from tgdp_fast.runtime.stages import owned
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class NotComputedError(AttributeError):

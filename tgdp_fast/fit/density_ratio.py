@@ -17,6 +17,7 @@ from tgdp_fast.fit.data import ArrayLike, TransferArrays
 from tgdp_fast.fit.losses import logistic_loss
 from tgdp_fast.fit.training import derived_seed, minimize
 from tgdp_fast.models.mlp import encode_labels
+from tgdp_fast.runtime.arrays import CheckedArray
 from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
 from tgdp_fast.runtime.precision import ordinary_autograd
 from tgdp_fast.runtime.randomness import global_random_state, seeded_initialization
@@ -113,7 +114,8 @@ def fit_density_ratio(
         ValueError: bad data, labels or settings, before any work.
         TrainingDivergedError: a non-finite loss.
     """
-    columns = np.shape(source_labels)[1:] if source_labels is not None else ()
+    given = source_labels.values if isinstance(source_labels, CheckedArray) else source_labels
+    columns = () if given is None else np.shape(given)[1:]
     arrays = TransferArrays.check(
         source, target, source_labels, target_labels, num_classes=columns[0] if columns else None
     )
@@ -123,7 +125,8 @@ def fit_density_ratio(
         None if one is None else encode_labels(one.tensor(device), arrays.num_classes) for one in arrays.labels
     )
     folds = min(check_integer("folds", folds, 2), len(target), len(source))
-    clip = check_number("clip", clip, 0.0, exclusive=True)
+    if clip != math.inf:
+        check_number("clip", clip, 0.0, exclusive=True)
     check_seed(seed)
     settings = check_config("settings", settings or DEFAULT_SETTINGS, TrainingConfig)
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -224,10 +224,10 @@ class TransferModel(Pretrained):
 
     def _sampler_of(self, config: SamplingConfig | None, guided: bool, arguments: dict[str, Any]) -> Sampler:
         """Remove the sampler's settings from ``arguments`` and add the model's prior if none was given."""
-        told = self.diagnostics
-        if guided and not self._warned and not is_within_reach(told.get("outside_fraction"), told.get("mean_ratio")):
+        within_reach, told = _told(self.diagnostics)
+        if guided and not self._warned and not within_reach:
             self._warned = True
-            warnings.warn(" ".join(told.get("warnings", [])), OutOfReachWarning, stacklevel=3)
+            warnings.warn(told, OutOfReachWarning, stacklevel=3)
         names = [entry.name for entry in fields(SamplingConfig)] + ["device"]
         settings = {name: arguments.pop(name) for name in names if name in arguments}
         prior = arguments.setdefault("prior", self.prior if guided else None)
@@ -287,8 +287,15 @@ class TransferModel(Pretrained):
             guidance = GuidanceNetwork.from_parts(config["guidance"], part("guidance"), f"{path} (guidance)")
             standardizer = Standardizer.from_tensors(part("standardizer"))
             start = prior_from_tensors(prior) if prior else None
+            _told(parts[1]), dict(parts[2].get("ecg", {}))  # What is read of them later is there, or left out.
         denoiser = Denoiser.from_parts(parts[0], part("denoiser"), network, f"{path} (denoiser)")
         return cls(denoiser, guidance, standardizer, diagnostics=parts[1], config=parts[2], prior=start)
+
+
+def _told(diagnostics: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the target is within reach as far as is known, and all warnings."""
+    within_reach = is_within_reach(diagnostics.get("outside_fraction"), diagnostics.get("mean_ratio"))
+    return within_reach, " ".join(diagnostics.get("warnings", []))
 
 
 def _source_model(

@@ -293,7 +293,7 @@ class Standardizer:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            value = torch.as_tensor(getattr(self, name)).detach().to(device="cpu", dtype=torch.float64)
+            value = torch.as_tensor(getattr(self, name), dtype=torch.float64, device="cpu").detach()
             object.__setattr__(self, name, value)
         if self.mean.shape != self.std.shape or not (self.mean.isfinite() & self.std.isfinite()).all():
             raise ValueError(
@@ -349,8 +349,8 @@ class Standardizer:
             OverflowError: the result of finite samples is not finite.
         """
         result = self._mapped(samples, lambda x, mean, std: x * std + mean, True)
-        finite = torch.isfinite if isinstance(result, Tensor) else np.isfinite
-        if not finite(result).all() and finite(samples).all():  # type: ignore[operator]
+        finite: Any = torch.isfinite if isinstance(result, Tensor) else np.isfinite
+        if not finite(result).all() and finite(samples).all():
             mean, std = float(self.mean.abs().max()), float(self.std.max())
             raise OverflowError(
                 f"samples in data units are not finite: the standardizer has mean up to {mean:.3g} and std up to "
@@ -371,21 +371,21 @@ class Standardizer:
         is_tensor = isinstance(samples, Tensor)
         samples = samples if is_tensor else as_array("samples", samples)
         is_float = samples.is_floating_point() if is_tensor else samples.dtype.kind == "f"
-        own = samples.dtype if is_float else torch.float32 if is_tensor else np.dtype(np.float32)
+        own: Any = samples.dtype if is_float else torch.float32 if is_tensor else np.dtype(np.float32)
         wide = not is_float or own.itemsize < 4 or (own.itemsize == 4 and self.exceeds_float32)
-        dtype = (torch.float64 if is_tensor else np.dtype(np.float64)) if wide else own
+        dtype: Any = (torch.float64 if is_tensor else np.dtype(np.float64)) if wide else own
         if inverse and self.exceeds_float32 and own.itemsize <= 4:
             own = dtype
         if is_tensor:
             mean, std = (value.to(device=samples.device, dtype=dtype) for value in (self.mean, self.std))
             return function(samples.to(dtype), mean, std).to(own)
-        mean, std = (value.numpy().astype(dtype) for value in (self.mean, self.std))
+        center, scale = (value.numpy().astype(dtype) for value in (self.mean, self.std))
         with np.errstate(over="ignore", invalid="ignore"):  # The callers look for it.
             # In parts: mapped samples may be as large as the memory.
             result, step = np.empty(samples.shape, own), _rows_at_once(samples)
             for start in range(0, len(samples), step):
                 rows = slice(start, start + step)
-                result[rows] = function(samples[rows].astype(dtype, copy=False), mean, std)
+                result[rows] = function(samples[rows].astype(dtype, copy=False), center, scale)
         return result
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ def _write_tensors(file: Path, stored: dict[str, Tensor]) -> None:
         flush(file)
 
 
-def _write_texts(partial: Path, target: Path, kind: str, config: dict[str, Any], card: str | None) -> None:
+def _write_texts(partial: Path, target: Path, kind: str, config: Mapping[str, Any], card: str | None) -> None:
     """The files beside the tensors; those that are kept come from ``target``."""
     tensor_file = partial / TENSOR_FILE
     header = {

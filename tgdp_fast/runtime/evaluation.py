@@ -109,7 +109,7 @@ def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     found = known.get(id(module))
     if found is not None:
         return found
-    kind = type(module)
+    kind: Any = type(module)
     if _needs_original(module, kind.__module__):
         raise NoViewError
     result: nn.Module = object.__new__(_view_class(kind))
@@ -124,7 +124,7 @@ def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=256)
-def _view_class(kind: type[nn.Module]) -> Any:
+def _view_class(kind: Any) -> Any:
     entries = {
         "__slots__": ("_view_of", "_view_mode", "_view_children"),
         "__module__": kind.__module__,

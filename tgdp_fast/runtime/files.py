@@ -53,7 +53,7 @@ def save_array(path: str | os.PathLike[str], array: np.ndarray, seal: hashlib._H
                 seal.update(part)
 
         # To a file of Python NumPy writes by C, and then cannot say why it fails.
-        np.save(SimpleNamespace(write=write), array, allow_pickle=False)  # type: ignore[call-overload]
+        np.save(SimpleNamespace(write=write), array, allow_pickle=False)
         if seal is not None:
             file.write(seal.digest())
 

@@ -23,7 +23,7 @@ _FOLDER = Path(__file__).resolve().parents[1]
 #: What setup.py leaves about extensions that it did not build: {"CPU": reason}.
 _NOT_BUILT = _FOLDER / "_not_built.json"
 #: What csrc/operators.h writes into an extension: the torch it was compiled against, and the GPU architectures.
-_STAMP = re.compile(rb"tgdp_fast was built for torch (\d+\.\d+)(?: and GPU architectures ([\w.+;]*))?\0")
+_STAMP = re.compile(rb"tgdp_fast was built for torch (\d+\.\d+)(?: and GPU architectures ([\w.+]*))?\0")
 
 
 def build_command() -> str:
@@ -71,7 +71,7 @@ def _stamp(path: Path) -> tuple[str, tuple[str, ...]] | None:
         found = _STAMP.search(content)
         if found is None:
             return None
-        return found[1].decode(), tuple((found[2] or b"").decode().split(";"))
+        return found[1].decode(), tuple((found[2] or b"").decode().split("_"))
 
 
 def _why_not_built(kind: str) -> str:

@@ -33,13 +33,14 @@ class _Lines:
     def __init__(
         self, total: int, name: str, unit: str, initial: int, file: TextIO | None, clock: Callable[[], float]
     ) -> None:
-        self.total, self.name, self.unit, self.n = total, name, unit, initial
+        self.total, self.name, self.n = total, name, initial
+        self.unit, self.units = unit, unit if total == 1 else unit + "s"
         self._file, self._clock = file, clock
         self._facts: dict[str, str] = {}
         self._began = self._written = clock()
         self._first: tuple[float, int] | None = None  # Time and count after the first update, which also warms up.
         self._estimated = False
-        self._write(f"{total} {unit}s" + (f", from {unit} {initial}" if initial else ""))
+        self._write(f"{total} {self.units}" + (f", from {unit} {initial}" if initial else ""))
 
     def __enter__(self) -> _Lines:
         return self
@@ -47,7 +48,7 @@ class _Lines:
     def __exit__(self, kind: Any, *_: object) -> None:
         seconds = self._clock() - self._began
         if kind is None and seconds > _WORTH and self.n >= self.total:
-            self._write(f"{self.total} {self.unit}s in {duration(seconds)}")
+            self._write(f"{self.total} {self.units} in {duration(seconds)}")
 
     def set_postfix(self, refresh: bool = True, **facts: str) -> None:
         """Numbers for the next line, such as the loss."""
@@ -70,11 +71,11 @@ class _Lines:
         if not self._estimated:
             self._estimated = True
             if elapsed + left > _WORTH:
-                self._write(f"{self.total} {self.unit}s, about {duration(elapsed + left)}")
+                self._write(f"{self.total} {self.units}, about {duration(elapsed + left)}")
         elif now - self._written >= (_OFTEN if elapsed < 60.0 else _SELDOM):
             facts = [f"{name} {value}" for name, value in self._facts.items()]
             told = ", ".join(facts) or f"{rate:.3g} {self.unit}s/s"
-            self._write(f"{self.n} of {self.total} {self.unit}s, {told}, {duration(left)} left")
+            self._write(f"{self.n} of {self.total} {self.units}, {told}, {duration(left)} left")
 
     def _rate(self, now: float) -> float:
         then, n = self._first or (self._began, self.n)
@@ -85,7 +86,7 @@ class _Lines:
         print(f"{self.name}: {text}", file=self._file or sys.stderr, flush=True)
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):
     """tqdm, with what :class:`_Lines` has."""
 
     def reset_to(self, n: int) -> None:
@@ -117,7 +118,9 @@ def progress_bar(
         clock: seconds.
     """
     shown = progress and _is_first()
-    if shown and not (file or sys.stderr).isatty():
+    place = file or sys.stderr
+    shown = shown and place is not None  # Closed by the caller.
+    if shown and not place.isatty():
         return _Lines(total, name, unit, initial, file, clock)
     return _Bar(total=total, desc=name, unit=unit, initial=initial, file=file, disable=not shown, leave=False)
 
@@ -141,8 +144,10 @@ def tracked(items: Sequence[T], name: str, unit: str, progress: bool) -> Iterato
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line, on standard output unless ``file`` is given, without breaking a bar on the terminal."""
-    tqdm.write(text, file=file or sys.stdout)
-    (file or sys.stdout).flush()
+    place = file or sys.stdout
+    if place is not None:  # Closed by the caller.
+        tqdm.write(text, file=place)
+        place.flush()
 
 
 def duration(seconds: float) -> str:

@@ -61,7 +61,8 @@ class _Seeded(TorchFunctionMode):
             range_ = (0, *args[1:]) if len(args) == 2 else args[1:]
             if bounds:
                 range_ = bounds.get("low", 0), bounds["high"]
-            return _LIKE[func](result, *range_, generator=self._generator(result.device))
+            fill: Any = _LIKE[func]
+            return fill(result, *range_, generator=self._generator(result.device))
         if kwargs.get("generator") is None:
             if func in _FACTORIES:
                 kwargs["generator"] = self._generator(kwargs.get("device"))

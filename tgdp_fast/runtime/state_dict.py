@@ -15,7 +15,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -124,11 +124,12 @@ def _unpickled(file: Path) -> Any:
     with (
         open(file, "rb") as handle,
         # Reading it never takes more than it has, whatever lengths it states.
-        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         _LOADING,
         torch.serialization.safe_globals(_PLAIN),
     ):
-        return torch.load(cast("IO[bytes]", content), map_location="cpu", weights_only=True)
+        content: Any = mapped  # It reads and seeks, as a file does.
+        return torch.load(content, map_location="cpu", weights_only=True)
 
 
 def _entry(content: Any, entry: str, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ _PREFIXES = ("mdc_ecg_lead_", "mdc_ecg_", "ecg", "lead")
 _NEGATED = re.compile(
     r"(?:mdc_ecg_(?:lead_)?|(?:ecg|lead)[\s_:]+)*(?:[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d](?=\S)|minus\s+)(.+)"
 )
+_JOINED = re.compile(r"(?:ecg|lead)-(\w+)")
 _SMALLEST, _LARGEST = -32767, 32767  # of int16; -32768 means "no sample" in WFDB
 
 # Lines: TWELVE_LEADS; columns: STORED_LEADS. Einthoven: III = II - I; Goldberger: aVR = -(I + II) / 2,
@@ -45,14 +46,21 @@ def lead_name(name: str) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def negated_leads(names: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
-    """Places of names that stand for the negative of a lead ("-aVR" of Cabrera's order, "ECG -aVR", "minus aVR"), and
-    that lead; without leads that are there under their own name too.
+def signed_leads(names: tuple[str, ...]) -> tuple[tuple[int, str, int], ...]:
+    """Places of names with a minus whose meaning is certain, the lead, and its sign.
+
+    "-aVR" (of Cabrera's order), "ECG -aVR" and "minus aVR" are the negative of a lead. Where all leads are like
+    "ECG-II", the minus joins two words; one alone may be either. A lead that is there under its own name is left out.
     """
     own = {lead_name(name) for name in names}
-    found = [(place, _NEGATED.fullmatch(name.strip().lower())) for place, name in enumerate(names)]
-    leads = [(place, lead_name(match[1])) for place, match in found if match]
-    return tuple((place, lead) for place, lead in leads if lead is not None and lead not in own)
+    texts = [name.strip().lower() for name in names]
+    found = [
+        (place, lead_name(match[1]), -1) for place, text in enumerate(texts) if (match := _NEGATED.fullmatch(text))
+    ]
+    joined = [(place, lead_name(match[1]), 1) for place, text in enumerate(texts) if (match := _JOINED.fullmatch(text))]
+    if len({lead for _, lead, _ in joined}) > 1 and own == {None}:
+        found += joined
+    return tuple((place, lead, sign) for place, lead, sign in found if lead is not None and lead not in own)
 
 
 def known_leads(leads: Sequence[str]) -> tuple[str, ...]:

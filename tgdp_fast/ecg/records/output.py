@@ -118,7 +118,9 @@ def write_ecg_records(
 
 
 def _check_shape(signals: np.ndarray) -> np.ndarray:
-    array = np.asanyarray(signals)
+    from tgdp_fast.runtime.arrays import as_array  # With torch, which this module otherwise does without.
+
+    array = as_array("signals_mV", signals)
     if array.dtype.kind != "f":
         raise ValueError(f"signals_mV must be floating point in mV, got {array.dtype}")
     if array.ndim != 3 or array.shape[1] not in (8, 12) or 0 in array.shape:

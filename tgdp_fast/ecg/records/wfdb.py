@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tgdp_fast.ecg.records.leads import find_leads, negated_leads
+from tgdp_fast.ecg.records.leads import find_leads, signed_leads
 from tgdp_fast.runtime.optional import optional
 
 _HEADER_BYTES = 1 << 20  # a longer header is none
@@ -291,8 +291,8 @@ def parse_header(text: str, name: str = "") -> RecordHeader:
     if len(lines) - 1 < count:
         raise RecordError(f"the header says {count} signals and describes {len(lines) - 1}")
     signals = [_signal(line, place) for place, line in enumerate(lines[1 : count + 1])]
-    for place, lead in negated_leads(tuple(signal.name for signal in signals)):
-        signals[place] = signals[place]._replace(name=lead, gain=-signals[place].gain)
+    for place, lead, sign in signed_leads(tuple(signal.name for signal in signals)):
+        signals[place] = signals[place]._replace(name=lead, gain=sign * signals[place].gain)
     return RecordHeader(rate, length or None, tuple(signals), tuple(comments))
 
 
@@ -586,4 +586,4 @@ def write_record(
         lines.append(f"{name}.dat 16 {float(units)}(0)/mV 16 0 {first} {checksum} 0 {lead}")
     lines += [f"# {comment}" for comment in comments]
     (folder / f"{name}.hea").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    np.ascontiguousarray(digital.T, dtype="<i2").tofile(folder / f"{name}.dat")
+    (folder / f"{name}.dat").write_bytes(np.ascontiguousarray(digital.T, dtype="<i2").tobytes())

@@ -187,7 +187,7 @@ class GuidedModel:
         self.guidance = guidance
         self.scale, self.interval = config.scale, config.interval
         self.gradient_norm_limit = config.gradient_norm_limit
-        self.labels = None if labels is None else torch.as_tensor(labels)
+        self.labels = None if labels is None else torch.as_tensor(labels, device=getattr(labels, "device", "cpu"))
         self.time_input = check_choice("time_input", time_input, TIME_INPUTS)
         self._pipeline = pipeline
         self._scheduler = scheduler
@@ -244,7 +244,11 @@ class GuidedModel:
         scheduler = self._pipeline.scheduler if self._scheduler is None else self._scheduler
         config, alphas_cumprod = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
         state = (scheduler, *(config.get(name) for name in _CONFIG_KEYS))
-        values = None if alphas_cumprod is None else torch.as_tensor(alphas_cumprod).detach().cpu()
+        values = (
+            None
+            if alphas_cumprod is None
+            else torch.as_tensor(alphas_cumprod, device=getattr(alphas_cumprod, "device", "cpu")).detach().cpu()
+        )
         if self._known is not None and self._known[0] == state:
             known = self._known[1]
             if known is values or (known is not None and values is not None and torch.equal(known, values)):

@@ -172,7 +172,7 @@ def _coefficients(hyperparams: Mapping[str, Any]) -> tuple[int, list[tuple[float
     steps = check_integer("diffusion_hyperparams['T']", hyperparams["T"], 1)
     columns = {}
     for name in ("Alpha", "Alpha_bar", "Sigma", "Beta"):
-        given = hyperparams[name] if name in hyperparams else 1.0 - torch.as_tensor(hyperparams["Alpha"])
+        given = hyperparams[name] if name in hyperparams else 1.0 - torch.as_tensor(hyperparams["Alpha"], device="cpu")
         columns[name] = torch.as_tensor(given, dtype=torch.float64, device="cpu").tolist()
         if len(columns[name]) != steps:
             raise ValueError(f"diffusion_hyperparams[{name!r}] must have T = {steps} entries, got {len(columns[name])}")

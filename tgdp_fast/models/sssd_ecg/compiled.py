@@ -446,11 +446,8 @@ def _diffusion_steps(times: Times) -> Tensor:
     elif isinstance(times, Table):
         times = times.times.copy()
     try:
-        steps = (
-            torch.as_tensor(times, device=None if isinstance(times, Tensor) else "cpu")
-            .detach()
-            .to("cpu", torch.float32)
-        )
+        steps = times if isinstance(times, Tensor) else torch.as_tensor(times, device="cpu")
+        steps = steps.detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             "schedule_or_table must be a NoiseSchedule, a SolverTable, diffusion steps [K] or None, got "

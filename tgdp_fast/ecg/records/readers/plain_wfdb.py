@@ -18,12 +18,19 @@ from tgdp_fast.ecg.records.wfdb import Root, read_signals
 def read_plain_records(folder: ECGFolder, root: Root, selection: Selection) -> None:
     """Every header at any depth; the records must have the leads of the selection."""
     check_one_data_set(root)
+    diagnosed = 0
     for path in _headers(root):
         name = root.relative(path.with_suffix(""))
         with folder.record(name):
             entry, header = wfdb_entry(name, path, root, selection.leads, selection.rate)
             names = [part.strip() for part in (header.comment("Labels") or "").split(",") if part.strip()]
             folder.entries.append(replace(entry, labels=statements(names)))
+            diagnosed += not names and header.comment("Dx") is not None
+    if diagnosed:
+        folder.notes.append(
+            f"{diagnosed} records name diagnoses (Dx) and no statements; write a line such as '# Labels: NORM, SR' "
+            "into their headers"
+        )
 
 
 def _headers(root: Root) -> list[Path]:
