@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import shutil
@@ -89,7 +90,7 @@ def kills(transfer_stride: str, sample_stride: str) -> dict[str, Any]:
     real = guidance.fit_density_ratio
     guidance.fit_density_ratio = lambda *a, **k: real(*a, **{**k, "settings": TINY})  # type: ignore[assignment]
     guidance.default_training = lambda n: TINY  # type: ignore[assignment]
-    training.minimize.__kwdefaults__["save_every"] = 0.0  # A training state after each step.
+    inspect.unwrap(training.minimize).__kwdefaults__["save_every"] = 0.0  # A training state after each step.
     root, random = Path.cwd(), np.random.default_rng(0)
     np.save("source.npy", random.standard_normal((60, 2)).astype(np.float32))
     np.save("target.npy", random.standard_normal((20, 2)).astype(np.float32))

@@ -527,8 +527,8 @@ def test_a_run_that_another_has_begun_is_refused_in_one_line(folder: Path, capsy
     owned = {
         "x.npy.work": transfer(folder),
         "x.npy.partial": transfer(folder),
-        "y": ["experiment", "gaussians", "--out", str(folder / "y")],
-        "z": ["demo", "--out", str(folder / "z")],
+        "y": ["experiment", "gaussians", "--out", str(folder / "y"), "--quiet"],
+        "z": ["demo", "--out", str(folder / "z"), "--quiet"],
     }
     for place, words in owned.items():
         begun, ended = threading.Event(), threading.Event()

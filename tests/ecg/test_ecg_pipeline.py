@@ -470,7 +470,7 @@ def test_costs_add_up_over_runs(tmp_path: Path) -> None:
 
 # Kills itself with SIGKILL: after the work of a stage and before it is kept, or in the midst of its training.
 DEADLY = """
-import os, signal, sys
+import inspect, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -484,7 +484,7 @@ def deadly(self, name, signature, compute, save, load, **options):
     def work(state_dir):
         if stage == name + ":midway":
             advance, own = training._Run.advance, [0]
-            training.minimize.__kwdefaults__["save_every"] = 0.0
+            inspect.unwrap(training.minimize).__kwdefaults__["save_every"] = 0.0
             def advance_and_die(self, loss):
                 if self.step == 2:
                     os.kill(os.getpid(), signal.SIGKILL)
