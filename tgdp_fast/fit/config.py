@@ -14,6 +14,7 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.losses import Logistic, Loss
 from tgdp_fast.fit.regularizers import REGULARIZERS, Regularizer
 from tgdp_fast.fit.terms import Term
+from tgdp_fast.models.ecg_stem import ECGStem
 from tgdp_fast.runtime.checks import check_choice, check_integer, check_number
 from tgdp_fast.runtime.memory import check_memory
 from tgdp_fast.runtime.precision import PRECISIONS
@@ -81,8 +82,9 @@ class NetworkConfig:
 
     def check_event_shape(self, event_shape: tuple[int, ...]) -> None:
         """Raises ValueError if :meth:`build` would, for callers that train something else first."""
-        with torch.device("meta"):  # Uses neither memory nor random numbers.
-            self.build(event_shape, NoiseSchedule.vp_linear())
+        if self.stem != "none":  # A stem alone limits the shape.
+            with torch.device("meta"):  # Uses neither memory nor random numbers.
+                ECGStem(event_shape)
 
 
 @dataclass(frozen=True)

@@ -190,9 +190,11 @@ class _Run:
             config, tensors = load_checkpoint(folder, "training_state")
         except CheckpointError:
             return
-        if config["identity"] != self.identity:
-            return
         buffers = dict(self.module.named_buffers())
+        needed = {f"{kind}.{i}" for kind in ("parameter", "average") for i in range(len(self.parameters))}
+        needed |= {"generator", "global_generator", *(f"buffer.{name}" for name in buffers)}
+        if config.get("identity") != self.identity or not needed <= tensors.keys():
+            return
         with torch.no_grad():
             for i, (parameter, mean) in enumerate(zip(self.parameters, self.average, strict=True)):
                 parameter.copy_(tensors[f"parameter.{i}"])
