@@ -139,7 +139,8 @@ $(VENV)/.torch-ready: $(CONSTRAINTS)
 		echo '[2/4] installing $(TORCH_SPEC)'; \
 		$(PIP) install $(TORCH_PIP_ARGS) '$(TORCH_SPEC)'; \
 	fi
-	@$(PIP) install --quiet 'setuptools>=77' wheel ninja
+	@# NumPy: without it torch warns while the kernels are compiled.
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) 'setuptools>=77' wheel ninja numpy
 	@grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
 		>> $(VENV)/constraints.txt

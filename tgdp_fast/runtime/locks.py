@@ -107,17 +107,17 @@ def _acquire(path: Path, place: Path, wait: bool) -> Callable[[], None]:
             continue
         try:
             locked = lock_descriptor(descriptor, blocking=wait)
-        except BaseException as error:
+            if locked and _names(path, descriptor):
+                with suppress(OSError):  # A full disk
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"{os.getpid()}\n{socket.gethostname()}\n{time.ctime()}\n".encode())
+                return partial(_remove, path, descriptor)
+        except BaseException as error:  # An interrupt too must not leave the lock with this process.
             os.close(descriptor)
             if isinstance(error, OSError) and error.errno in _NO_LOCKS:
                 path.unlink(missing_ok=True)
                 return _acquire_soft(path, place, wait)
             raise
-        if locked and _names(path, descriptor):
-            with suppress(OSError):  # A full disk
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()}\n{socket.gethostname()}\n{time.ctime()}\n".encode())
-            return partial(_remove, path, descriptor)
         os.close(descriptor)
         if not locked:
             raise _in_use(path, place)
@@ -155,7 +155,9 @@ def _remove(path: Path, descriptor: int) -> None:
     """Remove a locked file, and close it, which releases the lock."""
     if os.name == "nt":  # Windows removes no file that any process has open, so nobody waits for this one.
         os.close(descriptor)
-    with suppress(OSError):
-        path.unlink()
-    if os.name != "nt":
-        os.close(descriptor)
+    try:
+        with suppress(OSError):
+            path.unlink()
+    finally:
+        if os.name != "nt":
+            os.close(descriptor)
