@@ -40,9 +40,9 @@ def quick_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     import tgdp_fast.fit.guidance as transfer
     from tgdp_fast import TrainingConfig
 
-    real = transfer.fit_density_ratio
+    real = transfer.cross_fitted
     settings = TrainingConfig(steps=5, batch_size=16, ema_decay=0.5, warmup=1)
-    monkeypatch.setattr(transfer, "fit_density_ratio", lambda *a, **k: real(*a, **{**k, "settings": settings}))
+    monkeypatch.setattr(transfer, "cross_fitted", lambda *a, **k: real(*a, **{**k, "settings": settings}))
 
 
 @pytest.fixture

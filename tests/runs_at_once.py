@@ -87,8 +87,8 @@ def kills(transfer_stride: str, sample_stride: str) -> dict[str, Any]:
     # What torch imports when it is first used: once, and not in each fork.
     importlib.import_module("torch._dynamo")
     importlib.import_module("torch.fx.experimental.symbolic_shapes")
-    real = guidance.fit_density_ratio
-    guidance.fit_density_ratio = lambda *a, **k: real(*a, **{**k, "settings": TINY})  # type: ignore[assignment]
+    real = guidance.cross_fitted
+    guidance.cross_fitted = lambda *a, **k: real(*a, **{**k, "settings": TINY})  # type: ignore[assignment]
     guidance.default_training = lambda n: TINY  # type: ignore[assignment]
     inspect.unwrap(training.minimize).__kwdefaults__["save_every"] = 0.0  # A training state after each step.
     root, random = Path.cwd(), np.random.default_rng(0)

@@ -256,7 +256,7 @@ def test_cosine_refuses() -> None:
         ([], "at least 2 entries"),
         ([[0.9, 0.5]], r"one-dimensional with at least 2 entries, got shape \(1, 2\)"),
         (["a", "b"], "one-dimensional array of numbers"),
-        (None, "got shape"),
+        (None, "must be an array, got None"),
     ],
 )
 def test_from_alphas_cumprod_refuses(values: object, message: str) -> None:

@@ -230,5 +230,5 @@ def test_masked_signals_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="signals_mV must not hold masked values, but 1 of 800 are masked, .* in row 1"
     ):
-        write_ecg_records(tmp_path / "out", masked, 100)
+        write(tmp_path / "out", masked)
     assert not (tmp_path / "out").exists()

@@ -424,7 +424,7 @@ def test_bad_input_is_refused_before_any_work(
     source: Tensor, target: Tensor, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tgdp_fast.fit.guidance.minimize", None)
-    monkeypatch.setattr("tgdp_fast.fit.guidance.fit_density_ratio", None)
+    monkeypatch.setattr("tgdp_fast.fit.guidance.cross_fitted", None)
     with pytest.raises(ValueError, match=message):
         fit_guidance(source, target, **arguments)
 

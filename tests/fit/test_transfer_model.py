@@ -267,12 +267,12 @@ def test_arrays_are_checked_and_hashed_once(tmp_path: Path, monkeypatch: pytest.
     """Source, target and both in standardized coordinates: four arrays, of which two tell stages apart."""
     scanned: list[tuple[int, ...]] = []
     hashed: list[tuple[int, ...]] = []
-    real_check, real_digest = runtime_arrays.check_samples, CheckedArray.digest.func
+    real_check, real_digest = runtime_arrays._checked_samples, CheckedArray.digest.func
 
-    def check(name: str, array: Any, **requirements: Any) -> Any:
-        if not isinstance(array, CheckedArray):
+    def check(name: str, array: np.ndarray, checked: bool, *requirements: Any) -> Any:
+        if not checked:
             scanned.append(np.shape(array))
-        return real_check(name, array, **requirements)
+        return real_check(name, array, checked, *requirements)
 
     class Counted:
         def __get__(self, instance: CheckedArray, owner: type) -> str:
@@ -281,7 +281,7 @@ def test_arrays_are_checked_and_hashed_once(tmp_path: Path, monkeypatch: pytest.
                 vars(instance)["digest"] = real_digest(instance)
             return str(vars(instance)["digest"])
 
-    monkeypatch.setattr(runtime_arrays, "check_samples", check)
+    monkeypatch.setattr(runtime_arrays, "_checked_samples", check)
     monkeypatch.setattr(CheckedArray, "digest", Counted())
     fit(work_dir=tmp_path)
     assert sorted(scanned) == [(12, 2), (12, 2), (60, 2), (60, 2)]

@@ -124,17 +124,35 @@ def fit_density_ratio(
     source_labels, target_labels = (
         None if one is None else encode_labels(one.tensor(device), arrays.num_classes) for one in arrays.labels
     )
-    folds = min(check_integer("folds", folds, 2), len(target), len(source))
     if clip != math.inf:
         check_number("clip", clip, 0.0, exclusive=True)
     check_seed(seed)
     settings = check_config("settings", settings or DEFAULT_SETTINGS, TrainingConfig)
+    folds = check_integer("folds", folds, 2)
+    data = (source, source_labels), (target, target_labels)
+    return cross_fitted(*data, arrays.num_classes, folds, build, settings, clip=clip, seed=seed, progress=progress)
+
+
+def cross_fitted(
+    source_data: tuple[Tensor, Tensor | None],
+    target_data: tuple[Tensor, Tensor | None],
+    num_classes: int,
+    folds: int = 5,
+    build: Callable[[], nn.Module] | None = None,
+    settings: TrainingConfig = DEFAULT_SETTINGS,
+    *,
+    clip: float = 10.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> DensityRatio:
+    """:func:`fit_density_ratio` of checked samples and label rows [., K], on one device."""
+    (source, source_labels), (target, target_labels) = source_data, target_data
+    folds = min(folds, len(target), len(source))
     generator = torch.Generator("cpu").manual_seed(seed)
     source_fold = _stratified_folds(len(source), folds, source_labels, generator)
     target_fold = _stratified_folds(len(target), folds, target_labels, generator)
     source_logit, target_logit = (torch.zeros(len(one), dtype=torch.float32, device="cpu") for one in (source, target))
     classifiers = []
-    num_classes = arrays.num_classes
     for fold in range(folds):
         data = [(source, source_labels, source_fold != fold), (target, target_labels, target_fold != fold)]
         fold_seed = derived_seed(seed, f"fold {fold}")

@@ -17,7 +17,7 @@ from tgdp_fast.diffusion.schedule import NoiseSchedule
 from tgdp_fast.fit.batches import add_noise
 from tgdp_fast.fit.config import GuidanceConfig, TrainingConfig, check_config
 from tgdp_fast.fit.data import ArrayLike, TransferArrays, warn_of_scale
-from tgdp_fast.fit.density_ratio import DensityRatio, fit_density_ratio
+from tgdp_fast.fit.density_ratio import DensityRatio, cross_fitted
 from tgdp_fast.fit.diagnostics import TransferDiagnostics, diagnose
 from tgdp_fast.fit.losses import Logistic
 from tgdp_fast.fit.objective import Objective, TransferData
@@ -219,9 +219,8 @@ def _clean_ratio(data: TransferData, config: GuidanceConfig, seed: int, progress
         None if labels is None or not config.conditional else encode_labels(labels, data.num_classes)
         for labels in (data.source_labels, data.target_labels)
     ]
-    return fit_density_ratio(
-        data.source, data.target, source_labels=rows[0], target_labels=rows[1], seed=seed, progress=progress
-    )
+    classes = 0 if rows[0] is None else data.num_classes
+    return cross_fitted((data.source, rows[0]), (data.target, rows[1]), classes, seed=seed, progress=progress)
 
 
 def _time_classifier(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tgdp_fast.runtime.arrays import as_float64, distinct_rows
 from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
+from tgdp_fast.runtime.precision import autocast
 
 _MEDIAN_POINTS = 2_000  # rows of y used by the median heuristic
 _BLOCK = 1_024  # rows and columns of a kernel matrix in memory at once, 4 MiB in fp32
@@ -88,8 +89,9 @@ def mmd(
     center = y.mean(dim=0)
     x, y = (x - center).float(), (y - center).float()
     n, m = len(x), len(y)
-    within_x, within_y = (_kernel_sum(part, part, bandwidths) for part in (x, y))
-    between = _kernel_sum(x, y, bandwidths)
+    with autocast("fp32", x.device.type):  # Whatever the caller has set.
+        within_x, within_y = (_kernel_sum(part, part, bandwidths) for part in (x, y))
+        between = _kernel_sum(x, y, bandwidths)
     return within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * between / (n * m)
 
 
