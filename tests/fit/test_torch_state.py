@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import threading
 import warnings
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import tgdp_fast as tgdp
 from tgdp_fast import metrics
+from tgdp_fast.fit import guidance
 from tgdp_fast.fit.baselines import fine_tune, train_vanilla
 from tgdp_fast.models import XResNet1d
 from tgdp_fast.runtime.randomness import seeded_initialization
@@ -175,8 +177,16 @@ def quietly(call: Callable[[], list[Any]], state: AbstractContextManager[Any]) -
         return fingerprint(values)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Domain classifiers of the fits with few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guidance, "cross_fitted", functools.partial(guidance.cross_fitted, settings=TRAINING))
+        yield
+
+
 @pytest.fixture(scope="module")
-def ordinary() -> dict[str, list[str]]:
+def ordinary(quick: None) -> dict[str, list[str]]:
     return {name: quietly(call, nullcontext()) for name, call in CALLS.items()}
 
 
