@@ -78,7 +78,8 @@ clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # Without build isolation, a build uses the torch in the environment and never downloads another.
-INSTALL = $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt --editable
+# --no-compile: Python compiles the modules that it uses, a small part of torch.
+INSTALL = $(PIP) install --no-compile --no-build-isolation --constraint $(VENV)/constraints.txt --editable
 
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
 
@@ -137,7 +138,7 @@ $(VENV)/.torch-ready: $(CONSTRAINTS)
 	else \
 		rm -f "$$packages/reuse_torch.pth"; \
 		echo '[2/4] installing $(TORCH_SPEC)'; \
-		$(PIP) install $(TORCH_PIP_ARGS) '$(TORCH_SPEC)'; \
+		$(PIP) install --no-compile $(TORCH_PIP_ARGS) '$(TORCH_SPEC)'; \
 	fi
 	@# NumPy: without it torch warns while the kernels are compiled.
 	@$(PIP) install --quiet --constraint $(CONSTRAINTS) 'setuptools>=77' wheel ninja numpy
