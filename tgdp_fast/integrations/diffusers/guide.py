@@ -154,6 +154,37 @@ class _Conventions:
         return cls(schedule, prediction_type, schedule.t_max)
 
 
+class _Known:
+    """The conventions of a scheduler, and what they were read from."""
+
+    def __init__(self, state: tuple[Any, ...], alphas_cumprod: Any, conventions: _Conventions) -> None:
+        self.state, self.conventions = state, conventions
+        self._given, self._version = alphas_cumprod, _version(alphas_cumprod)
+        self._values = _on_host(alphas_cumprod)
+
+    def holds(self, alphas_cumprod: Any) -> bool:
+        """Whether these are the values that the conventions were read from."""
+        version = _version(alphas_cumprod)
+        if alphas_cumprod is self._given and version is not None and version == self._version:
+            return True  # Without a copy, which would wait for a GPU at each call.
+        values = _on_host(alphas_cumprod)
+        if values is None or self._values is None:
+            return values is self._values
+        return torch.equal(values, self._values)
+
+
+def _version(values: Any) -> int | None:
+    """A number that changes with each write into a tensor; None for what has none."""
+    return int(values._version) if isinstance(values, Tensor) and not values.is_inference() else None
+
+
+def _on_host(values: Any) -> Tensor | None:
+    """A copy of them on the CPU."""
+    if values is None:
+        return None
+    return torch.as_tensor(values, device=getattr(values, "device", "cpu")).detach().to("cpu", copy=True)
+
+
 class GuidedModel:
     """The result of :func:`guide`: a context manager that restores the model on exit, also after an exception.
 
@@ -193,7 +224,7 @@ class GuidedModel:
         self._scheduler = scheduler
         self._prediction_type = prediction_type
         self._parameters = _parameter_names(self.model)
-        self._known: tuple[tuple[Any, ...], Tensor | None, _Conventions] | None = None
+        self._known: _Known | None = None
         self._conventions()  # Raise for an unsuitable scheduler here, not at the first call.
         if any(other.model is self.model and other.guidance is guidance for other in _active):
             warnings.warn(
@@ -244,18 +275,10 @@ class GuidedModel:
         scheduler = self._pipeline.scheduler if self._scheduler is None else self._scheduler
         config, alphas_cumprod = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
         state = (scheduler, *(config.get(name) for name in _CONFIG_KEYS))
-        values = (
-            None
-            if alphas_cumprod is None
-            else torch.as_tensor(alphas_cumprod, device=getattr(alphas_cumprod, "device", "cpu")).detach().cpu()
-        )
-        if self._known is not None and self._known[0] == state:
-            known = self._known[1]
-            if known is values or (known is not None and values is not None and torch.equal(known, values)):
-                return self._known[2]
-        conventions = _Conventions.of(scheduler, self._prediction_type)
-        self._known = (state, None if values is None else values.clone(), conventions)
-        return conventions
+        known = self._known
+        if known is None or known.state != state or not known.holds(alphas_cumprod):
+            known = self._known = _Known(state, alphas_cumprod, _Conventions.of(scheduler, self._prediction_type))
+        return known.conventions
 
     def scale_at(self, timestep: float) -> float:
         """Guidance scale at diffusers' ``timestep``; 0 outside the interval and without signal."""
