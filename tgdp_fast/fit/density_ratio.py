@@ -29,6 +29,7 @@ _CALIBRATION = 50  # batches behind the running statistics of a batch normalizat
 DEFAULT_SETTINGS = TrainingConfig(
     steps=300, batch_size=256, learning_rate=2e-3, weight_decay=1.0, ema_decay=0.95, warmup=10
 )
+_FOLDS, _CLIP = 5, 10.0
 
 
 class DomainClassifier(nn.Module):
@@ -82,10 +83,10 @@ def fit_density_ratio(
     *,
     source_labels: ArrayLike | None = None,
     target_labels: ArrayLike | None = None,
-    folds: int = 5,
+    folds: int = _FOLDS,
     build: Callable[[], nn.Module] | None = None,
     settings: TrainingConfig | None = None,
-    clip: float = 10.0,
+    clip: float = _CLIP,
     seed: int = 0,
     progress: bool = False,
 ) -> DensityRatio:
@@ -137,11 +138,11 @@ def cross_fitted(
     source_data: tuple[Tensor, Tensor | None],
     target_data: tuple[Tensor, Tensor | None],
     num_classes: int,
-    folds: int = 5,
+    folds: int = _FOLDS,
     build: Callable[[], nn.Module] | None = None,
     settings: TrainingConfig = DEFAULT_SETTINGS,
     *,
-    clip: float = 10.0,
+    clip: float = _CLIP,
     seed: int = 0,
     progress: bool = False,
 ) -> DensityRatio:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tgdp_fast.fit.density_ratio import DensityRatio
 from tgdp_fast.models.mlp import encode_labels
-from tgdp_fast.runtime.arrays import distinct_rows
+from tgdp_fast.runtime.arrays import without_copies
 
 
 def effective_sample_size(log_weight: Tensor) -> float:
@@ -41,10 +41,6 @@ def calibration_error(source_log_ratio: Tensor, target_log_ratio: Tensor, bins: 
     return float(gap.abs().sum())
 
 
-#: Share of copies among the source samples that does not matter for a quantile of their distances.
-_FEW_COPIES = 0.1
-
-
 def outside_fraction(
     source: Tensor, target: Tensor, *, quantile: float = 0.999, limit: int = 10_000, seed: int = 0
 ) -> float:
@@ -61,9 +57,7 @@ def outside_fraction(
         generator = torch.Generator("cpu").manual_seed(seed)
         source = source[torch.randperm(len(source), generator=generator, device="cpu")[:limit]]
     source, target = source.flatten(1).float(), target.flatten(1).float()
-    distinct = distinct_rows(source)
-    if len(distinct) < (1.0 - _FEW_COPIES) * len(source):
-        source = source[distinct]
+    source = without_copies(source)
     if len(source) == 1:
         return float((target != source).any(1).double().mean())
     spread = source.std(0).clamp_min(1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgdp_fast.runtime.arrays import as_float64, distinct_rows
+from tgdp_fast.runtime.arrays import as_float64, without_copies
 from tgdp_fast.runtime.checks import check_integer, check_number, check_seed
 from tgdp_fast.runtime.precision import autocast
 
@@ -148,8 +148,8 @@ def _pair(x: Tensor | np.ndarray, y: Tensor | np.ndarray, minimum: int) -> tuple
 
 def warn_of_copies(name: str, x: Tensor, consequence: str) -> None:
     """Warn if more than a tenth of the rows of ``x`` repeat another one, as after oversampling."""
-    copies = len(x) - len(distinct_rows(x))
-    if copies > 0.1 * len(x):
+    copies = len(x) - len(without_copies(x))
+    if copies:
         warnings.warn(
             f"{name} holds {copies} copies among {len(x)} rows: {consequence}; pass each row once", stacklevel=3
         )

@@ -26,6 +26,7 @@ Samples = TypeVar("Samples", np.ndarray, Tensor)
 _MAPPED_BYTES = 64 * 1024**2  # larger .npy files are mapped, not read
 _ROWS, _VALUES = 4_096, 2**23  # rows, and values, converted at once for statistics in float64
 _ROUNDING = 1e-12  # relative, of statistics in float64
+_FEW_COPIES = 0.1  # share of the rows; so few do not change a statistic of distances much
 
 
 def load_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
@@ -277,6 +278,12 @@ def distinct_rows(x: Tensor) -> Tensor:
     rows = np.ascontiguousarray(x.flatten(1).cpu().numpy() + 0.0)  # -0 is 0.
     _, first = np.unique(rows.view(f"V{rows.itemsize * rows.shape[1]}")[:, 0], return_index=True)
     return torch.from_numpy(np.sort(first)).to(x.device)
+
+
+def without_copies(x: Tensor) -> Tensor:
+    """``x`` [N, ...] without the rows that repeat another one, or ``x`` itself if those are at most a tenth."""
+    first = distinct_rows(x)
+    return x[first] if len(first) < (1.0 - _FEW_COPIES) * len(x) else x
 
 
 @dataclass(frozen=True, eq=False)

@@ -138,8 +138,7 @@ def _recipe(n: int, method: str) -> list[str]:
         return []
     return [
         repr(VARIANTS[method].resolved(transfer.default_training(n), 0, has_denoiser=True)),
-        repr(density_ratio.DEFAULT_SETTINGS),
-        str(inspect.signature(density_ratio.fit_density_ratio)),
+        str(inspect.signature(density_ratio.cross_fitted)),
     ]
 
 
