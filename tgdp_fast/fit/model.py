@@ -287,7 +287,9 @@ class TransferModel(Pretrained):
             guidance = GuidanceNetwork.from_parts(config["guidance"], part("guidance"), f"{path} (guidance)")
             standardizer = Standardizer.from_tensors(part("standardizer"))
             start = prior_from_tensors(prior) if prior else None
-            _told(parts[1]), dict(parts[2].get("ecg", {}))  # What is read of them later is there, or left out.
+            # What is read of them later is there, or left out.
+            _told(parts[1])
+            dict(parts[2].get("ecg", {}))
         denoiser = Denoiser.from_parts(parts[0], part("denoiser"), network, f"{path} (denoiser)")
         return cls(denoiser, guidance, standardizer, diagnostics=parts[1], config=parts[2], prior=start)
 
